@@ -1,0 +1,24 @@
+"""Fused kernels for FBKD, the feature-based knowledge-distillation loss for object detectors."""
+
+__version__ = "0.1.0"
+
+from . import functional, reference
+from .backends import use_backend
+from .distiller import Distiller
+from .loss import FBKDLoss
+from .non_local_block import NonLocalBlock2d
+from .presets import PRESETS, LevelSettings
+from .types import AttentionPool, NonLocalWeights
+
+__all__ = [
+    "AttentionPool",
+    "Distiller",
+    "FBKDLoss",
+    "LevelSettings",
+    "NonLocalBlock2d",
+    "NonLocalWeights",
+    "PRESETS",
+    "functional",
+    "reference",
+    "use_backend",
+]

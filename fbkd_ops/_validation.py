@@ -1,0 +1,159 @@
+"""Checks at the public boundary. Every error names the argument, what came and what was expected."""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .types import AttentionPool
+
+__all__ = [
+    "check_attention_pools",
+    "check_channels",
+    "check_choice",
+    "check_feature",
+    "check_mask",
+    "check_pair",
+    "check_same_device",
+    "check_stride",
+    "feature_levels",
+    "is_int",
+    "paired_levels",
+]
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Features = Union[list[Tensor], tuple[Tensor, ...], Mapping[Any, Tensor]]
+
+
+def is_int(value: Any) -> bool:
+    """An integer of any kind that is no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_stride(stride: Any) -> None:
+    if not is_int(stride) or stride < 1:
+        raise ValueError(f"stride must be an int >= 1 (1: no pooling), got {stride!r}")
+
+
+def check_feature(feature: Any, name: str) -> None:
+    """A feature map: a floating-point tensor ``(N, C, H, W)`` with at least one channel and pixel."""
+    if not isinstance(feature, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(feature).__name__}")
+    if feature.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have dtype {expected}, got {str(feature.dtype).removeprefix('torch.')}")
+    if feature.dim() != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {_shape(feature)}")
+    if 0 in feature.shape[1:]:
+        raise ValueError(f"{name} must have at least one channel and one pixel, got {_shape(feature)}")
+
+
+def check_pair(
+    student: Tensor, teacher: Tensor, student_name: str, teacher_name: str, same_width: bool = False
+) -> None:
+    """Two feature maps of one level: the same N, H, W (and C where asked) on one device."""
+    compared = (0, 1, 2, 3) if same_width else (0, 2, 3)
+    if any(student.shape[dim] != teacher.shape[dim] for dim in compared):
+        letters = "N, C, H and W" if same_width else "N, H and W"
+        raise ValueError(
+            f"{student_name} and {teacher_name} must agree in {letters}, "
+            f"got {_shape(student)} and {_shape(teacher)}"
+        )
+    check_same_device(student, teacher, student_name, teacher_name)
+
+
+def check_same_device(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
+    if first.device != second.device:
+        raise ValueError(
+            f"{first_name} and {second_name} must be on one device, got {first.device} and {second.device}"
+        )
+
+
+def check_channels(feature: Tensor, expected: int, name: str) -> None:
+    if feature.shape[1] != expected:
+        raise ValueError(f"{name} must have {expected} channels, got {feature.shape[1]} in {_shape(feature)}")
+
+
+def check_mask(mask: Optional[Tensor], expected: tuple[int, ...], feature: Tensor, name: str) -> None:
+    """A mask of shape ``expected``, where there is one, on the feature's device."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got {mask.dtype}")
+    if tuple(mask.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {_shape(mask)}")
+    check_same_device(mask, feature, name, "student")
+
+
+def check_attention_pools(student: Any, teacher: Any) -> None:
+    """Two :class:`AttentionPool` of the same N, C, H and W."""
+    for name, pool in (("student", student), ("teacher", teacher)):
+        if not isinstance(pool, AttentionPool):
+            raise TypeError(f"{name} must be an AttentionPool, got {type(pool).__name__}")
+    for field in ("spatial_attention", "channel_attention"):
+        s, t = getattr(student, field), getattr(teacher, field)
+        if s.shape != t.shape:
+            hint = ""
+            if field == "channel_attention" and s.shape[0] == t.shape[0]:
+                hint = "; adapt the student's channel attention to the teacher's width first"
+            raise ValueError(
+                f"student.{field} and teacher.{field} must have the same shape, "
+                f"got {_shape(s)} and {_shape(t)}{hint}"
+            )
+        check_same_device(s, t, f"student.{field}", f"teacher.{field}")
+
+
+def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
+    """The levels of a list, tuple or dict, keyed by how an error should call each one."""
+    if isinstance(features, Mapping):
+        levels = {f"{name}[{key!r}]": feature for key, feature in features.items()}
+    elif isinstance(features, (list, tuple)):
+        levels = {f"{name}[{index}]": feature for index, feature in enumerate(features)}
+    else:
+        raise TypeError(
+            f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, got {type(features).__name__}"
+        )
+    if not levels:
+        raise ValueError(f"{name} has no levels, expected at least one")
+    for label, feature in levels.items():
+        check_feature(feature, label)
+    return levels
+
+
+def paired_levels(student: Features, teacher: Features) -> list[tuple[str, Tensor, str, Tensor]]:
+    """``(student label, student map, teacher label, teacher map)`` of every level, checked against each other.
+
+    Two dicts are matched by key in the student's order, everything else by position.
+    """
+    students = feature_levels(student, "student_features")
+    teachers = feature_levels(teacher, "teacher_features")
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student_features and teacher_features must have the same number of levels, "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    if isinstance(student, Mapping) and isinstance(teacher, Mapping):
+        if set(student) != set(teacher):
+            raise ValueError(
+                "student_features and teacher_features must have the same keys, "
+                f"got {list(student)} and {list(teacher)}"
+            )
+        teachers = {f"teacher_features[{key!r}]": teacher[key] for key in student}
+    pairs = [(*s, *t) for s, t in zip(students.items(), teachers.items())]
+    for student_name, s, teacher_name, t in pairs:
+        check_pair(s, t, student_name, teacher_name)
+    return pairs
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

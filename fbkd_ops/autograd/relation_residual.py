@@ -1,0 +1,62 @@
+"""The one heavy step of the relation term: a squared residual over every pixel."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._numerics import without_autocast
+
+__all__ = ["RelationResidual", "relation_residual"]
+
+
+class RelationResidual(torch.autograd.Function):
+    """``sum_n sum_i || t + U_n p - B s - V_n q + v_n ||**2`` with the residual kept for backward.
+
+    ``p`` and ``q`` are the teacher's and the student's responses. Keeping the residual costs one feature map;
+    recomputing it in backward would repeat every product of the forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        student,  # (N, Cs, L)
+        adaptation,  # B (Ct, Cs)
+        student_vectors,  # q (N, cs, L)
+        student_matrix,  # V (N, Ct, cs)
+        teacher,  # (N, Ct, L)
+        teacher_vectors,  # p (N, ct, L)
+        teacher_matrix,  # U (N, Ct, ct)
+        offset,  # v (N, Ct)
+    ):
+        residual = torch.baddbmm(teacher, teacher_matrix, teacher_vectors)
+        residual += offset[:, :, None]
+        residual.baddbmm_(adaptation.expand(student.shape[0], -1, -1), student, alpha=-1)
+        residual.baddbmm_(student_matrix, student_vectors, alpha=-1)
+        ctx.save_for_backward(
+            residual, student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix
+        )
+        return residual.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        residual, student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix = (
+            ctx.saved_tensors
+        )
+        twice = 2 * grad
+        with without_autocast(residual):
+            return (
+                torch.bmm((-twice * adaptation).mT.expand(residual.shape[0], -1, -1), residual),
+                torch.bmm(residual, student.mT).sum(0).mul_(-twice),
+                torch.bmm((-twice * student_matrix).mT, residual),
+                torch.bmm(residual, student_vectors.mT).mul_(-twice),
+                None,
+                torch.bmm((twice * teacher_matrix).mT, residual),
+                torch.bmm(residual, teacher_vectors.mT).mul_(twice),
+                residual.sum(2).mul_(twice),
+            )
+
+
+def relation_residual(*arguments: Tensor) -> Tensor:
+    """:class:`RelationResidual` on its eight arguments; returns the scalar sum of squares."""
+    return RelationResidual.apply(*arguments)

@@ -1,0 +1,348 @@
+"""The parts of the FBKD loss as functions: attention maps, masks, feature loss, relation loss.
+
+All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where an input is
+float64), give results in that accumulation dtype and are indifferent to autocast. No gradient ever reaches a teacher.
+"""
+
+from typing import Optional
+
+from torch import Tensor, nn
+
+from . import backends, linear_non_local, reference
+from ._numerics import accumulation_dtype, root, without_autocast
+from ._validation import (
+    check_attention_pools,
+    check_choice,
+    check_feature,
+    check_mask,
+    check_pair,
+    check_same_device,
+    check_stride,
+)
+from .autograd import attention_pool as attention_pool_op
+from .presets import CHOICES, MODES
+from .types import AttentionPool, NonLocalWeights
+
+__all__ = [
+    "attention_mask",
+    "attention_masks",
+    "attention_pool",
+    "masked_l2_loss",
+    "non_local",
+    "relation_loss",
+]
+
+
+def attention_pool(x: Tensor) -> AttentionPool:
+    """Both attention maps and both plain means of a feature map, in one read of it.
+
+    Args:
+        x: ``(N, C, H, W)``. Contiguous and channels_last maps, and slices of them along N or C, are read in place;
+            other strides are copied once.
+
+    Returns:
+        :class:`AttentionPool` of ``spatial_attention (N, H, W)``, ``channel_attention (N, C)``,
+        ``spatial_mean (N, H, W)`` and ``channel_mean (N, C)``, contiguous, float32 (float64 for float64).
+        All four are differentiable, once; the gradient of ``abs`` at 0 is 0.
+
+    Raises:
+        TypeError: x is no tensor, or not a floating-point one.
+        ValueError: x is not ``(N, C, H, W)``, or has no channel or pixel.
+        RuntimeError: a backend chosen with :func:`fbkd_ops.use_backend` cannot serve the call.
+
+    Example:
+        >>> pool = attention_pool(torch.randn(2, 256, 50, 84))
+        >>> pool.spatial_attention.shape, pool.channel_attention.shape
+        (torch.Size([2, 50, 84]), torch.Size([2, 256]))
+
+    Source: Zhang & Ma 2021, the spatial and channel attention maps; the plain means are those of the released code.
+    """
+    check_feature(x, "x")
+    return attention_pool_op.attention_pool(x)
+
+
+def attention_mask(
+    student: Optional[Tensor], teacher: Tensor, *, temperature: float, mask_rule: str = "average"
+) -> Tensor:
+    """One mask, without gradient, from the student's and the teacher's attention map.
+
+    Args:
+        student: ``(N, ...)``, or None for a mask of the teacher alone.
+        teacher: ``(N, ...)`` of the same shape.
+        temperature: tau > 0; the softmax runs over everything but N.
+        mask_rule: ``"average"``: ``L/2 * (softmax(s/tau) + softmax(t/tau))``, ``"joint"``: ``L * softmax((s + t)/tau)``,
+            with L the number of elements an image. Both have mean 1 an image.
+
+    Returns:
+        The mask in the teacher's shape.
+
+    Raises:
+        ValueError: another mask rule, a temperature that is not > 0, different shapes.
+
+    Example:
+        >>> mask = attention_mask(torch.rand(2, 8, 8), torch.rand(2, 8, 8), temperature=0.5)
+        >>> round(mask.mean().item(), 4)
+        1.0
+
+    Source: the released code for ``average``, Zhang & Ma 2021 for ``joint``.
+    """
+    check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    if student is not None and student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    backends.resolve("attention_masks", teacher)
+    return reference.attention_mask(student, teacher, temperature=temperature, mask_rule=mask_rule)
+
+
+def attention_masks(
+    student: AttentionPool,
+    teacher: AttentionPool,
+    *,
+    spatial_temperature: float,
+    channel_temperature: float,
+    mask_rule: str = "average",
+) -> tuple[Tensor, Tensor]:
+    """The spatial and the channel mask of a level, without gradient.
+
+    Args:
+        student: the student's four means; where the widths differ, with its channel attention already adapted
+            to the teacher's width.
+        teacher: the teacher's four means.
+        spatial_temperature: tau > 0 of the softmax over pixels.
+        channel_temperature: tau > 0 of the softmax over channels.
+        mask_rule: ``"average"`` or ``"joint"``, see :func:`attention_mask`.
+
+    Returns:
+        ``(spatial_mask (N, H, W), channel_mask (N, C))``, each of mean 1 an image.
+
+    Raises:
+        TypeError: an argument is no AttentionPool.
+        ValueError: shapes, devices or widths that do not agree, another mask rule, a temperature that is not > 0.
+
+    Example:
+        >>> student, teacher = (attention_pool(torch.randn(2, 64, 25, 42)) for _ in range(2))
+        >>> masks = attention_masks(student, teacher, spatial_temperature=0.5, channel_temperature=0.5)
+        >>> spatial_mask, channel_mask = masks
+        >>> spatial_mask.shape, channel_mask.shape
+        (torch.Size([2, 25, 42]), torch.Size([2, 64]))
+
+    Source: Zhang & Ma 2021, the attention masks ``M^s`` and ``M^c``.
+    """
+    check_attention_pools(student, teacher)
+    return (
+        attention_mask(
+            student.spatial_attention,
+            teacher.spatial_attention,
+            temperature=spatial_temperature,
+            mask_rule=mask_rule,
+        ),
+        attention_mask(
+            student.channel_attention,
+            teacher.channel_attention,
+            temperature=channel_temperature,
+            mask_rule=mask_rule,
+        ),
+    )
+
+
+def masked_l2_loss(
+    student: Tensor,
+    teacher: Tensor,
+    spatial_mask: Optional[Tensor] = None,
+    channel_mask: Optional[Tensor] = None,
+) -> Tensor:
+    """``sqrt(sum(Ms * Mc * (S - T)**2))`` over the whole batch; the gradient at 0 is 0.
+
+    Args:
+        student: ``(N, C, H, W)``, already in the teacher's width.
+        teacher: ``(N, C, H, W)``.
+        spatial_mask: ``(N, H, W)``, or None for ones. No gradient.
+        channel_mask: ``(N, C)``, or None for ones. No gradient.
+
+    Returns:
+        A scalar. It grows with ``sqrt(N * H * W)``.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes or devices that do not agree.
+
+    Example:
+        >>> masked_l2_loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        tensor(4.)
+
+    Source: Zhang & Ma 2021, attention-masked loss ``L_AM``.
+    """
+    check_feature(student, "student")
+    check_feature(teacher, "teacher")
+    check_pair(student, teacher, "student", "teacher", same_width=True)
+    n, channels, height, width = student.shape
+    check_mask(spatial_mask, (n, height, width), student, "spatial_mask")
+    check_mask(channel_mask, (n, channels), student, "channel_mask")
+    backend = backends.resolve("masked_l2_loss", student)
+    function = reference.masked_l2_loss if backend == "reference" else _masked_l2_loss
+    return function(student, teacher, spatial_mask, channel_mask)
+
+
+def _masked_l2_loss(
+    student: Tensor, teacher: Tensor, spatial_mask: Optional[Tensor], channel_mask: Optional[Tensor]
+) -> Tensor:
+    dtype = accumulation_dtype(student, teacher)
+    difference = student.to(dtype) - teacher.detach().to(dtype)  # (N, C, H, W)
+    squares = difference.square()
+    if channel_mask is not None:
+        squares = squares * channel_mask.detach().to(dtype)[:, :, None, None]
+    if spatial_mask is None:
+        return root(squares.sum())
+    return root((squares.sum(dim=1) * spatial_mask.detach().to(dtype)).sum())
+
+
+def non_local(
+    x: Tensor,
+    weights: NonLocalWeights,
+    *,
+    mode: str = "dot_product",
+    stride: int = 1,
+    pool_order: str = "single",
+    use_scale: bool = True,
+    norm: Optional[nn.BatchNorm2d] = None,
+) -> Tensor:
+    """The non-local block ``z = x + Norm(Wz y + bz)`` without its ``(HW, K)`` matrix.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weights: the block's 1x1 convolutions, see :class:`fbkd_ops.NonLocalWeights`.
+        mode: ``"dot_product"``, ``"embedded_gaussian"``, ``"gaussian"`` or ``"concatenation"``.
+        stride: factor by which phi and g are max-pooled, >= 1; clamped to the map.
+        pool_order: ``"single"``, or ``"nested"`` for a pool by 2 followed by a pool by ``stride / 2``.
+        use_scale: whether ``embedded_gaussian`` divides by the root of the inner width.
+        norm: a BatchNorm whose statistics, mode and buffers are used (and updated in training) as its own forward
+            would, or None.
+
+    Returns:
+        z, ``(N, C, H, W)``, in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: a bad x, mode or stride; weights that do not fit x or lack what the mode needs.
+        ValueError: one value a channel under a BatchNorm in training, as BatchNorm raises.
+
+    Example:
+        >>> block = fbkd_ops.NonLocalBlock2d(16, inter_channels=8, stride=2)
+        >>> non_local(torch.randn(2, 16, 9, 7), block.weights(), stride=2, norm=block.norm).shape
+        torch.Size([2, 16, 9, 7])
+
+    Source: Wang et al. 2018, "Non-local Neural Networks"; Zhang & Ma 2021 use ``dot_product``.
+    """
+    check_feature(x, "x")
+    settings = _block_settings(mode, stride, pool_order, use_scale)
+    check_weights(weights, x, mode, "weights")
+    backend = backends.resolve("non_local", x)
+    x = x.to(accumulation_dtype(x))
+    with without_autocast(x):
+        if backend == "reference":
+            return reference.non_local(x, weights, norm=norm, **vars(settings))
+        return linear_non_local.non_local(x, weights, settings, norm)
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_weights: NonLocalWeights,
+    teacher_weights: NonLocalWeights,
+    adaptation_weight: Tensor,
+    adaptation_bias: Tensor,
+    *,
+    mode: str = "dot_product",
+    stride: int = 1,
+    pool_order: str = "single",
+    use_scale: bool = True,
+    student_norm: Optional[nn.BatchNorm2d] = None,
+    teacher_norm: Optional[nn.BatchNorm2d] = None,
+) -> Tensor:
+    """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch, without a ``(HW, K)`` matrix and without z.
+
+    Both blocks' weights and ``B`` receive gradients, the teacher's features do not; the gradient at 0 is 0.
+
+    Args:
+        student: ``(N, Cs, H, W)``.
+        teacher: ``(N, Ct, H, W)``.
+        student_weights: of the student's block, width Cs.
+        teacher_weights: of the teacher's block, width Ct.
+        adaptation_weight: the 1x1 convolution B, ``(Ct, Cs)``.
+        adaptation_bias: its bias, ``(Ct,)``.
+        mode, stride, pool_order, use_scale: as in :func:`non_local`, for both blocks.
+        student_norm, teacher_norm: the blocks' BatchNorms, or None.
+
+    Returns:
+        A scalar. It grows with ``sqrt(N * H * W)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`non_local`, and for N, H, W, devices or widths that do not agree.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 8, 9, 7), torch.randn(2, 16, 9, 7)
+        >>> blocks = fbkd_ops.NonLocalBlock2d(8), fbkd_ops.NonLocalBlock2d(16)
+        >>> adaptation = torch.nn.Conv2d(8, 16, 1)
+        >>> loss = relation_loss(
+        ...     student, teacher, blocks[0].weights(), blocks[1].weights(),
+        ...     adaptation.weight.flatten(1), adaptation.bias,
+        ...     student_norm=blocks[0].norm, teacher_norm=blocks[1].norm,
+        ... )
+        >>> loss.shape
+        torch.Size([])
+
+    Source: Zhang & Ma 2021, non-local distillation loss ``L_NLD``; ``docs/math.md`` for the collapse.
+    """
+    check_feature(student, "student")
+    check_feature(teacher, "teacher")
+    check_pair(student, teacher, "student", "teacher")
+    settings = _block_settings(mode, stride, pool_order, use_scale)
+    check_weights(student_weights, student, mode, "student_weights")
+    check_weights(teacher_weights, teacher, mode, "teacher_weights")
+    expected = (teacher.shape[1], student.shape[1])
+    check_mask(adaptation_weight, expected, student, "adaptation_weight")
+    check_mask(adaptation_bias, expected[:1], student, "adaptation_bias")
+    backend = backends.resolve("relation_loss", student)
+    dtype = accumulation_dtype(student, teacher)
+    sides = (student.to(dtype), teacher.detach().to(dtype), student_weights, teacher_weights)
+    adaptation = (adaptation_weight.to(dtype), adaptation_bias.to(dtype))
+    norms = dict(student_norm=student_norm, teacher_norm=teacher_norm)
+    with without_autocast(student):
+        if backend == "reference":
+            return reference.relation_loss(*sides, *adaptation, **vars(settings), **norms)
+        return linear_non_local.relation_loss(*sides, *adaptation, settings, **norms)
+
+
+def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:
+    """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
+    if not isinstance(weights, NonLocalWeights):
+        raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
+    channels, inner = x.shape[1], weights.g_weight.shape[0]
+    expected = {
+        "g_weight": (inner, channels),
+        "g_bias": (inner,),
+        "out_weight": (channels, inner),
+    }
+    if mode != "gaussian":
+        for projection in ("theta", "phi"):
+            expected[f"{projection}_weight"] = (inner, channels)
+            expected[f"{projection}_bias"] = (inner,)
+    if mode == "concatenation":
+        expected["pair_weight"] = (2 * inner,)
+    if weights.out_bias is not None:
+        expected["out_bias"] = (channels,)
+    for field, shape in expected.items():
+        value = getattr(weights, field)
+        if value is None or tuple(value.shape) != shape:
+            came = None if value is None else tuple(value.shape)
+            raise ValueError(f"{name}.{field} must have shape {shape} in mode {mode!r}, got {came}")
+        check_same_device(value, x, f"{name}.{field}", "the features")
+
+
+def _block_settings(mode: str, stride: int, pool_order: str, use_scale: bool) -> linear_non_local.BlockSettings:
+    check_choice(mode, MODES, "mode")
+    check_choice(pool_order, CHOICES["pool_order"], "pool_order")
+    check_stride(stride)
+    return linear_non_local.BlockSettings(mode, stride, pool_order, use_scale)

@@ -1,0 +1,134 @@
+"""Weights of MMRazor 1.0.0's FBKD connectors in an ``FBKDLoss(preset="mmrazor")``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import FBKDLevel, FBKDLoss
+
+__all__ = ["load_connectors"]
+
+Connector = Union[nn.Module, Mapping[str, Tensor]]
+
+_STUDENT_LAYERS = {
+    "adaptation_layers": "feature_adaptation",
+    "channel_wise_adaptation": "channel_adaptation",
+    "spatial_wise_adaptation": "spatial_adaptation",
+    "non_local_adaptation": "relation_adaptation",
+}
+_BLOCK_LAYERS = {
+    "g": "g",
+    "theta": "theta",
+    "phi": "phi",
+    "conv_out.conv": "out",
+    "conv_out.bn": "norm",
+    "concat_project": "pair",
+}
+
+
+def load_connectors(
+    loss: FBKDLoss, student_connectors: Sequence[Connector], teacher_connectors: Sequence[Connector]
+) -> None:
+    """Copy the weights and BatchNorm buffers of MMRazor's connectors into ``loss``.
+
+    One parameter of ours takes one parameter of theirs, so optimizer settings carry over. Given modules, their pooling,
+    mode and temperatures are compared with the loss's settings; state dicts hold none of these.
+
+    Args:
+        loss: ``FBKDLoss(channels, preset="mmrazor")``, with as many levels as there are connectors.
+        student_connectors: one ``FBKDStudentConnector``, or its state dict, a level.
+        teacher_connectors: one ``FBKDTeacherConnector``, or its state dict, a level.
+
+    Raises:
+        ValueError: another number of connectors than levels, missing or surplus keys (all are listed), a shape that
+            does not fit, a setting that differs. Nothing is copied then.
+
+    Example:
+        >>> loss = FBKDLoss(256, preset="mmrazor")
+        >>> load_connectors(loss, [connectors[f"loss_s{i}_sfeat"] for i in range(4)],
+        ...                 [connectors[f"loss_s{i}_tfeat"] for i in range(4)])
+    """
+    for name, connectors in (("student", student_connectors), ("teacher", teacher_connectors)):
+        if len(connectors) != len(loss.levels):
+            raise ValueError(
+                f"{name}_connectors must have one entry a level, expected {len(loss.levels)}, got {len(connectors)}"
+            )
+    states = []
+    for index, (level, student, teacher) in enumerate(
+        zip(loss.levels, student_connectors, teacher_connectors)
+    ):
+        state = {}
+        for side, connector in (("student", student), ("teacher", teacher)):
+            where = f"level {index}, {side} connector"
+            if isinstance(connector, nn.Module):
+                _check_settings(connector, side, level, where)
+                connector = connector.state_dict()
+            state |= {_our_key(key, side): value for key, value in connector.items()}
+        _check_state(state, level, f"level {index}")
+        states.append(state)
+    for level, state in zip(loss.levels, states):
+        level.load_state_dict(state)
+
+
+def _our_key(key: str, side: str) -> str:
+    """Our name of the connector's entry ``key``; an unknown one keeps its name and is reported as surplus."""
+    block = f"{side}_non_local."
+    if not key.startswith(block):
+        layer, _, entry = key.rpartition(".")
+        return f"{_STUDENT_LAYERS[layer]}.{entry}" if side == "student" and layer in _STUDENT_LAYERS else key
+    layer, _, entry = key.removeprefix(block).rpartition(".")
+    for theirs, ours in _BLOCK_LAYERS.items():
+        # Pooled g and phi are wrapped in one Sequential a pool: g.conv, g.0.conv or g.0.0.conv.
+        if layer == theirs or layer.replace(".0", "") == f"{theirs}.conv":
+            return f"{block}{ours}.{entry}"
+    return key
+
+
+def _check_state(state: dict[str, Tensor], level: FBKDLevel, where: str) -> None:
+    own = level.state_dict()
+    problems = []
+    missing, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if surplus:
+        problems.append(f"surplus {', '.join(surplus)}")
+    for key in sorted(set(own) & set(state)):
+        if own[key].shape != state[key].shape:
+            problems.append(
+                f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
+            )
+    if problems:
+        raise ValueError(f"{where}: the connectors do not fit the loss: {'; '.join(problems)}")
+
+
+def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: str) -> None:
+    """The connector module's constants against the level's."""
+    settings, block = level.settings, getattr(connector, f"{side}_non_local")
+    expected = {
+        "spatial_temperature": (settings.spatial_temperature, connector.spatial_T),
+        "channel_temperature": (settings.channel_temperature, connector.channel_T),
+        "mode": (settings.mode, block.mode),
+        "stride": (settings.stride, _total_stride(block.g)),
+    }
+    if block.mode == "embedded_gaussian":
+        expected["use_scale"] = (settings.use_scale, block.use_scale)
+    differences = [
+        f"{name} is {theirs!r}, the loss has {ours!r}"
+        for name, (ours, theirs) in expected.items()
+        if ours != theirs
+    ]
+    if differences:
+        raise ValueError(f"{where}: {'; '.join(differences)}")
+
+
+def _total_stride(projection: nn.Module) -> int:
+    """The product of all the max-pools around a projection."""
+    pools = [module for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
+    return math.prod(_side(pool.kernel_size) for pool in pools)
+
+
+def _side(kernel_size: Any) -> int:
+    return kernel_size if isinstance(kernel_size, int) else kernel_size[0]

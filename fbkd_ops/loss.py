@@ -1,0 +1,321 @@
+"""The FBKD loss as a module: attention-masked features, pooled attention, non-local relations."""
+
+import math
+from typing import Any, Optional, Union
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends, functional, reference
+from ._numerics import accumulation_dtype, root, without_autocast
+from ._validation import Features, check_channels, check_same_device, is_int, paired_levels
+from .non_local_block import NonLocalBlock2d
+from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
+from .types import AttentionPool
+
+__all__ = ["FBKDLevel", "FBKDLoss"]
+
+Channels = Union[int, list[int], tuple[int, ...]]
+
+
+class FBKDLoss(nn.Module):
+    """The feature-based knowledge-distillation loss for detectors.
+
+    Each level has a learned adaptation of the student for each term, and two non-local blocks, one a side; all of
+    them are made here and must be in the optimizer. A term whose weight is 0 is left out with its parameters, so
+    that every parameter receives a gradient in every step.
+
+    Args:
+        student_channels: the student's width, an int or one int a level.
+        teacher_channels: the teacher's; the student's by default.
+        num_levels: how many levels, where the channels are ints; by default what the preset was written for
+            (``"paper"`` fits any number and needs it).
+        preset: ``"two_stage"``, ``"one_stage"``, ``"mmrazor"`` or ``"paper"``.
+        **overrides: any field of :class:`fbkd_ops.LevelSettings`, one value or a list of one a level:
+            ``spatial_temperature``, ``channel_temperature``, ``mask_rule``, ``use_channel_mask``,
+            ``channel_mask_source``, ``feature_weight``, ``channel_weight``, ``spatial_weight``, ``relation_weight``,
+            ``inter_channels``, ``stride``, ``pool_order``, ``mode``, ``use_scale``, ``norm``, ``conv_out_bias``,
+            ``pooled_terms``, ``normalize``.
+
+    Raises:
+        ValueError: channels, levels, a preset or an override's value out of its range.
+        TypeError: an unknown override.
+
+    Example:
+        >>> loss = FBKDLoss(256, num_levels=2)
+        >>> student = [torch.randn(1, 256, 32, 32), torch.randn(1, 256, 16, 16)]
+        >>> teacher = [torch.randn_like(level) for level in student]
+        >>> sorted(loss(student, teacher))
+        ['loss_fbkd_channel', 'loss_fbkd_feature', 'loss_fbkd_relation', 'loss_fbkd_spatial']
+
+    Source: Zhang & Ma 2021 for the terms; ``fbkd_ops/presets.py`` for the constants and where they come from.
+    """
+
+    def __init__(
+        self,
+        student_channels: Channels,
+        teacher_channels: Optional[Channels] = None,
+        *,
+        num_levels: Optional[int] = None,
+        preset: str = "two_stage",
+        **overrides: Any,
+    ):
+        super().__init__()
+        teacher_channels = student_channels if teacher_channels is None else teacher_channels
+        num_levels = _count_levels(student_channels, teacher_channels, num_levels, preset)
+        widths = zip(
+            _level_widths(student_channels, num_levels, "student_channels"),
+            _level_widths(teacher_channels, num_levels, "teacher_channels"),
+        )
+        self.preset = preset
+        self.levels = nn.ModuleList()
+        for index, (settings, (student, teacher)) in enumerate(
+            zip(resolve_settings(preset, num_levels, overrides), widths)
+        ):
+            try:
+                self.levels.append(FBKDLevel(student, teacher, settings))
+            except ValueError as error:
+                raise ValueError(f"level {index}: {error}") from None
+
+    @classmethod
+    def from_features(
+        cls, student_features: Features, teacher_features: Features, **arguments: Any
+    ) -> "FBKDLoss":
+        """A loss for features like these: channels and levels are read off them.
+
+        Args:
+            student_features, teacher_features: lists, tuples or dicts of ``(N, C, H, W)``, as for the call.
+            **arguments: ``preset`` and overrides, as for the constructor.
+
+        Returns:
+            The loss, on the features' device, in float32.
+
+        Example:
+            >>> features = {"p3": torch.randn(1, 64, 32, 32), "p4": torch.randn(1, 128, 16, 16)}
+            >>> len(FBKDLoss.from_features(features, features, preset="one_stage").levels)
+            2
+        """
+        pairs = paired_levels(student_features, teacher_features)
+        loss = cls(
+            [student.shape[1] for _, student, _, _ in pairs],
+            [teacher.shape[1] for _, _, _, teacher in pairs],
+            **arguments,
+        )
+        return loss.to(pairs[0][1].device)
+
+    def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
+        """The four terms of the loss.
+
+        Args:
+            student_features: one ``(N, Cs, H, W)`` a level, in a list, a tuple or a dict.
+            teacher_features: one ``(N, Ct, H, W)`` a level; two dicts are matched by key.
+
+        Returns:
+            Scalars ``loss_fbkd_feature``, ``loss_fbkd_channel``, ``loss_fbkd_spatial`` and ``loss_fbkd_relation``,
+            weighted and summed over levels, in float32 (float64 for float64 features).
+
+        Raises:
+            TypeError: features that are no list, tuple or dict, a level that is no floating-point tensor.
+            ValueError: levels, channels, N, H, W or devices that do not agree.
+        """
+        pairs = paired_levels(student_features, teacher_features)
+        self._check(pairs)
+        students = [student for _, student, _, _ in pairs]
+        teachers = [teacher.detach() for _, _, _, teacher in pairs]
+        with without_autocast(students[0]):
+            if backends.resolve("relation_loss", students[0]) == "reference":
+                return reference.fbkd_loss(students, teachers, self.levels)
+            return self._fused(students, teachers)
+
+    def _fused(self, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
+        dtype = accumulation_dtype(*students, *teachers)
+        totals = {term: students[0].new_zeros((), dtype=dtype) for term in TERMS}
+        for level, student, teacher in zip(self.levels, students, teachers):
+            for term, value in level(student, teacher).items():
+                totals[term] = totals[term] + level.term_scale(term, teacher.shape) * value
+        return {f"loss_fbkd_{term}": total for term, total in totals.items()}
+
+    def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
+        if len(pairs) != len(self.levels):
+            raise ValueError(
+                f"student_features must have {len(self.levels)} levels, as the loss was made with, got {len(pairs)}"
+            )
+        for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs):
+            check_channels(student, level.student_channels, student_name)
+            check_channels(teacher, level.teacher_channels, teacher_name)
+            check_same_device(student, pairs[0][1], student_name, pairs[0][0])
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            check_same_device(pairs[0][1], parameter, pairs[0][0], "the loss's parameters")
+
+
+class FBKDLevel(nn.Module):
+    """The adaptations, the non-local blocks and the four unweighted terms of one level.
+
+    Args:
+        student_channels: Cs.
+        teacher_channels: Ct.
+        settings: the level's constants.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, settings: LevelSettings):
+        super().__init__()
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.settings = settings
+        _check_channel_mask(student_channels, teacher_channels, settings)
+        has = {term: getattr(settings, f"{term}_weight") > 0 for term in TERMS}
+        pointwise = (student_channels, teacher_channels, 1)
+        self.feature_adaptation = nn.Conv2d(*pointwise) if has["feature"] else None
+        self.channel_adaptation = nn.Linear(student_channels, teacher_channels) if has["channel"] else None
+        self.spatial_adaptation = nn.Conv2d(1, 1, 3, padding=1) if has["spatial"] else None
+        self.relation_adaptation = nn.Conv2d(*pointwise) if has["relation"] else None
+        self.student_non_local = _non_local_block(student_channels, settings) if has["relation"] else None
+        self.teacher_non_local = _non_local_block(teacher_channels, settings) if has["relation"] else None
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """The terms that have a weight, by name, for ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
+        pool_s = functional.attention_pool(student)
+        pool_t = functional.attention_pool(teacher)
+        dtype = accumulation_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        terms = {}
+        if self.feature_adaptation is not None:
+            terms["feature"] = self._feature_term(student, teacher, pool_s, pool_t)
+        if self.channel_adaptation is not None:
+            s, t = self._pooled(pool_s, "channel"), self._pooled(pool_t, "channel")  # (N, Cs), (N, Ct)
+            terms["channel"] = _distance(t, self._adapted_channels(s.to(dtype)))
+        if self.spatial_adaptation is not None:
+            s, t = self._pooled(pool_s, "spatial"), self._pooled(pool_t, "spatial")  # (N, H, W)
+            layer = self.spatial_adaptation
+            adapted = F.conv2d(s[:, None].to(dtype), layer.weight.to(dtype), layer.bias.to(dtype), padding=1)
+            terms["spatial"] = _distance(t, adapted[:, 0])
+        if self.relation_adaptation is not None:
+            terms["relation"] = self._relation_term(student, teacher)
+        return terms
+
+    def term_scale(self, term: str, shape: tuple[int, int, int, int]) -> float:
+        """What the term is multiplied with: its weight, over the root of its size under ``normalize="mean"``.
+
+        Args:
+            term: one of the four terms' names.
+            shape: the teacher's ``(N, Ct, H, W)``.
+        """
+        weight = getattr(self.settings, f"{term}_weight")
+        if self.settings.normalize == "none":
+            return weight
+        n, channels, height, width = shape
+        elements = {"channel": n * channels, "spatial": n * height * width}
+        return weight / math.sqrt(max(elements.get(term, n * channels * height * width), 1))
+
+    def _feature_term(
+        self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
+    ) -> Tensor:
+        settings, layer = self.settings, self.feature_adaptation
+        spatial_mask = functional.attention_mask(
+            pool_s.spatial_attention,
+            pool_t.spatial_attention,
+            temperature=settings.spatial_temperature,
+            mask_rule=settings.mask_rule,
+        )
+        channel_mask = self._channel_mask(pool_s, pool_t) if settings.use_channel_mask else None
+        dtype = student.dtype
+        adapted = F.conv2d(student, layer.weight.to(dtype), layer.bias.to(dtype))
+        return functional.masked_l2_loss(adapted, teacher, spatial_mask, channel_mask)
+
+    def _channel_mask(self, pool_s: AttentionPool, pool_t: AttentionPool) -> Tensor:
+        """``(N, Ct)``; a student of another width is adapted by the channel term's linear layer."""
+        settings, attention_s = self.settings, pool_s.channel_attention.detach()
+        if settings.channel_mask_source == "teacher":
+            attention_s = None
+        elif self.student_channels != self.teacher_channels:
+            attention_s = self._adapted_channels(attention_s)
+        return functional.attention_mask(
+            attention_s,
+            pool_t.channel_attention,
+            temperature=settings.channel_temperature,
+            mask_rule=settings.mask_rule,
+        )
+
+    def _adapted_channels(self, channels: Tensor) -> Tensor:
+        """The channel term's linear layer on ``(N, Cs)``, ``(N, Ct)``."""
+        layer = self.channel_adaptation
+        return F.linear(channels, layer.weight.to(channels.dtype), layer.bias.to(channels.dtype))
+
+    def _pooled(self, pool: AttentionPool, axis: str) -> Tensor:
+        """What the channel or the spatial term compares: a plain mean or a mean of absolute values."""
+        return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
+
+    def _relation_term(self, student: Tensor, teacher: Tensor) -> Tensor:
+        settings = self.settings
+        return functional.relation_loss(
+            student,
+            teacher,
+            self.student_non_local.weights(),
+            self.teacher_non_local.weights(),
+            self.relation_adaptation.weight.flatten(1),
+            self.relation_adaptation.bias,
+            mode=settings.mode,
+            stride=settings.stride,
+            pool_order=settings.pool_order,
+            use_scale=settings.use_scale,
+            student_norm=self.student_non_local.norm,
+            teacher_norm=self.teacher_non_local.norm,
+        )
+
+
+def _distance(teacher: Tensor, student: Tensor) -> Tensor:
+    return root((teacher - student).square().sum())
+
+
+def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:
+    return NonLocalBlock2d(
+        channels,
+        settings.inner_width(channels),
+        mode=settings.mode,
+        stride=settings.stride,
+        pool_order=settings.pool_order,
+        use_scale=settings.use_scale,
+        norm=settings.norm,
+        conv_out_bias=settings.conv_out_bias,
+    )
+
+
+def _check_channel_mask(student_channels: int, teacher_channels: int, settings: LevelSettings) -> None:
+    """The student's half of the channel mask needs the channel term's layer where the widths differ."""
+    needs_layer = (
+        settings.use_channel_mask
+        and settings.channel_mask_source == "both"
+        and student_channels != teacher_channels
+    )
+    if needs_layer and settings.feature_weight > 0 and settings.channel_weight == 0:
+        raise ValueError(
+            f"channel_mask_source='both' with {student_channels} student and {teacher_channels} teacher channels "
+            "needs the channel term's linear layer, but channel_weight is 0 and would never train it; "
+            "use channel_mask_source='teacher' or a channel_weight > 0"
+        )
+
+
+def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int], preset: str) -> int:
+    default = default_num_levels(preset)
+    lengths = {len(channels) for channels in (student, teacher) if isinstance(channels, (list, tuple))}
+    if num_levels is None and lengths:
+        num_levels = max(lengths)
+    if num_levels is None:
+        num_levels = default
+    if num_levels is None:
+        raise ValueError(f"num_levels is needed: preset {preset!r} fits any number of levels")
+    if not is_int(num_levels) or num_levels < 1:
+        raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
+    return num_levels
+
+
+def _level_widths(channels: Channels, num_levels: int, name: str) -> list[int]:
+    widths = list(channels) if isinstance(channels, (list, tuple)) else [channels] * num_levels
+    if len(widths) != num_levels:
+        raise ValueError(f"{name} has {len(widths)} entries, expected an int or {num_levels}, one a level")
+    for level, width in enumerate(widths):
+        if not is_int(width):
+            raise TypeError(f"{name} must be an int or a list of ints, got {width!r} at level {level}")
+        if width < 1:
+            raise ValueError(f"{name} must be >= 1, got {width} at level {level}")
+    return widths

@@ -1,0 +1,204 @@
+"""The four parameterisations of FBKD in circulation, and how they resolve to one setting a level.
+
+A preset is a row of constants; every one of them is an override of :class:`fbkd_ops.FBKDLoss`.
+A tuple holds one value a level: with fewer levels than entries the first ones are taken, with more the
+last one repeats.
+"""
+
+import dataclasses
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+from ._validation import check_choice, check_stride, is_int
+
+__all__ = ["CHOICES", "MODES", "PRESETS", "TERMS", "LevelSettings", "default_num_levels", "resolve_settings"]
+
+TERMS = ("feature", "channel", "spatial", "relation")
+MODES = ("dot_product", "embedded_gaussian", "gaussian", "concatenation")
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """Every constant of the loss at one level. The fields are the overrides of ``FBKDLoss``.
+
+    Attributes:
+        spatial_temperature: tau of the spatial mask's softmax, > 0.
+        channel_temperature: tau of the channel mask's softmax, > 0.
+        mask_rule: ``"average"`` (mean of two softmaxes) or ``"joint"`` (softmax of the sum).
+        use_channel_mask: whether the feature term is weighted by the channel mask too.
+        channel_mask_source: ``"both"`` or ``"teacher"``; with ``"both"`` and different widths, the
+            student's channel attention goes through the channel term's linear layer first.
+        feature_weight: weight of the feature term, >= 0; a term of weight 0 is left out with its parameters.
+        channel_weight: weight of the channel term, >= 0.
+        spatial_weight: weight of the spatial term, >= 0.
+        relation_weight: weight of the relation term, >= 0.
+        inter_channels: inner width of the non-local blocks: an int for both sides, or a float in (0, 1],
+            the ratio to each side's own width (rounded down, at least 1).
+        stride: total factor by which phi and g are max-pooled, >= 1; clamped to the map.
+        pool_order: ``"single"``, or ``"nested"`` for MMRazor's pool by 2 followed by a pool by the rest: the
+            same cells, but among equal values another winner.
+        mode: how pixels are compared: ``"dot_product"``, ``"embedded_gaussian"``, ``"gaussian"`` or
+            ``"concatenation"``.
+        use_scale: whether ``embedded_gaussian`` divides by the root of the inner width.
+        norm: ``"batch"`` or ``"none"``, after the block's last convolution.
+        conv_out_bias: whether that convolution has a bias.
+        pooled_terms: whether the channel and spatial terms compare plain means (``"mean"``) or means of
+            absolute values (``"attention"``).
+        normalize: ``"none"`` for the paper's root of a sum over the batch, ``"mean"`` for the root of the mean.
+    """
+
+    spatial_temperature: float
+    channel_temperature: float
+    mask_rule: str
+    use_channel_mask: bool
+    feature_weight: float
+    channel_weight: float
+    spatial_weight: float
+    relation_weight: float
+    inter_channels: Union[int, float]
+    stride: int
+    conv_out_bias: bool
+    pool_order: str = "single"
+    mode: str = "dot_product"
+    use_scale: bool = True
+    norm: str = "batch"
+    pooled_terms: str = "mean"
+    channel_mask_source: str = "both"
+    normalize: str = "none"
+
+    def __post_init__(self):
+        for name in ("spatial_temperature", "channel_temperature"):
+            _require_number(name, getattr(self, name), "a number > 0", lambda value: value > 0)
+        for term in TERMS:
+            name = f"{term}_weight"
+            _require_number(name, getattr(self, name), "a finite number >= 0", lambda value: value >= 0)
+        for name in ("use_channel_mask", "conv_out_bias", "use_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            check_choice(getattr(self, name), choices, name)
+        check_stride(self.stride)
+        self._check_inter_channels()
+
+    def _check_inter_channels(self):
+        value = self.inter_channels
+        is_width = is_int(value) and value >= 1
+        is_ratio = isinstance(value, float) and 0 < value <= 1
+        if not (is_width or is_ratio):
+            raise ValueError(
+                f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}"
+            )
+
+    def inner_width(self, channels: int) -> int:
+        """The inner width of a non-local block on ``channels`` channels."""
+        if isinstance(self.inter_channels, float):
+            return max(int(channels * self.inter_channels), 1)
+        return self.inter_channels
+
+
+CHOICES = {
+    "mask_rule": ("average", "joint"),
+    "mode": MODES,
+    "norm": ("batch", "none"),
+    "pool_order": ("single", "nested"),
+    "pooled_terms": ("mean", "attention"),
+    "channel_mask_source": ("both", "teacher"),
+    "normalize": ("none", "mean"),
+}
+
+_TWO_STAGE = dict(
+    spatial_temperature=0.5,
+    channel_temperature=0.5,
+    mask_rule="average",
+    use_channel_mask=False,
+    feature_weight=7e-5,
+    channel_weight=4e-3,
+    spatial_weight=4e-3,
+    relation_weight=7e-5,
+    stride=(8, 4, 2, 2, 2),
+    inter_channels=(0.25, 0.25, 0.5, 0.5, 0.5),
+    conv_out_bias=True,
+)
+_ONE_STAGE_FACTOR = 6
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "two_stage": _TWO_STAGE,
+    "one_stage": _TWO_STAGE
+    | dict(spatial_temperature=0.1, channel_temperature=0.1, use_channel_mask=True)
+    | {f"{term}_weight": _ONE_STAGE_FACTOR * _TWO_STAGE[f"{term}_weight"] for term in TERMS},
+    "mmrazor": _TWO_STAGE
+    | dict(
+        stride=(16, 8, 4, 4),
+        inter_channels=(0.25, 0.25, 0.5, 0.5),
+        conv_out_bias=False,
+        pool_order="nested",
+    ),
+    "paper": _TWO_STAGE | dict(mask_rule="joint", use_channel_mask=True, pooled_terms="attention"),
+}
+
+_NUM_LEVELS: dict[str, Optional[int]] = {"two_stage": 5, "one_stage": 5, "mmrazor": 4, "paper": None}
+
+
+def default_num_levels(preset: str) -> Optional[int]:
+    """How many levels the preset was written for, None where it fits any number."""
+    check_choice(preset, tuple(PRESETS), "preset")
+    return _NUM_LEVELS[preset]
+
+
+def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) -> list[LevelSettings]:
+    """One :class:`LevelSettings` a level: the preset's values with ``overrides`` on top.
+
+    Args:
+        preset: a key of :data:`PRESETS`.
+        num_levels: number of pyramid levels, >= 1.
+        overrides: fields of :class:`LevelSettings`; a list or tuple gives one value a level.
+
+    Raises:
+        ValueError: an unknown preset, a value out of its range, a sequence of another length.
+        TypeError: an unknown override.
+    """
+    check_choice(preset, tuple(PRESETS), "preset")
+    _require_known(overrides)
+    columns = {name: _spread(value, num_levels) for name, value in PRESETS[preset].items()}
+    for name, value in overrides.items():
+        columns[name] = _per_level(name, value, num_levels)
+    settings = []
+    for level in range(num_levels):
+        try:
+            settings.append(LevelSettings(**{name: column[level] for name, column in columns.items()}))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"level {level}: {error}") from None
+    return settings
+
+
+def _require_known(overrides: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(LevelSettings)]
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise TypeError(
+            f"unknown override {', '.join(map(repr, unknown))}; the overrides are {', '.join(known)}"
+        )
+
+
+def _spread(value: Any, num_levels: int) -> list[Any]:
+    """A preset's value at each level."""
+    if not isinstance(value, tuple):
+        return [value] * num_levels
+    return [value[min(level, len(value) - 1)] for level in range(num_levels)]
+
+
+def _per_level(name: str, value: Any, num_levels: int) -> list[Any]:
+    """An override's value at each level."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * num_levels
+    if len(value) != num_levels:
+        raise ValueError(f"{name} has {len(value)} values, expected one value or {num_levels}, one a level")
+    return list(value)
+
+
+def _require_number(name: str, value: Any, expected: str, accepts) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accepts(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

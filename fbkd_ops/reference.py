@@ -1,0 +1,287 @@
+"""The literal formulas of FBKD in plain PyTorch: the oracle for every kernel, never optimised.
+
+``S (N, Cs, H, W)`` is the student's feature map, ``T (N, Ct, H, W)`` the teacher's. Everything here may
+hold several copies of a feature map, and :func:`non_local` forms the ``(HW, K)`` matrix that the rest of
+the package exists to avoid.
+
+Source: Zhang & Ma, "Improve Object Detection with Feature-based Knowledge Distillation", ICLR 2021, and
+the authors' released code for its constants.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._numerics import accumulation_dtype, root
+from .types import AttentionPool, NonLocalWeights
+
+__all__ = [
+    "attention_mask",
+    "attention_masks",
+    "attention_pool",
+    "fbkd_loss",
+    "level_terms",
+    "masked_l2_loss",
+    "max_pool",
+    "non_local",
+    "relation_loss",
+]
+
+
+def attention_pool(x: Tensor) -> AttentionPool:
+    """Both attention maps and both plain means of ``x (N, C, H, W)``."""
+    x = x.to(accumulation_dtype(x))
+    magnitude = x.abs()
+    return AttentionPool(
+        spatial_attention=magnitude.mean(dim=1),
+        channel_attention=magnitude.mean(dim=(2, 3)),
+        spatial_mean=x.mean(dim=1),
+        channel_mean=x.mean(dim=(2, 3)),
+    )
+
+
+def attention_mask(
+    student: Optional[Tensor],  # (N, ...), None for a mask of the teacher alone
+    teacher: Tensor,  # (N, ...)
+    *,
+    temperature: float,
+    mask_rule: str = "average",
+) -> Tensor:
+    """One mask from two attention maps; the softmax runs over all but the batch dimension."""
+    maps = [teacher] if student is None else [student, teacher]
+    dtype = accumulation_dtype(*maps)
+    maps = [attention.detach().flatten(1).to(dtype) for attention in maps]  # each (N, L)
+    if mask_rule == "average":
+        softened = [torch.softmax(attention / temperature, dim=1) for attention in maps]
+        mask = sum(softened) / len(maps)
+    else:
+        mask = torch.softmax(sum(maps) / temperature, dim=1)
+    return (mask.shape[1] * mask).reshape(teacher.shape)
+
+
+def attention_masks(
+    student: AttentionPool,
+    teacher: AttentionPool,
+    *,
+    spatial_temperature: float,
+    channel_temperature: float,
+    mask_rule: str = "average",
+) -> tuple[Tensor, Tensor]:
+    """Spatial mask ``(N, H, W)`` and channel mask ``(N, C)``, without gradient."""
+    spatial = attention_mask(
+        student.spatial_attention,
+        teacher.spatial_attention,
+        temperature=spatial_temperature,
+        mask_rule=mask_rule,
+    )
+    channel = attention_mask(
+        student.channel_attention,
+        teacher.channel_attention,
+        temperature=channel_temperature,
+        mask_rule=mask_rule,
+    )
+    return spatial, channel
+
+
+def masked_l2_loss(
+    student: Tensor,  # (N, C, H, W)
+    teacher: Tensor,  # (N, C, H, W)
+    spatial_mask: Optional[Tensor] = None,  # (N, H, W)
+    channel_mask: Optional[Tensor] = None,  # (N, C)
+) -> Tensor:
+    """``sqrt(sum(Ms * Mc * (S - T)**2))`` over the whole batch."""
+    dtype = accumulation_dtype(student, teacher)
+    squares = (student.to(dtype) - teacher.detach().to(dtype)) ** 2
+    if spatial_mask is not None:
+        squares = squares * spatial_mask[:, None]
+    if channel_mask is not None:
+        squares = squares * channel_mask[:, :, None, None]
+    return root(squares.sum())
+
+
+def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
+    """Max-pool ``x (N, C, H, W)`` by ``stride`` into ragged-edge-dropping cells.
+
+    A stride larger than the map is clamped to it. ``nested`` pools by 2 first and by the rest then:
+    the same cells, but among equal values another winner may receive the gradient.
+    """
+    for kernel in pool_kernels(x.shape[-2:], stride, pool_order):
+        x = F.max_pool2d(x, kernel)
+    return x
+
+
+def pool_kernels(size: tuple[int, int], stride: int, pool_order: str) -> list[tuple[int, int]]:
+    """The kernels of the pools that together pool ``size (H, W)`` by ``stride``."""
+    total = tuple(min(stride, extent) for extent in size)
+    if total == (1, 1):
+        return []
+    if pool_order == "single":
+        return [total]
+    first = tuple(2 if extent % 2 == 0 else 1 for extent in total)
+    return [first, (total[0] // first[0], total[1] // first[1])]
+
+
+def non_local(
+    x: Tensor,  # (N, C, H, W)
+    weights: NonLocalWeights,
+    *,
+    mode: str = "dot_product",
+    stride: int = 1,
+    pool_order: str = "single",
+    use_scale: bool = True,
+    norm: Optional[nn.BatchNorm2d] = None,
+) -> Tensor:
+    """The non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
+    weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
+    g = max_pool(_conv1x1(x, weights.g_weight, weights.g_bias), stride, pool_order).flatten(2)
+    if mode == "gaussian":
+        theta, phi = x, max_pool(x, stride, pool_order)
+    else:
+        theta = _conv1x1(x, weights.theta_weight, weights.theta_bias)
+        phi = max_pool(_conv1x1(x, weights.phi_weight, weights.phi_bias), stride, pool_order)
+    pairs = _pairwise(theta.flatten(2), phi.flatten(2), weights.pair_weight, mode, use_scale)
+    y = (pairs @ g.mT).mT.reshape(x.shape[0], g.shape[1], *x.shape[2:])  # (N, c, H, W)
+    u = _conv1x1(y, weights.out_weight, weights.out_bias)
+    return x + (u if norm is None else norm(u))
+
+
+def _conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _pairwise(
+    theta: Tensor,  # (N, c, HW)
+    phi: Tensor,  # (N, c, K)
+    pair_weight: Optional[Tensor],  # (2c,)
+    mode: str,
+    use_scale: bool,
+) -> Tensor:
+    """``f(theta_i, phi_j)``, ``(N, HW, K)``, with the division by K or the softmax over j."""
+    if mode == "concatenation":
+        w_theta, w_phi = pair_weight.chunk(2)
+        a = torch.einsum("c,nci->ni", w_theta, theta)
+        b = torch.einsum("c,ncj->nj", w_phi, phi)
+        return torch.relu(a[:, :, None] + b[:, None, :]) / phi.shape[2]
+    products = theta.mT @ phi
+    if mode == "dot_product":
+        return products / phi.shape[2]
+    if mode == "embedded_gaussian" and use_scale:
+        products = products / theta.shape[1] ** 0.5
+    return torch.softmax(products, dim=2)
+
+
+def relation_loss(
+    student: Tensor,  # (N, Cs, H, W)
+    teacher: Tensor,  # (N, Ct, H, W)
+    student_weights: NonLocalWeights,
+    teacher_weights: NonLocalWeights,
+    adaptation_weight: Tensor,  # (Ct, Cs)
+    adaptation_bias: Tensor,  # (Ct,)
+    *,
+    mode: str = "dot_product",
+    stride: int = 1,
+    pool_order: str = "single",
+    use_scale: bool = True,
+    student_norm: Optional[nn.BatchNorm2d] = None,
+    teacher_norm: Optional[nn.BatchNorm2d] = None,
+) -> Tensor:
+    """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch."""
+    dtype = accumulation_dtype(student, teacher)
+    block = dict(mode=mode, stride=stride, pool_order=pool_order, use_scale=use_scale)
+    z_s = non_local(student.to(dtype), student_weights, norm=student_norm, **block)
+    z_t = non_local(teacher.detach().to(dtype), teacher_weights, norm=teacher_norm, **block)
+    adapted = _conv1x1(z_s, adaptation_weight.to(dtype), adaptation_bias.to(dtype))
+    return root(((z_t - adapted) ** 2).sum())
+
+
+def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
+    """The unweighted terms of one level that its settings ask for, keyed by the term's name.
+
+    Args:
+        student: ``(N, Cs, H, W)``.
+        teacher: ``(N, Ct, H, W)``.
+        level: an :class:`fbkd_ops.loss.FBKDLevel`, read for its parameters and settings only.
+    """
+    settings = level.settings
+    dtype = accumulation_dtype(student, teacher)
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    pool_s, pool_t = attention_pool(student), attention_pool(teacher)
+    terms = {}
+    if level.feature_adaptation is not None:
+        terms["feature"] = masked_l2_loss(
+            _apply(level.feature_adaptation, student), teacher, *_masks(pool_s, pool_t, level)
+        )
+    attention = settings.pooled_terms == "attention"
+    if level.channel_adaptation is not None:
+        s = pool_s.channel_attention if attention else pool_s.channel_mean
+        t = pool_t.channel_attention if attention else pool_t.channel_mean
+        terms["channel"] = root(((t - _apply(level.channel_adaptation, s)) ** 2).sum())
+    if level.spatial_adaptation is not None:
+        s = pool_s.spatial_attention if attention else pool_s.spatial_mean
+        t = pool_t.spatial_attention if attention else pool_t.spatial_mean
+        terms["spatial"] = root(((t[:, None] - _apply(level.spatial_adaptation, s[:, None])) ** 2).sum())
+    if level.relation_adaptation is not None:
+        terms["relation"] = relation_loss(
+            student,
+            teacher,
+            level.student_non_local.weights(),
+            level.teacher_non_local.weights(),
+            level.relation_adaptation.weight.flatten(1),
+            level.relation_adaptation.bias,
+            mode=settings.mode,
+            stride=settings.stride,
+            pool_order=settings.pool_order,
+            use_scale=settings.use_scale,
+            student_norm=level.student_non_local.norm,
+            teacher_norm=level.teacher_non_local.norm,
+        )
+    return terms
+
+
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """The adaptation layer ``layer`` on ``x``, in x's dtype."""
+    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=layer.padding)
+
+
+def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor, Optional[Tensor]]:
+    """The feature term's masks ``(N, H, W)`` and ``(N, Ct)``, None where the settings have none."""
+    settings = level.settings
+    spatial = attention_mask(
+        pool_s.spatial_attention,
+        pool_t.spatial_attention,
+        temperature=settings.spatial_temperature,
+        mask_rule=settings.mask_rule,
+    )
+    if not settings.use_channel_mask:
+        return spatial, None
+    attention_s = pool_s.channel_attention
+    if settings.channel_mask_source == "teacher":
+        attention_s = None
+    elif attention_s.shape != pool_t.channel_attention.shape:
+        attention_s = _apply(level.channel_adaptation, attention_s)
+    channel = attention_mask(
+        attention_s,
+        pool_t.channel_attention,
+        temperature=settings.channel_temperature,
+        mask_rule=settings.mask_rule,
+    )
+    return spatial, channel
+
+
+def fbkd_loss(students: list[Tensor], teachers: list[Tensor], levels) -> dict[str, Tensor]:
+    """The four weighted terms, each summed over the levels of an :class:`fbkd_ops.FBKDLoss`."""
+    dtype = accumulation_dtype(*students, *teachers)
+    totals = {
+        f"loss_fbkd_{term}": students[0].new_zeros((), dtype=dtype)
+        for term in ("feature", "channel", "spatial", "relation")
+    }
+    for student, teacher, level in zip(students, teachers, levels):
+        for term, value in level_terms(student, teacher, level).items():
+            scale = level.term_scale(term, teacher.shape)
+            totals[f"loss_fbkd_{term}"] = totals[f"loss_fbkd_{term}"] + scale * value
+    return totals

@@ -1,0 +1,38 @@
+"""The tuples that pass between the layers of the package."""
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+__all__ = ["AttentionPool", "NonLocalWeights"]
+
+
+class AttentionPool(NamedTuple):
+    """The four means of a feature map ``x (N, C, H, W)``.
+
+    The attention maps are means of ``abs(x)`` (Zhang & Ma 2021, ``G^s`` and ``G^c``);
+    the other two are plain means.
+    """
+
+    spatial_attention: Tensor  # (N, H, W), mean over channels of abs(x)
+    channel_attention: Tensor  # (N, C),    mean over pixels of abs(x)
+    spatial_mean: Tensor  # (N, H, W), mean over channels of x
+    channel_mean: Tensor  # (N, C),    mean over pixels of x
+
+
+class NonLocalWeights(NamedTuple):
+    """The 1x1 convolutions of a non-local block, each as a matrix.
+
+    ``C`` is the block's width, ``c`` its inner width. ``gaussian`` mode has no theta and phi;
+    only ``concatenation`` has ``pair_weight``, the projection of ``[theta_i; phi_j]`` to a scalar.
+    """
+
+    g_weight: Tensor  # (c, C)
+    g_bias: Tensor  # (c,)
+    out_weight: Tensor  # (C, c)
+    out_bias: Optional[Tensor] = None  # (C,)
+    theta_weight: Optional[Tensor] = None  # (c, C)
+    theta_bias: Optional[Tensor] = None  # (c,)
+    phi_weight: Optional[Tensor] = None  # (c, C)
+    phi_bias: Optional[Tensor] = None  # (c,)
+    pair_weight: Optional[Tensor] = None  # (2c,), theta's half first

@@ -1,0 +1,234 @@
+"""Writes the oracle files that tests/test_oracle.py compares with, from MMRazor 1.0.0's own classes.
+
+Needs a checkout of MMRazor 1.0.0, mmengine and mmcv-lite 2.1.0; the tests need none of them:
+
+    pip install mmengine mmcv-lite==2.1.0
+    cd tests && python -m oracle.make_oracle --mmrazor PATH_TO_MMRAZOR
+
+MMRazor does not import whole on a recent torch, so its three files are loaded one by one under stub parents. Everything
+is float64; weights, BatchNorm buffers and features are random, because at MMRazor's own zero initialisation most
+parameters have exactly zero gradient.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import types
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers import randomise
+from torch import nn
+
+HERE = Path(__file__).parent
+TERMS = ("feature", "channel", "spatial", "relation")
+WEIGHTS = {"feature": 0.7, "channel": 1.3, "spatial": 1.1, "relation": 0.9}
+STEPS = 3
+LEARNING_RATE, MOMENTUM = 0.02, 0.9
+
+
+@dataclass
+class Case:
+    """One oracle file. ``sizes`` and ``strides`` (total pooling factors) have one entry a level."""
+
+    name: str
+    batch: int
+    channels: int
+    sizes: list[tuple[int, int]]
+    strides: list[int]
+    reduction: list[int]
+    mode: str = "dot_product"
+    norm: str = "batch"
+    temperature: float = 0.5
+    use_channel_mask: bool = False
+    padded: bool = False  # zero the features' last rows and columns: ties in the pools
+    seed: int = 0
+
+
+CASES = [
+    Case("mmrazor_four_levels", 2, 8, [(33, 20), (17, 12), (9, 7), (5, 4)], [16, 8, 4, 4], [4, 4, 2, 2], seed=1),
+    Case("mmrazor_odd_sizes", 3, 5, [(19, 17), (13, 9), (7, 11), (4, 5)], [16, 8, 4, 4], [4, 4, 2, 2], seed=2),
+    Case("mmrazor_padded", 2, 4, [(22, 37), (16, 16)], [16, 8], [4, 4], padded=True, seed=3),
+    Case("one_image", 1, 6, [(11, 13), (5, 3)], [2, 1], [2, 2], seed=4),
+    Case("channel_mask", 2, 5, [(9, 8), (6, 7)], [2, 2], [1, 5], temperature=0.1, use_channel_mask=True, seed=5),
+    Case("no_norm", 2, 6, [(10, 9), (7, 5)], [4, 1], [2, 3], norm="none", seed=6),
+    Case("embedded_gaussian", 2, 6, [(9, 7), (8, 6)], [2, 1], [2, 2], mode="embedded_gaussian", seed=7),
+    Case("gaussian", 2, 5, [(7, 6), (4, 5)], [1, 1], [2, 1], mode="gaussian", seed=8),
+    Case("concatenation", 2, 6, [(9, 7), (8, 6)], [2, 1], [2, 3], mode="concatenation", seed=9),
+]
+
+
+def load_mmrazor(path: Path):
+    """MMRazor's loss module and connector module."""
+    for name in ("mmrazor", "mmrazor.models", "mmrazor.models.losses", "mmrazor.models.architectures"):
+        sys.modules[name] = types.ModuleType(name)
+    connectors = "mmrazor.models.architectures.connectors"
+    sys.modules[connectors] = types.ModuleType(connectors)
+    registry = types.ModuleType("mmrazor.registry")
+    from mmengine.registry import Registry
+
+    registry.MODELS = Registry("oracle models")
+    sys.modules["mmrazor.registry"] = registry
+
+    def load(name: str, file: str):
+        spec = importlib.util.spec_from_file_location(name, path / file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    folder = "mmrazor/models/architectures/connectors"
+    load(f"{connectors}.base_connector", f"{folder}/base_connector.py")
+    connector_module = load(f"{connectors}.fbkd_connector", f"{folder}/fbkd_connector.py")
+    return load("mmrazor.models.losses.fbkd_loss", "mmrazor/models/losses/fbkd_loss.py"), connector_module
+
+
+def connector(kind: str, case: Case, level: int, module):
+    pooled = case.strides[level] > 1
+    make = module.FBKDStudentConnector if kind == "student" else module.FBKDTeacherConnector
+    made = make(
+        in_channels=case.channels,
+        reduction=case.reduction[level],
+        mode=case.mode,
+        sub_sample=pooled,
+        # MMRazor's block pools by 2 before it pools by maxpool_stride.
+        maxpool_stride=case.strides[level] // 2 if pooled else 2,
+        norm_cfg=dict(type="BN") if case.norm == "batch" else None,
+        spatial_T=case.temperature,
+        channel_T=case.temperature,
+    ).double()
+    if case.mode == "concatenation":
+        # mmcv divides the ReLU's output in place, which its backward refuses: hand it a copy.
+        block = made.student_non_local if kind == "student" else made.teacher_non_local
+        block.concat_project.register_forward_hook(lambda module, inputs, output: output.clone())
+    return made
+
+
+def features(case: Case, generator: torch.Generator) -> list[torch.Tensor]:
+    maps = []
+    for height, width in case.sizes:
+        x = torch.randn(case.batch, case.channels, height, width, generator=generator, dtype=torch.float64)
+        if case.padded:
+            x[:, :, -height // 3 :] = 0
+            x[:, :, :, -width // 3 :] = 0
+        maps.append(x)
+    return maps
+
+
+def terms_of(case: Case, loss_module, s_input, t_input) -> dict[str, torch.Tensor]:
+    """Each term of one level, through MMRazor's loss with all other weights 0."""
+    names = {
+        "feature": "mask_l2_weight",
+        "channel": "channel_weight",
+        "spatial": "spatial_weight",
+        "relation": "nonloacl_weight",
+    }
+    terms = {}
+    for term in TERMS:
+        weights = {argument: float(name == term) for name, argument in names.items()}
+        terms[term] = loss_module.FBKDLoss(**weights)(s_input, t_input)
+    if case.use_channel_mask:
+        # MMRazor computes the channel mask but leaves it out of its own loss.
+        terms["feature"] = loss_module.mask_l2_loss(
+            t_input[4],
+            s_input[5],
+            ((t_input[0] + s_input[0]) / 2).detach(),
+            ((t_input[1] + s_input[1]) / 2).detach(),
+        )
+    return terms
+
+
+class Oracle(nn.Module):
+    """MMRazor's connectors of every level, and the sum of each term over levels."""
+
+    def __init__(self, case: Case, loss_module, connector_module):
+        super().__init__()
+        self.case, self.loss_module = case, loss_module
+        levels = range(len(case.sizes))
+        self.student = nn.ModuleList(connector("student", case, i, connector_module) for i in levels)
+        self.teacher = nn.ModuleList(connector("teacher", case, i, connector_module) for i in levels)
+
+    def forward(self, students, teachers) -> dict[str, torch.Tensor]:
+        totals = dict.fromkeys(TERMS, 0.0)
+        for s_connector, t_connector, s, t in zip(self.student, self.teacher, students, teachers):
+            for term, value in terms_of(self.case, self.loss_module, s_connector(s), t_connector(t)).items():
+                totals[term] = totals[term] + value
+        return totals
+
+
+def total_of(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(WEIGHTS[term] * value for term, value in terms.items())
+
+
+def record(case: Case, loss_module, connector_module) -> dict[str, np.ndarray]:
+    """Everything one oracle file holds."""
+    generator = torch.Generator().manual_seed(case.seed)
+    oracle = Oracle(case, loss_module, connector_module)
+    randomise(oracle, case.seed)
+    students = [x.requires_grad_() for x in features(case, generator)]
+    teachers = features(case, generator)
+    out = {f"weight.{name}": value.clone() for name, value in oracle.state_dict().items()}
+    out |= {f"input.student.{i}": x.detach().clone() for i, x in enumerate(students)}
+    out |= {f"input.teacher.{i}": x for i, x in enumerate(teachers)}
+
+    terms = oracle(students, teachers)
+    total_of(terms).backward()
+    out |= {f"term.{name}": value.detach() for name, value in terms.items()}
+    out |= {f"grad.input.{i}": x.grad for i, x in enumerate(students)}
+    out |= {f"grad.weight.{name}": parameter.grad for name, parameter in oracle.named_parameters()}
+    out |= {f"buffer.{name}": value.clone() for name, value in oracle.named_buffers()}
+    out["trained.total"], out["trained.eval_total"] = trajectory(oracle, students, teachers)
+    return {name: np.asarray(value.detach()) for name, value in out.items()}
+
+
+def trajectory(oracle: Oracle, students, teachers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training losses before each of three further optimizer steps and after them, and the eval loss then."""
+    optimizer = torch.optim.SGD(oracle.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    students = [x.detach() for x in students]
+    totals = []
+    for step in range(STEPS + 1):
+        total = total_of(oracle(students, teachers))
+        totals.append(total.detach())
+        if step < STEPS:
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+    oracle.eval()
+    return torch.stack(totals), total_of(oracle(students, teachers))
+
+
+def record_pooled_gaussian() -> dict[str, np.ndarray]:
+    """mmcv's own block: MMRazor's pooled gaussian mode raises."""
+    from mmcv.cnn import NonLocal2d
+
+    generator = torch.Generator().manual_seed(10)
+    block = NonLocal2d(6, reduction=2, mode="gaussian", sub_sample=True, norm_cfg=dict(type="BN")).double()
+    randomise(block, seed=10)
+    x = torch.randn(2, 6, 9, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    out = {f"weight.{name}": value.clone() for name, value in block.state_dict().items()}
+    z = block(x)
+    (z * direction).sum().backward()
+    out |= {"input": x.detach(), "direction": direction, "output": z.detach(), "grad.input": x.grad}
+    out |= {f"grad.weight.{name}": parameter.grad for name, parameter in block.named_parameters()}
+    out |= {f"buffer.{name}": value.clone() for name, value in block.named_buffers()}
+    return {name: np.asarray(value.detach()) for name, value in out.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mmrazor", type=Path, required=True, help="checkout of MMRazor 1.0.0")
+    arguments = parser.parse_args()
+    loss_module, connector_module = load_mmrazor(arguments.mmrazor)
+    for case in CASES:
+        arrays = record(case, loss_module, connector_module)
+        arrays["case"] = np.asarray(json.dumps(asdict(case)))
+        np.savez_compressed(HERE / f"{case.name}.npz", **arrays)
+    np.savez_compressed(HERE / "pooled_gaussian_block.npz", **record_pooled_gaussian())
+
+
+if __name__ == "__main__":
+    main()

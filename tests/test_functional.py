@@ -1,0 +1,321 @@
+"""The public functions against the literal reference: values, gradients, dtypes, layouts and bad input."""
+
+import copy
+
+import pytest
+import torch
+from helpers import randomise, within_eager_error
+
+import fbkd_ops
+from fbkd_ops import NonLocalBlock2d, functional, reference
+from fbkd_ops.presets import MODES
+from fbkd_ops.types import AttentionPool, NonLocalWeights
+
+# (size, stride): no pooling; ragged cells in both directions; stride 3 (odd); a stride beyond the height only;
+# one pixel; one row.
+SIZES_AND_STRIDES = [((6, 5), 1), ((9, 7), 2), ((8, 10), 3), ((3, 12), 8), ((1, 1), 4), ((1, 9), 2)]
+
+
+def relation_pair(mode, stride, norm="batch", seed=0, widths=(4, 6)):
+    """Two randomised blocks and an adaptation, in float64."""
+    blocks = [
+        # Before a BatchNorm the last bias has gradient 0, and rounding only.
+        NonLocalBlock2d(width, 3, mode=mode, stride=stride, norm=norm, conv_out_bias=norm == "none")
+        for width in widths
+    ]
+    parts = torch.nn.ModuleList([*blocks, torch.nn.Conv2d(*widths, 1)]).double()
+    return randomise(parts, seed)
+
+
+def run_relation(parts, student, teacher, function, mode, stride, autocast=False):
+    """The loss, and the gradients of student and parameters; ``parts`` is left with updated statistics."""
+    student = student.clone().requires_grad_()
+    student_block, teacher_block, adaptation = parts
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = function(
+            student,
+            teacher,
+            student_block.weights(),
+            teacher_block.weights(),
+            adaptation.weight.flatten(1),
+            adaptation.bias,
+            mode=mode,
+            stride=stride,
+            student_norm=student_block.norm,
+            teacher_norm=teacher_block.norm,
+        )
+    loss.backward()
+    return loss.detach(), student.grad, {name: p.grad for name, p in parts.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size,stride", SIZES_AND_STRIDES)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_relation_loss_equals_the_reference(mode, size, stride, norm):
+    ours, literal = (relation_pair(mode, stride, norm=norm) for _ in range(2))
+    student = torch.randn(3, 4, *size, dtype=torch.float64)
+    teacher = torch.randn(3, 6, *size, dtype=torch.float64)
+    loss, grad, grads = run_relation(ours, student, teacher, functional.relation_loss, mode, stride)
+    expected = run_relation(literal, student, teacher, reference.relation_loss, mode, stride)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(grad, expected[1], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(grads, expected[2], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(literal.named_buffers()), rtol=1e-11, atol=1e-11)
+    assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("affine,track", [(True, True), (False, True), (True, False), (False, False)])
+def test_every_kind_of_batch_norm(momentum, affine, track):
+    norms = [
+        randomise(torch.nn.BatchNorm2d(4, 1e-3, momentum, affine, track).double(), seed=3) for _ in range(2)
+    ]
+    block = randomise(NonLocalBlock2d(4, 2, norm="none").double())
+    for training in (True, True, True, False):
+        x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+        for norm in norms:
+            norm.train(training)
+        z = functional.non_local(x, block.weights(), norm=norms[0])
+        torch.testing.assert_close(z, reference.non_local(x, block.weights(), norm=norms[1]))
+        torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
+
+
+def test_an_empty_batch_leaves_the_statistics_as_batch_norm_does():
+    ours, theirs = torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+    block = NonLocalBlock2d(4, 2, norm="none")
+    z = functional.non_local(torch.zeros(0, 4, 3, 3), block.weights(), norm=ours)
+    theirs(torch.zeros(0, 4, 3, 3))
+    assert z.shape == (0, 4, 3, 3)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_one_value_a_channel_raises_as_batch_norm_does():
+    block = NonLocalBlock2d(4, 2)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block(torch.randn(1, 4, 1, 1))
+    assert block.norm.num_batches_tracked == 0
+    assert block.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nested_pools_give_ties_to_mmrazors_winner(mode):
+    """Rare ones of both signs in equal channels: cells hold ties, of which the two orders break some differently."""
+    x = torch.randn(2, 1, 16, 16).double().clamp(-1.2, 1.2).div(1.2).trunc().repeat(1, 3, 1, 1)
+    block = randomise(NonLocalBlock2d(3, 2, mode=mode, norm="none").double(), seed=2)
+    grads = {}
+    for order in ("single", "nested"):
+        for name, function in (("ours", functional.non_local), ("literal", reference.non_local)):
+            leaf = x.clone().requires_grad_()
+            z = function(leaf, block.weights(), mode=mode, stride=4, pool_order=order)
+            z.square().sum().backward()
+            grads[order, name] = leaf.grad
+        torch.testing.assert_close(grads[order, "ours"], grads[order, "literal"])
+    assert (grads["single", "ours"] - grads["nested", "ours"]).abs().max() > 1e-6
+
+
+def test_concatenation_counts_pairs_at_the_threshold_as_relu_does():
+    """Integers make a_i + b_j exactly 0 for many pairs, where relu has gradient 0."""
+    x = torch.randint(-2, 3, (2, 3, 4, 4)).double()
+    block = NonLocalBlock2d(3, 2, mode="concatenation", norm="none").double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randint(-1, 2, parameter.shape))
+    grads = []
+    for function in (functional.non_local, reference.non_local):
+        leaf = x.clone().requires_grad_()
+        function(leaf, block.weights(), mode="concatenation").square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_reaches_the_result(mode):
+    x = torch.randn(1, 4, 5, 5)
+    x[0, 1, 2, 3] = float("nan")
+    block = randomise(NonLocalBlock2d(4, 2, mode=mode, stride=2))
+    ours = functional.non_local(x, block.weights(), mode=mode, stride=2, norm=copy.deepcopy(block.norm))
+    literal = reference.non_local(x, block.weights(), mode=mode, stride=2, norm=block.norm)
+    assert ours.isnan().all() and literal.isnan().all()
+    assert functional.masked_l2_loss(x, torch.zeros_like(x)).isnan()
+
+
+def test_gradcheck_of_the_relation_loss():
+    parts = relation_pair("dot_product", 2, norm="none")
+    parameters = [p for p in parts.parameters()]
+
+    def loss(student, *values):
+        values = dict(zip((name for name, _ in parts.named_parameters()), values))
+        student_block, teacher_block = (
+            NonLocalWeights(**{
+                f"{layer}_{entry}": values[f"{side}.{layer}.{entry}"].flatten(1 if entry == "weight" else 0)
+                for layer in ("g", "theta", "phi", "out")
+                for entry in ("weight", "bias")
+            })
+            for side in (0, 1)
+        )
+        return functional.relation_loss(
+            student, teacher, student_block, teacher_block, values["2.weight"].flatten(1), values["2.bias"], stride=2
+        )
+
+    student = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(loss, (student, *parameters))
+
+
+def test_relation_residual_has_no_second_derivative():
+    parts = relation_pair("dot_product", 1)
+    student = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    loss = functional.relation_loss(
+        student,
+        torch.randn(2, 6, 3, 3, dtype=torch.float64),
+        parts[0].weights(),
+        parts[1].weights(),
+        parts[2].weight.flatten(1),
+        parts[2].bias,
+    )
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("masks", ["none", "spatial", "channel", "both"])
+def test_masked_l2_loss_equals_the_reference(layout, masks):
+    student, teacher = (torch.randn(2, 5, 7, 9, dtype=torch.float64) for _ in range(2))
+    if layout == "channels_last":
+        student = student.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        student = torch.randn(2, 10, 9, 9, dtype=torch.float64)[:, ::2, 1:8]
+    spatial = torch.rand(2, 7, 9, dtype=torch.float64) if masks in ("spatial", "both") else None
+    channel = torch.rand(2, 5, dtype=torch.float64) if masks in ("channel", "both") else None
+    student.requires_grad_()
+    results = []
+    for function in (functional.masked_l2_loss, reference.masked_l2_loss):
+        loss = function(student, teacher, spatial, channel)
+        results.append((loss, *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: functional.masked_l2_loss(s, teacher, spatial, channel), (student,))
+
+
+def test_equal_features_have_loss_and_gradient_zero():
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = functional.masked_l2_loss(student, student.detach().clone())
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("rule", ["average", "joint"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_attention_masks(rule, dtype):
+    """Against a softmax written out by hand; large activations must not overflow."""
+    pools = [
+        functional.attention_pool((100 * torch.randn(2, 6, 5, 7)).to(dtype).requires_grad_()) for _ in range(2)
+    ]
+    spatial, channel = functional.attention_masks(
+        *pools, spatial_temperature=0.5, channel_temperature=0.25, mask_rule=rule
+    )
+    for mask, field, tau in ((spatial, "spatial_attention", 0.5), (channel, "channel_attention", 0.25)):
+        s, t = (getattr(pool, field).detach().double().flatten(1) / tau for pool in pools)
+
+        def softmax(x):
+            shifted = (x - x.amax(1, keepdim=True)).exp()
+            return shifted / shifted.sum(1, keepdim=True)
+
+        expected = (softmax(s) + softmax(t)) / 2 if rule == "average" else softmax(s + t)
+        expected = s.shape[1] * expected
+        torch.testing.assert_close(mask.double(), expected.reshape(mask.shape), rtol=1e-4, atol=1e-6)
+        assert not mask.requires_grad
+        assert mask.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_mask_of_the_teacher_alone():
+    teacher = torch.rand(2, 6)
+    for rule in ("average", "joint"):
+        mask = functional.attention_mask(None, teacher, temperature=0.5, mask_rule=rule)
+        torch.testing.assert_close(mask, 6 * torch.softmax(teacher / 0.5, 1))
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float64),
+], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
+    """Values that are exact in the narrow dtypes, so that the float64 truth has the same inputs."""
+    student = torch.randn(2, 4, 9, 8).to(dtypes[0])
+    teacher = torch.randn(2, 6, 9, 8).to(dtypes[1])
+    parts = relation_pair("dot_product", 2)
+    truth = run_relation(copy.deepcopy(parts), student.double(), teacher.double(), reference.relation_loss, "dot_product", 2)
+    accumulation = torch.float64 if torch.float64 in dtypes else torch.float32
+    parts = parts.to(accumulation)
+    eager = run_relation(copy.deepcopy(parts), student.to(accumulation), teacher.to(accumulation), reference.relation_loss, "dot_product", 2)
+    ours = run_relation(parts, student, teacher, functional.relation_loss, "dot_product", 2, autocast)
+    assert ours[0].dtype == accumulation and ours[1].dtype == dtypes[0]
+    assert within_eager_error(ours[0], eager[0], truth[0], accumulation)
+    # The gradient is rounded once more, to the student's dtype.
+    assert within_eager_error(ours[1], eager[1].to(dtypes[0]), truth[1], accumulation, eps=64)
+
+
+@pytest.mark.parametrize("call,error,message", [
+    (lambda x: functional.attention_pool(x.int()), TypeError, r"x must have dtype float16, .* got int32"),
+    (lambda x: functional.attention_pool(x.to(torch.complex64)), TypeError, r"got complex64"),
+    (lambda x: functional.attention_pool(x[0]), ValueError, r"x must have shape \(N, C, H, W\), got \(3, 4, 5\)"),
+    (lambda x: functional.attention_pool(x[:, :, :0]), ValueError, r"at least one channel and one pixel"),
+    (lambda x: functional.attention_pool([x]), TypeError, r"x must be a torch.Tensor, got list"),
+    (lambda x: functional.masked_l2_loss(x, x[:, :2]), ValueError, r"agree in N, C, H and W, got \(2, 3, 4, 5\) and \(2, 2, 4, 5\)"),
+    (lambda x: functional.masked_l2_loss(x, x.to("meta")), ValueError, r"one device, got cpu and meta"),
+    (lambda x: functional.masked_l2_loss(x, x, x[:, 0, 1:]), ValueError, r"spatial_mask must have shape \(2, 4, 5\), got \(2, 3, 5\)"),
+    (lambda x: functional.masked_l2_loss(x, x, None, x[:, 0]), ValueError, r"channel_mask must have shape \(2, 3\)"),
+    (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor or None, got float"),
+    (lambda x: functional.attention_mask(x, x, temperature=0), ValueError, r"temperature must be > 0, got 0"),
+    (lambda x: functional.attention_mask(x, x, temperature=1, mask_rule="mean"), ValueError, r"mask_rule must be one of 'average', 'joint', got 'mean'"),
+    (lambda x: functional.attention_masks(x, x, spatial_temperature=1, channel_temperature=1), TypeError, r"student must be an AttentionPool, got Tensor"),
+    (lambda x: functional.non_local(x, block_weights(), mode="dot"), ValueError, r"mode must be one of 'dot_product'.*got 'dot'"),
+    (lambda x: functional.non_local(x, block_weights(), stride=0), ValueError, r"stride must be an int >= 1"),
+    (lambda x: functional.non_local(x, block_weights(5)), ValueError, r"weights.g_weight must have shape \(2, 3\) in mode 'dot_product', got \(2, 5\)"),
+    (lambda x: functional.non_local(x, block_weights(), mode="concatenation"), ValueError, r"weights.pair_weight must have shape \(4,\) in mode 'concatenation', got None"),
+    (lambda x: functional.non_local(x, None), TypeError, r"weights must be NonLocalWeights, got NoneType"),
+])
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 3, 4, 5))
+
+
+def block_weights(width=3):
+    return NonLocalBlock2d(width, 2).weights()
+
+
+def test_masks_of_different_widths_say_who_adapts():
+    pools = [functional.attention_pool(torch.randn(2, width, 4, 4)) for width in (3, 5)]
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 5\); adapt the student's channel attention"):
+        functional.attention_masks(*pools, spatial_temperature=1, channel_temperature=1)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (dict(inter_channels=0), "inter_channels must be between 1 and in_channels=4, got 0"),
+    (dict(inter_channels=5), "inter_channels must be between 1 and in_channels=4, got 5"),
+    (dict(mode="dot"), "mode must be one of"),
+    (dict(norm="layer"), "norm must be one of"),
+])
+def test_bad_blocks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NonLocalBlock2d(4, **arguments)
+
+
+def test_a_block_starts_as_the_identity():
+    for norm in ("batch", "none"):
+        block = NonLocalBlock2d(6, stride=2, norm=norm)
+        x = torch.randn(2, 6, 5, 5)
+        torch.testing.assert_close(block(x), x)
+
+
+def test_forced_reference_runs_the_literal_formula():
+    """Rounding tells the two apart: in float32 they differ in the last bits."""
+    block = randomise(NonLocalBlock2d(8, 4, norm="none"))
+    x = torch.randn(2, 8, 9, 9)
+    with fbkd_ops.use_backend("reference"):
+        forced = block(x)
+    assert torch.equal(forced, reference.non_local(x, block.weights()))
+    assert not torch.equal(forced, block(x))
+    assert isinstance(functional.attention_pool(x), AttentionPool)
