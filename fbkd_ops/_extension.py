@@ -1,0 +1,110 @@
+"""Loads the compiled libraries and remembers why one is missing or broken.
+
+``_C`` holds the op schemas and the CPU kernels, ``_cuda`` the CUDA kernels: they are apart because the
+latter needs symbols that only a CUDA build of torch has.
+"""
+
+import importlib
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Library", "REBUILD", "build_info", "build_report", "cpu", "cuda"]
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in the source tree of fbkd_ops)"
+_FOLDER = Path(__file__).resolve().parent
+
+
+class Library(NamedTuple):
+    """State of one compiled library; ``status`` is "loaded", "not built: ..." or "broken: ..."."""
+
+    loaded: bool
+    status: str
+
+
+def build_report() -> dict:
+    """What setup.py built and left out, and why; empty if it never ran."""
+    path = _FOLDER / "_build_report.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def build_info() -> dict:
+    """The compiled module's own facts; empty where it is not loaded."""
+    return sys.modules[f"{__package__}._C"].build_info() if cpu.loaded else {}
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int("".join(filter(str.isdigit, minor)))
+
+
+def _mismatch(report: dict) -> str:
+    """What differs between the build and this process, as an explanation of a failed load."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    notes = []
+    if "torch" in report and report["torch"] != torch.__version__:
+        notes.append(f"built against torch {report['torch']}, running torch {torch.__version__}")
+    if "stable_abi" in report and _version(torch.__version__) < _version(report["stable_abi"]):
+        notes.append(f"the stable ABI of torch {report['stable_abi']} is needed")
+    if "python" in report and report["python"].split()[-1] != python:
+        notes.append(f"built for {report['python']}, running Python {python}")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _files(name: str) -> list[Path]:
+    return sorted(path for suffix in ("so", "pyd", "dylib") for path in _FOLDER.glob(f"{name}*.{suffix}"))
+
+
+def _absent(part: str, report: dict) -> Library:
+    if not report:
+        return Library(False, "not built: setup.py has not run on this copy of the package")
+    why = report["left_out"].get(part, "setup.py meant to build it, but the library is missing")
+    return Library(False, f"not built: {why}")
+
+
+def _broken(part: str, error: object, report: dict) -> Library:
+    status = f"broken: {error}{_mismatch(report)}"
+    warnings.warn(
+        f"the compiled {part} part of fbkd_ops does not load, slower code runs instead. {status}. Rebuild it: {REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Library(False, status)
+
+
+def _load_cpu(report: dict) -> Library:
+    files = _files("_C")
+    if not files:
+        return _absent("cpu", report)
+    try:
+        importlib.import_module(f"{__package__}._C")
+    except ModuleNotFoundError:
+        names = ", ".join(path.name for path in files)
+        return _broken("cpu", f"{names} is not for this Python ({sys.implementation.cache_tag})", report)
+    except (ImportError, OSError) as error:
+        return _broken("cpu", error, report)
+    return Library(True, "loaded")
+
+
+def _load_cuda(report: dict) -> Library:
+    files = _files("_cuda")
+    if not files:
+        return _absent("cuda", report)
+    if not cpu.loaded:
+        return Library(False, f"broken: it needs the cpu part, which is {cpu.status}")
+    if torch.version.cuda is None:
+        return Library(False, f"not usable: torch {torch.__version__} is built without CUDA")
+    try:
+        torch.ops.load_library(str(files[0]))
+    except (ImportError, OSError, RuntimeError) as error:
+        return _broken("cuda", error, report)
+    return Library(True, "loaded")
+
+
+_report = build_report()
+cpu = _load_cpu(_report)
+cuda = _load_cuda(_report)

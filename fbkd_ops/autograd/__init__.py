@@ -1,0 +1,1 @@
+"""One ``torch.autograd.Function`` for each op that has kernels."""

@@ -1,0 +1,113 @@
+"""Which code runs an op: ``use_backend`` forces it, ``resolve`` decides it."""
+
+import contextlib
+import importlib.util
+import os
+from typing import Iterator
+
+from torch import Tensor
+
+from . import _extension
+
+__all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"]
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+# Backends that have kernels of an op. The ops without any are plain PyTorch on every device.
+OPS = {
+    "attention_pool": ("cpu", "cuda", "triton"),
+    "attention_masks": (),
+    "masked_l2_loss": (),
+    "non_local": (),
+    "relation_loss": (),
+}
+
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+_TRITON = importlib.util.find_spec("triton") is not None
+
+# A plain global: a context variable would break torch.compile's full graphs, and backward runs on other threads.
+_forced = "auto"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    ``name`` is "auto" (the default choice), "cpu" or "cuda" (compiled kernels), "triton", or "reference"
+    (literal formulas in plain PyTorch). A forced backend that cannot serve a call raises ``RuntimeError`` at
+    the call. The choice holds for the whole process; backward uses the backend of its forward.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example::
+
+        with fbkd_ops.use_backend("reference"):
+            expected = fbkd_ops.attention_pool(x)
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def available(backend: str, device: str) -> str:
+    """Why a backend's kernels cannot run on tensors of a device type; empty if they can."""
+    if backend == "triton":
+        return _triton_obstacle(device)
+    if device != backend:
+        return f"backend {backend!r} runs on {backend} tensors, got a {device} tensor"
+    library = _extension.cpu if backend == "cpu" else _extension.cuda
+    return "" if library.loaded else f"the compiled {backend} part is {library.status}"
+
+
+def _triton_obstacle(device: str) -> str:
+    if not _TRITON:
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and _INTERPRET):
+        return ""
+    return (
+        f"backend 'triton' runs on cuda tensors, got a {device} tensor "
+        "(with TRITON_INTERPRET=1 set before the import of fbkd_ops it also runs on cpu tensors)"
+    )
+
+
+def resolve(op: str, tensor: Tensor) -> str:
+    """Backend that a call of ``op`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
+
+    "torch" is plain PyTorch, for the ops that have no kernels of their own.
+
+    Raises:
+        RuntimeError: a backend is forced and cannot serve the call; the message says why.
+    """
+    if _forced == "reference":
+        return "reference"
+    device = tensor.device.type
+    if _forced == "auto":
+        return automatic(op, device)
+    obstacle = available(_forced, device) if OPS[op] else _device_mismatch(_forced, device)
+    if obstacle:
+        raise RuntimeError(f"{op}: backend {_forced!r} is forced and cannot serve the call: {obstacle}")
+    return _forced if OPS[op] else "torch"
+
+
+def automatic(op: str, device: str) -> str:
+    """Backend of ``op`` on a device type where none is forced: the first that has kernels and can run."""
+    if not OPS[op]:
+        return "torch"
+    for backend in _AUTOMATIC.get(device, ()):
+        if backend in OPS[op] and not available(backend, device):
+            return backend
+    return "reference"
+
+
+def _device_mismatch(backend: str, device: str) -> str:
+    """Why a forced backend does not fit a tensor of an op that needs no kernels; empty if it does."""
+    if backend == "triton":
+        return _triton_obstacle(device)
+    return "" if device == backend else f"it runs on {backend} tensors, got a {device} tensor"

@@ -1,0 +1,84 @@
+"""What is built, what runs and why: ``python -m fbkd_ops.info``."""
+
+import importlib.util
+import platform
+from typing import Iterator
+
+import torch
+
+from . import __version__, _extension, backends
+
+__all__ = ["report"]
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    import triton
+
+    return triton.__version__
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none visible"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return ", ".join(names)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "fbkd_ops", __version__
+    yield "python", platform.python_version()
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+    yield "triton", _triton_version()
+    yield "gpu", _gpus()
+
+
+def _build() -> Iterator[tuple[str, str]]:
+    report = _extension.build_report()
+    if not report:
+        yield "build", "setup.py has not run on this copy of the package"
+        return
+    yield "built", ", ".join(report["built"]) or "nothing: pure Python"
+    for part, why in report["left_out"].items():
+        yield f"no {part}", why
+    yield "against", f"torch {report['torch']}, {report['python']}, stable ABI of torch {report['stable_abi']}"
+    if report["archs"]:
+        yield "nvcc", f"{report['nvcc']}, architectures {report['archs']}"
+    compiler = _extension.build_info().get("compiler")
+    if compiler:
+        yield "compiler", compiler
+
+
+def _libraries() -> Iterator[tuple[str, str]]:
+    yield "cpu library", _extension.cpu.status
+    yield "cuda library", _extension.cuda.status
+
+
+def _choice(op: str, device: str) -> tuple[str, str]:
+    """Backend of a call on a device under "auto", and why it is not the first choice."""
+    backend = backends.automatic(op, device)
+    first = device if device in backends.OPS[op] else backend
+    return backend, "" if backend == first else backends.available(first, device)
+
+
+def _choices() -> Iterator[str]:
+    yield f"{'op':<16} {'device':<7} backend"
+    for op in backends.OPS:
+        for device in ("cpu", "cuda"):
+            backend, reason = _choice(op, device)
+            yield f"{op:<16} {device:<7} {backend}" + (f"  ({reason})" if reason else "")
+
+
+def report() -> str:
+    """The whole report as text."""
+    pairs = [*_versions(), *_build(), *_libraries()]
+    lines = [f"{name:<13} {value}" for name, value in pairs]
+    return "\n".join([*lines, "", *_choices()])
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,187 @@
+"""Choice of the backend, and what is said when a compiled library is missing or broken."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fbkd_ops
+from fbkd_ops import _extension, backends, info
+from fbkd_ops.autograd.attention_pool import attention_pool
+
+PACKAGE = Path(fbkd_ops.__file__).parent
+X = torch.ones(1, 2, 3, 4)
+
+
+def run_in(folder, code, **environment):
+    """Run code with the package that lies in a folder; environment variables given as None are removed."""
+    merged = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    merged = {name: value for name, value in merged.items() if value is not None}
+    # An editable install would find in the source tree what is missing in the copy.
+    without_source = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    command = [sys.executable, "-W", "always", "-c", without_source + code]
+    return subprocess.run(command, env=merged, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+@pytest.fixture
+def package_copy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "fbkd_ops", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def library(folder, name):
+    found = sorted((folder / "fbkd_ops").glob(f"{name}*.so"))
+    if not found:
+        pytest.skip(f"{name} is not built")
+    return found[0]
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'gpu'.*auto, cpu, cuda, triton, reference"):
+        with fbkd_ops.use_backend("gpu"):
+            pass
+
+
+def test_nesting_and_exceptions_restore():
+    with fbkd_ops.use_backend("reference"):
+        with pytest.raises(KeyError), fbkd_ops.use_backend("auto"):
+            raise KeyError
+        assert backends.resolve("attention_pool", X) == "reference"
+    assert backends.resolve("attention_pool", X) == ("cpu" if _extension.cpu.loaded else "reference")
+
+
+def test_ops_without_kernels_are_plain_torch():
+    for op in ("attention_masks", "masked_l2_loss", "non_local", "relation_loss"):
+        assert backends.resolve(op, X) == "torch"
+        with fbkd_ops.use_backend("cpu"):
+            assert backends.resolve(op, X) == "torch"
+        with fbkd_ops.use_backend("reference"):
+            assert backends.resolve(op, X) == "reference"
+        with fbkd_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=f"{op}.*'cuda'.*got a cpu tensor"):
+            backends.resolve(op, X)
+
+
+def test_forced_backend_on_the_wrong_device():
+    with fbkd_ops.use_backend("cuda"), pytest.raises(RuntimeError, match="attention_pool.*'cuda'.*got a cpu tensor"):
+        attention_pool(X)
+
+
+@pytest.mark.gpu
+def test_forced_cpu_with_a_cuda_tensor():
+    with fbkd_ops.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu'.*got a cuda tensor"):
+        attention_pool(X.cuda())
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON", True)
+    monkeypatch.setattr(backends, "_INTERPRET", False)
+    with fbkd_ops.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        attention_pool(X)
+    monkeypatch.setattr(backends, "_INTERPRET", True)
+    with fbkd_ops.use_backend("triton"):
+        assert backends.resolve("attention_pool", X) == "triton"
+    monkeypatch.setattr(backends, "_TRITON", False)
+    with fbkd_ops.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+        attention_pool(X)
+
+
+def test_order_of_preference(monkeypatch):
+    missing = _extension.Library(False, "not built: test")
+    loaded = _extension.Library(True, "loaded")
+    monkeypatch.setattr(backends, "_TRITON", True)
+    for cuda, expected in ((loaded, "cuda"), (missing, "triton")):
+        monkeypatch.setattr(_extension, "cuda", cuda)
+        assert backends.automatic("attention_pool", "cuda") == expected
+    monkeypatch.setattr(backends, "_TRITON", False)
+    assert backends.automatic("attention_pool", "cuda") == "reference"
+    assert backends.automatic("attention_pool", "mps") == "reference"
+    monkeypatch.setattr(_extension, "cpu", missing)
+    assert backends.automatic("attention_pool", "cpu") == "reference"
+    with fbkd_ops.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu part is not built: test"):
+        attention_pool(X)
+
+
+def test_backward_uses_the_backend_of_its_forward():
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    with fbkd_ops.use_backend("triton"):
+        outputs = attention_pool(x)
+    with fbkd_ops.use_backend("cuda"):
+        (dx,) = torch.autograd.grad(outputs.channel_mean.sum(), x)
+    torch.testing.assert_close(dx, torch.full_like(x, 1 / 12))
+
+
+def test_report_names_every_op_and_library():
+    text = info.report()
+    for line in ("fbkd_ops", "torch", "triton", "cpu library", "cuda library", *backends.OPS):
+        assert line in text
+
+
+USE = """
+import torch, fbkd_ops
+from fbkd_ops import info
+from fbkd_ops.autograd.attention_pool import attention_pool
+print(info.report())
+print("sum", float(attention_pool(torch.ones(1, 2, 3, 4)).channel_mean.sum()))
+with fbkd_ops.use_backend("cpu"):
+    attention_pool(torch.ones(1, 2, 3, 4))
+"""
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a library", None], ids=["empty", "text", "truncated"])
+def test_broken_library_is_reported(package_copy, damage):
+    path = library(package_copy, "_C")
+    path.write_bytes(path.read_bytes()[:100] if damage is None else damage)
+    done = run_in(package_copy, USE)
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "pip install --no-build-isolation" in done.stderr
+    assert "cpu library   broken:" in done.stdout
+    assert "sum 2.0" in done.stdout
+    assert "the compiled cpu part is broken:" in done.stderr.splitlines()[-1]
+
+
+def test_missing_library_is_reported(package_copy):
+    library(package_copy, "_C").unlink()
+    done = run_in(package_copy, USE)
+    assert "RuntimeWarning" not in done.stderr
+    assert "not built: setup.py meant to build it" in done.stdout
+    assert "sum 2.0" in done.stdout
+
+
+def test_undefined_symbol_is_reported(package_copy):
+    """A library that wants a symbol this torch does not have, as after a change of the stable ABI."""
+    path = library(package_copy, "_C")
+    content = path.read_bytes()
+    assert b"\0torch_parallel_for\0" in content
+    path.write_bytes(content.replace(b"\0torch_parallel_for\0", b"\0torch_parallel_foX\0"))
+    done = run_in(package_copy, "import fbkd_ops, fbkd_ops._extension as e; print(e.cpu.status)", LD_BIND_NOW="1")
+    assert "broken:" in done.stdout and "undefined symbol" in done.stdout
+
+
+def test_other_python_is_reported(package_copy):
+    path = library(package_copy, "_C")
+    path.rename(path.with_name("_C.cpython-38-x86_64-linux-gnu.so"))
+    done = run_in(package_copy, "import fbkd_ops, fbkd_ops._extension as e; print(e.cpu.status)")
+    assert "broken: _C.cpython-38-x86_64-linux-gnu.so is not for this Python" in done.stdout
+
+
+def test_other_torch_is_named(package_copy):
+    library(package_copy, "_C").write_bytes(b"")
+    report = package_copy / "fbkd_ops" / "_build_report.json"
+    report.write_text(report.read_text().replace(torch.__version__, "2.10.0"))
+    done = run_in(package_copy, "import fbkd_ops, fbkd_ops._extension as e; print(e.cpu.status)")
+    assert f"built against torch 2.10.0, running torch {torch.__version__}" in done.stdout
+
+
+def test_broken_cuda_library_leaves_the_cpu_alone(package_copy):
+    library(package_copy, "_cuda").write_bytes(b"not a library")
+    done = run_in(package_copy, USE)
+    assert "cuda library  broken:" in done.stdout or "cuda library  not usable:" in done.stdout
+    assert "cpu library   loaded" in done.stdout
+    assert done.returncode == 0

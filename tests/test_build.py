@@ -1,0 +1,143 @@
+"""setup.py: what it builds, what it leaves out and what it says. No test here needs nvcc or a GPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+NO_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = NO_SOURCE
+
+
+def environment(**changes):
+    merged = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source tree without anything built, beside a stale library of an earlier build."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_report.json")
+    for folder in ("csrc", "fbkd_ops"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "README.md").write_text("fbkd_ops\n")
+    return copy
+
+
+def setup_py(source, **changes):
+    command = [sys.executable, "setup.py", "-q", "build_py"]
+    return subprocess.run(command, cwd=source, env=environment(**changes), capture_output=True, text=True, timeout=300)
+
+
+def wheel(source, **changes):
+    """Builds a wheel; its file names and the report inside."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
+    done = subprocess.run(
+        command, cwd=source, env=environment(**changes), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        return path, names, json.loads(archive.read("fbkd_ops/_build_report.json"))
+
+
+def fake_toolkit(folder, release):
+    """A toolkit whose nvcc only knows its release."""
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc.parents[1])
+
+
+@pytest.mark.parametrize("value", ["2", "yes", ""])
+def test_unknown_choice_is_an_error(source, value):
+    done = setup_py(source, FBKD_OPS_CUDA=value)
+    assert done.returncode != 0
+    assert f"FBKD_OPS_CUDA must be 0, 1 or unset, got {value!r}" in done.stderr
+
+
+def test_forced_cuda_without_nvcc_is_an_error(source):
+    done = setup_py(source, FBKD_OPS_CUDA="1", CUDA_HOME="/nonexistent")
+    assert done.returncode != 0
+    expected = "no working nvcc in /nonexistent/bin" if torch.version.cuda else "is built without CUDA"
+    assert "FBKD_OPS_CUDA=1 but the CUDA part cannot be built" in done.stderr and expected in done.stderr
+
+
+def test_nvcc_of_another_major_version_is_left_out(source, tmp_path):
+    toolkit = fake_toolkit(tmp_path, "9.2")
+    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
+    expected = "nvcc is 9.2 but torch" if torch.version.cuda else "is built without CUDA"
+    assert done.returncode == 0 and "leaving out the cuda part" in done.stderr and expected in done.stderr
+    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
+    assert done.returncode != 0 and expected in done.stderr
+
+
+def test_wrapper_scripts_are_seen_through(source, tmp_path):
+    """nvcc on PATH may be a script somewhere else; its dry run names the real folder."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch needs no toolkit")
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    real = fake_toolkit(tmp_path, torch.version.cuda)
+    dryrun = f"case \"$*\" in *--dryrun*) echo '#$ _HERE_={real}/bin' >&2;; *) exec {real}/bin/nvcc \"$@\";; esac"
+    wrapper.write_text(f"#!/bin/sh\n{dryrun}\n")
+    wrapper.chmod(0o755)
+    done = setup_py(
+        source, PATH=f"{wrapper.parent}:{os.environ['PATH']}", CUDA_HOME=None, CUDA_PATH=None, FBKD_OPS_CUDA=None
+    )
+    assert f"in {real}," in done.stderr, done.stderr
+
+
+def test_missing_torch_says_what_to_install(source, tmp_path):
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "torch.py").write_text("raise ImportError('no torch here')\n")
+    done = setup_py(source, PYTHONPATH=str(stub))
+    assert done.returncode != 0
+    assert "no torch here" in done.stderr and "pip install --no-build-isolation ." in done.stderr
+
+
+def test_without_a_compiler_the_package_is_pure_python(source):
+    path, names, report = wheel(source, CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
+    assert not [name for name in names if name.endswith(".so")]
+    assert report["built"] == []
+    assert "/nonexistent/c++" in report["left_out"]["cpu"]
+    assert "/nonexistent/c++" in report["left_out"]["cuda"]
+    installed = source.parent / "installed"
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(installed)
+    without_source = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    code = without_source + "import runpy; runpy.run_module('fbkd_ops.info', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, timeout=120,
+        env=environment(PYTHONPATH=str(installed)),
+    )
+    assert "nothing: pure Python" in done.stdout, done.stderr
+    assert "not built: no C++ compiler ('/nonexistent/c++'" in done.stdout
+
+
+@NO_COMPILER
+def test_cpu_only_wheel_ships_no_stale_library(source):
+    stale = source / "build" / f"lib.{sys.platform}-x86_64-{sys.implementation.cache_tag}" / "fbkd_ops"
+    stale.mkdir(parents=True)
+    (stale / "_cuda.so").write_bytes(b"of an earlier build")
+    (source / "fbkd_ops" / "_cuda.so").write_bytes(b"of an earlier build in place")
+    _, names, report = wheel(source, FBKD_OPS_CUDA="0")
+    libraries = [name for name in names if name.endswith(".so")]
+    assert len(libraries) == 1 and libraries[0].startswith("fbkd_ops/_C.")
+    assert report["built"] == ["cpu"] and report["left_out"] == {"cuda": "FBKD_OPS_CUDA=0"}
+    assert not [name for name in names if name.startswith("csrc")]
