@@ -17,7 +17,7 @@ $(STAMP): $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet $(TORCH) ninja pybind11 "setuptools>=77"
 	$(BIN)/python -m pip install --no-build-isolation --verbose -e ".[test,demo]" > $(VENV)/build.log 2>&1 \
 		|| (tail -n 60 $(VENV)/build.log; exit 1)
-	grep -o "fbkd_ops: .*" $(VENV)/build.log
+	grep -oE "fbkd_ops: (building|leaving|nvcc) .*" $(VENV)/build.log
 	touch $@
 
 test: venv

@@ -55,7 +55,10 @@ def normalization() -> str:
 
 
 def commands() -> str:
-    result = json.loads((RESULTS / "cpu-commands.json").read_text())
+    path = RESULTS / "cpu-commands.json"
+    if not path.exists():
+        return "Not yet measured."
+    result = json.loads(path.read_text())
     rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
     return f"{result['where']}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"

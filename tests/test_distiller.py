@@ -195,10 +195,18 @@ def test_misuse_is_named(student, error, message):
         distiller(IMAGES, TARGETS)
 
 
+def test_the_teacher_runs_without_gradient():
+    distiller, modes = make_distiller(), []
+    distiller.teacher.backbone.register_forward_pre_hook(lambda module, inputs: modes.append(torch.is_grad_enabled()))
+    distiller(IMAGES, TARGETS)
+    assert modes == [False]
+
+
 def test_a_failed_step_leaves_no_stale_features():
+    """The student fails after its backbone was seen."""
     distiller = make_distiller()
-    with pytest.raises(RuntimeError):
-        distiller(torch.randn(2, 5, 8, 8), TARGETS)
+    with pytest.raises(TypeError):
+        distiller(IMAGES, "no tensor")
     assert TERMS <= set(distiller(IMAGES, TARGETS))
 
 

@@ -1,0 +1,484 @@
+"""The demo: its data, its command line, and one whole run of a few steps."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for module in ("torchvision", "pycocotools", "sklearn", "matplotlib", "rich", "tensorboard"):
+    pytest.importorskip(module)
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+
+from examples.demo import cli, digits, report  # noqa: E402
+from examples.demo.attention import save_attention, spatial_maps  # noqa: E402
+from examples.demo.data import DataError, Images  # noqa: E402
+from examples.demo.detectors import STUDENT, TEACHER, build_detector  # noqa: E402
+from examples.demo.digits import CLASSES, draw_scene, load_digit_scenes  # noqa: E402
+from examples.demo.distillation import build_distiller, features, size_free_weights  # noqa: E402
+from examples.demo.evaluation import CocoScore, standard_error  # noqa: E402
+from examples.demo.training import Budget, batches, train  # noqa: E402
+from examples.demo.voc import load_voc, read_annotation  # noqa: E402
+
+CPU = torch.device("cpu")
+TERMS = {f"loss_fbkd_{term}" for term in ("feature", "channel", "spatial", "relation")}
+
+
+# Digits
+
+
+def test_scenes_repeat_and_differ_by_index_and_split():
+    first, again = draw_scene("train", 3, 96), draw_scene("train", 3, 96)
+    assert torch.equal(first.pixels(), again.pixels())
+    assert np.array_equal(first.boxes, again.boxes) and first.labels == again.labels
+    for split, index in (("train", 4), ("val", 3)):
+        assert not torch.equal(first.pixels(), draw_scene(split, index, 96).pixels())
+
+
+def test_a_scene_does_not_depend_on_how_many_there_are():
+    few, many = load_digit_scenes(64, 2, 1), load_digit_scenes(64, 4, 1)
+    assert all(torch.equal(a, b) for a, b in zip(few.train.pixels, many.train.pixels))
+
+
+def test_splits_draw_from_different_digits(monkeypatch):
+    train, val = set(digits.digit_sources("train")), set(digits.digit_sources("val"))
+    assert not train & val
+    assert len(train | val) == len(digits.handwritten()[0])
+    pictures, values = digits.handwritten()
+    used = {split: set() for split in ("train", "val")}
+    for split, seen in used.items():
+        for kind in ("add_digit", "add_fragment"):
+            monkeypatch.setattr(
+                digits.Scene, kind, lambda self, digit, *rest, seen=seen: seen.add(digit.tobytes()), raising=True
+            )
+        for index in range(60):
+            draw_scene(split, index, 64)
+    held_out = {pictures[index].tobytes() for index in val}
+    assert len(used["val"]) > 50 and used["val"] <= held_out
+    assert len(used["train"]) > 50 and not used["train"] & held_out
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_boxes_hold_exactly_the_pixels_of_their_digit(index):
+    """Paste one digit on a scene and look at which pixels it changed."""
+    scene = digits.Scene.background(96, np.random.default_rng(index))
+    before = scene.canvas.copy()
+    pictures, values = digits.handwritten()
+    scene.add_digit(pictures[index], int(values[index]) + 1)
+    rows, columns = np.nonzero((scene.canvas != before).any(axis=-1))
+    assert scene.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+    assert scene.labels == [values[index] + 1]
+
+
+def test_boxes_lie_inside_and_hardly_overlap():
+    data = load_digit_scenes(96, 60, 10)
+    counts = [len(boxes) for boxes in data.train.boxes]
+    assert min(counts) >= 1 and 3 <= max(counts) <= 5
+    boxes = torch.cat(data.train.boxes)
+    assert boxes.min() >= 0 and boxes.max() <= 96
+    assert ((boxes[:, 2:] - boxes[:, :2]) >= 4).all()
+    labels = torch.cat(data.train.labels)
+    assert set(labels.tolist()) == set(range(1, len(CLASSES) + 1))
+
+
+# Pascal VOC
+
+GOOD = ("cell", 11, 21, 40, 60)
+
+
+def write_entry(root: Path, stem: str, objects: list[tuple], size: tuple[int, int] = (100, 80)) -> None:
+    """One picture of ``size`` (width, height) and its annotation with ``(name, xmin, ymin, xmax, ymax)`` objects."""
+    for folder in ("Annotations", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (90, 120, 60)).save(root / "JPEGImages" / f"{stem}.jpg")
+    items = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+        "</bndbox></object>"
+        for name, x0, y0, x1, y1 in objects
+    )
+    (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{items}</annotation>")
+
+
+def write_lists(root: Path, **stems: list[str]) -> None:
+    folder = root / "ImageSets" / "Main"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, names in stems.items():
+        (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Four pictures: good, with degenerate boxes beside a good one, at and over the border, and with none to use."""
+    root = tmp_path / "voc"
+    write_entry(root, "good", [GOOD, ("disc", 1, 1, 50, 50)])
+    write_entry(root, "mixed", [("cell", 30, 30, 30, 60), GOOD, ("cell", 30, 60, 50, 60), ("cell", 50, 10, 40, 20)])
+    write_entry(root, "border", [("cell", 1, 1, 100, 80), ("cell", -5, -4, 120, 90)])
+    write_entry(root, "empty", [("cell", 200, 10, 300, 20), ("cell", 5, 5, 5, 5)])
+    write_lists(root, train=["good", "mixed", "empty"], val=["border"])
+    return root
+
+
+def test_voc_counts_skips_and_clips(voc):
+    data = load_voc(voc, 100, 10, 10)
+    assert data.classes == ("cell", "disc")
+    assert [len(boxes) for boxes in data.train.boxes] == [2, 1, 0]
+    assert data.train.boxes[0].tolist() == [[10, 20, 40, 60], [0, 0, 50, 50]]
+    assert [labels.tolist() for labels in data.train.labels] == [[1, 2], [1], []]
+    assert data.val.boxes[0].tolist() == [[0, 0, 100, 80]] * 2
+    assert "5 degenerate boxes skipped" in data.summary
+    assert "3 training and 1 validation images" in data.summary
+
+
+def test_voc_scales_pictures_and_boxes_alike(voc):
+    image, target = load_voc(voc, 50, 10, 10).train[0]
+    assert image.shape == (3, 40, 50) and 0 <= image.min() <= image.max() <= 1
+    assert target["boxes"].tolist() == [[5, 10, 20, 30], [0, 0, 25, 25]]
+
+
+def test_voc_limits_each_split(voc):
+    data = load_voc(voc, 50, 2, 1)
+    assert (len(data.train), len(data.val)) == (2, 1)
+
+
+def test_voc_without_lists_has_a_fixed_split(tmp_path):
+    for number in range(10):
+        write_entry(tmp_path, f"{number}", [GOOD], size=(60 + 4 * number, 60))
+    first, again = load_voc(tmp_path, 64, 99, 99), load_voc(tmp_path, 64, 99, 99)
+    shapes = [image.shape for image in first.train.pixels + first.val.pixels]
+    assert (len(first.train), len(first.val)) == (8, 2)
+    assert len(set(shapes)) == 10, "a picture is missing or in both splits"
+    assert [image.shape for image in again.train.pixels + again.val.pixels] == shapes
+
+
+def remove(path: str):
+    return lambda root: (root / path).unlink()
+
+
+def write(path: str, content: bytes):
+    return lambda root: (root / path).write_bytes(content)
+
+
+def truncate(root: Path) -> None:
+    path = root / "JPEGImages" / "good.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BROKEN = {
+    "no picture": (remove("JPEGImages/good.jpg"), "JPEGImages/good.jpg"),
+    "no annotation": (remove("Annotations/mixed.xml"), "Annotations/mixed.xml"),
+    "no list": (remove("ImageSets/Main/val.txt"), "ImageSets/Main/val.txt"),
+    "empty list": (write("ImageSets/Main/val.txt", b"\n"), "no val images"),
+    "list in another encoding": (write("ImageSets/Main/val.txt", b"\xff\xfe\x00"), "ImageSets/Main/val.txt"),
+    "no picture at all": (write("JPEGImages/good.jpg", b"not a picture"), "JPEGImages/good.jpg"),
+    "half a picture": (truncate, "JPEGImages/good.jpg"),
+    "half an annotation": (write("Annotations/good.xml", b"<annotation><object>"), "Annotations/good.xml"),
+    "odd encoding": (write("Annotations/good.xml", b'<?xml version="1.0" encoding="x"?><a/>'), "Annotations/good.xml"),
+    "no name": (write("Annotations/good.xml", b"<a><object><bndbox/></object></a>"), "object 1 has no name"),
+    "no box": (write("Annotations/good.xml", b"<a><object><name>n</name></object></a>"), "object 1 (n) has no bndbox"),
+    "no usable box": (write("Annotations/border.xml", b"<a/>"), "no usable box in the val images"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_voc_is_one_line_that_names_the_file(voc, case, tmp_path, capsys):
+    breaks, expected = BROKEN[case]
+    breaks(voc)
+    status = cli.main(["--data", str(voc), "--output", str(tmp_path / "out"), "--image-size", "64"])
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert expected in message and str(voc) in message
+
+
+def test_missing_voc_folder_is_one_line(tmp_path, capsys):
+    assert cli.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: no such folder: {tmp_path / 'nowhere'}\n"
+
+
+def test_infinite_coordinates_are_degenerate(tmp_path):
+    write_entry(tmp_path, "odd", [("cell", "nan", 1, 5, 5), ("cell", 1, 1, "inf", 5), GOOD])
+    found = read_annotation(tmp_path / "Annotations" / "odd.xml", 100, 80)
+    assert (len(found.boxes), found.skipped) == (1, 2)
+
+
+# Evaluation and report
+
+
+def perfect(images: Images) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}
+        for boxes, labels in zip(images.boxes, images.labels)
+    ]
+
+
+def halved(images: Images) -> list[dict[str, torch.Tensor]]:
+    """Right on every other image, silent on the rest."""
+    found = perfect(images)
+    return [{k: v if i % 2 else v[:0] for k, v in one.items()} for i, one in enumerate(found)]
+
+
+def test_coco_score_of_known_predictions():
+    images = load_digit_scenes(64, 1, 24).val
+    assert CocoScore(images, perfect(images), 10).ap == pytest.approx(1)
+    half = CocoScore(images, halved(images), 10)
+    assert 0.2 < half.ap < 0.8
+    shifted = [{**found, "boxes": found["boxes"] + torch.tensor([4.0, 0, 4, 0])} for found in perfect(images)]
+    score = CocoScore(images, shifted, 10)
+    assert score.ap50 > score.ap > score.ap75 - 0.05 and score.ap < 0.9
+    wrong = [{**found, "labels": found["labels"] % 10 + 1} for found in perfect(images)]
+    assert CocoScore(images, wrong, 10).ap < 0.1
+    assert CocoScore(images, [{k: v[:0] for k, v in found.items()} for found in perfect(images)], 10).ap == 0
+
+
+def test_resampling_follows_the_images_drawn():
+    images = load_digit_scenes(64, 1, 12).val
+    half = CocoScore(images, halved(images), 10)
+    assert half.resampled_ap(np.arange(12)) == pytest.approx(half.ap)
+    assert half.resampled_ap(np.ones(12, dtype=int)) == pytest.approx(1)
+    assert half.resampled_ap(np.zeros(12, dtype=int)) == 0
+
+
+def test_standard_error_of_a_mean():
+    values = np.random.default_rng(5).normal(size=400)
+    error = standard_error(lambda chosen: float(values[chosen].mean()), 400)
+    assert error == pytest.approx(values.std() / math.sqrt(400), rel=0.25)
+
+
+def test_verdict_says_what_the_numbers_say(monkeypatch):
+    monkeypatch.setattr("examples.demo.evaluation.RESAMPLINGS", 20)
+    images = load_digit_scenes(64, 1, 24).val
+    good, poor = CocoScore(images, perfect(images), 10), CocoScore(images, halved(images), 10)
+    ahead = " ".join(report.verdict(good, poor, good, 24))
+    assert "ahead" in ahead and "no gain" not in ahead and "One seed is no evidence" in ahead
+    behind = " ".join(report.verdict(good, good, poor, 24))
+    assert "no gain" in behind and "behind" in behind and "not clearly better" in behind
+    equal = " ".join(report.verdict(good, poor, poor, 24))
+    assert "no gain: the difference is within" in equal and "not clearly better" not in equal
+
+
+@pytest.mark.parametrize("steps, expected", [(2, [(0, 1), (1, 2)]), (60, [(k, k + 10) for k in range(0, 60, 10)])])
+def test_loss_windows_cover_every_step(steps, expected):
+    assert [(span.start, span.stop) for span in report.windows(steps)] == expected
+
+
+# Training
+
+
+def test_same_seed_same_weights_and_order():
+    one, two, other = (build_detector(STUDENT, 3, 64, seed).state_dict() for seed in (7, 7, 8))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    images = load_digit_scenes(64, 6, 1).train
+    drawn = [
+        [picture.sum().item() for pictures, _ in batches(images, Budget(5, 3, seed)) for picture in pictures]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 15 and sorted(drawn[0][:6]) == sorted(drawn[0][6:12]), "an epoch shows each picture once"
+
+
+def test_weights_without_size_are_the_presets_at_full_size():
+    """At the size the preset was made for, the root of a mean with these weights is the root of the sum."""
+    weights = size_free_weights("two_stage", 4, strength=2.0)
+    assert weights["feature_weight"][0] == pytest.approx(2 * 7e-5 * math.sqrt(2 * 256 * 200 * 336))
+    assert weights["spatial_weight"][3] == pytest.approx(2 * 4e-3 * math.sqrt(2 * 25 * 42))
+    assert weights["channel_weight"] == [pytest.approx(2 * 4e-3 * math.sqrt(2 * 256))] * 4
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Everything the demo does, in two steps a model: status, folder and what the models started from."""
+    folder = tmp_path_factory.mktemp("run")
+    built, built_detector = [], cli.build_detector
+    patch = pytest.MonkeyPatch()
+
+    def remember(*arguments):
+        detector = built_detector(*arguments)
+        built.append({name: value.clone() for name, value in detector.state_dict().items()})
+        return detector
+
+    built_distiller = cli.build_distiller
+
+    def check_roles(student, teacher, *arguments):
+        assert [model.backbone.out_channels for model in (student, teacher)] == [
+            STUDENT.pyramid_width,
+            TEACHER.pyramid_width,
+        ]
+        return built_distiller(student, teacher, *arguments)
+
+    lines: list[str] = []
+
+    class Recorder(cli.Console):
+        def __init__(self, **options):
+            super().__init__(width=120, record=True, **options)
+
+        def print(self, *objects, **options):
+            super().print(*objects, **options)
+            lines.extend(self.export_text(clear=True).splitlines())
+
+    patch.setattr(cli, "build_detector", remember)
+    patch.setattr(cli, "build_distiller", check_roles)
+    patch.setattr(cli, "Console", Recorder)
+    arguments = "--steps 3 --teacher-steps 2 --image-size 64 --train-images 12 --val-images 4 --batch-size 2".split()
+    status = cli.main([*arguments, "--seed", "3", "--output", str(folder), "--device", "cpu"])
+    patch.undo()
+    return status, folder, built, "\n".join(lines)
+
+
+def rows_of(folder: Path, model: str) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["model"] == model]
+
+
+def test_run_prints_the_three_models_and_the_verdict(tiny_run):
+    status, _, _, printed = tiny_run
+    assert status == 0
+    table = printed[printed.index("COCO average precision") :]
+    for name in ("teacher", "plain student", "distilled student"):
+        assert any(name in line and line.count("0.") >= 3 for line in table.splitlines()), name
+    assert "no gain" in printed and "One seed is no evidence" in printed
+    for term in TERMS:
+        assert term in printed
+
+
+def test_run_logs_every_loss_of_every_step(tiny_run):
+    _, folder, _, _ = tiny_run
+    for model, steps in (("teacher", 2), ("plain", 3), ("distilled", 3)):
+        rows = rows_of(folder, model)
+        assert [row["step"] for row in rows] == [str(step) for step in range(1, steps + 1)]
+        for row in rows:
+            assert float(row["loss_classifier"]) > 0
+            assert {bool(row[term]) for term in TERMS} == {model == "distilled"}
+
+
+def test_run_writes_the_same_numbers_to_tensorboard(tiny_run):
+    _, folder, _, _ = tiny_run
+    events = EventAccumulator(str(folder / "tensorboard" / "distilled")).Reload()
+    logged = [event.value for event in events.Scalars("loss/fbkd_relation")]
+    assert logged == pytest.approx([float(row["loss_fbkd_relation"]) for row in rows_of(folder, "distilled")])
+    assert len(events.Scalars("score/AP")) == 1
+
+
+def test_run_draws_a_picture(tiny_run):
+    _, folder, _, _ = tiny_run
+    with Image.open(folder / "attention.png") as picture:
+        assert picture.width > 800 and len(set(np.asarray(picture.convert("L")).ravel().tolist())) > 100
+
+
+def test_students_start_from_the_same_weights_and_the_same_first_batch(tiny_run):
+    _, folder, (teacher, plain, distilled), _ = tiny_run
+    assert plain.keys() == distilled.keys() != teacher.keys()
+    assert all(torch.equal(plain[name], distilled[name]) for name in plain)
+    first = [rows_of(folder, model)[0] for model in ("plain", "distilled")]
+    assert first[0]["loss_classifier"] == first[1]["loss_classifier"]
+
+
+def test_plain_student_repeats_with_its_seed(tiny_run):
+    """Trained alone, without a teacher before it, the student's losses are those of the run."""
+    _, folder, _, _ = tiny_run
+    student = build_detector(STUDENT, len(CLASSES), 64, 3)
+    history = train(student, load_digit_scenes(64, 12, 4).train, Budget(3, 2, 3), CPU)
+    for row, losses in zip(rows_of(folder, "plain"), history.losses, strict=True):
+        assert {name: float(row[name]) for name in losses} == pytest.approx(losses, rel=1e-4)
+
+
+def test_distilling_trains_the_student_and_leaves_the_teacher():
+    images = load_digit_scenes(64, 8, 1)
+    teacher, student = (build_detector(config, 10, 64, 0) for config in (TEACHER, STUDENT))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distiller = build_distiller(student, teacher, [images.train[0][0]], "one_stage", 1.0)
+    start = {name: value.clone() for name, value in distiller.named_parameters()}
+    train(distiller, images.train, Budget(2, 2, 0), CPU)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    moved = {name.split(".")[0] for name, value in distiller.named_parameters() if not torch.equal(start[name], value)}
+    assert moved == {"student", "loss"}
+
+
+def test_picture_shows_the_loss_own_maps_and_mask(tmp_path):
+    """Against the definitions: means of absolute values, and the two softmaxes' average."""
+    images = load_digit_scenes(64, 1, 3).val
+    kinds = ((TEACHER, 0), (STUDENT, 0), (STUDENT, 1))
+    teacher, student, plain = (build_detector(config, 10, 64, seed) for config, seed in kinds)
+    loss = build_distiller(student, teacher, [images[0][0]], "two_stage", 1.0).loss
+    detectors = {"plain": plain, "distilled": student, "teacher": teacher}
+    levels = spatial_maps(detectors, loss, images[0][0])
+    assert [tuple(level["teacher"].shape) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    for key, level in zip("012", levels):
+        for name, detector in detectors.items():
+            expected = features(detector, [images[0][0]])[key][0].abs().mean(0)
+            torch.testing.assert_close(level[name], expected)
+        halves = [(level[name] / 0.5).flatten().softmax(0).view_as(level[name]) for name in ("distilled", "teacher")]
+        torch.testing.assert_close(level["mask"], sum(halves) * level["mask"].numel() / 2)
+    save_attention(tmp_path / "picture.png", detectors, loss, images, CLASSES)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# Command line
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--teacher-steps", "-3"], "--teacher-steps"),
+        (["--batch-size", "two"], "--batch-size"),
+        (["--image-size", "63"], "--image-size"),
+        (["--seed", "-1"], "--seed"),
+        (["--strength", "nan"], "--strength"),
+        (["--preset", "fastest"], "--preset"),
+        (["--device", "abacus"], "--device"),
+        (["--threads", "0"], "--threads"),
+        (["--val-images", "1.5"], "--val-images"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_arguments(arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1 and named in message
+
+
+def test_output_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_arguments(["--output", str(tmp_path / "file")])
+    assert stopped.value.code == 2 and "--output" in capsys.readouterr().err
+
+
+def test_diverged_training_is_one_line(tmp_path, capsys, monkeypatch):
+    def diverged(*arguments):
+        raise cli.TrainingError("the loss is nan after 3 steps; try another --seed")
+
+    monkeypatch.setattr(cli, "train", diverged)
+    arguments = "--steps 1 --image-size 64 --train-images 1 --val-images 1".split()
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: the loss is nan after 3 steps; try another --seed\n"
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    class Broken(torch.nn.Linear):
+        def forward(self, pictures, targets):
+            return {"loss": self.weight.sum() * math.nan}
+
+    with pytest.raises(cli.TrainingError, match="the loss is nan after 0 steps"):
+        train(Broken(1, 1), load_digit_scenes(64, 2, 1).train, Budget(1, 2, 0), CPU)
+
+
+def test_zero_boxes_can_be_trained_on():
+    images = Images()
+    images.add(torch.zeros(3, 64, 64, dtype=torch.uint8), [], [])
+    history = train(build_detector(STUDENT, 2, 64, 0), images, Budget(1, 2, 0), CPU)
+    assert all(math.isfinite(value) for value in history.losses[0].values())
+
+
+def test_data_errors_are_raised_before_any_training(voc, monkeypatch):
+    """A broken last validation file must not cost a training first."""
+    (voc / "JPEGImages" / "border.jpg").unlink()
+    with pytest.raises(DataError, match="border.jpg"):
+        load_voc(voc, 64, 10, 10)
