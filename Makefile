@@ -33,4 +33,4 @@ docs: venv
 	$(BIN)/python docs/render.py
 
 clean:
-	rm -rf build dist *.egg-info fbkd_ops/*.so fbkd_ops/_build_report.json
+	rm -rf build dist *.egg-info fbkd_ops/*.so fbkd_ops/_build_report.json $(STAMP)

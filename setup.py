@@ -79,6 +79,8 @@ def missing_for_cpu():
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler!r} is not on PATH; set CXX)"
+    if run(compiler, "--version") is None:
+        return f"no working C++ compiler ({compiler!r} --version fails; set CXX)"
     return None
 
 
@@ -190,9 +192,11 @@ class BuildPython(build_py):
 
     def run(self):
         print(summary(REPORT), file=sys.stderr)
-        (ROOT / PACKAGE / "_build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
-        remove_libraries(ROOT / PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE)
+        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
+        remove_libraries(folder)
         super().run()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
 
 
 toolkit = toolkit_root()

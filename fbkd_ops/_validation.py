@@ -1,11 +1,12 @@
 """Checks at the public boundary. Every error names the argument, what came and what was expected."""
 
+import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .types import AttentionPool
 
@@ -14,10 +15,12 @@ __all__ = [
     "check_channels",
     "check_choice",
     "check_feature",
-    "check_mask",
+    "check_norm",
+    "check_number",
     "check_pair",
     "check_same_device",
     "check_stride",
+    "check_tensor",
     "feature_levels",
     "is_int",
     "paired_levels",
@@ -31,6 +34,13 @@ Features = Union[list[Tensor], tuple[Tensor, ...], Mapping[Any, Tensor]]
 def is_int(value: Any) -> bool:
     """An integer of any kind that is no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_number(value: Any, expected: str, accepts: Callable[[float], bool], name: str) -> None:
+    """A finite number that ``accepts`` says yes to; ``expected`` is what the error says was expected."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accepts(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
@@ -82,17 +92,25 @@ def check_channels(feature: Tensor, expected: int, name: str) -> None:
         raise ValueError(f"{name} must have {expected} channels, got {feature.shape[1]} in {_shape(feature)}")
 
 
-def check_mask(mask: Optional[Tensor], expected: tuple[int, ...], feature: Tensor, name: str) -> None:
-    """A mask of shape ``expected``, where there is one, on the feature's device."""
-    if mask is None:
+def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor, name: str) -> None:
+    """A floating-point tensor on the device of ``like``, of shape ``expected`` where one is given."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if expected is not None and tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {_shape(tensor)}")
+    check_same_device(tensor, like, name, "the features")
+
+
+def check_norm(norm: Any, channels: int, name: str) -> None:
+    """A BatchNorm over ``channels``, or None."""
+    if norm is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
-    if mask.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be a floating-point tensor, got {mask.dtype}")
-    if tuple(mask.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {_shape(mask)}")
-    check_same_device(mask, feature, name, "student")
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"{name} must be a BatchNorm or None, got {type(norm).__name__}")
+    if norm.num_features != channels:
+        raise ValueError(f"{name} must have num_features {channels}, got {norm.num_features}")
 
 
 def check_attention_pools(student: Any, teacher: Any) -> None:

@@ -41,10 +41,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
 
-    Example::
-
-        with fbkd_ops.use_backend("reference"):
-            expected = fbkd_ops.attention_pool(x)
+    Example:
+        >>> with use_backend("reference"):
+        ...     expected = fbkd_ops.functional.attention_pool(x)
+        >>> torch.allclose(fbkd_ops.functional.attention_pool(x).spatial_mean, expected.spatial_mean, atol=1e-6)
+        True
     """
     global _forced
     if name not in BACKENDS:

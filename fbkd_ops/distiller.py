@@ -17,6 +17,9 @@ class Distiller(nn.Module):
     without gradient, and only up to the last tapped module. It moves with ``.to()`` but is in no ``parameters()``,
     no ``state_dict()`` and never in training mode. In eval mode the distiller is the student.
 
+    Both must make features of one size of the same arguments. A detector that resizes inside (all of torchvision's
+    do, and in training to a random one of several ``min_size``) needs a single ``min_size``, the same on both sides.
+
     Args:
         student: a detector that returns a dict of losses, or one scalar loss, in training.
         teacher: a trained detector.
@@ -81,10 +84,10 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.student(*args, **kwargs)
-        self._student_tap.open()
-        losses = self.student(*args, **kwargs)
-        student_features = self._student_tap.take()
-        teacher_features = self._teacher_features(*args, **kwargs)
+        losses, student_features = self._student_tap.run(*args, **kwargs)
+        self.teacher.eval()
+        with torch.no_grad():
+            _, teacher_features = self._teacher_tap.run(*args, **kwargs)
         terms = self.loss(student_features, teacher_features)
         self._terms = {name: term.detach() for name, term in terms.items()}
         return _added(losses, terms)
@@ -101,16 +104,6 @@ class Distiller(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> "Distiller":
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-    def _teacher_features(self, *args: Any, **kwargs: Any) -> Any:
-        self.teacher.eval()
-        self._teacher_tap.open()
-        with torch.no_grad():
-            try:
-                self.teacher(*args, **kwargs)
-            except FeatureTap.Complete:
-                pass
-        return self._teacher_tap.take()
 
 
 def _added(losses: Any, terms: dict[str, Tensor]) -> Any:

@@ -1,94 +1,108 @@
 """Catch what modules of a model return, by module path."""
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from torch import Tensor, nn
 
 from ._validation import Features
 
-__all__ = ["FeatureTap"]
+__all__ = ["FeatureTap", "Paths"]
 
 Paths = Union[str, Sequence[str]]
 
 
 class FeatureTap:
-    """Keeps the outputs of a model's modules until they are taken.
+    """Runs a model and hands out what some of its modules returned on the way.
+
+    The hooks are on the model during :meth:`run` only, so that it can be copied and saved as if there were no tap.
 
     Args:
         model: any module; ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` wrappers are looked through.
         paths: one module path (``"backbone"``) whose output is the features, be it a tensor, list, tuple or dict, or
             several (``["neck.0", "neck.1"]``), each of which returns one tensor.
         name: what an error calls the paths.
-        stop_when_complete: end the model's forward as soon as every path was seen, by raising
-            :class:`FeatureTap.Complete`. For a teacher, of which nothing else is needed.
+        stop_when_complete: end the model's forward as soon as every path was seen. For a teacher, of which nothing
+            else is needed.
 
     Raises:
-        ValueError: a path that the model does not have.
+        TypeError: paths that are no strings.
+        ValueError: no path, the same one twice, or one that the model does not have.
 
     Example:
         >>> tap = FeatureTap(torchvision.models.resnet18(), ["layer3", "layer4"], "student_layers")
-        >>> tap.open()
-        >>> _ = tap.model(torch.randn(1, 3, 64, 64))
-        >>> [tuple(feature.shape) for feature in tap.take()]
+        >>> output, features = tap.run(torch.randn(1, 3, 64, 64))
+        >>> [tuple(feature.shape) for feature in features]
         [(1, 256, 4, 4), (1, 512, 2, 2)]
     """
 
-    class Complete(Exception):
-        """Every path was seen; the rest of the forward was skipped."""
-
     def __init__(self, model: nn.Module, paths: Paths, name: str, stop_when_complete: bool = False):
-        self.model, self.name = model, name
+        self.model, self.name, self.stop_when_complete = model, name, stop_when_complete
         self.is_single = isinstance(paths, str)
-        self.paths = [paths] if self.is_single else list(paths)
-        if not self.paths:
-            raise ValueError(f"{name} is empty, expected at least one module path")
-        self.stop_when_complete = stop_when_complete
-        self._captures: dict[str, list[Any]] = {path: [] for path in self.paths}
-        self._is_open = False
-        modules = [_find(model, path, name) for path in self.paths]
-        self._handles = [
-            module.register_forward_hook(self._hook(path)) for path, module in zip(self.paths, modules)
-        ]
+        self.paths = _checked_paths(paths, name)
+        for path in self.paths:
+            _find(model, path, name)
 
-    def open(self) -> None:
-        """Forget earlier captures and catch from now on."""
-        self._captures = {path: [] for path in self.paths}
-        self._is_open = True
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features]:
+        """Call the model.
 
-    def take(self) -> Features:
-        """The features caught since :meth:`open`; the tap is closed and empty afterwards.
+        Args:
+            *args, **kwargs: what the model takes.
+
+        Returns:
+            The model's output, None where the forward was stopped, and the features.
 
         Raises:
             RuntimeError: a module that was not called, or called more than once.
             TypeError: one of several paths that returned something other than a tensor.
         """
-        captures, self._captures = self._captures, {path: [] for path in self.paths}
-        self._is_open = False
+        captures: dict[str, list[Any]] = {path: [] for path in self.paths}
+        handles = []
+        try:
+            for path in self.paths:
+                hook = self._hook(path, captures)
+                handles.append(_find(self.model, path, self.name).register_forward_hook(hook))
+            output = self.model(*args, **kwargs)
+        except _Complete:
+            output = None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output, self._features(captures)
+
+    def _hook(self, path: str, captures: dict[str, list[Any]]):
+        def capture(module: nn.Module, inputs: tuple, output: Any) -> None:
+            captures[path].append(output)
+            if self.stop_when_complete and all(captures.values()):
+                raise _Complete
+
+        return capture
+
+    def _features(self, captures: dict[str, list[Any]]) -> Features:
         for path, outputs in captures.items():
             if len(outputs) != 1:
                 raise RuntimeError(
                     f"{self.name}: module {path!r} was called {len(outputs)} times in one forward, expected once"
                 )
-        outputs = [outputs[0] for outputs in captures.values()]
-        if self.is_single:
-            return [outputs[0]] if isinstance(outputs[0], Tensor) else outputs[0]
-        return [_only_tensor(output, path, self.name) for output, path in zip(outputs, self.paths)]
+        if not self.is_single:
+            return [_only_tensor(outputs[0], path, self.name) for path, outputs in captures.items()]
+        ((output,),) = captures.values()
+        return [output] if isinstance(output, Tensor) else output
 
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
 
-    def _hook(self, path: str):
-        def capture(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if not self._is_open:
-                return
-            self._captures[path].append(output)
-            if self.stop_when_complete and all(self._captures.values()):
-                raise FeatureTap.Complete
+class _Complete(Exception):
+    """Every path was seen; the rest of the forward is skipped."""
 
-        return capture
+
+def _checked_paths(paths: Paths, name: str) -> list[str]:
+    several = [paths] if isinstance(paths, str) else paths
+    if not isinstance(several, Sequence) or not all(isinstance(path, str) for path in several):
+        raise TypeError(f"{name} must be a module path or a list of module paths, got {paths!r}")
+    if not several:
+        raise ValueError(f"{name} is empty, expected at least one module path")
+    if len(set(several)) < len(several):
+        raise ValueError(f"{name} names a module path twice: {list(several)}")
+    return list(several)
 
 
 def _only_tensor(output: Any, path: str, name: str) -> Tensor:
@@ -116,9 +130,10 @@ def _find(model: nn.Module, path: str, name: str) -> nn.Module:
 def _deepest_parent(model: nn.Module, path: str) -> str:
     """The longest leading part of ``path`` that exists in the model."""
     parts, present = path.split("."), ""
+    modules = dict(model.named_modules())
     for end in range(1, len(parts)):
         candidate = ".".join(parts[:end])
-        if candidate not in dict(model.named_modules()):
+        if candidate not in modules:
             break
         present = candidate
     return present
@@ -127,7 +142,7 @@ def _deepest_parent(model: nn.Module, path: str) -> str:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile."""
     while True:
-        inner: Optional[nn.Module] = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if inner is None:

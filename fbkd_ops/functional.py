@@ -14,10 +14,11 @@ from ._validation import (
     check_attention_pools,
     check_choice,
     check_feature,
-    check_mask,
+    check_norm,
+    check_number,
     check_pair,
-    check_same_device,
     check_stride,
+    check_tensor,
 )
 from .autograd import attention_pool as attention_pool_op
 from .presets import CHOICES, MODES
@@ -87,12 +88,10 @@ def attention_mask(
     Source: the released code for ``average``, Zhang & Ma 2021 for ``joint``.
     """
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
-    if student is not None and student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher must have the same shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
+    check_number(temperature, "a number > 0", lambda value: value > 0, "temperature")
+    check_tensor(teacher, None, teacher, "teacher")
+    if student is not None:
+        check_tensor(student, teacher.shape, teacher, "student")
     backends.resolve("attention_masks", teacher)
     return reference.attention_mask(student, teacher, temperature=temperature, mask_rule=mask_rule)
 
@@ -179,8 +178,10 @@ def masked_l2_loss(
     check_feature(teacher, "teacher")
     check_pair(student, teacher, "student", "teacher", same_width=True)
     n, channels, height, width = student.shape
-    check_mask(spatial_mask, (n, height, width), student, "spatial_mask")
-    check_mask(channel_mask, (n, channels), student, "channel_mask")
+    if spatial_mask is not None:
+        check_tensor(spatial_mask, (n, height, width), student, "spatial_mask")
+    if channel_mask is not None:
+        check_tensor(channel_mask, (n, channels), student, "channel_mask")
     backend = backends.resolve("masked_l2_loss", student)
     function = reference.masked_l2_loss if backend == "reference" else _masked_l2_loss
     return function(student, teacher, spatial_mask, channel_mask)
@@ -238,6 +239,7 @@ def non_local(
     check_feature(x, "x")
     settings = _block_settings(mode, stride, pool_order, use_scale)
     check_weights(weights, x, mode, "weights")
+    check_norm(norm, x.shape[1], "norm")
     backend = backends.resolve("non_local", x)
     x = x.to(accumulation_dtype(x))
     with without_autocast(x):
@@ -302,8 +304,10 @@ def relation_loss(
     check_weights(student_weights, student, mode, "student_weights")
     check_weights(teacher_weights, teacher, mode, "teacher_weights")
     expected = (teacher.shape[1], student.shape[1])
-    check_mask(adaptation_weight, expected, student, "adaptation_weight")
-    check_mask(adaptation_bias, expected[:1], student, "adaptation_bias")
+    check_tensor(adaptation_weight, expected, student, "adaptation_weight")
+    check_tensor(adaptation_bias, expected[:1], student, "adaptation_bias")
+    check_norm(student_norm, student.shape[1], "student_norm")
+    check_norm(teacher_norm, teacher.shape[1], "teacher_norm")
     backend = backends.resolve("relation_loss", student)
     dtype = accumulation_dtype(student, teacher)
     sides = (student.to(dtype), teacher.detach().to(dtype), student_weights, teacher_weights)
@@ -319,6 +323,7 @@ def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> 
     """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
     if not isinstance(weights, NonLocalWeights):
         raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
+    check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
     channels, inner = x.shape[1], weights.g_weight.shape[0]
     expected = {
         "g_weight": (inner, channels),
@@ -334,11 +339,9 @@ def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> 
     if weights.out_bias is not None:
         expected["out_bias"] = (channels,)
     for field, shape in expected.items():
-        value = getattr(weights, field)
-        if value is None or tuple(value.shape) != shape:
-            came = None if value is None else tuple(value.shape)
-            raise ValueError(f"{name}.{field} must have shape {shape} in mode {mode!r}, got {came}")
-        check_same_device(value, x, f"{name}.{field}", "the features")
+        if getattr(weights, field) is None:
+            raise ValueError(f"{name}.{field} must have shape {shape} in mode {mode!r}, got None")
+        check_tensor(getattr(weights, field), shape, x, f"{name}.{field}")
 
 
 def _block_settings(mode: str, stride: int, pool_order: str, use_scale: bool) -> linear_non_local.BlockSettings:

@@ -1,6 +1,7 @@
 """The FBKD loss as a module: attention-masked features, pooled attention, non-local relations."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from .types import AttentionPool
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
-Channels = Union[int, list[int], tuple[int, ...]]
+Channels = Union[int, Sequence[int]]
 
 
 class FBKDLoss(nn.Module):
@@ -141,6 +142,7 @@ class FBKDLoss(nn.Module):
                 f"student_features must have {len(self.levels)} levels, as the loss was made with, got {len(pairs)}"
             )
         for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs):
+            level.check_statistics(student, student_name)
             check_channels(student, level.student_channels, student_name)
             check_channels(teacher, level.teacher_channels, teacher_name)
             check_same_device(student, pairs[0][1], student_name, pairs[0][0])
@@ -186,9 +188,7 @@ class FBKDLevel(nn.Module):
             terms["channel"] = _distance(t, self._adapted_channels(s.to(dtype)))
         if self.spatial_adaptation is not None:
             s, t = self._pooled(pool_s, "spatial"), self._pooled(pool_t, "spatial")  # (N, H, W)
-            layer = self.spatial_adaptation
-            adapted = F.conv2d(s[:, None].to(dtype), layer.weight.to(dtype), layer.bias.to(dtype), padding=1)
-            terms["spatial"] = _distance(t, adapted[:, 0])
+            terms["spatial"] = _distance(t, _conv3x3(s.to(dtype), self.spatial_adaptation))
         if self.relation_adaptation is not None:
             terms["relation"] = self._relation_term(student, teacher)
         return terms
@@ -206,6 +206,16 @@ class FBKDLevel(nn.Module):
         n, channels, height, width = shape
         elements = {"channel": n * channels, "spatial": n * height * width}
         return weight / math.sqrt(max(elements.get(term, n * channels * height * width), 1))
+
+    def check_statistics(self, student: Tensor, name: str) -> None:
+        """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated."""
+        block = self.student_non_local
+        has_norm = block is not None and block.norm is not None and block.norm.training
+        if has_norm and student.shape[0] * student.shape[2] * student.shape[3] == 1:
+            raise ValueError(
+                f"{name}: Expected more than 1 value per channel when training, got input size {tuple(student.shape)}; "
+                "use a larger batch, norm='none' or relation_weight=0 for this level"
+            )
 
     def _feature_term(
         self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
@@ -263,6 +273,19 @@ class FBKDLevel(nn.Module):
         )
 
 
+def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """``layer``, one channel to one, on ``x (N, H, W)``, as nine shifted sums.
+
+    torch.compile with dynamic sizes fails on the convolution of this shape.
+    """
+    height, width = x.shape[1:]
+    padded, weight = F.pad(x, (1, 1, 1, 1)), layer.weight[0, 0].to(x.dtype)
+    shifted = [
+        weight[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    ]
+    return sum(shifted, layer.bias.to(x.dtype))
+
+
 def _distance(teacher: Tensor, student: Tensor) -> Tensor:
     return root((teacher - student).square().sum())
 
@@ -297,7 +320,7 @@ def _check_channel_mask(student_channels: int, teacher_channels: int, settings: 
 
 def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int], preset: str) -> int:
     default = default_num_levels(preset)
-    lengths = {len(channels) for channels in (student, teacher) if isinstance(channels, (list, tuple))}
+    lengths = {len(channels) for channels in (student, teacher) if isinstance(channels, Sequence)}
     if num_levels is None and lengths:
         num_levels = max(lengths)
     if num_levels is None:
@@ -310,7 +333,7 @@ def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int
 
 
 def _level_widths(channels: Channels, num_levels: int, name: str) -> list[int]:
-    widths = list(channels) if isinstance(channels, (list, tuple)) else [channels] * num_levels
+    widths = list(channels) if isinstance(channels, Sequence) else [channels] * num_levels
     if len(widths) != num_levels:
         raise ValueError(f"{name} has {len(widths)} entries, expected an int or {num_levels}, one a level")
     for level, width in enumerate(widths):

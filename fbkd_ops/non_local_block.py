@@ -5,7 +5,7 @@ from typing import Optional
 from torch import Tensor, nn
 
 from . import functional
-from ._validation import check_choice, check_stride
+from ._validation import check_choice, check_stride, is_int
 from .presets import CHOICES
 from .types import NonLocalWeights
 
@@ -55,9 +55,11 @@ class NonLocalBlock2d(nn.Module):
         conv_out_bias: bool = True,
     ):
         super().__init__()
+        if not is_int(in_channels) or in_channels < 1:
+            raise ValueError(f"in_channels must be an int >= 1, got {in_channels!r}")
         inner = max(in_channels // 2, 1) if inter_channels is None else inter_channels
-        if not 1 <= inner <= in_channels:
-            raise ValueError(f"inter_channels must be between 1 and in_channels={in_channels}, got {inner}")
+        if not is_int(inner) or not 1 <= inner <= in_channels:
+            raise ValueError(f"inter_channels must be between 1 and in_channels={in_channels}, got {inner!r}")
         for name, value in (("mode", mode), ("norm", norm), ("pool_order", pool_order)):
             check_choice(value, CHOICES[name], name)
         check_stride(stride)

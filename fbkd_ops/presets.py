@@ -6,12 +6,10 @@ last one repeats.
 """
 
 import dataclasses
-import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-from ._validation import check_choice, check_stride, is_int
+from ._validation import check_choice, check_number, check_stride, is_int
 
 __all__ = ["CHOICES", "MODES", "PRESETS", "TERMS", "LevelSettings", "default_num_levels", "resolve_settings"]
 
@@ -70,10 +68,10 @@ class LevelSettings:
 
     def __post_init__(self):
         for name in ("spatial_temperature", "channel_temperature"):
-            _require_number(name, getattr(self, name), "a number > 0", lambda value: value > 0)
+            check_number(getattr(self, name), "a number > 0", lambda value: value > 0, name)
         for term in TERMS:
             name = f"{term}_weight"
-            _require_number(name, getattr(self, name), "a finite number >= 0", lambda value: value >= 0)
+            check_number(getattr(self, name), "a finite number >= 0", lambda value: value >= 0, name)
         for name in ("use_channel_mask", "conv_out_bias", "use_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -196,9 +194,3 @@ def _per_level(name: str, value: Any, num_levels: int) -> list[Any]:
     if len(value) != num_levels:
         raise ValueError(f"{name} has {len(value)} values, expected one value or {num_levels}, one a level")
     return list(value)
-
-
-def _require_number(name: str, value: Any, expected: str, accepts) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accepts(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

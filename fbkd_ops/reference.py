@@ -144,7 +144,19 @@ def non_local(
     pairs = _pairwise(theta.flatten(2), phi.flatten(2), weights.pair_weight, mode, use_scale)
     y = (pairs @ g.mT).mT.reshape(x.shape[0], g.shape[1], *x.shape[2:])  # (N, c, H, W)
     u = _conv1x1(y, weights.out_weight, weights.out_bias)
-    return x + (u if norm is None else norm(u))
+    return x + (u if norm is None else _normalized(u, norm))
+
+
+def _normalized(u: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(u)`` in u's dtype, whatever the norm's own."""
+    tensors = dict(norm.named_parameters()) | dict(norm.named_buffers())
+    cast = {name: value.to(u.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    out = torch.func.functional_call(norm, cast, (u,))
+    with torch.no_grad():
+        for name, buffer in norm.named_buffers():
+            if cast[name] is not buffer:
+                buffer.copy_(cast[name])
+    return out
 
 
 def _conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fbkd_ops import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
@@ -141,3 +144,33 @@ def test_cpu_only_wheel_ships_no_stale_library(source):
     assert len(libraries) == 1 and libraries[0].startswith("fbkd_ops/_C.")
     assert report["built"] == ["cpu"] and report["left_out"] == {"cuda": "FBKD_OPS_CUDA=0"}
     assert not [name for name in names if name.startswith("csrc")]
+
+
+def test_what_this_copy_was_built_with_is_loaded():
+    """A library that does not load would otherwise only turn tests into skips."""
+    report = _extension.build_report()
+    assert report, "the package under test was not built"
+    libraries = {"cpu": _extension.cpu, "cuda": _extension.cuda}
+    for part in report["built"]:
+        assert libraries[part].loaded, f"{part}: {libraries[part].status}"
+
+
+@NO_COMPILER
+def test_what_this_machine_can_build_was_built():
+    built, left_out = _extension.build_report()["built"], _extension.build_report()["left_out"]
+    assert "cpu" in built
+    release = re.search(r"release (\d+)", nvcc_version())
+    if release and torch.version.cuda and release.group(1) == torch.version.cuda.split(".")[0]:
+        assert "cuda" in built or left_out["cuda"] == "FBKD_OPS_CUDA=0"
+
+
+def nvcc_version() -> str:
+    if shutil.which("nvcc") is None:
+        return ""
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
+def test_a_compiler_that_does_not_run_is_left_out(source):
+    done = setup_py(source, CXX="false", FBKD_OPS_CUDA=None)
+    assert done.returncode == 0, done.stderr
+    assert "no working C++ compiler ('false' --version fails" in done.stderr

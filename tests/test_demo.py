@@ -363,6 +363,15 @@ def test_run_writes_the_same_numbers_to_tensorboard(tiny_run):
     assert len(events.Scalars("score/AP")) == 1
 
 
+def test_a_second_run_replaces_the_first_in_tensorboard(tmp_path):
+    images = load_digit_scenes(64, 1, 3).val
+    score = CocoScore(images, perfect(images), 10)
+    for losses in ([{"loss_a": 1.0}] * 3, [{"loss_a": 2.0}] * 2):
+        report.write_tensorboard(tmp_path, [report.Run("plain", "plain student", 1, report.History(losses), score)])
+    events = EventAccumulator(str(tmp_path / "plain")).Reload()
+    assert [event.value for event in events.Scalars("loss/a")] == [2, 2]
+
+
 def test_run_draws_a_picture(tiny_run):
     _, folder, _, _ = tiny_run
     with Image.open(folder / "attention.png") as picture:

@@ -1,6 +1,7 @@
 """The distiller and its feature taps, on a small detector and on torchvision's own."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -143,12 +144,46 @@ def test_a_checkpoint_resumes_to_equal_losses():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_removing_a_tap_leaves_the_model_clean():
-    model = Detector(4)
-    tap = FeatureTap(model, "backbone", "student_layers")
-    assert model.backbone._forward_hooks
-    tap.remove()
-    assert not model.backbone._forward_hooks
+def test_models_carry_no_hooks_outside_a_step():
+    distiller = make_distiller()
+    distiller(IMAGES, TARGETS)
+    distiller.teacher.backbone.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        distiller(IMAGES, TARGETS)
+    for model in (distiller.student, distiller.teacher):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def fail(module, inputs):
+    raise KeyError("the teacher breaks down")
+
+
+def test_copies_and_pickles_are_whole_and_apart():
+    distiller = make_distiller()
+    distiller.student.dropout.p = 0.0
+    expected = distiller(IMAGES, TARGETS)
+    # The BatchNorm statistics moved, but in training they are not read.
+    for other in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        losses = other(IMAGES, TARGETS)
+        assert all(torch.equal(losses[name], expected[name]) for name in expected)
+        assert other.student is not distiller.student and other.teacher is not distiller.teacher
+    average = copy.deepcopy(distiller.student)
+    assert set(average(IMAGES, TARGETS)) == {"loss_box", "loss_cls"}
+
+
+def test_compiled_students_and_teachers():
+    plain = make_distiller()
+    plain.student.dropout.p = 0.0
+    compiled = Distiller(
+        torch.compile(copy.deepcopy(plain.student), backend="eager"),
+        torch.compile(copy.deepcopy(plain.teacher), backend="eager"),
+        copy.deepcopy(plain.loss),
+        student_layers="backbone",
+    )
+    for _ in range(3):
+        images = torch.randn(2, 3, 8, 8)
+        expected, losses = plain(images, TARGETS), compiled(images, TARGETS)
+        assert all(torch.allclose(losses[name], expected[name], rtol=1e-5) for name in expected)
 
 
 class Twice(Detector):
@@ -173,9 +208,16 @@ class Listing(Detector):
     ("backbone.body", r"no module 'backbone.body'; inside 'backbone' there are 'stem', 'down'"),
     ("head.0.conv", r"no module 'head.0.conv'; inside 'head' there are no modules"),
     ([], r"student_layers is empty"),
+    (["head", "head"], r"student_layers names a module path twice: \['head', 'head'\]"),
 ])
 def test_a_missing_path_is_named(path, message):
     with pytest.raises(ValueError, match=message):
+        make_distiller(layers=path)
+
+
+@pytest.mark.parametrize("path", [None, 5, [5]])
+def test_a_path_that_is_no_string_is_named(path):
+    with pytest.raises(TypeError, match="student_layers must be a module path or a list of module paths, got"):
         make_distiller(layers=path)
 
 

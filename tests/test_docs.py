@@ -14,7 +14,7 @@ from test_mmrazor import StudentConnector, TeacherConnector
 import fbkd_ops
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["functional", "loss", "non_local_block", "distiller", "feature_tap", "integrations.mmrazor"]
+MODULES = ["functional", "loss", "non_local_block", "distiller", "feature_tap", "backends", "integrations.mmrazor"]
 
 
 class FiveLevels(torch.nn.Module):

@@ -267,14 +267,22 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
     (lambda x: functional.masked_l2_loss(x, x.to("meta")), ValueError, r"one device, got cpu and meta"),
     (lambda x: functional.masked_l2_loss(x, x, x[:, 0, 1:]), ValueError, r"spatial_mask must have shape \(2, 4, 5\), got \(2, 3, 5\)"),
     (lambda x: functional.masked_l2_loss(x, x, None, x[:, 0]), ValueError, r"channel_mask must have shape \(2, 3\)"),
-    (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor or None, got float"),
-    (lambda x: functional.attention_mask(x, x, temperature=0), ValueError, r"temperature must be > 0, got 0"),
+    (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor, got float"),
+    (lambda x: functional.attention_mask(x, x, temperature=0), ValueError, r"temperature must be a number > 0, got 0"),
     (lambda x: functional.attention_mask(x, x, temperature=1, mask_rule="mean"), ValueError, r"mask_rule must be one of 'average', 'joint', got 'mean'"),
     (lambda x: functional.attention_masks(x, x, spatial_temperature=1, channel_temperature=1), TypeError, r"student must be an AttentionPool, got Tensor"),
     (lambda x: functional.non_local(x, block_weights(), mode="dot"), ValueError, r"mode must be one of 'dot_product'.*got 'dot'"),
     (lambda x: functional.non_local(x, block_weights(), stride=0), ValueError, r"stride must be an int >= 1"),
-    (lambda x: functional.non_local(x, block_weights(5)), ValueError, r"weights.g_weight must have shape \(2, 3\) in mode 'dot_product', got \(2, 5\)"),
+    (lambda x: functional.non_local(x, block_weights(5)), ValueError, r"weights.g_weight must have shape \(2, 3\), got \(2, 5\)"),
     (lambda x: functional.non_local(x, block_weights(), mode="concatenation"), ValueError, r"weights.pair_weight must have shape \(4,\) in mode 'concatenation', got None"),
+    (lambda x: functional.attention_mask(x, x, temperature="warm"), ValueError, r"temperature must be a number > 0, got 'warm'"),
+    (lambda x: functional.attention_mask(x, None, temperature=1), TypeError, r"teacher must be a torch.Tensor, got NoneType"),
+    (lambda x: functional.attention_mask(x.cfloat(), x, temperature=1), TypeError, r"student must be a floating-point tensor, got torch.complex64"),
+    (lambda x: functional.non_local(x, block_weights()._replace(g_weight=None)), TypeError, r"weights.g_weight must be a torch.Tensor, got NoneType"),
+    (lambda x: functional.non_local(x, block_weights()._replace(g_bias=torch.zeros(2).int())), TypeError, r"weights.g_bias must be a floating-point tensor, got torch.int32"),
+    (lambda x: functional.non_local(x, block_weights(), norm=torch.nn.BatchNorm2d(4)), ValueError, r"norm must have num_features 3, got 4"),
+    (lambda x: functional.non_local(x, block_weights(), norm=torch.nn.GroupNorm(1, 3)), TypeError, r"norm must be a BatchNorm or None, got GroupNorm"),
+    (lambda x: functional.relation_loss(x, x, block_weights(), block_weights(), torch.eye(3), None), TypeError, r"adaptation_bias must be a torch.Tensor, got NoneType"),
     (lambda x: functional.non_local(x, None), TypeError, r"weights must be NonLocalWeights, got NoneType"),
 ])
 def test_bad_input_is_named(call, error, message):
@@ -294,6 +302,7 @@ def test_masks_of_different_widths_say_who_adapts():
 
 @pytest.mark.parametrize("arguments,message", [
     (dict(inter_channels=0), "inter_channels must be between 1 and in_channels=4, got 0"),
+    (dict(inter_channels=2.0), "inter_channels must be between 1 and in_channels=4, got 2.0"),
     (dict(inter_channels=5), "inter_channels must be between 1 and in_channels=4, got 5"),
     (dict(mode="dot"), "mode must be one of"),
     (dict(norm="layer"), "norm must be one of"),

@@ -182,6 +182,16 @@ def test_empty_batches_and_tiny_levels(preset, batch, size):
         assert all(value == 0 for value in ours[0].values())
 
 
+def test_one_value_a_channel_is_refused_before_anything_is_updated():
+    loss = FBKDLoss(4, num_levels=2)
+    features = [torch.randn(1, 4, 3, 3), torch.randn(1, 4, 1, 1)]
+    with pytest.raises(ValueError, match=r"student_features\[1\]: Expected more than 1 value per channel when training"):
+        loss(features, features)
+    assert loss.levels[0].student_non_local.norm.num_batches_tracked == 0
+    loss.eval()(features, features)
+    FBKDLoss(4, num_levels=2, norm="none")(features, features)
+
+
 def test_equal_features_give_finite_gradients():
     """With identity adaptations every term is exactly 0 at the initial non-local weights."""
     loss = FBKDLoss(3, num_levels=1)
@@ -231,29 +241,36 @@ def test_mixed_dtypes_layouts_and_autocast(dtypes, channels_last):
         assert error < max(torch.finfo(dtypes[0]).eps, 5e-6), error
 
 
-def test_a_half_precision_loss_module_accumulates_in_float32():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_half_precision_loss_module_accumulates_in_float32(backend):
     loss = randomise(FBKDLoss(4, num_levels=1).double())
     half = copy.deepcopy(loss).bfloat16()
     truth = copy.deepcopy(half).double()
     student, teacher = pyramid(4, 1, torch.bfloat16)[0], pyramid(4, 1, torch.bfloat16, seed=1)[0]
     with fbkd_ops.use_backend("reference"):
         expected = truth([student.double()], [teacher.double()])
-    for name, value in half([student], [teacher]).items():
+    with fbkd_ops.use_backend(backend):
+        terms = half([student], [teacher])
+    for name, value in terms.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected[name], rtol=2e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["dot_product", "concatenation"])
-def test_compiles_into_one_graph(mode):
-    loss = randomise(FBKDLoss(4, num_levels=2, mode=mode, stride=2).double()).eval()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    students, teachers = pyramid(4, 2), pyramid(4, 2, seed=1)
-    results = []
-    for function in (loss, compiled):
-        leaves = [x.clone().requires_grad_() for x in students]
-        terms = function(leaves, teachers)
-        results.append((terms, torch.autograd.grad(sum(terms.values()), leaves)))
-    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("mode,backend", [("dot_product", "inductor"), ("concatenation", "aot_eager")])
+def test_compiles_into_one_graph_for_any_size(mode, backend):
+    """In training, so with BatchNorm's updates; the second size must not compile anew into static shapes or fail."""
+    torch.compiler.reset()
+    loss = randomise(FBKDLoss(4, num_levels=1, mode=mode, stride=2).double())
+    compiled = torch.compile(copy.deepcopy(loss), fullgraph=True, backend=backend)
+    for size in ((12, 10), (15, 9), (8, 20)):
+        student, teacher = (torch.randn(2, 4, *size, dtype=torch.float64) for _ in range(2))
+        results = []
+        for function in (loss, compiled):
+            leaf = student.clone().requires_grad_()
+            terms = function([leaf], [teacher])
+            results.append((terms, torch.autograd.grad(sum(terms.values()), leaf)))
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dict(compiled.named_buffers()), {f"_orig_mod.{k}": v for k, v in loss.named_buffers()})
 
 
 def test_from_features_reads_channels_and_levels():

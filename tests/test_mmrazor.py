@@ -95,6 +95,23 @@ def test_connectors_that_do_not_fit_are_refused(student, teacher, message):
     assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
 
 
+@pytest.mark.parametrize("arguments,error,message", [
+    (("loss", [StudentConnector()], [TeacherConnector()]), TypeError, "loss must be an FBKDLoss, got str"),
+    ((None, {"a": StudentConnector()}, [TeacherConnector()]), TypeError, "student_connectors must be a list with one entry a level, got dict"),
+    ((None, [StudentConnector()], [None]), TypeError, "level 0, teacher connector must be a module or a state dict, got NoneType"),
+    ((None, [TeacherConnector()], [StudentConnector()]), ValueError, "TeacherConnector has no student_non_local, is it the other side's?"),
+])
+def test_other_things_than_connectors_are_refused(arguments, error, message):
+    loss, student, teacher = arguments
+    with pytest.raises(error, match=message):
+        load_connectors(loss or one_level(), student, teacher)
+
+
+def test_another_pool_order_is_refused():
+    with pytest.raises(ValueError, match="pool_order is 'nested', the loss has 'single'"):
+        load_connectors(one_level(pool_order="single"), [StudentConnector()], [TeacherConnector()])
+
+
 def test_missing_and_surplus_keys_are_listed():
     student, teacher = StudentConnector().state_dict(), TeacherConnector().state_dict()
     del student["adaptation_layers.bias"], teacher["teacher_non_local.theta.conv.weight"]

@@ -88,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=at_least(1), default=8, help="pictures a step (%(default)s)")
     add("--seed", type=at_least(0), default=0, help="of the weights and of the order of pictures (%(default)s)")
     add("--preset", choices=sorted(PRESETS), default="two_stage", help="of the FBKD loss (%(default)s)")
+    # Of 0.3 and 2, tried with one seed and 250 steps, the smaller was ahead.
     add("--strength", type=positive, default=0.3, help="factor on the preset's weights (%(default)s)")
     add("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where files go (%(default)s)")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")

@@ -104,8 +104,10 @@ def write_csv(path: Path, runs: list[Run]) -> None:
 
 
 def write_tensorboard(folder: Path, runs: list[Run]) -> None:
-    """One TensorBoard run a model: its losses by step and its AP at the end."""
+    """One TensorBoard run a model, in place of an earlier one's: its losses by step and its AP at the end."""
     for run in runs:
+        for earlier in (folder / run.key).glob("events.out.tfevents.*"):
+            earlier.unlink()
         with SummaryWriter(str(folder / run.key)) as writer:
             for step, losses in enumerate(run.history.losses, start=1):
                 for term, value in losses.items():

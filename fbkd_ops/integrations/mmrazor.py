@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Union
 
-import torch
 from torch import Tensor, nn
 
 from ..loss import FBKDLevel, FBKDLoss
@@ -43,6 +42,7 @@ def load_connectors(
         teacher_connectors: one ``FBKDTeacherConnector``, or its state dict, a level.
 
     Raises:
+        TypeError: a loss that is no FBKDLoss, connectors that are no sequence of modules or state dicts.
         ValueError: another number of connectors than levels, missing or surplus keys (all are listed), a shape that
             does not fit, a setting that differs. Nothing is copied then.
 
@@ -51,26 +51,41 @@ def load_connectors(
         >>> load_connectors(loss, [connectors[f"loss_s{i}_sfeat"] for i in range(4)],
         ...                 [connectors[f"loss_s{i}_tfeat"] for i in range(4)])
     """
-    for name, connectors in (("student", student_connectors), ("teacher", teacher_connectors)):
-        if len(connectors) != len(loss.levels):
-            raise ValueError(
-                f"{name}_connectors must have one entry a level, expected {len(loss.levels)}, got {len(connectors)}"
-            )
+    if not isinstance(loss, FBKDLoss):
+        raise TypeError(f"loss must be an FBKDLoss, got {type(loss).__name__}")
+    _check_count(student_connectors, len(loss.levels), "student_connectors")
+    _check_count(teacher_connectors, len(loss.levels), "teacher_connectors")
     states = []
     for index, (level, student, teacher) in enumerate(
         zip(loss.levels, student_connectors, teacher_connectors)
     ):
         state = {}
         for side, connector in (("student", student), ("teacher", teacher)):
-            where = f"level {index}, {side} connector"
-            if isinstance(connector, nn.Module):
-                _check_settings(connector, side, level, where)
-                connector = connector.state_dict()
+            connector = _state_of(connector, side, level, f"level {index}, {side} connector")
             state |= {_our_key(key, side): value for key, value in connector.items()}
         _check_state(state, level, f"level {index}")
         states.append(state)
     for level, state in zip(loss.levels, states):
         level.load_state_dict(state)
+
+
+def _check_count(connectors: Any, expected: int, name: str) -> None:
+    if not isinstance(connectors, (Sequence, nn.ModuleList)):
+        raise TypeError(f"{name} must be a list with one entry a level, got {type(connectors).__name__}")
+    if len(connectors) != expected:
+        raise ValueError(f"{name} must have one entry a level, expected {expected}, got {len(connectors)}")
+
+
+def _state_of(connector: Any, side: str, level: FBKDLevel, where: str) -> Mapping[str, Tensor]:
+    """The connector's state dict, after its settings were compared where it is a module."""
+    if isinstance(connector, Mapping):
+        return connector
+    if not isinstance(connector, nn.Module):
+        raise TypeError(f"{where} must be a module or a state dict, got {type(connector).__name__}")
+    if not hasattr(connector, f"{side}_non_local"):
+        raise ValueError(f"{where}: {type(connector).__name__} has no {side}_non_local, is it the other side's?")
+    _check_settings(connector, side, level, where)
+    return connector.state_dict()
 
 
 def _our_key(key: str, side: str) -> str:
@@ -111,8 +126,10 @@ def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: st
         "spatial_temperature": (settings.spatial_temperature, connector.spatial_T),
         "channel_temperature": (settings.channel_temperature, connector.channel_T),
         "mode": (settings.mode, block.mode),
-        "stride": (settings.stride, _total_stride(block.g)),
+        "stride": (settings.stride, math.prod(_pool_sides(block.g))),
     }
+    if len(_pool_sides(block.g)) > 1:
+        expected["pool_order"] = (settings.pool_order, "nested")
     if block.mode == "embedded_gaussian":
         expected["use_scale"] = (settings.use_scale, block.use_scale)
     differences = [
@@ -124,11 +141,8 @@ def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: st
         raise ValueError(f"{where}: {'; '.join(differences)}")
 
 
-def _total_stride(projection: nn.Module) -> int:
-    """The product of all the max-pools around a projection."""
-    pools = [module for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
-    return math.prod(_side(pool.kernel_size) for pool in pools)
-
-
-def _side(kernel_size: Any) -> int:
-    return kernel_size if isinstance(kernel_size, int) else kernel_size[0]
+def _pool_sides(projection: nn.Module) -> list[int]:
+    """The kernel sides of the max-pools around a projection, those of 1 left out."""
+    pools = [module.kernel_size for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
+    sides = [kernel if isinstance(kernel, int) else kernel[0] for kernel in pools]
+    return [side for side in sides if side > 1]
