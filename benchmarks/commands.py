@@ -47,7 +47,8 @@ def measure() -> dict:
             minutes = minutes_of(command, clone)
             rows.append({"command": command, "minutes": round(minutes, 2), "note": note})
         gigabytes = disk_gb(clone / ".venv")
-    where = f"Measured once, in a fresh clone, on {os.cpu_count()} CPU cores without a GPU (Python {platform.python_version()})."
+    machine = f"{os.cpu_count()} CPU cores without a GPU (Python {platform.python_version()})"
+    where = f"Measured once, in a fresh clone, on {machine}."
     return {"where": where, "revision": revision(), "rows": rows, "venv_gb": round(gigabytes, 1)}
 
 

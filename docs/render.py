@@ -1,7 +1,7 @@
 """Fills the generated blocks of README.md and docs/*.md from the code and from committed results.
 
-A block stands between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` changes nothing and exits with 1 where a file
-is out of date.
+A block stands between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` changes nothing and exits with 1 where a
+file is out of date.
 """
 
 import argparse
@@ -25,23 +25,35 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def presets() -> str:
-    header = ["preset", "τ s/c", "mask rule", "channel mask", "weights feature / channel / spatial / relation",
-              "levels", "pooling factor", "`inter_channels`", "pooled terms", "last bias"]
+    header = [
+        "preset",
+        "τ s/c",
+        "mask rule",
+        "channel mask",
+        "weights feature / channel / spatial / relation",
+        "levels",
+        "pooling factor",
+        "`inter_channels`",
+        "pooled terms",
+        "last bias",
+    ]
     rows = []
     for name, values in PRESETS.items():
         weights = " / ".join(f"{values[f'{term}_weight']:.2g}" for term in TERMS)
-        rows.append([
-            f"`{name}`",
-            f"{values['spatial_temperature']}/{values['channel_temperature']}",
-            values["mask_rule"],
-            "yes" if values["use_channel_mask"] else "no",
-            weights,
-            str(default_num_levels(name) or "any"),
-            ", ".join(map(str, values["stride"])),
-            ", ".join(map(str, values["inter_channels"])),
-            values.get("pooled_terms", "mean"),
-            "yes" if values["conv_out_bias"] else "no",
-        ])
+        rows.append(
+            [
+                f"`{name}`",
+                f"{values['spatial_temperature']}/{values['channel_temperature']}",
+                values["mask_rule"],
+                "yes" if values["use_channel_mask"] else "no",
+                weights,
+                str(default_num_levels(name) or "any"),
+                ", ".join(map(str, values["stride"])),
+                ", ".join(map(str, values["inter_channels"])),
+                values.get("pooled_terms", "mean"),
+                "yes" if values["conv_out_bias"] else "no",
+            ]
+        )
     return table(header, rows)
 
 

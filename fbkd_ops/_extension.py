@@ -69,7 +69,8 @@ def _absent(part: str, report: dict) -> Library:
 def _broken(part: str, error: object, report: dict) -> Library:
     status = f"broken: {error}{_mismatch(report)}"
     warnings.warn(
-        f"the compiled {part} part of fbkd_ops does not load, slower code runs instead. {status}. Rebuild it: {REBUILD}",
+        f"the compiled {part} part of fbkd_ops does not load, slower code runs instead. {status}. "
+        f"Rebuild it: {REBUILD}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -74,8 +74,7 @@ def check_pair(
     if any(student.shape[dim] != teacher.shape[dim] for dim in compared):
         letters = "N, C, H and W" if same_width else "N, H and W"
         raise ValueError(
-            f"{student_name} and {teacher_name} must agree in {letters}, "
-            f"got {_shape(student)} and {_shape(teacher)}"
+            f"{student_name} and {teacher_name} must agree in {letters}, got {_shape(student)} and {_shape(teacher)}"
         )
     check_same_device(student, teacher, student_name, teacher_name)
 
@@ -125,8 +124,7 @@ def check_attention_pools(student: Any, teacher: Any) -> None:
             if field == "channel_attention" and s.shape[0] == t.shape[0]:
                 hint = "; adapt the student's channel attention to the teacher's width first"
             raise ValueError(
-                f"student.{field} and teacher.{field} must have the same shape, "
-                f"got {_shape(s)} and {_shape(t)}{hint}"
+                f"student.{field} and teacher.{field} must have the same shape, got {_shape(s)} and {_shape(t)}{hint}"
             )
         check_same_device(s, t, f"student.{field}", f"teacher.{field}")
 
@@ -138,9 +136,7 @@ def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
     elif isinstance(features, (list, tuple)):
         levels = {f"{name}[{index}]": feature for index, feature in enumerate(features)}
     else:
-        raise TypeError(
-            f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, got {type(features).__name__}"
-        )
+        raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, got {type(features).__name__}")
     if not levels:
         raise ValueError(f"{name} has no levels, expected at least one")
     for label, feature in levels.items():

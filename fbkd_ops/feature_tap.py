@@ -18,7 +18,7 @@ class FeatureTap:
     The hooks are on the model during :meth:`run` only, so that it can be copied and saved as if there were no tap.
 
     Args:
-        model: any module; ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` wrappers are looked through.
+        model: any module; ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` are looked through.
         paths: one module path (``"backbone"``) whose output is the features, be it a tensor, list, tuple or dict, or
             several (``["neck.0", "neck.1"]``), each of which returns one tensor.
         name: what an error calls the paths.
@@ -108,8 +108,7 @@ def _checked_paths(paths: Paths, name: str) -> list[str]:
 def _only_tensor(output: Any, path: str, name: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"{name}: module {path!r} must return one tensor where several paths are given, "
-            f"got {type(output).__name__}"
+            f"{name}: module {path!r} must return one tensor where several paths are given, got {type(output).__name__}"
         )
     return output
 

@@ -71,8 +71,8 @@ def attention_mask(
         student: ``(N, ...)``, or None for a mask of the teacher alone.
         teacher: ``(N, ...)`` of the same shape.
         temperature: tau > 0; the softmax runs over everything but N.
-        mask_rule: ``"average"``: ``L/2 * (softmax(s/tau) + softmax(t/tau))``, ``"joint"``: ``L * softmax((s + t)/tau)``,
-            with L the number of elements an image. Both have mean 1 an image.
+        mask_rule: ``"average"``, ``L/2 * (softmax(s/tau) + softmax(t/tau))``, or ``"joint"``,
+            ``L * softmax((s + t)/tau)``, with L the number of elements an image. Both have mean 1 an image.
 
     Returns:
         The mask in the teacher's shape.

@@ -193,9 +193,7 @@ def _statistics(block: Response, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if count == 0:
         return _empty_batch_statistics(block, norm)
     if norm.training and count == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {[n, channels, 1, 1]}"
-        )
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {[n, channels, 1, 1]}")
     _refuse_synchronized(norm)
     mean, variance = _moments(block)
     _update_running_statistics(norm, mean.detach(), variance.detach(), count)

@@ -79,9 +79,7 @@ class FBKDLoss(nn.Module):
                 raise ValueError(f"level {index}: {error}") from None
 
     @classmethod
-    def from_features(
-        cls, student_features: Features, teacher_features: Features, **arguments: Any
-    ) -> "FBKDLoss":
+    def from_features(cls, student_features: Features, teacher_features: Features, **arguments: Any) -> "FBKDLoss":
         """A loss for features like these: channels and levels are read off them.
 
         Args:
@@ -217,9 +215,7 @@ class FBKDLevel(nn.Module):
                 "use a larger batch, norm='none' or relation_weight=0 for this level"
             )
 
-    def _feature_term(
-        self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
-    ) -> Tensor:
+    def _feature_term(self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool) -> Tensor:
         settings, layer = self.settings, self.feature_adaptation
         spatial_mask = functional.attention_mask(
             pool_s.spatial_attention,
@@ -280,9 +276,7 @@ def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """
     height, width = x.shape[1:]
     padded, weight = F.pad(x, (1, 1, 1, 1)), layer.weight[0, 0].to(x.dtype)
-    shifted = [
-        weight[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
-    ]
+    shifted = [weight[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return sum(shifted, layer.bias.to(x.dtype))
 
 
@@ -306,9 +300,7 @@ def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:
 def _check_channel_mask(student_channels: int, teacher_channels: int, settings: LevelSettings) -> None:
     """The student's half of the channel mask needs the channel term's layer where the widths differ."""
     needs_layer = (
-        settings.use_channel_mask
-        and settings.channel_mask_source == "both"
-        and student_channels != teacher_channels
+        settings.use_channel_mask and settings.channel_mask_source == "both" and student_channels != teacher_channels
     )
     if needs_layer and settings.feature_weight > 0 and settings.channel_weight == 0:
         raise ValueError(

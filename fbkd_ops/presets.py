@@ -85,9 +85,7 @@ class LevelSettings:
         is_width = is_int(value) and value >= 1
         is_ratio = isinstance(value, float) and 0 < value <= 1
         if not (is_width or is_ratio):
-            raise ValueError(
-                f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}"
-            )
+            raise ValueError(f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}")
 
     def inner_width(self, channels: int) -> int:
         """The inner width of a non-local block on ``channels`` channels."""
@@ -175,9 +173,7 @@ def _require_known(overrides: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(LevelSettings)]
     unknown = [name for name in overrides if name not in known]
     if unknown:
-        raise TypeError(
-            f"unknown override {', '.join(map(repr, unknown))}; the overrides are {', '.join(known)}"
-        )
+        raise TypeError(f"unknown override {', '.join(map(repr, unknown))}; the overrides are {', '.join(known)}")
 
 
 def _spread(value: Any, num_levels: int) -> list[Any]:

@@ -9,7 +9,7 @@ if not HAS_GPU:
     # Read by Triton when a kernel is defined, so before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest
+import pytest  # noqa: E402
 
 
 def pytest_configure(config):

@@ -21,7 +21,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def within_eager_error(ours, eager, truth, accumulation: torch.dtype, eps: float = 8.0) -> bool:
-    """Elementwise no further from the float64 truth than twice eager's error, plus a few eps of the accumulation dtype."""
+    """Elementwise no further from the float64 truth than twice eager's error, plus a few eps of the accumulation."""
     truth = truth.double()
     floor = eps * torch.finfo(accumulation).eps * truth.square().mean().sqrt()
     error = (ours.double() - truth).abs()

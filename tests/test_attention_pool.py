@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fbkd_ops
-from fbkd_ops import _extension, reference
+from fbkd_ops import _extension
 from fbkd_ops._layout import matrix_layout, matrix_view
 from fbkd_ops.autograd.attention_pool import attention_pool
 

@@ -47,9 +47,7 @@ def setup_py(source, **changes):
 def wheel(source, **changes):
     """Builds a wheel; its file names and the report inside."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
-    done = subprocess.run(
-        command, cwd=source, env=environment(**changes), capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, cwd=source, env=environment(**changes), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (path,) = (source / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -96,7 +94,7 @@ def test_wrapper_scripts_are_seen_through(source, tmp_path):
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
     real = fake_toolkit(tmp_path, torch.version.cuda)
-    dryrun = f"case \"$*\" in *--dryrun*) echo '#$ _HERE_={real}/bin' >&2;; *) exec {real}/bin/nvcc \"$@\";; esac"
+    dryrun = f'case "$*" in *--dryrun*) echo \'#$ _HERE_={real}/bin\' >&2;; *) exec {real}/bin/nvcc "$@";; esac'
     wrapper.write_text(f"#!/bin/sh\n{dryrun}\n")
     wrapper.chmod(0o755)
     done = setup_py(
@@ -126,7 +124,11 @@ def test_without_a_compiler_the_package_is_pure_python(source):
     without_source = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     code = without_source + "import runpy; runpy.run_module('fbkd_ops.info', run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code],
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=environment(PYTHONPATH=str(installed)),
     )
     assert "nothing: pure Python" in done.stdout, done.stderr

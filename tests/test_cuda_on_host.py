@@ -61,8 +61,16 @@ def check(kernels, x, packs, row_tile, grid, groups, plain_only=False):
     dx = dx.contiguous(memory_format=torch.contiguous_format if view.rows_are_channels else torch.channels_last)
     sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 4)(*x.stride())
     kernels.attention_pool(
-        DTYPES[x.dtype], packs, ctypes.c_void_p(x.data_ptr()), sizes, strides, ctypes.c_int64(row_tile),
-        ctypes.c_uint(grid), groups, pointers(by_direction(view, *means)), pointers(by_direction(view, *given)),
+        DTYPES[x.dtype],
+        packs,
+        ctypes.c_void_p(x.data_ptr()),
+        sizes,
+        strides,
+        ctypes.c_int64(row_tile),
+        ctypes.c_uint(grid),
+        groups,
+        pointers(by_direction(view, *means)),
+        pointers(by_direction(view, *given)),
         ctypes.c_void_p(dx.data_ptr()),
     )
     for mine, theirs in zip(means, expected):
@@ -76,7 +84,13 @@ def check(kernels, x, packs, row_tile, grid, groups, plain_only=False):
     "shape, packs, row_tile, grid, groups",
     [
         ((2, 9, 16, 34), True, 32, 2, False),  # 544 columns: two tiles, the second narrow; fewer blocks than tiles
-        ((2, 9, 3, 7), False, 8, 3, False),  # rows start anywhere: one element a load; two row tiles, one row in the second
+        (
+            (2, 9, 3, 7),
+            False,
+            8,
+            3,
+            False,
+        ),  # rows start anywhere: one element a load; two row tiles, one row in the second
         ((1, 48, 4, 4), True, 2, 1, True),  # 24 row tiles: the second stage in 16 groups
         ((1, 16, 1, 1), True, 32, 1, False),  # one pixel
     ],
@@ -104,8 +118,17 @@ def test_nan_spreads(kernels):
     dx, grads = torch.empty_like(x), [torch.ones_like(mean) for mean in means]
     sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 4)(*x.stride())
     kernels.attention_pool(
-        0, True, ctypes.c_void_p(x.data_ptr()), sizes, strides, ctypes.c_int64(32), ctypes.c_uint(1), False,
-        pointers(means), pointers(grads), ctypes.c_void_p(dx.data_ptr()),
+        0,
+        True,
+        ctypes.c_void_p(x.data_ptr()),
+        sizes,
+        strides,
+        ctypes.c_int64(32),
+        ctypes.c_uint(1),
+        False,
+        pointers(means),
+        pointers(grads),
+        ctypes.c_void_p(dx.data_ptr()),
     )
     assert [int(mean.isnan().sum()) for mean in means] == [1, 1, 1, 1]
     assert not dx.isnan().any()

@@ -203,13 +203,16 @@ class Listing(Detector):
         return [images.mean()]
 
 
-@pytest.mark.parametrize("path,message", [
-    ("neck", r"student_layers: Detector has no module 'neck'; at the top there are 'backbone', 'head', 'dropout'"),
-    ("backbone.body", r"no module 'backbone.body'; inside 'backbone' there are 'stem', 'down'"),
-    ("head.0.conv", r"no module 'head.0.conv'; inside 'head' there are no modules"),
-    ([], r"student_layers is empty"),
-    (["head", "head"], r"student_layers names a module path twice: \['head', 'head'\]"),
-])
+@pytest.mark.parametrize(
+    "path,message",
+    [
+        ("neck", r"student_layers: Detector has no module 'neck'; at the top there are 'backbone', 'head', 'dropout'"),
+        ("backbone.body", r"no module 'backbone.body'; inside 'backbone' there are 'stem', 'down'"),
+        ("head.0.conv", r"no module 'head.0.conv'; inside 'head' there are no modules"),
+        ([], r"student_layers is empty"),
+        (["head", "head"], r"student_layers names a module path twice: \['head', 'head'\]"),
+    ],
+)
 def test_a_missing_path_is_named(path, message):
     with pytest.raises(ValueError, match=message):
         make_distiller(layers=path)
@@ -226,11 +229,14 @@ def test_a_path_that_the_teacher_lacks_is_named():
         make_distiller(teacher_layers="body")
 
 
-@pytest.mark.parametrize("student,error,message", [
-    (Twice(4), RuntimeError, "student_layers: module 'backbone' was called 2 times in one forward, expected once"),
-    (Never(4), RuntimeError, "student_layers: module 'backbone' was called 0 times"),
-    (Listing(4), TypeError, "must return a dict of losses or a scalar tensor in training, got list"),
-])
+@pytest.mark.parametrize(
+    "student,error,message",
+    [
+        (Twice(4), RuntimeError, "student_layers: module 'backbone' was called 2 times in one forward, expected once"),
+        (Never(4), RuntimeError, "student_layers: module 'backbone' was called 0 times"),
+        (Listing(4), TypeError, "must return a dict of losses or a scalar tensor in training, got list"),
+    ],
+)
 def test_misuse_is_named(student, error, message):
     distiller = Distiller(student, Detector(4), FBKDLoss(4, num_levels=2), student_layers="backbone")
     with pytest.raises(error, match=message):
@@ -254,7 +260,9 @@ def test_a_failed_step_leaves_no_stale_features():
 
 def test_a_dict_output_under_several_paths_is_named():
     distiller = make_distiller(layers=["backbone", "backbone.down"])
-    with pytest.raises(TypeError, match="module 'backbone' must return one tensor where several paths are given, got dict"):
+    with pytest.raises(
+        TypeError, match="module 'backbone' must return one tensor where several paths are given, got dict"
+    ):
         distiller(IMAGES, TARGETS)
 
 

@@ -67,9 +67,7 @@ def test_relation_loss_equals_the_reference(mode, size, stride, norm):
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("affine,track", [(True, True), (False, True), (True, False), (False, False)])
 def test_every_kind_of_batch_norm(momentum, affine, track):
-    norms = [
-        randomise(torch.nn.BatchNorm2d(4, 1e-3, momentum, affine, track).double(), seed=3) for _ in range(2)
-    ]
+    norms = [randomise(torch.nn.BatchNorm2d(4, 1e-3, momentum, affine, track).double(), seed=3) for _ in range(2)]
     block = randomise(NonLocalBlock2d(4, 2, norm="none").double())
     for training in (True, True, True, False):
         x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
@@ -146,11 +144,13 @@ def test_gradcheck_of_the_relation_loss():
     def loss(student, *values):
         values = dict(zip((name for name, _ in parts.named_parameters()), values))
         student_block, teacher_block = (
-            NonLocalWeights(**{
-                f"{layer}_{entry}": values[f"{side}.{layer}.{entry}"].flatten(1 if entry == "weight" else 0)
-                for layer in ("g", "theta", "phi", "out")
-                for entry in ("weight", "bias")
-            })
+            NonLocalWeights(
+                **{
+                    f"{layer}_{entry}": values[f"{side}.{layer}.{entry}"].flatten(1 if entry == "weight" else 0)
+                    for layer in ("g", "theta", "phi", "out")
+                    for entry in ("weight", "bias")
+                }
+            )
             for side in (0, 1)
         )
         return functional.relation_loss(
@@ -209,9 +209,7 @@ def test_equal_features_have_loss_and_gradient_zero():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_attention_masks(rule, dtype):
     """Against a softmax written out by hand; large activations must not overflow."""
-    pools = [
-        functional.attention_pool((100 * torch.randn(2, 6, 5, 7)).to(dtype).requires_grad_()) for _ in range(2)
-    ]
+    pools = [functional.attention_pool((100 * torch.randn(2, 6, 5, 7)).to(dtype).requires_grad_()) for _ in range(2)]
     spatial, channel = functional.attention_masks(
         *pools, spatial_temperature=0.5, channel_temperature=0.25, mask_rule=rule
     )
@@ -236,20 +234,36 @@ def test_a_mask_of_the_teacher_alone():
         torch.testing.assert_close(mask, 6 * torch.softmax(teacher / 0.5, 1))
 
 
-@pytest.mark.parametrize("dtypes", [
-    (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32), (torch.float16, torch.float64),
-], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
     """Values that are exact in the narrow dtypes, so that the float64 truth has the same inputs."""
     student = torch.randn(2, 4, 9, 8).to(dtypes[0])
     teacher = torch.randn(2, 6, 9, 8).to(dtypes[1])
     parts = relation_pair("dot_product", 2)
-    truth = run_relation(copy.deepcopy(parts), student.double(), teacher.double(), reference.relation_loss, "dot_product", 2)
+    truth = run_relation(
+        copy.deepcopy(parts), student.double(), teacher.double(), reference.relation_loss, "dot_product", 2
+    )
     accumulation = torch.float64 if torch.float64 in dtypes else torch.float32
     parts = parts.to(accumulation)
-    eager = run_relation(copy.deepcopy(parts), student.to(accumulation), teacher.to(accumulation), reference.relation_loss, "dot_product", 2)
+    eager = run_relation(
+        copy.deepcopy(parts),
+        student.to(accumulation),
+        teacher.to(accumulation),
+        reference.relation_loss,
+        "dot_product",
+        2,
+    )
     ours = run_relation(parts, student, teacher, functional.relation_loss, "dot_product", 2, autocast)
     assert ours[0].dtype == accumulation and ours[1].dtype == dtypes[0]
     assert within_eager_error(ours[0], eager[0], truth[0], accumulation)
@@ -257,34 +271,105 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
     assert within_eager_error(ours[1], eager[1].to(dtypes[0]), truth[1], accumulation, eps=64)
 
 
-@pytest.mark.parametrize("call,error,message", [
-    (lambda x: functional.attention_pool(x.int()), TypeError, r"x must have dtype float16, .* got int32"),
-    (lambda x: functional.attention_pool(x.to(torch.complex64)), TypeError, r"got complex64"),
-    (lambda x: functional.attention_pool(x[0]), ValueError, r"x must have shape \(N, C, H, W\), got \(3, 4, 5\)"),
-    (lambda x: functional.attention_pool(x[:, :, :0]), ValueError, r"at least one channel and one pixel"),
-    (lambda x: functional.attention_pool([x]), TypeError, r"x must be a torch.Tensor, got list"),
-    (lambda x: functional.masked_l2_loss(x, x[:, :2]), ValueError, r"agree in N, C, H and W, got \(2, 3, 4, 5\) and \(2, 2, 4, 5\)"),
-    (lambda x: functional.masked_l2_loss(x, x.to("meta")), ValueError, r"one device, got cpu and meta"),
-    (lambda x: functional.masked_l2_loss(x, x, x[:, 0, 1:]), ValueError, r"spatial_mask must have shape \(2, 4, 5\), got \(2, 3, 5\)"),
-    (lambda x: functional.masked_l2_loss(x, x, None, x[:, 0]), ValueError, r"channel_mask must have shape \(2, 3\)"),
-    (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor, got float"),
-    (lambda x: functional.attention_mask(x, x, temperature=0), ValueError, r"temperature must be a number > 0, got 0"),
-    (lambda x: functional.attention_mask(x, x, temperature=1, mask_rule="mean"), ValueError, r"mask_rule must be one of 'average', 'joint', got 'mean'"),
-    (lambda x: functional.attention_masks(x, x, spatial_temperature=1, channel_temperature=1), TypeError, r"student must be an AttentionPool, got Tensor"),
-    (lambda x: functional.non_local(x, block_weights(), mode="dot"), ValueError, r"mode must be one of 'dot_product'.*got 'dot'"),
-    (lambda x: functional.non_local(x, block_weights(), stride=0), ValueError, r"stride must be an int >= 1"),
-    (lambda x: functional.non_local(x, block_weights(5)), ValueError, r"weights.g_weight must have shape \(2, 3\), got \(2, 5\)"),
-    (lambda x: functional.non_local(x, block_weights(), mode="concatenation"), ValueError, r"weights.pair_weight must have shape \(4,\) in mode 'concatenation', got None"),
-    (lambda x: functional.attention_mask(x, x, temperature="warm"), ValueError, r"temperature must be a number > 0, got 'warm'"),
-    (lambda x: functional.attention_mask(x, None, temperature=1), TypeError, r"teacher must be a torch.Tensor, got NoneType"),
-    (lambda x: functional.attention_mask(x.cfloat(), x, temperature=1), TypeError, r"student must be a floating-point tensor, got torch.complex64"),
-    (lambda x: functional.non_local(x, block_weights()._replace(g_weight=None)), TypeError, r"weights.g_weight must be a torch.Tensor, got NoneType"),
-    (lambda x: functional.non_local(x, block_weights()._replace(g_bias=torch.zeros(2).int())), TypeError, r"weights.g_bias must be a floating-point tensor, got torch.int32"),
-    (lambda x: functional.non_local(x, block_weights(), norm=torch.nn.BatchNorm2d(4)), ValueError, r"norm must have num_features 3, got 4"),
-    (lambda x: functional.non_local(x, block_weights(), norm=torch.nn.GroupNorm(1, 3)), TypeError, r"norm must be a BatchNorm or None, got GroupNorm"),
-    (lambda x: functional.relation_loss(x, x, block_weights(), block_weights(), torch.eye(3), None), TypeError, r"adaptation_bias must be a torch.Tensor, got NoneType"),
-    (lambda x: functional.non_local(x, None), TypeError, r"weights must be NonLocalWeights, got NoneType"),
-])
+@pytest.mark.parametrize(
+    "call,error,message",
+    [
+        (lambda x: functional.attention_pool(x.int()), TypeError, r"x must have dtype float16, .* got int32"),
+        (lambda x: functional.attention_pool(x.to(torch.complex64)), TypeError, r"got complex64"),
+        (lambda x: functional.attention_pool(x[0]), ValueError, r"x must have shape \(N, C, H, W\), got \(3, 4, 5\)"),
+        (lambda x: functional.attention_pool(x[:, :, :0]), ValueError, r"at least one channel and one pixel"),
+        (lambda x: functional.attention_pool([x]), TypeError, r"x must be a torch.Tensor, got list"),
+        (
+            lambda x: functional.masked_l2_loss(x, x[:, :2]),
+            ValueError,
+            r"agree in N, C, H and W, got \(2, 3, 4, 5\) and \(2, 2, 4, 5\)",
+        ),
+        (lambda x: functional.masked_l2_loss(x, x.to("meta")), ValueError, r"one device, got cpu and meta"),
+        (
+            lambda x: functional.masked_l2_loss(x, x, x[:, 0, 1:]),
+            ValueError,
+            r"spatial_mask must have shape \(2, 4, 5\), got \(2, 3, 5\)",
+        ),
+        (
+            lambda x: functional.masked_l2_loss(x, x, None, x[:, 0]),
+            ValueError,
+            r"channel_mask must have shape \(2, 3\)",
+        ),
+        (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor, got float"),
+        (
+            lambda x: functional.attention_mask(x, x, temperature=0),
+            ValueError,
+            r"temperature must be a number > 0, got 0",
+        ),
+        (
+            lambda x: functional.attention_mask(x, x, temperature=1, mask_rule="mean"),
+            ValueError,
+            r"mask_rule must be one of 'average', 'joint', got 'mean'",
+        ),
+        (
+            lambda x: functional.attention_masks(x, x, spatial_temperature=1, channel_temperature=1),
+            TypeError,
+            r"student must be an AttentionPool, got Tensor",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights(), mode="dot"),
+            ValueError,
+            r"mode must be one of 'dot_product'.*got 'dot'",
+        ),
+        (lambda x: functional.non_local(x, block_weights(), stride=0), ValueError, r"stride must be an int >= 1"),
+        (
+            lambda x: functional.non_local(x, block_weights(5)),
+            ValueError,
+            r"weights.g_weight must have shape \(2, 3\), got \(2, 5\)",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights(), mode="concatenation"),
+            ValueError,
+            r"weights.pair_weight must have shape \(4,\) in mode 'concatenation', got None",
+        ),
+        (
+            lambda x: functional.attention_mask(x, x, temperature="warm"),
+            ValueError,
+            r"temperature must be a number > 0, got 'warm'",
+        ),
+        (
+            lambda x: functional.attention_mask(x, None, temperature=1),
+            TypeError,
+            r"teacher must be a torch.Tensor, got NoneType",
+        ),
+        (
+            lambda x: functional.attention_mask(x.cfloat(), x, temperature=1),
+            TypeError,
+            r"student must be a floating-point tensor, got torch.complex64",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights()._replace(g_weight=None)),
+            TypeError,
+            r"weights.g_weight must be a torch.Tensor, got NoneType",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights()._replace(g_bias=torch.zeros(2).int())),
+            TypeError,
+            r"weights.g_bias must be a floating-point tensor, got torch.int32",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights(), norm=torch.nn.BatchNorm2d(4)),
+            ValueError,
+            r"norm must have num_features 3, got 4",
+        ),
+        (
+            lambda x: functional.non_local(x, block_weights(), norm=torch.nn.GroupNorm(1, 3)),
+            TypeError,
+            r"norm must be a BatchNorm or None, got GroupNorm",
+        ),
+        (
+            lambda x: functional.relation_loss(x, x, block_weights(), block_weights(), torch.eye(3), None),
+            TypeError,
+            r"adaptation_bias must be a torch.Tensor, got NoneType",
+        ),
+        (lambda x: functional.non_local(x, None), TypeError, r"weights must be NonLocalWeights, got NoneType"),
+    ],
+)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(2, 3, 4, 5))
@@ -300,13 +385,16 @@ def test_masks_of_different_widths_say_who_adapts():
         functional.attention_masks(*pools, spatial_temperature=1, channel_temperature=1)
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (dict(inter_channels=0), "inter_channels must be between 1 and in_channels=4, got 0"),
-    (dict(inter_channels=2.0), "inter_channels must be between 1 and in_channels=4, got 2.0"),
-    (dict(inter_channels=5), "inter_channels must be between 1 and in_channels=4, got 5"),
-    (dict(mode="dot"), "mode must be one of"),
-    (dict(norm="layer"), "norm must be one of"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(inter_channels=0), "inter_channels must be between 1 and in_channels=4, got 0"),
+        (dict(inter_channels=2.0), "inter_channels must be between 1 and in_channels=4, got 2.0"),
+        (dict(inter_channels=5), "inter_channels must be between 1 and in_channels=4, got 5"),
+        (dict(mode="dot"), "mode must be one of"),
+        (dict(norm="layer"), "norm must be one of"),
+    ],
+)
 def test_bad_blocks_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         NonLocalBlock2d(4, **arguments)

@@ -53,14 +53,29 @@ def test_presets_equal_the_reference(preset, levels, widths):
         assert grad.abs().max() > 1e-8
 
 
-@pytest.mark.parametrize("override", [
-    dict(mask_rule="joint"), dict(use_channel_mask=True), dict(use_channel_mask=True, channel_mask_source="teacher"),
-    dict(use_channel_mask=True, mask_rule="joint", channel_mask_source="teacher"), dict(pooled_terms="attention"),
-    dict(spatial_temperature=0.1), dict(use_channel_mask=True, channel_temperature=0.05), dict(normalize="mean"),
-    dict(norm="none"), dict(conv_out_bias=False), dict(stride=[1, 3]), dict(inter_channels=[1, 6]), dict(pool_order="nested"),
-    *(dict(mode=mode) for mode in MODES), dict(mode=["gaussian", "concatenation"]), dict(mode="embedded_gaussian", use_scale=False),
-    *({f"{term}_weight": [0.5, 2.0]} for term in TERMS),
-], ids=str)
+@pytest.mark.parametrize(
+    "override",
+    [
+        dict(mask_rule="joint"),
+        dict(use_channel_mask=True),
+        dict(use_channel_mask=True, channel_mask_source="teacher"),
+        dict(use_channel_mask=True, mask_rule="joint", channel_mask_source="teacher"),
+        dict(pooled_terms="attention"),
+        dict(spatial_temperature=0.1),
+        dict(use_channel_mask=True, channel_temperature=0.05),
+        dict(normalize="mean"),
+        dict(norm="none"),
+        dict(conv_out_bias=False),
+        dict(stride=[1, 3]),
+        dict(inter_channels=[1, 6]),
+        dict(pool_order="nested"),
+        *(dict(mode=mode) for mode in MODES),
+        dict(mode=["gaussian", "concatenation"]),
+        dict(mode="embedded_gaussian", use_scale=False),
+        *({f"{term}_weight": [0.5, 2.0]} for term in TERMS),
+    ],
+    ids=str,
+)
 def test_every_override_equals_the_reference_and_matters(override):
     base = dict(num_levels=2, **{f"{term}_weight": 1.0 for term in TERMS})
     students, teachers = pyramid(6, 2), pyramid(8, 2, seed=1)
@@ -116,7 +131,12 @@ def test_the_preset_table():
     assert [s.stride for s in two_stage] == [8, 4, 2, 2, 2]
     assert [s.inner_width(256) for s in two_stage] == [64, 64, 128, 128, 128]
     first = two_stage[0]
-    assert (first.feature_weight, first.channel_weight, first.spatial_weight, first.relation_weight) == (7e-5, 4e-3, 4e-3, 7e-5)
+    assert (first.feature_weight, first.channel_weight, first.spatial_weight, first.relation_weight) == (
+        7e-5,
+        4e-3,
+        4e-3,
+        7e-5,
+    )
     assert (first.spatial_temperature, first.channel_temperature, first.mask_rule) == (0.5, 0.5, "average")
     assert not first.use_channel_mask and first.conv_out_bias and first.mode == "dot_product" and first.norm == "batch"
     one_stage = FBKDLoss(256, preset="one_stage").levels[4].settings
@@ -185,7 +205,9 @@ def test_empty_batches_and_tiny_levels(preset, batch, size):
 def test_one_value_a_channel_is_refused_before_anything_is_updated():
     loss = FBKDLoss(4, num_levels=2)
     features = [torch.randn(1, 4, 3, 3), torch.randn(1, 4, 1, 1)]
-    with pytest.raises(ValueError, match=r"student_features\[1\]: Expected more than 1 value per channel when training"):
+    with pytest.raises(
+        ValueError, match=r"student_features\[1\]: Expected more than 1 value per channel when training"
+    ):
         loss(features, features)
     assert loss.levels[0].student_non_local.norm.num_batches_tracked == 0
     loss.eval()(features, features)
@@ -218,7 +240,9 @@ def test_a_nan_feature_is_not_silenced():
     assert all(value.isnan() for value in FBKDLoss(4, num_levels=1).double()([student], [teacher]).values())
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float64)]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_mixed_dtypes_layouts_and_autocast(dtypes, channels_last):
     """A float32 loss under autocast against float64 on the same, exactly representable, values."""
@@ -226,7 +250,9 @@ def test_mixed_dtypes_layouts_and_autocast(dtypes, channels_last):
     students, teachers = pyramid(8, 2, dtypes[0]), pyramid(8, 2, dtypes[1], seed=1)
     if channels_last:
         students = [x.contiguous(memory_format=torch.channels_last) for x in students]
-    truth = run(copy.deepcopy(loss).double(), [x.double() for x in students], [x.double() for x in teachers], "reference")
+    truth = run(
+        copy.deepcopy(loss).double(), [x.double() for x in students], [x.double() for x in teachers], "reference"
+    )
     students = [x.clone().requires_grad_() for x in students]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = loss(students, teachers)
@@ -284,55 +310,99 @@ def test_from_features_reads_channels_and_levels():
 MAPS = torch.zeros(2, 4, 5, 6)
 
 
-@pytest.mark.parametrize("students,teachers,error,message", [
-    ([], [], ValueError, "student_features has no levels"),
-    ([MAPS] * 2, [MAPS], ValueError, "same number of levels, got 2 and 1"),
-    ([MAPS], [MAPS], ValueError, "student_features must have 2 levels, as the loss was made with, got 1"),
-    (MAPS, MAPS, TypeError, "student_features must be a list, tuple or dict .* got Tensor"),
-    ([MAPS, None], [MAPS] * 2, TypeError, r"student_features\[1\] must be a torch.Tensor, got NoneType"),
-    ([MAPS] * 2, [MAPS, MAPS.long()], TypeError, r"teacher_features\[1\] must have dtype .* got int64"),
-    ([MAPS.cfloat(), MAPS], [MAPS] * 2, TypeError, r"student_features\[0\] must have dtype .* got complex64"),
-    ([MAPS, MAPS[0]], [MAPS] * 2, ValueError, r"student_features\[1\] must have shape \(N, C, H, W\), got \(4, 5, 6\)"),
-    ([MAPS, MAPS[:, :3]], [MAPS] * 2, ValueError, r"student_features\[1\] must have 4 channels, got 3 in \(2, 3, 5, 6\)"),
-    ([MAPS] * 2, [MAPS, MAPS[:, :3]], ValueError, r"teacher_features\[1\] must have 4 channels, got 3"),
-    ([MAPS, MAPS[:1]], [MAPS] * 2, ValueError, r"student_features\[1\] and teacher_features\[1\] must agree in N, H and W, got \(1, 4, 5, 6\) and \(2, 4, 5, 6\)"),
-    ([MAPS, MAPS[:, :, 1:]], [MAPS] * 2, ValueError, r"must agree in N, H and W, got \(2, 4, 4, 6\)"),
-    ([MAPS] * 2, [MAPS, MAPS.to("meta")], ValueError, r"student_features\[1\] and teacher_features\[1\] must be on one device, got cpu and meta"),
-    ([MAPS.to("meta")] * 2, [MAPS.to("meta")] * 2, ValueError, r"student_features\[0\] and the loss's parameters must be on one device, got meta and cpu"),
-    ({"a": MAPS, "b": MAPS}, {"a": MAPS, "c": MAPS}, ValueError, r"same keys, got \['a', 'b'\] and \['a', 'c'\]"),
-    ([MAPS, MAPS[:, :, :0]], [MAPS] * 2, ValueError, r"student_features\[1\] must have at least one channel and one pixel"),
-])
+@pytest.mark.parametrize(
+    "students,teachers,error,message",
+    [
+        ([], [], ValueError, "student_features has no levels"),
+        ([MAPS] * 2, [MAPS], ValueError, "same number of levels, got 2 and 1"),
+        ([MAPS], [MAPS], ValueError, "student_features must have 2 levels, as the loss was made with, got 1"),
+        (MAPS, MAPS, TypeError, "student_features must be a list, tuple or dict .* got Tensor"),
+        ([MAPS, None], [MAPS] * 2, TypeError, r"student_features\[1\] must be a torch.Tensor, got NoneType"),
+        ([MAPS] * 2, [MAPS, MAPS.long()], TypeError, r"teacher_features\[1\] must have dtype .* got int64"),
+        ([MAPS.cfloat(), MAPS], [MAPS] * 2, TypeError, r"student_features\[0\] must have dtype .* got complex64"),
+        (
+            [MAPS, MAPS[0]],
+            [MAPS] * 2,
+            ValueError,
+            r"student_features\[1\] must have shape \(N, C, H, W\), got \(4, 5, 6\)",
+        ),
+        (
+            [MAPS, MAPS[:, :3]],
+            [MAPS] * 2,
+            ValueError,
+            r"student_features\[1\] must have 4 channels, got 3 in \(2, 3, 5, 6\)",
+        ),
+        ([MAPS] * 2, [MAPS, MAPS[:, :3]], ValueError, r"teacher_features\[1\] must have 4 channels, got 3"),
+        (
+            [MAPS, MAPS[:1]],
+            [MAPS] * 2,
+            ValueError,
+            r"student_features\[1\] and teacher_features\[1\] must agree in N, H and W, got \(1, .* and \(2, 4, 5, 6\)",
+        ),
+        ([MAPS, MAPS[:, :, 1:]], [MAPS] * 2, ValueError, r"must agree in N, H and W, got \(2, 4, 4, 6\)"),
+        (
+            [MAPS] * 2,
+            [MAPS, MAPS.to("meta")],
+            ValueError,
+            r"student_features\[1\] and teacher_features\[1\] must be on one device, got cpu and meta",
+        ),
+        (
+            [MAPS.to("meta")] * 2,
+            [MAPS.to("meta")] * 2,
+            ValueError,
+            r"student_features\[0\] and the loss's parameters must be on one device, got meta and cpu",
+        ),
+        ({"a": MAPS, "b": MAPS}, {"a": MAPS, "c": MAPS}, ValueError, r"same keys, got \['a', 'b'\] and \['a', 'c'\]"),
+        (
+            [MAPS, MAPS[:, :, :0]],
+            [MAPS] * 2,
+            ValueError,
+            r"student_features\[1\] must have at least one channel and one pixel",
+        ),
+    ],
+)
 def test_bad_features_are_named(students, teachers, error, message):
     with pytest.raises(error, match=message):
         FBKDLoss(4, num_levels=2)(students, teachers)
 
 
-@pytest.mark.parametrize("arguments,error,message", [
-    (dict(preset="three_stage"), ValueError, "preset must be one of 'two_stage', 'one_stage', 'mmrazor', 'paper', got 'three_stage'"),
-    (dict(temperature=0.5), TypeError, "unknown override 'temperature'; the overrides are spatial_temperature"),
-    (dict(preset="paper", num_levels=None), ValueError, "num_levels is needed: preset 'paper' fits any number"),
-    (dict(num_levels=0), ValueError, "num_levels must be an int >= 1, got 0"),
-    (dict(student_channels=[4, 4, 4]), ValueError, "student_channels has 3 entries, expected an int or 2"),
-    (dict(student_channels=0), ValueError, "student_channels must be >= 1, got 0 at level 0"),
-    (dict(student_channels=4.0), TypeError, "student_channels must be an int or a list of ints, got 4.0"),
-    (dict(stride=[1, 2, 3]), ValueError, "stride has 3 values, expected one value or 2, one a level"),
-    (dict(stride=[1, 0]), ValueError, r"level 1: stride must be an int >= 1 \(1: no pooling\), got 0"),
-    (dict(stride=2.0), ValueError, "level 0: stride must be an int >= 1"),
-    (dict(mode="dot"), ValueError, "level 0: mode must be one of 'dot_product'"),
-    (dict(mask_rule="sum"), ValueError, "level 0: mask_rule must be one of 'average', 'joint', got 'sum'"),
-    (dict(norm="layer"), ValueError, "norm must be one of 'batch', 'none'"),
-    (dict(pooled_terms="max"), ValueError, "pooled_terms must be one of 'mean', 'attention'"),
-    (dict(normalize="sum"), ValueError, "normalize must be one of 'none', 'mean'"),
-    (dict(channel_mask_source="student"), ValueError, "channel_mask_source must be one of 'both', 'teacher'"),
-    (dict(spatial_temperature=0), ValueError, "spatial_temperature must be a number > 0, got 0"),
-    (dict(feature_weight=-1), ValueError, "feature_weight must be a finite number >= 0, got -1"),
-    (dict(relation_weight=float("nan")), ValueError, "relation_weight must be a finite number >= 0, got nan"),
-    (dict(use_channel_mask=1), TypeError, "use_channel_mask must be True or False, got 1"),
-    (dict(inter_channels=0), ValueError, "inter_channels must be an int >= 1 or a ratio"),
-    (dict(inter_channels=[4, 5]), ValueError, "level 1: inter_channels must be between 1 and in_channels=4, got 5"),
-    (dict(inter_channels=1.5), ValueError, "inter_channels must be an int >= 1 or a ratio"),
-    (dict(teacher_channels=6, use_channel_mask=True, channel_weight=0), ValueError, "needs the channel term's linear layer"),
-])
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (
+            dict(preset="three_stage"),
+            ValueError,
+            "preset must be one of 'two_stage', 'one_stage', 'mmrazor', 'paper', got 'three_stage'",
+        ),
+        (dict(temperature=0.5), TypeError, "unknown override 'temperature'; the overrides are spatial_temperature"),
+        (dict(preset="paper", num_levels=None), ValueError, "num_levels is needed: preset 'paper' fits any number"),
+        (dict(num_levels=0), ValueError, "num_levels must be an int >= 1, got 0"),
+        (dict(student_channels=[4, 4, 4]), ValueError, "student_channels has 3 entries, expected an int or 2"),
+        (dict(student_channels=0), ValueError, "student_channels must be >= 1, got 0 at level 0"),
+        (dict(student_channels=4.0), TypeError, "student_channels must be an int or a list of ints, got 4.0"),
+        (dict(stride=[1, 2, 3]), ValueError, "stride has 3 values, expected one value or 2, one a level"),
+        (dict(stride=[1, 0]), ValueError, r"level 1: stride must be an int >= 1 \(1: no pooling\), got 0"),
+        (dict(stride=2.0), ValueError, "level 0: stride must be an int >= 1"),
+        (dict(mode="dot"), ValueError, "level 0: mode must be one of 'dot_product'"),
+        (dict(mask_rule="sum"), ValueError, "level 0: mask_rule must be one of 'average', 'joint', got 'sum'"),
+        (dict(norm="layer"), ValueError, "norm must be one of 'batch', 'none'"),
+        (dict(pooled_terms="max"), ValueError, "pooled_terms must be one of 'mean', 'attention'"),
+        (dict(normalize="sum"), ValueError, "normalize must be one of 'none', 'mean'"),
+        (dict(channel_mask_source="student"), ValueError, "channel_mask_source must be one of 'both', 'teacher'"),
+        (dict(spatial_temperature=0), ValueError, "spatial_temperature must be a number > 0, got 0"),
+        (dict(feature_weight=-1), ValueError, "feature_weight must be a finite number >= 0, got -1"),
+        (dict(relation_weight=float("nan")), ValueError, "relation_weight must be a finite number >= 0, got nan"),
+        (dict(use_channel_mask=1), TypeError, "use_channel_mask must be True or False, got 1"),
+        (dict(inter_channels=0), ValueError, "inter_channels must be an int >= 1 or a ratio"),
+        (dict(inter_channels=[4, 5]), ValueError, "level 1: inter_channels must be between 1 and in_channels=4, got 5"),
+        (dict(inter_channels=1.5), ValueError, "inter_channels must be an int >= 1 or a ratio"),
+        (
+            dict(teacher_channels=6, use_channel_mask=True, channel_weight=0),
+            ValueError,
+            "needs the channel term's linear layer",
+        ),
+    ],
+)
 def test_bad_arguments_are_named(arguments, error, message):
     arguments = dict(student_channels=4, num_levels=2) | arguments
     with pytest.raises(error, match=message):

@@ -80,13 +80,32 @@ def test_every_entry_is_copied(as_state):
     assert len(list(loss.parameters())) == len(theirs)
 
 
-@pytest.mark.parametrize("student,teacher,message", [
-    (StudentConnector(maxpool_stride=4), TeacherConnector(), "level 0, student connector: stride is 8, the loss has 16"),
-    (StudentConnector(), TeacherConnector(mode="gaussian"), "level 0, teacher connector: mode is 'gaussian', the loss has 'dot_product'"),
-    (StudentConnector(temperature=0.1), TeacherConnector(), "spatial_temperature is 0.1, the loss has 0.5; channel_temperature is 0.1"),
-    (StudentConnector(inner=2), TeacherConnector(), r"student_non_local.g.bias must have shape \(1,\), got \(2,\)"),
-    (StudentConnector(channels=3), TeacherConnector(), r"feature_adaptation.weight must have shape \(4, 4, 1, 1\), got \(3, 3, 1, 1\)"),
-])
+@pytest.mark.parametrize(
+    "student,teacher,message",
+    [
+        (
+            StudentConnector(maxpool_stride=4),
+            TeacherConnector(),
+            "level 0, student connector: stride is 8, the loss has 16",
+        ),
+        (
+            StudentConnector(),
+            TeacherConnector(mode="gaussian"),
+            "level 0, teacher connector: mode is 'gaussian', the loss has 'dot_product'",
+        ),
+        (
+            StudentConnector(temperature=0.1),
+            TeacherConnector(),
+            "spatial_temperature is 0.1, the loss has 0.5; channel_temperature is 0.1",
+        ),
+        (StudentConnector(inner=2), TeacherConnector(), r"student_non_local.g.bias must have shape \(1,\), got \(2,\)"),
+        (
+            StudentConnector(channels=3),
+            TeacherConnector(),
+            r"feature_adaptation.weight must have shape \(4, 4, 1, 1\), got \(3, 3, 1, 1\)",
+        ),
+    ],
+)
 def test_connectors_that_do_not_fit_are_refused(student, teacher, message):
     loss = one_level()
     before = {key: value.clone() for key, value in loss.state_dict().items()}
@@ -95,12 +114,27 @@ def test_connectors_that_do_not_fit_are_refused(student, teacher, message):
     assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments,error,message", [
-    (("loss", [StudentConnector()], [TeacherConnector()]), TypeError, "loss must be an FBKDLoss, got str"),
-    ((None, {"a": StudentConnector()}, [TeacherConnector()]), TypeError, "student_connectors must be a list with one entry a level, got dict"),
-    ((None, [StudentConnector()], [None]), TypeError, "level 0, teacher connector must be a module or a state dict, got NoneType"),
-    ((None, [TeacherConnector()], [StudentConnector()]), ValueError, "TeacherConnector has no student_non_local, is it the other side's?"),
-])
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (("loss", [StudentConnector()], [TeacherConnector()]), TypeError, "loss must be an FBKDLoss, got str"),
+        (
+            (None, {"a": StudentConnector()}, [TeacherConnector()]),
+            TypeError,
+            "student_connectors must be a list with one entry a level, got dict",
+        ),
+        (
+            (None, [StudentConnector()], [None]),
+            TypeError,
+            "level 0, teacher connector must be a module or a state dict, got NoneType",
+        ),
+        (
+            (None, [TeacherConnector()], [StudentConnector()]),
+            ValueError,
+            "TeacherConnector has no student_non_local, is it the other side's?",
+        ),
+    ],
+)
 def test_other_things_than_connectors_are_refused(arguments, error, message):
     loss, student, teacher = arguments
     with pytest.raises(error, match=message):

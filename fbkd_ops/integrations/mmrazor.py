@@ -56,9 +56,7 @@ def load_connectors(
     _check_count(student_connectors, len(loss.levels), "student_connectors")
     _check_count(teacher_connectors, len(loss.levels), "teacher_connectors")
     states = []
-    for index, (level, student, teacher) in enumerate(
-        zip(loss.levels, student_connectors, teacher_connectors)
-    ):
+    for index, (level, student, teacher) in enumerate(zip(loss.levels, student_connectors, teacher_connectors)):
         state = {}
         for side, connector in (("student", student), ("teacher", teacher)):
             connector = _state_of(connector, side, level, f"level {index}, {side} connector")
@@ -112,9 +110,7 @@ def _check_state(state: dict[str, Tensor], level: FBKDLevel, where: str) -> None
         problems.append(f"surplus {', '.join(surplus)}")
     for key in sorted(set(own) & set(state)):
         if own[key].shape != state[key].shape:
-            problems.append(
-                f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
-            )
+            problems.append(f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}")
     if problems:
         raise ValueError(f"{where}: the connectors do not fit the loss: {'; '.join(problems)}")
 
@@ -133,9 +129,7 @@ def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: st
     if block.mode == "embedded_gaussian":
         expected["use_scale"] = (settings.use_scale, block.use_scale)
     differences = [
-        f"{name} is {theirs!r}, the loss has {ours!r}"
-        for name, (ours, theirs) in expected.items()
-        if ours != theirs
+        f"{name} is {theirs!r}, the loss has {ours!r}" for name, (ours, theirs) in expected.items() if ours != theirs
     ]
     if differences:
         raise ValueError(f"{where}: {'; '.join(differences)}")
