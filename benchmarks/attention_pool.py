@@ -1,14 +1,17 @@
 """Times of the attention pool against eager PyTorch and against one read of the input.
 
-    python benchmarks/attention_pool.py [--device cpu] [--threads 2] [--rounds 15]
+    python benchmarks/attention_pool.py [--device cpu] [--threads 2] [--rounds 15] [--json FILE]
 
 Peers alternate, so that a slow spell of the machine hits all of them; the figures are medians in ms. Fewest
 bytes: forward reads x once; backward reads x and writes dx (with plain-mean gradients alone it only writes).
 """
 
 import argparse
+import json
+import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -63,24 +66,34 @@ def peers_of(x):
     }
 
 
+def cases(device):
+    """Name and input of every case."""
+    for level, shape in LEVELS.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(1, *shape, device=device).to(dtype).contiguous(memory_format=layout)
+                yield f"{level} {str(dtype)[6:]} {str(layout)[6:].removesuffix('_format')}", x
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the medians here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    header = None
-    for level, shape in LEVELS.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                x = torch.randn(1, *shape, device=options.device).to(dtype).contiguous(memory_format=layout)
-                result = medians(peers_of(x), options.device, options.rounds)
-                if header is None:
-                    header = "".join(f"{name:>11}" for name in result)
-                    print(f"{'':32}{header}")
-                case = f"{level} {str(dtype)[6:]} {str(layout)[6:]}"
-                print(f"{case:32}" + "".join(f"{value:11.3f}" for value in result.values()))
+    rows = {}
+    for case, x in cases(options.device):
+        rows[case] = medians(peers_of(x), options.device, options.rounds)
+        if len(rows) == 1:
+            print(f"{'':32}" + "".join(f"{name:>11}" for name in rows[case]))
+        print(f"{case:32}" + "".join(f"{value:11.3f}" for value in rows[case].values()))
+    if options.json:
+        where = f"{options.threads} threads of {os.cpu_count()} cores" if options.device == "cpu" else options.device
+        facts = {"where": where, "torch": torch.__version__, "rounds": options.rounds}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(facts | {"median_ms": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,22 @@ def commands() -> str:
     return f"{result['where']}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
-BLOCKS = {block.__name__: block for block in (presets, normalization, commands)}
+def attention_pool() -> str:
+    path = RESULTS / "cpu-attention_pool.json"
+    if not path.exists():
+        return "Not yet measured."
+    result = json.loads(path.read_text())
+    rows = []
+    for case, ms in result["median_ms"].items():
+        forward, backward = (f"{ms[name]:.2f}" for name in ("fbkd_ops", "bwd"))
+        ratios = (ms["eager"] / ms["fbkd_ops"], ms["fbkd_ops"] / ms["x.sum()"], ms["eager bwd"] / ms["bwd"])
+        rows.append([case, forward, *(f"{ratio:.1f}" for ratio in ratios[:2]), backward, f"{ratios[2]:.1f}"])
+    header = ["1×256 channels", "forward ms", "eager / ours", "ours / `x.sum()`", "backward ms", "eager / ours"]
+    where = f"{result['where']}, torch {result['torch']}, medians of {result['rounds']} interleaved rounds."
+    return f"{where}\n\n" + table(header, rows)
+
+
+BLOCKS = {block.__name__: block for block in (presets, normalization, commands, attention_pool)}
 
 
 def rendered(text: str) -> str:

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, reference
+from . import functional, integrations, reference
 from .backends import use_backend
 from .distiller import Distiller
 from .loss import FBKDLoss
@@ -19,6 +19,7 @@ __all__ = [
     "NonLocalWeights",
     "PRESETS",
     "functional",
+    "integrations",
     "reference",
     "use_backend",
 ]

@@ -1,1 +1,6 @@
-"""Bridges to other frameworks, one module a framework; none of them is imported by the package itself."""
+"""Bridges to other frameworks, one module a framework; each imports its framework, if it needs it at all, when it is
+called."""
+
+from . import mmrazor
+
+__all__ = ["mmrazor"]
