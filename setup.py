@@ -23,7 +23,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fbkd_ops"
-STABLE_ABI = "0x020a000000000000"  # torch 2.10
+STABLE_ABI = "2.10"  # as csrc/stable_abi.h says
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0")
 INSTALL_HINT = "pip install torch ninja pybind11; pip install --no-build-isolation ."
 
@@ -120,7 +120,7 @@ def plan(torch, root):
         "left_out": left_out,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "stable_abi": "2.10",
+        "stable_abi": STABLE_ABI,
         "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
         "nvcc": nvcc_release(root) if root else None,
         "cuda_home": root,
@@ -142,14 +142,13 @@ def without_torch_python(extension):
 def extensions(report):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    define = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    host = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", *define]
+    host = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden"]
     headers = sources("csrc/*.h", "csrc/*/*.h", "csrc/cuda/*.cuh")
     result = []
     if "cpu" in report["built"]:
-        facts = []
+        facts = [f'-DFBKD_OPS_STABLE_ABI="{STABLE_ABI}"']
         if "cuda" in report["built"]:
-            facts = [f'-DFBKD_OPS_CUDA_VERSION="{report["nvcc"]}"', f'-DFBKD_OPS_ARCHS="{report["archs"]}"']
+            facts += [f'-DFBKD_OPS_CUDA_VERSION="{report["nvcc"]}"', f'-DFBKD_OPS_ARCHS="{report["archs"]}"']
         result.append(
             CppExtension(
                 f"{PACKAGE}._C",
@@ -163,7 +162,7 @@ def extensions(report):
             CUDAExtension(
                 f"{PACKAGE}._cuda",
                 sources("csrc/cuda/*.cu"),
-                extra_compile_args={"cxx": host, "nvcc": ["-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA", *define]},
+                extra_compile_args={"cxx": host, "nvcc": ["-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA"]},
                 depends=headers,
             )
         )

@@ -1,6 +1,8 @@
 // Argument checks and allocations of the attention pool that the CPU and the CUDA launchers share.
 #pragma once
 
+#include "stable_abi.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

@@ -1,25 +1,12 @@
-// Schemas of every op, and the module through which Python asks what was built.
+// The module through which Python asks what was built. Importing it loads the schemas and the CPU kernels.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
 #ifndef FBKD_OPS_ARCHS
 #define FBKD_OPS_ARCHS ""
 #endif
 
-STABLE_TORCH_LIBRARY(fbkd_ops, m) {
-  m.def("attention_pool_forward(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "attention_pool_backward(Tensor x, Tensor? grad_spatial_attention, Tensor? grad_channel_attention, "
-      "Tensor? grad_spatial_mean, Tensor? grad_channel_mean) -> Tensor");
-}
-
 namespace {
-
-std::string stable_abi_version() {
-  const uint64_t version = TORCH_FEATURE_VERSION;
-  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
-}
 
 const char* compiler() {
 #if defined(__clang__)
@@ -34,7 +21,7 @@ const char* compiler() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
-  info["stable_abi"] = stable_abi_version();
+  info["stable_abi"] = FBKD_OPS_STABLE_ABI;
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<int64_t>(__cplusplus / 100 % 100);
 #ifdef FBKD_OPS_CUDA_VERSION

@@ -1,4 +1,6 @@
 // Launchers of the attention pool's CUDA kernels.
+#include "../stable_abi.h"
+
 #include "attention_pool.cuh"
 
 #include <cuda_runtime.h>
