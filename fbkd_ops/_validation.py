@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .types import AttentionPool
+from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
     "check_attention_pools",
@@ -21,6 +21,7 @@ __all__ = [
     "check_same_device",
     "check_stride",
     "check_tensor",
+    "check_weights",
     "feature_levels",
     "is_int",
     "paired_levels",
@@ -110,6 +111,31 @@ def check_norm(norm: Any, channels: int, name: str) -> None:
         raise TypeError(f"{name} must be a BatchNorm or None, got {type(norm).__name__}")
     if norm.num_features != channels:
         raise ValueError(f"{name} must have num_features {channels}, got {norm.num_features}")
+
+
+def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:
+    """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
+    if not isinstance(weights, NonLocalWeights):
+        raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
+    check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
+    channels, inner = x.shape[1], weights.g_weight.shape[0]
+    expected = {
+        "g_weight": (inner, channels),
+        "g_bias": (inner,),
+        "out_weight": (channels, inner),
+    }
+    if mode != "gaussian":
+        for projection in ("theta", "phi"):
+            expected[f"{projection}_weight"] = (inner, channels)
+            expected[f"{projection}_bias"] = (inner,)
+    if mode == "concatenation":
+        expected["pair_weight"] = (2 * inner,)
+    if weights.out_bias is not None:
+        expected["out_bias"] = (channels,)
+    for field, shape in expected.items():
+        if getattr(weights, field) is None:
+            raise ValueError(f"{name}.{field} must have shape {shape} in mode {mode!r}, got None")
+        check_tensor(getattr(weights, field), shape, x, f"{name}.{field}")
 
 
 def check_attention_pools(student: Any, teacher: Any) -> None:

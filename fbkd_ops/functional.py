@@ -19,6 +19,7 @@ from ._validation import (
     check_pair,
     check_stride,
     check_tensor,
+    check_weights,
 )
 from .autograd import attention_pool as attention_pool_op
 from .presets import CHOICES, MODES
@@ -317,31 +318,6 @@ def relation_loss(
         if backend == "reference":
             return reference.relation_loss(*sides, *adaptation, **vars(settings), **norms)
         return linear_non_local.relation_loss(*sides, *adaptation, settings, **norms)
-
-
-def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:
-    """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
-    if not isinstance(weights, NonLocalWeights):
-        raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
-    check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
-    channels, inner = x.shape[1], weights.g_weight.shape[0]
-    expected = {
-        "g_weight": (inner, channels),
-        "g_bias": (inner,),
-        "out_weight": (channels, inner),
-    }
-    if mode != "gaussian":
-        for projection in ("theta", "phi"):
-            expected[f"{projection}_weight"] = (inner, channels)
-            expected[f"{projection}_bias"] = (inner,)
-    if mode == "concatenation":
-        expected["pair_weight"] = (2 * inner,)
-    if weights.out_bias is not None:
-        expected["out_bias"] = (channels,)
-    for field, shape in expected.items():
-        if getattr(weights, field) is None:
-            raise ValueError(f"{name}.{field} must have shape {shape} in mode {mode!r}, got None")
-        check_tensor(getattr(weights, field), shape, x, f"{name}.{field}")
 
 
 def _block_settings(mode: str, stride: int, pool_order: str, use_scale: bool) -> linear_non_local.BlockSettings:

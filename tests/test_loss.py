@@ -283,6 +283,22 @@ def test_a_half_precision_loss_module_accumulates_in_float32(backend):
         torch.testing.assert_close(value.double(), expected[name], rtol=2e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_wider_features_than_parameters_update_the_statistics(backend):
+    """float64 features under a float32 loss: float64 terms, and the float32 buffers of BatchNorm move."""
+    loss = randomise(FBKDLoss(4, num_levels=1))
+    truth = copy.deepcopy(loss).double()
+    student, teacher = pyramid(4, 1)[0], pyramid(4, 1, seed=1)[0]
+    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    with fbkd_ops.use_backend("reference"):
+        expected = truth([student], [teacher])
+    with fbkd_ops.use_backend(backend):
+        torch.testing.assert_close(loss([student], [teacher]), expected, rtol=1e-12, atol=1e-12)
+    for (name, buffer), wide in zip(loss.named_buffers(), truth.buffers()):
+        torch.testing.assert_close(buffer.double(), wide.double(), rtol=1e-6, atol=1e-6)
+        assert not torch.equal(buffer, before[name])
+
+
 @pytest.mark.parametrize("mode,backend", [("dot_product", "inductor"), ("concatenation", "aot_eager")])
 def test_compiles_into_one_graph_for_any_size(mode, backend):
     """In training, so with BatchNorm's updates; the second size must not compile anew into static shapes or fail."""
@@ -384,6 +400,7 @@ def test_bad_features_are_named(students, teachers, error, message):
         (dict(stride=[1, 2, 3]), ValueError, "stride has 3 values, expected one value or 2, one a level"),
         (dict(stride=[1, 0]), ValueError, r"level 1: stride must be an int >= 1 \(1: no pooling\), got 0"),
         (dict(stride=2.0), ValueError, "level 0: stride must be an int >= 1"),
+        (dict(stride=0, relation_weight=0), ValueError, "level 0: stride must be an int >= 1"),
         (dict(mode="dot"), ValueError, "level 0: mode must be one of 'dot_product'"),
         (dict(mask_rule="sum"), ValueError, "level 0: mask_rule must be one of 'average', 'joint', got 'sum'"),
         (dict(norm="layer"), ValueError, "norm must be one of 'batch', 'none'"),
