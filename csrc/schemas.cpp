@@ -3,9 +3,29 @@
 
 #include <torch/csrc/stable/library.h>
 
+// Every op takes a whole pyramid: lists of one entry a level (grads: four a level, in the order of the means).
 STABLE_TORCH_LIBRARY(fbkd_ops, m) {
-  m.def("attention_pool_forward(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_pool_forward(Tensor[] x) -> Tensor[]");
+  m.def("attention_pool_backward(Tensor[] x, Tensor?[] grads) -> Tensor[]");
+  m.def("attention_masks(Tensor?[] student, Tensor[] teacher, float[] temperature, bool[] joint) -> Tensor[]");
   m.def(
-      "attention_pool_backward(Tensor x, Tensor? grad_spatial_attention, Tensor? grad_channel_attention, "
-      "Tensor? grad_spatial_mean, Tensor? grad_channel_mean) -> Tensor");
+      "masked_l2_forward(Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask) -> "
+      "Tensor");
+  m.def(
+      "masked_l2_backward(Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask, "
+      "Tensor grad) -> Tensor[]");
+  m.def(
+      "adapted_masked_l2_forward(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
+      "Tensor?[] spatial_mask, Tensor?[] channel_mask) -> Tensor");
+  m.def(
+      "adapted_masked_l2_backward(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
+      "Tensor?[] spatial_mask, Tensor?[] channel_mask, Tensor grad, Tensor?[] pool_grads, "
+      "Tensor?[] grad_student) -> Tensor[]");
+  // The forward pass together with the gradients that a grad of ones would give, and what makes them a backward pass's.
+  m.def(
+      "adapted_masked_l2_with_gradient(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
+      "Tensor?[] spatial_mask, Tensor?[] channel_mask) -> Tensor[]");
+  m.def(
+      "adapted_masked_l2_finish_(Tensor(a!)[] gradient, Tensor[] student, Tensor grad, Tensor?[] pool_grads, "
+      "Tensor?[] grad_student) -> ()");
 }

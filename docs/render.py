@@ -76,22 +76,136 @@ def commands() -> str:
     return f"{result['where']}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
-def attention_pool() -> str:
-    path = RESULTS / "cpu-attention_pool.json"
+def microbench() -> str:
+    return figures("cpu-microbench.json", "Not yet measured.")
+
+
+def microbench_gpu() -> str:
+    return figures("cuda-microbench.json", "Not yet measured on a GPU.")
+
+
+def figures(file: str, absent: str) -> str:
+    """A table for each suite in a result of benchmarks/microbench.py."""
+    path = RESULTS / file
+    if not path.exists():
+        return absent
+    report = json.loads(path.read_text())
+    text = [f"`{report['command']}`: {machine(report['environment'])}."]
+    if not report["complete"]:
+        text.append("The run was interrupted.")
+    for suite in dict.fromkeys(result["suite"] for result in report["results"]):
+        text.append(f"### {suite}\n\n" + suite_table([r for r in report["results"] if r["suite"] == suite]))
+    return "\n\n".join([*text, "### Ceilings\n\n" + ceilings_table(report["results"])])
+
+
+def machine(facts: dict) -> str:
+    parts = [facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores"]
+    if "load" in facts:
+        parts.append(f"load average {facts['load']} at the start")
+    parts.append(f"torch {facts['torch']}")
+    if facts["huge_pages"]:
+        parts.append(f"huge pages `{facts['huge_pages']}`")
+    tree = f"revision {facts['revision'] or 'unknown'}" + (" with changes" if facts["modified"] else "")
+    return ", ".join([*parts, tree, facts["date"]])
+
+
+def suite_table(results: list[dict]) -> str:
+    """Rows: maps and implementations; cells: one figure a state of memory."""
+    by_map = {}
+    for result in results:
+        by_map.setdefault(result["case"]["title"], {})[result["state"]] = result
+    states = sorted({result["state"] for result in results}, reverse=True)  # warm before fresh
+    header = ["map", "implementation", "forward ms", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "MB"]
+    shown = f" {' / '.join(states)}" if len(states) > 1 else ""
+    rows = []
+    for title, by_state in by_map.items():
+        for index, peer in enumerate(results[0]["peers"]):
+            found = [by_state[state]["peers"][peer] for state in states if state in by_state]
+            rows.append(["" if index else title, f"`{peer}`", *peer_cells(found, len(header) - 2)])
+    return table([name + shown if name in header[2:7] else name for name in header], rows)
+
+
+def peer_cells(found: list[dict], count: int) -> list[str]:
+    """A peer's figures, one for each state of memory, or why it has none."""
+    problem = next((row["status"] for row in found if row["status"] != "ok"), "")
+    if problem:
+        return [problem, *[""] * (count - 1)]
+    steps = [row["step"] for row in found]
+    peak = next((row["peak_extra_mb"] for row in found if row.get("peak_extra_mb") is not None), None)
+    cells = [
+        [f"{row['forward']['ms']['median']:.2f}" for row in found],
+        [f"{step['ms']['median']:.2f}" for step in steps],
+        [f"{step['speed_vs_eager']['median']:.1f}" if step["speed_vs_eager"] else "–" for step in steps],
+        [f"{step['gb_s']:.1f}" for step in steps],
+        [f"{step['ceiling_percent']:.0f}" for step in steps],
+        ["–" if peak is None else f"{peak:.0f}"],
+    ]
+    return [" / ".join(cell) for cell in cells]
+
+
+def ceilings_table(results: list[dict]) -> str:
+    names = {
+        "sum_gb_s": "sum GB/s",
+        "copy_gb_s": "copy GB/s",
+        "copy_to_new_gb_s": "copy into new memory GB/s",
+        "copy_to_new_page_faults": "its page faults",
+        "matmul_gflop_s": "matrix product GFLOP/s",
+    }
+    rows = []
+    for result in results:
+        if "ceilings" in result:
+            rates = [f"{result['ceilings'][key]:.0f}" if key in result["ceilings"] else "" for key in names]
+            rows.append([result["suite"], result["case"]["title"], result["state"], *rates, str(result["rounds"])])
+    return table(["suite", "map", "memory", *names.values(), "rounds"], rows)
+
+
+def compiled_code() -> str:
+    """Tables of a result of benchmarks/code_report.py."""
+    path = RESULTS / "code.json"
+    if not path.exists():
+        return "Not yet compiled."
+    report = json.loads(path.read_text())
+    cuda = code_table(report["cuda"]) if report["cuda"] else "The CUDA library was not built."
+    text = [f"CUDA, nvcc {report['nvcc']}:", cuda, f"Triton {report['triton']}:", code_table(report["triton_kernels"])]
+    return "\n\n".join(text)
+
+
+def code_table(rows: list[dict]) -> str:
+    """Rows: kernels; cells: one figure an architecture, or one for all of them where they agree."""
+    archs = sorted({row["arch"] for row in rows})
+    columns = {
+        "instances": lambda row: str(row["instances"]),
+        "registers": lambda row: "–".join(map(str, dict.fromkeys(row["registers"]))),
+        "spilling instructions": lambda row: str(row["spills"]),
+        "stack": lambda row: str(row["stack"]),
+        "shared memory": lambda row: str(row["shared"]),
+        "widest load (in how many)": lambda row: f"{row['widest_load']} ({row['with_widest_load']})",
+    }
+    lines = []
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        same = [row for row in rows if row["kernel"] == kernel]
+        cells = [[show(row) for row in same] for show in columns.values()]
+        lines.append([f"`{kernel}`", *(cell[0] if len(set(cell)) == 1 else " / ".join(cell) for cell in cells)])
+    return table(["sm_" + " / ".join(map(str, archs)), *columns], lines)
+
+
+def passes() -> str:
+    path = RESULTS / "passes.json"
     if not path.exists():
         return "Not yet measured."
-    result = json.loads(path.read_text())
     rows = []
-    for case, ms in result["median_ms"].items():
-        forward, backward = (f"{ms[name]:.2f}" for name in ("fbkd_ops", "bwd"))
-        ratios = (ms["eager"] / ms["fbkd_ops"], ms["fbkd_ops"] / ms["x.sum()"], ms["eager bwd"] / ms["bwd"])
-        rows.append([case, forward, *(f"{ratio:.1f}" for ratio in ratios[:2]), backward, f"{ratios[2]:.1f}"])
-    header = ["1×256 channels", "forward ms", "eager / ours", "ours / `x.sum()`", "backward ms", "eager / ours"]
-    where = f"{result['where']}, torch {result['torch']}, medians of {result['rounds']} interleaved rounds."
-    return f"{where}\n\n" + table(header, rows)
+    for terms, backends in json.loads(path.read_text()).items():
+        ours, literal = backends["auto"], backends["reference"]
+        ops = ", ".join(f"`{op.split('.')[-2]}`" for op in (*ours["forward"], *ours["backward"]))
+        rows.append([terms, str(len(ours["forward"])), str(len(ours["backward"])), ops, str(len(literal["backward"]))])
+    header = ["terms", "forward", "backward", "by", "literal formulas with autograd"]
+    return table(header, rows)
 
 
-BLOCKS = {block.__name__: block for block in (presets, normalization, commands, attention_pool)}
+BLOCKS = {
+    block.__name__: block
+    for block in (presets, normalization, commands, microbench, microbench_gpu, compiled_code, passes)
+}
 
 
 def rendered(text: str) -> str:

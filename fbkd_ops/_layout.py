@@ -5,11 +5,11 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-__all__ = ["MatrixView", "matrix_layout", "matrix_view"]
+__all__ = ["MatrixView", "empty_gradient", "in_place_layout", "matrix_layout", "matrix_view"]
 
 
 class MatrixView(NamedTuple):
-    """Images of ``x (N, C, H, W)`` as matrices; the same rule as ``matrix_view`` in csrc/attention_pool.h."""
+    """Images of ``x (N, C, H, W)`` as matrices; the same rule as ``matrix_view`` in csrc/layout.h."""
 
     rows_are_channels: bool  # rows = C, cols = HW; else rows = HW, cols = C
     images: int
@@ -50,6 +50,16 @@ def matrix_layout(x: Tensor) -> Optional[torch.memory_format]:
     if by_pixel:
         return torch.channels_last
     return torch.contiguous_format if x.numel() == 0 else None
+
+
+def in_place_layout(x: Tensor) -> Tensor:
+    """``x`` itself if it can be read in place, else a contiguous copy."""
+    return x.contiguous() if matrix_layout(x) is None else x
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Memory for the gradient of an ``x`` that is read in place: densely packed in its layout."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x))
 
 
 def matrix_view(x: Tensor) -> MatrixView:

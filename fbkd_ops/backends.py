@@ -13,11 +13,13 @@ __all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-# Backends that have kernels of an op. The ops without any are plain PyTorch on every device.
+# Backends that have kernels of an op. The ops without any are plain PyTorch on every device. The adapted distance is a
+# matrix product, which Triton writes for the tensor cores of every GPU.
 OPS = {
     "attention_pool": ("cpu", "cuda", "triton"),
-    "attention_masks": (),
-    "masked_l2_loss": (),
+    "attention_masks": ("cpu", "cuda", "triton"),
+    "masked_l2_loss": ("cpu", "cuda", "triton"),
+    "adapted_masked_l2_loss": ("cpu", "triton"),
     "non_local": (),
     "relation_loss": (),
 }
@@ -81,7 +83,8 @@ def _triton_obstacle(device: str) -> str:
 def resolve(op: str, tensor: Tensor) -> str:
     """Backend that a call of ``op`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
 
-    "torch" is plain PyTorch, for the ops that have no kernels of their own.
+    "torch" is plain PyTorch, for the ops that have no kernels of their own. Where the forced backend has no kernels
+    of this op, it is the automatic choice on that backend's device.
 
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.
@@ -91,10 +94,11 @@ def resolve(op: str, tensor: Tensor) -> str:
     device = tensor.device.type
     if _forced == "auto":
         return automatic(op, device)
-    obstacle = available(_forced, device) if OPS[op] else _device_mismatch(_forced, device)
+    served = _forced in OPS[op]
+    obstacle = available(_forced, device) if served else _device_mismatch(_forced, device)
     if obstacle:
         raise RuntimeError(f"{op}: backend {_forced!r} is forced and cannot serve the call: {obstacle}")
-    return _forced if OPS[op] else "torch"
+    return _forced if served else automatic(op, device)
 
 
 def automatic(op: str, device: str) -> str:
@@ -108,7 +112,7 @@ def automatic(op: str, device: str) -> str:
 
 
 def _device_mismatch(backend: str, device: str) -> str:
-    """Why a forced backend does not fit a tensor of an op that needs no kernels; empty if it does."""
+    """Why a forced backend does not fit a tensor of an op that it has no kernels of; empty if it does."""
     if backend == "triton":
         return _triton_obstacle(device)
     return "" if device == backend else f"it runs on {backend} tensors, got a {device} tensor"

@@ -4,6 +4,7 @@ All take float16, bfloat16, float32 or float64 in any mixture, accumulate in flo
 float64), give results in that accumulation dtype and are indifferent to autocast. No gradient ever reaches a teacher.
 """
 
+from collections.abc import Sequence
 from typing import Optional
 
 from torch import Tensor, nn
@@ -17,18 +18,25 @@ from ._validation import (
     check_norm,
     check_number,
     check_pair,
+    check_same_device,
     check_stride,
     check_tensor,
     check_weights,
 )
-from .autograd import attention_pool as attention_pool_op
+from .autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
+from .autograd.attention_masks import MaskRequest
+from .autograd.attention_masks import attention_masks as attention_masks_op
+from .autograd.attention_pool import attention_pools as attention_pools_op
+from .autograd.masked_l2 import masked_l2_squares
 from .presets import CHOICES, MODES
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
+    "adapted_masked_l2_loss",
     "attention_mask",
     "attention_masks",
     "attention_pool",
+    "attention_pools",
     "masked_l2_loss",
     "non_local",
     "relation_loss",
@@ -60,7 +68,31 @@ def attention_pool(x: Tensor) -> AttentionPool:
     Source: Zhang & Ma 2021, the spatial and channel attention maps; the plain means are those of the released code.
     """
     check_feature(x, "x")
-    return attention_pool_op.attention_pool(x)
+    return attention_pools_op([x])[0]
+
+
+def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
+    """:func:`attention_pool` of every level of a pyramid; they share launches on a GPU, parallel regions on the CPU.
+
+    Args:
+        features: ``(N, C, H, W)`` maps on one device, of any sizes and dtypes.
+
+    Returns:
+        One :class:`AttentionPool` a level, bit for bit those of :func:`attention_pool`.
+
+    Raises:
+        TypeError, ValueError: as :func:`attention_pool`, and for levels on different devices.
+
+    Example:
+        >>> pools = attention_pools([torch.randn(2, 64, 32, 32), torch.randn(2, 64, 16, 16)])
+        >>> [pool.spatial_mean.shape[1] for pool in pools]
+        [32, 16]
+    """
+    features = list(features)
+    for index, x in enumerate(features):
+        check_feature(x, f"features[{index}]")
+        check_same_device(x, features[0], f"features[{index}]", "features[0]")
+    return attention_pools_op(features) if features else []
 
 
 def attention_mask(
@@ -93,8 +125,7 @@ def attention_mask(
     check_tensor(teacher, None, teacher, "teacher")
     if student is not None:
         check_tensor(student, teacher.shape, teacher, "student")
-    backends.resolve("attention_masks", teacher)
-    return reference.attention_mask(student, teacher, temperature=temperature, mask_rule=mask_rule)
+    return attention_masks_op([MaskRequest(student, teacher, temperature, mask_rule)])[0]
 
 
 def attention_masks(
@@ -132,20 +163,16 @@ def attention_masks(
     Source: Zhang & Ma 2021, the attention masks ``M^s`` and ``M^c``.
     """
     check_attention_pools(student, teacher)
-    return (
-        attention_mask(
-            student.spatial_attention,
-            teacher.spatial_attention,
-            temperature=spatial_temperature,
-            mask_rule=mask_rule,
-        ),
-        attention_mask(
-            student.channel_attention,
-            teacher.channel_attention,
-            temperature=channel_temperature,
-            mask_rule=mask_rule,
-        ),
+    check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
+    for name, temperature in (("spatial", spatial_temperature), ("channel", channel_temperature)):
+        check_number(temperature, "a number > 0", lambda value: value > 0, f"{name}_temperature")
+    spatial_mask, channel_mask = attention_masks_op(
+        [
+            MaskRequest(student.spatial_attention, teacher.spatial_attention, spatial_temperature, mask_rule),
+            MaskRequest(student.channel_attention, teacher.channel_attention, channel_temperature, mask_rule),
+        ]
     )
+    return spatial_mask, channel_mask
 
 
 def masked_l2_loss(
@@ -178,27 +205,70 @@ def masked_l2_loss(
     check_feature(student, "student")
     check_feature(teacher, "teacher")
     check_pair(student, teacher, "student", "teacher", same_width=True)
-    n, channels, height, width = student.shape
-    if spatial_mask is not None:
-        check_tensor(spatial_mask, (n, height, width), student, "spatial_mask")
-    if channel_mask is not None:
-        check_tensor(channel_mask, (n, channels), student, "channel_mask")
+    _check_masks(spatial_mask, channel_mask, teacher)
     backend = backends.resolve("masked_l2_loss", student)
-    function = reference.masked_l2_loss if backend == "reference" else _masked_l2_loss
-    return function(student, teacher, spatial_mask, channel_mask)
+    if backend == "reference":
+        return reference.masked_l2_loss(student, teacher, spatial_mask, channel_mask)
+    return root(masked_l2_squares(backend, [student], [teacher], [spatial_mask], [channel_mask])[0])
 
 
-def _masked_l2_loss(
-    student: Tensor, teacher: Tensor, spatial_mask: Optional[Tensor], channel_mask: Optional[Tensor]
+def adapted_masked_l2_loss(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    teacher: Tensor,
+    spatial_mask: Optional[Tensor] = None,
+    channel_mask: Optional[Tensor] = None,
 ) -> Tensor:
-    dtype = accumulation_dtype(student, teacher)
-    difference = student.to(dtype) - teacher.detach().to(dtype)  # (N, C, H, W)
-    squares = difference.square()
+    """``sqrt(sum(Ms * Mc * (A S + a - T)**2))`` over the whole batch; the gradient at 0 is 0.
+
+    The adapted map ``A S + a``, its difference to T and its square exist in blocks only. Student, weight and bias
+    receive gradients.
+
+    Args:
+        student: ``(N, Cs, H, W)``.
+        weight: ``A (Ct, Cs)``, of the 1x1 convolution that adapts the student: ``conv.weight.flatten(1)``.
+        bias: ``a (Ct,)``.
+        teacher: ``(N, Ct, H, W)``.
+        spatial_mask: ``(N, H, W)``, or None for ones. No gradient.
+        channel_mask: ``(N, Ct)``, or None for ones. No gradient.
+
+    Returns:
+        A scalar. It grows with ``sqrt(N * H * W)``.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes or devices that do not agree.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 32, 20, 20), torch.randn(2, 64, 20, 20)
+        >>> adaptation = torch.nn.Conv2d(32, 64, 1)
+        >>> loss = adapted_masked_l2_loss(student, adaptation.weight.flatten(1), adaptation.bias, teacher)
+        >>> torch.allclose(loss, masked_l2_loss(adaptation(student), teacher), rtol=1e-4)
+        True
+
+    Source: Zhang & Ma 2021, attention-masked loss ``L_AM`` with its adaptation layer.
+    """
+    check_feature(student, "student")
+    check_feature(teacher, "teacher")
+    check_pair(student, teacher, "student", "teacher")
+    check_tensor(weight, (teacher.shape[1], student.shape[1]), student, "weight")
+    check_tensor(bias, (teacher.shape[1],), student, "bias")
+    _check_masks(spatial_mask, channel_mask, teacher)
+    backend = backends.resolve("adapted_masked_l2_loss", student)
+    if backend == "reference":
+        with without_autocast(student):
+            return reference.adapted_masked_l2_loss(student, weight, bias, teacher, spatial_mask, channel_mask)
+    levels = AdaptedLevels([student], [weight], [bias], [teacher], [spatial_mask], [channel_mask])
+    return root(adapted_masked_l2_squares(backend, levels)[0])
+
+
+def _check_masks(spatial_mask: Optional[Tensor], channel_mask: Optional[Tensor], teacher: Tensor) -> None:
+    n, channels, height, width = teacher.shape
+    if spatial_mask is not None:
+        check_tensor(spatial_mask, (n, height, width), teacher, "spatial_mask")
     if channel_mask is not None:
-        squares = squares * channel_mask.detach().to(dtype)[:, :, None, None]
-    if spatial_mask is None:
-        return root(squares.sum())
-    return root((squares.sum(dim=1) * spatial_mask.detach().to(dtype)).sum())
+        check_tensor(channel_mask, (n, channels), teacher, "channel_mask")
 
 
 def non_local(

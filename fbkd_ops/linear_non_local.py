@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._numerics import root
 from .autograd.contiguous_gradient import contiguous_gradient
+from .autograd.projection import projection
 from .autograd.relation_residual import relation_residual
 from .reference import max_pool
 from .types import NonLocalWeights
@@ -55,7 +56,7 @@ def non_local(
     norm: Optional[nn.BatchNorm2d],
 ) -> Tensor:
     """``z (N, C, H, W)`` of the block."""
-    block = to_affine(response(x, weights, settings), norm)
+    block = to_affine(response(x, weights, settings)[1], norm)
     added = torch.baddbmm(block.offset[:, :, None], block.matrix, block.vectors)  # (N, C, L)
     return x + added.reshape(x.shape)
 
@@ -72,8 +73,9 @@ def relation_loss(
     teacher_norm: Optional[nn.BatchNorm2d],
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch, without either z."""
-    s = to_affine(response(student, student_weights, settings), student_norm)
-    t = to_affine(response(teacher, teacher_weights, settings), teacher_norm)
+    student, s = response(student, student_weights, settings)
+    teacher, t = response(teacher, teacher_weights, settings)
+    s, t = to_affine(s, student_norm), to_affine(t, teacher_norm)
     squares = relation_residual(
         student.flatten(2),
         adaptation_weight,
@@ -87,29 +89,38 @@ def relation_loss(
     return root(squares)
 
 
-def response(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> Response:
-    """The block's response to ``x (N, C, H, W)``, before normalisation."""
+def response(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Response]:
+    """x for what the caller's own gradient flows into, and the block's response to ``x (N, C, H, W)``.
+
+    What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.
+    """
     weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
     n, channels = x.shape[:2]
     bias = weights.out_bias if weights.out_bias is not None else x.new_zeros(channels)
-    g = _pooled(_conv1x1(x, weights.g_weight, weights.g_bias), settings)  # (N, c, K)
+    x, theta, phi, g = _projections(x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)
     if settings.mode == "dot_product":
-        theta = _conv1x1(x, weights.theta_weight, weights.theta_bias).flatten(2)  # (N, c, L)
-        phi = _pooled(_conv1x1(x, weights.phi_weight, weights.phi_bias), settings)  # (N, c, K)
         pairs = torch.bmm(phi, g.mT) / g.shape[2]  # (N, c, c)
-        return Response(theta, torch.matmul(weights.out_weight, pairs.mT), bias)
+        return x, Response(theta, torch.matmul(weights.out_weight, pairs.mT), bias)
     if settings.mode == "concatenation":
-        y = _concatenation(x, g, weights, settings)
+        y = _concatenation(theta, phi, g, weights.pair_weight)
     else:
-        y = _softmax_attention(x, g, weights, settings)
-    return Response(y, weights.out_weight.expand(n, -1, -1), bias)
+        y = _softmax_attention(theta, phi, g, settings)
+    return x, Response(y, weights.out_weight.expand(n, -1, -1), bias)
 
 
-def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``weight @ x + bias`` at every pixel of ``x (N, C, H, W)``; reads x in its own layout."""
-    n, _, height, width = x.shape
-    out = torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), x.flatten(2))
-    return out.reshape(n, weight.shape[0], height, width)
+def _projections(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x again, theta at every pixel, and the pooled phi and g, from one product with the stacked weights."""
+    n, channels, height, width = x.shape
+    gaussian = settings.mode == "gaussian"
+    fields = ("g",) if gaussian else ("g", "theta", "phi")
+    stacked = [torch.cat([getattr(weights, f"{field}_{part}") for field in fields]) for part in ("weight", "bias")]
+    projected, x = projection(x.flatten(2), *stacked)
+    x = x.reshape(n, channels, height, width)
+    parts = projected.reshape(n, projected.shape[1], height, width).chunk(len(fields), dim=1)
+    g = _pooled(parts[0], settings)
+    if gaussian:
+        return x, x.flatten(2), _pooled(x, settings), g
+    return x, parts[1].flatten(2), _pooled(parts[2], settings), g
 
 
 def _pooled(x: Tensor, settings: BlockSettings) -> Tensor:
@@ -117,14 +128,10 @@ def _pooled(x: Tensor, settings: BlockSettings) -> Tensor:
     return max_pool(x, settings.stride, settings.pool_order).flatten(2)
 
 
-def _softmax_attention(x: Tensor, g: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> Tensor:
+def _softmax_attention(query: Tensor, key: Tensor, g: Tensor, settings: BlockSettings) -> Tensor:
     """y of the two gaussian modes, ``(N, c, L)``: attention with a query a pixel and K keys."""
-    if settings.mode == "gaussian":
-        query, key, scale = x.flatten(2), _pooled(x, settings), 1.0
-    else:
-        query = _conv1x1(x, weights.theta_weight, weights.theta_bias).flatten(2)
-        key = _pooled(_conv1x1(x, weights.phi_weight, weights.phi_bias), settings)
-        scale = query.shape[1] ** -0.5 if settings.use_scale else 1.0
+    scaled = settings.mode == "embedded_gaussian" and settings.use_scale
+    scale = query.shape[1] ** -0.5 if scaled else 1.0
     width = max(query.shape[1], g.shape[1])
     query, key, value = (_as_heads(vectors, width) for vectors in (query, key, g))
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (N, 1, L, width)
@@ -142,23 +149,22 @@ def _as_heads(vectors: Tensor, width: int) -> Tensor:
     return F.pad(vectors.mT, (0, width - vectors.shape[1]))[:, None].contiguous()
 
 
-def _concatenation(x: Tensor, g: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> Tensor:
+def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, pair_weight: Tensor) -> Tensor:
     """y of ``concatenation`` mode, ``(N, c, L)``: ``y_i = sum_j relu(a_i + b_j) g_j / K``.
 
     The j that count for pixel i are those with ``b_j > -a_i``: a suffix of the sorted b, so
     ``y_i = (a_i * G_i + B_i) / K`` with suffix sums of g and of b g, found by one binary search a pixel.
     """
     n, inner, cells = g.shape
-    w_theta, w_phi = weights.pair_weight.chunk(2)  # (c,), (c,)
-    a = torch.matmul(w_theta, _conv1x1(x, weights.theta_weight, weights.theta_bias).flatten(2))  # (N, L)
-    phi = _pooled(_conv1x1(x, weights.phi_weight, weights.phi_bias), settings)
+    w_theta, w_phi = pair_weight.chunk(2)  # (c,), (c,)
+    a = torch.matmul(w_theta, theta)  # (N, L)
     b, order = torch.matmul(w_phi, phi).sort(dim=1)  # (N, K)
     g = g.gather(2, order[:, None].expand(n, inner, cells))
     first = torch.searchsorted(b.detach(), -a.detach(), right=True)  # (N, L), in 0..K
     first = first[:, None].expand(n, inner, -1)
     g_sums = _suffix_sums(g).gather(2, first)  # (N, c, L)
     bg_sums = _suffix_sums(b[:, None] * g).gather(2, first)
-    return ((a[:, None] * g_sums + bg_sums) / cells).to(x.dtype)
+    return ((a[:, None] * g_sums + bg_sums) / cells).to(theta.dtype)
 
 
 def _suffix_sums(values: Tensor) -> Tensor:

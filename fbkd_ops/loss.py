@@ -4,12 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, functional, reference
 from ._numerics import accumulation_dtype, root, without_autocast
 from ._validation import Features, check_channels, check_same_device, is_int, paired_levels
+from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
+from .autograd.attention_masks import MaskRequest, attention_masks
+from .autograd.attention_pool import attention_pools
 from .non_local_block import NonLocalBlock2d
 from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
 from .types import AttentionPool
@@ -127,12 +131,37 @@ class FBKDLoss(nn.Module):
             return self._fused(students, teachers)
 
     def _fused(self, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
+        """The terms, with one launch for all levels of each step that has kernels."""
         dtype = accumulation_dtype(*students, *teachers)
+        pools_t = attention_pools(teachers)
+        students, pools_s, features = self._start(students, teachers, pools_t)
         totals = {term: students[0].new_zeros((), dtype=dtype) for term in TERMS}
-        for level, student, teacher in zip(self.levels, students, teachers):
-            for term, value in level(student, teacher).items():
+        for index, (level, student, teacher) in enumerate(zip(self.levels, students, teachers)):
+            terms = level.pooled_terms(pools_s[index], pools_t[index])
+            if index in features:
+                terms["feature"] = features[index]
+            if level.relation_adaptation is not None:
+                terms["relation"] = level.relation_term(student, teacher)
+            for term, value in terms.items():
                 totals[term] = totals[term] + level.term_scale(term, teacher.shape) * value
         return {f"loss_fbkd_{term}": total for term, total in totals.items()}
+
+    def _start(
+        self, students: list[Tensor], teachers: list[Tensor], pools_t: list[AttentionPool]
+    ) -> tuple[list[Tensor], list[AttentionPool], dict[int, Tensor]]:
+        """The students and their means for the other terms to start from, and the feature term of each level."""
+        having = [index for index, level in enumerate(self.levels) if level.feature_adaptation is not None]
+        lacking = [index for index in range(len(self.levels)) if index not in having]
+        students, pools_s, features = list(students), [None] * len(students), {}
+        if lacking:
+            for index, pool in zip(lacking, attention_pools([students[index] for index in lacking])):
+                pools_s[index] = pool
+        if having:
+            chosen = [self.levels[index] for index in having]
+            sides = ([side[index] for index in having] for side in (students, teachers, pools_t))
+            for index, *outputs in zip(having, *_feature_terms(chosen, *sides)):
+                students[index], pools_s[index], features[index] = outputs
+        return students, pools_s, features
 
     def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         if len(pairs) != len(self.levels):
@@ -150,7 +179,7 @@ class FBKDLoss(nn.Module):
 
 
 class FBKDLevel(nn.Module):
-    """The adaptations, the non-local blocks and the four unweighted terms of one level.
+    """The adaptations, the non-local blocks and the unweighted terms of one level.
 
     Args:
         student_channels: Cs.
@@ -172,23 +201,17 @@ class FBKDLevel(nn.Module):
         self.student_non_local = _non_local_block(student_channels, settings) if has["relation"] else None
         self.teacher_non_local = _non_local_block(teacher_channels, settings) if has["relation"] else None
 
-    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """The terms that have a weight, by name, for ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
-        pool_s = functional.attention_pool(student)
-        pool_t = functional.attention_pool(teacher)
-        dtype = accumulation_dtype(student, teacher)
-        student, teacher = student.to(dtype), teacher.to(dtype)
+    def pooled_terms(self, pool_s: AttentionPool, pool_t: AttentionPool) -> dict[str, Tensor]:
+        """The channel and the spatial term, where they have a weight, from the four means of both sides."""
         terms = {}
-        if self.feature_adaptation is not None:
-            terms["feature"] = self._feature_term(student, teacher, pool_s, pool_t)
         if self.channel_adaptation is not None:
             s, t = self._pooled(pool_s, "channel"), self._pooled(pool_t, "channel")  # (N, Cs), (N, Ct)
-            terms["channel"] = _distance(t, self._adapted_channels(s.to(dtype)))
+            dtype = accumulation_dtype(s, t)
+            terms["channel"] = _distance(t.to(dtype), self._adapted_channels(s.to(dtype)))
         if self.spatial_adaptation is not None:
             s, t = self._pooled(pool_s, "spatial"), self._pooled(pool_t, "spatial")  # (N, H, W)
-            terms["spatial"] = _distance(t, _conv3x3(s.to(dtype), self.spatial_adaptation))
-        if self.relation_adaptation is not None:
-            terms["relation"] = self._relation_term(student, teacher)
+            dtype = accumulation_dtype(s, t)
+            terms["spatial"] = _distance(t.to(dtype), _conv3x3(s.to(dtype), self.spatial_adaptation))
         return terms
 
     def term_scale(self, term: str, shape: tuple[int, int, int, int]) -> float:
@@ -215,32 +238,22 @@ class FBKDLevel(nn.Module):
                 "use a larger batch, norm='none' or relation_weight=0 for this level"
             )
 
-    def _feature_term(self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool) -> Tensor:
-        settings, layer = self.settings, self.feature_adaptation
-        spatial_mask = functional.attention_mask(
-            pool_s.spatial_attention,
-            pool_t.spatial_attention,
-            temperature=settings.spatial_temperature,
-            mask_rule=settings.mask_rule,
-        )
-        channel_mask = self._channel_mask(pool_s, pool_t) if settings.use_channel_mask else None
-        dtype = student.dtype
-        adapted = F.conv2d(student, layer.weight.to(dtype), layer.bias.to(dtype))
-        return functional.masked_l2_loss(adapted, teacher, spatial_mask, channel_mask)
+    def mask_requests(self, pool_s: AttentionPool, pool_t: AttentionPool) -> list[MaskRequest]:
+        """What the feature term's spatial mask, and its channel mask if it has one, are made from."""
+        settings = self.settings
+        spatial = (pool_s.spatial_attention, pool_t.spatial_attention, settings.spatial_temperature)
+        requests = [MaskRequest(*spatial, settings.mask_rule)]
+        if settings.use_channel_mask:
+            channel = (self._channel_attention(pool_s), pool_t.channel_attention, settings.channel_temperature)
+            requests.append(MaskRequest(*channel, settings.mask_rule))
+        return requests
 
-    def _channel_mask(self, pool_s: AttentionPool, pool_t: AttentionPool) -> Tensor:
-        """``(N, Ct)``; a student of another width is adapted by the channel term's linear layer."""
-        settings, attention_s = self.settings, pool_s.channel_attention.detach()
-        if settings.channel_mask_source == "teacher":
-            attention_s = None
-        elif self.student_channels != self.teacher_channels:
-            attention_s = self._adapted_channels(attention_s)
-        return functional.attention_mask(
-            attention_s,
-            pool_t.channel_attention,
-            temperature=settings.channel_temperature,
-            mask_rule=settings.mask_rule,
-        )
+    def _channel_attention(self, pool_s: AttentionPool) -> Optional[Tensor]:
+        """The student's part of the channel mask ``(N, Ct)``; another width goes through the channel term's layer."""
+        if self.settings.channel_mask_source == "teacher":
+            return None
+        attention = pool_s.channel_attention.detach()
+        return attention if self.student_channels == self.teacher_channels else self._adapted_channels(attention)
 
     def _adapted_channels(self, channels: Tensor) -> Tensor:
         """The channel term's linear layer on ``(N, Cs)``, ``(N, Ct)``."""
@@ -251,7 +264,8 @@ class FBKDLevel(nn.Module):
         """What the channel or the spatial term compares: a plain mean or a mean of absolute values."""
         return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
 
-    def _relation_term(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def relation_term(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
         settings = self.settings
         return functional.relation_loss(
             student,
@@ -267,6 +281,36 @@ class FBKDLevel(nn.Module):
             student_norm=self.student_non_local.norm,
             teacher_norm=self.teacher_non_local.norm,
         )
+
+
+def _feature_terms(
+    levels: list[FBKDLevel], students: list[Tensor], teachers: list[Tensor], pools_t: list[AttentionPool]
+) -> tuple[list[Tensor], list[AttentionPool], Tensor]:
+    """Students, their means and the feature terms ``(levels,)`` of levels that all have this term.
+
+    The students and the means are outputs of the feature term's op, for the other terms to start from: what flows
+    back into them joins the term's own gradient as that is written.
+    """
+    with torch.no_grad():
+        pools_s = attention_pools(students)
+        requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t)]
+        masks = iter(attention_masks([request for level in requests for request in level]))
+        masks = [[next(masks) for _ in level] + [None] for level in requests]
+    layers = [level.feature_adaptation for level in levels]
+    arguments = AdaptedLevels(
+        students,
+        [layer.weight.flatten(1) for layer in layers],
+        [layer.bias for layer in layers],
+        teachers,
+        [mask[0] for mask in masks],
+        [mask[1] for mask in masks],
+    )
+    backend = backends.resolve("adapted_masked_l2_loss", students[0])
+    if backend == "reference":
+        losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments)]
+        return students, attention_pools(students), torch.stack(losses)
+    squares, pools_s, students = student_pyramid(backend, arguments, pools_s)
+    return students, pools_s, root(squares)
 
 
 def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -18,6 +18,7 @@ from ._numerics import accumulation_dtype, root
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
+    "adapted_masked_l2_loss",
     "attention_mask",
     "attention_masks",
     "attention_pool",
@@ -95,10 +96,24 @@ def masked_l2_loss(
     dtype = accumulation_dtype(student, teacher)
     squares = (student.to(dtype) - teacher.detach().to(dtype)) ** 2
     if spatial_mask is not None:
-        squares = squares * spatial_mask[:, None]
+        squares = squares * spatial_mask.detach().to(dtype)[:, None]
     if channel_mask is not None:
-        squares = squares * channel_mask[:, :, None, None]
+        squares = squares * channel_mask.detach().to(dtype)[:, :, None, None]
     return root(squares.sum())
+
+
+def adapted_masked_l2_loss(
+    student: Tensor,  # (N, Cs, H, W)
+    weight: Tensor,  # (Ct, Cs)
+    bias: Tensor,  # (Ct,)
+    teacher: Tensor,  # (N, Ct, H, W)
+    spatial_mask: Optional[Tensor] = None,  # (N, H, W)
+    channel_mask: Optional[Tensor] = None,  # (N, Ct)
+) -> Tensor:
+    """``sqrt(sum(Ms * Mc * (A S + a - T)**2))`` over the whole batch."""
+    dtype = accumulation_dtype(student, teacher)
+    adapted = _conv1x1(student.to(dtype), weight.to(dtype), bias.to(dtype))
+    return masked_l2_loss(adapted, teacher, spatial_mask, channel_mask)
 
 
 def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
@@ -222,8 +237,9 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
     pool_s, pool_t = attention_pool(student), attention_pool(teacher)
     terms = {}
     if level.feature_adaptation is not None:
-        terms["feature"] = masked_l2_loss(
-            _apply(level.feature_adaptation, student), teacher, *_masks(pool_s, pool_t, level)
+        layer = level.feature_adaptation
+        terms["feature"] = adapted_masked_l2_loss(
+            student, layer.weight.flatten(1), layer.bias, teacher, *_masks(pool_s, pool_t, level)
         )
     attention = settings.pooled_terms == "attention"
     if level.channel_adaptation is not None:

@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import fbkd_ops
-from fbkd_ops import _extension, backends, info
-from fbkd_ops.autograd.attention_pool import attention_pool
+from fbkd_ops import _extension, backends, functional, info
+from fbkd_ops.autograd import ops
+from fbkd_ops.functional import attention_pool
 
 PACKAGE = Path(fbkd_ops.__file__).parent
 X = torch.ones(1, 2, 3, 4)
@@ -56,7 +58,7 @@ def test_nesting_and_exceptions_restore():
 
 
 def test_ops_without_kernels_are_plain_torch():
-    for op in ("attention_masks", "masked_l2_loss", "non_local", "relation_loss"):
+    for op in ("non_local", "relation_loss"):
         assert backends.resolve(op, X) == "torch"
         with fbkd_ops.use_backend("cpu"):
             assert backends.resolve(op, X) == "torch"
@@ -66,9 +68,61 @@ def test_ops_without_kernels_are_plain_torch():
             backends.resolve(op, X)
 
 
-def test_forced_backend_on_the_wrong_device():
-    with fbkd_ops.use_backend("cuda"), pytest.raises(RuntimeError, match="attention_pool.*'cuda'.*got a cpu tensor"):
-        attention_pool(X)
+# Every op that has kernels, called with X and tensors that fit it.
+CALLS = {
+    "attention_pool": lambda x: functional.attention_pool(x).spatial_mean,
+    "attention_masks": lambda x: functional.attention_mask(x, x, temperature=1.0),
+    "masked_l2_loss": lambda x: functional.masked_l2_loss(x, 2 * x),
+    "adapted_masked_l2_loss": lambda x: functional.adapted_masked_l2_loss(x, x[0, :, :2, 0], x[0, :, 0, 0], x),
+}
+
+
+def test_every_op_with_kernels_is_called_here():
+    assert set(CALLS) == {op for op, having in backends.OPS.items() if having}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forced_cuda_on_the_wrong_device(op):
+    """Also for the op that the CUDA library has no kernels of: the tensor is on no device of its."""
+    with fbkd_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=f"{op}.*'cuda'.*got a cpu tensor"):
+        CALLS[op](X)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_the_forced_backend_runs(monkeypatch, op, backend):
+    """What reaches the ops' own code, or none of it."""
+    if backend == "cpu" and not _extension.cpu.loaded:
+        pytest.skip(f"cpu library is {_extension.cpu.status}")
+    if backend == "triton" and (importlib.util.find_spec("triton") is None or torch.cuda.is_available()):
+        pytest.skip("needs Triton's interpreter")
+    expected, called = CALLS[op](X), []
+    for key, kernel in list(ops._kernels.items()):
+        if key[1] == backend:
+            spy = lambda *arguments, key=key, kernel=kernel: called.append(key) or kernel(*arguments)  # noqa: E731
+            monkeypatch.setitem(ops._kernels, key, spy)
+        else:
+            monkeypatch.delitem(ops._kernels, key)
+    with fbkd_ops.use_backend(backend):
+        torch.testing.assert_close(CALLS[op](X), expected)
+    prefix = op.removesuffix("_loss")
+    assert [name.startswith(prefix) for name, _ in called] == ([] if backend == "reference" else [True])
+
+
+def test_an_op_without_kernels_of_the_forced_backend_takes_the_automatic_choice(monkeypatch):
+    """The CUDA library has no adapted distance; on its device Triton's is the automatic choice."""
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(_extension, "cuda", _extension.Library(True, "loaded"))
+    monkeypatch.setattr(backends, "_TRITON", True)
+    with fbkd_ops.use_backend("cuda"):
+        assert backends.resolve("masked_l2_loss", on_cuda) == "cuda"
+        assert backends.resolve("adapted_masked_l2_loss", on_cuda) == "triton"
+        monkeypatch.setattr(backends, "_TRITON", False)
+        assert backends.resolve("adapted_masked_l2_loss", on_cuda) == "reference"
+        assert backends.resolve("non_local", on_cuda) == "torch"
+    monkeypatch.setattr(backends, "_INTERPRET", False)
+    with fbkd_ops.use_backend("triton"), pytest.raises(RuntimeError, match="non_local.*triton is not installed"):
+        backends.resolve("non_local", X)
 
 
 @pytest.mark.gpu
@@ -126,7 +180,7 @@ def test_report_names_every_op_and_library():
 USE = """
 import torch, fbkd_ops
 from fbkd_ops import info
-from fbkd_ops.autograd.attention_pool import attention_pool
+from fbkd_ops.functional import attention_pool
 print(info.report())
 print("sum", float(attention_pool(torch.ones(1, 2, 3, 4)).channel_mean.sum()))
 with fbkd_ops.use_backend("cpu"):

@@ -134,7 +134,6 @@ def test_nan_reaches_the_result(mode):
     ours = functional.non_local(x, block.weights(), mode=mode, stride=2, norm=copy.deepcopy(block.norm))
     literal = reference.non_local(x, block.weights(), mode=mode, stride=2, norm=block.norm)
     assert ours.isnan().all() and literal.isnan().all()
-    assert functional.masked_l2_loss(x, torch.zeros_like(x)).isnan()
 
 
 def test_gradcheck_of_the_relation_loss():
@@ -176,62 +175,6 @@ def test_relation_residual_has_no_second_derivative():
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("masks", ["none", "spatial", "channel", "both"])
-def test_masked_l2_loss_equals_the_reference(layout, masks):
-    student, teacher = (torch.randn(2, 5, 7, 9, dtype=torch.float64) for _ in range(2))
-    if layout == "channels_last":
-        student = student.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        student = torch.randn(2, 10, 9, 9, dtype=torch.float64)[:, ::2, 1:8]
-    spatial = torch.rand(2, 7, 9, dtype=torch.float64) if masks in ("spatial", "both") else None
-    channel = torch.rand(2, 5, dtype=torch.float64) if masks in ("channel", "both") else None
-    student.requires_grad_()
-    results = []
-    for function in (functional.masked_l2_loss, reference.masked_l2_loss):
-        loss = function(student, teacher, spatial, channel)
-        results.append((loss, *torch.autograd.grad(loss, student)))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda s: functional.masked_l2_loss(s, teacher, spatial, channel), (student,))
-
-
-def test_equal_features_have_loss_and_gradient_zero():
-    student = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = functional.masked_l2_loss(student, student.detach().clone())
-    loss.backward()
-    assert loss == 0
-    assert torch.equal(student.grad, torch.zeros_like(student))
-
-
-@pytest.mark.parametrize("rule", ["average", "joint"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_attention_masks(rule, dtype):
-    """Against a softmax written out by hand; large activations must not overflow."""
-    pools = [functional.attention_pool((100 * torch.randn(2, 6, 5, 7)).to(dtype).requires_grad_()) for _ in range(2)]
-    spatial, channel = functional.attention_masks(
-        *pools, spatial_temperature=0.5, channel_temperature=0.25, mask_rule=rule
-    )
-    for mask, field, tau in ((spatial, "spatial_attention", 0.5), (channel, "channel_attention", 0.25)):
-        s, t = (getattr(pool, field).detach().double().flatten(1) / tau for pool in pools)
-
-        def softmax(x):
-            shifted = (x - x.amax(1, keepdim=True)).exp()
-            return shifted / shifted.sum(1, keepdim=True)
-
-        expected = (softmax(s) + softmax(t)) / 2 if rule == "average" else softmax(s + t)
-        expected = s.shape[1] * expected
-        torch.testing.assert_close(mask.double(), expected.reshape(mask.shape), rtol=1e-4, atol=1e-6)
-        assert not mask.requires_grad
-        assert mask.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def test_a_mask_of_the_teacher_alone():
-    teacher = torch.rand(2, 6)
-    for rule in ("average", "joint"):
-        mask = functional.attention_mask(None, teacher, temperature=0.5, mask_rule=rule)
-        torch.testing.assert_close(mask, 6 * torch.softmax(teacher / 0.5, 1))
 
 
 @pytest.mark.parametrize(
@@ -280,38 +223,6 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
         (lambda x: functional.attention_pool(x[:, :, :0]), ValueError, r"at least one channel and one pixel"),
         (lambda x: functional.attention_pool([x]), TypeError, r"x must be a torch.Tensor, got list"),
         (
-            lambda x: functional.masked_l2_loss(x, x[:, :2]),
-            ValueError,
-            r"agree in N, C, H and W, got \(2, 3, 4, 5\) and \(2, 2, 4, 5\)",
-        ),
-        (lambda x: functional.masked_l2_loss(x, x.to("meta")), ValueError, r"one device, got cpu and meta"),
-        (
-            lambda x: functional.masked_l2_loss(x, x, x[:, 0, 1:]),
-            ValueError,
-            r"spatial_mask must have shape \(2, 4, 5\), got \(2, 3, 5\)",
-        ),
-        (
-            lambda x: functional.masked_l2_loss(x, x, None, x[:, 0]),
-            ValueError,
-            r"channel_mask must have shape \(2, 3\)",
-        ),
-        (lambda x: functional.masked_l2_loss(x, x, 1.0), TypeError, r"spatial_mask must be a torch.Tensor, got float"),
-        (
-            lambda x: functional.attention_mask(x, x, temperature=0),
-            ValueError,
-            r"temperature must be a number > 0, got 0",
-        ),
-        (
-            lambda x: functional.attention_mask(x, x, temperature=1, mask_rule="mean"),
-            ValueError,
-            r"mask_rule must be one of 'average', 'joint', got 'mean'",
-        ),
-        (
-            lambda x: functional.attention_masks(x, x, spatial_temperature=1, channel_temperature=1),
-            TypeError,
-            r"student must be an AttentionPool, got Tensor",
-        ),
-        (
             lambda x: functional.non_local(x, block_weights(), mode="dot"),
             ValueError,
             r"mode must be one of 'dot_product'.*got 'dot'",
@@ -326,21 +237,6 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
             lambda x: functional.non_local(x, block_weights(), mode="concatenation"),
             ValueError,
             r"weights.pair_weight must have shape \(4,\) in mode 'concatenation', got None",
-        ),
-        (
-            lambda x: functional.attention_mask(x, x, temperature="warm"),
-            ValueError,
-            r"temperature must be a number > 0, got 'warm'",
-        ),
-        (
-            lambda x: functional.attention_mask(x, None, temperature=1),
-            TypeError,
-            r"teacher must be a torch.Tensor, got NoneType",
-        ),
-        (
-            lambda x: functional.attention_mask(x.cfloat(), x, temperature=1),
-            TypeError,
-            r"student must be a floating-point tensor, got torch.complex64",
         ),
         (
             lambda x: functional.non_local(x, block_weights()._replace(g_weight=None)),
@@ -377,12 +273,6 @@ def test_bad_input_is_named(call, error, message):
 
 def block_weights(width=3):
     return NonLocalBlock2d(width, 2).weights()
-
-
-def test_masks_of_different_widths_say_who_adapts():
-    pools = [functional.attention_pool(torch.randn(2, width, 4, 4)) for width in (3, 5)]
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 5\); adapt the student's channel attention"):
-        functional.attention_masks(*pools, spatial_temperature=1, channel_temperature=1)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Machine code without a GPU: Triton kernels compiled for three GPUs, and the CUDA library's own code.
 
-Triton's interpreter replaces the compiler for a whole process, so compilation happens in a subprocess.
+benchmarks/code_report.py compiles and reads it. Triton's interpreter replaces the compiler for a whole process, so
+compilation happens in a subprocess.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -13,98 +13,70 @@ from pathlib import Path
 
 import pytest
 
-from fbkd_ops import _extension
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from benchmarks import code_report  # noqa: E402
+from fbkd_ops import _extension  # noqa: E402
 
-ARCHS = (80, 90, 100)
+pytestmark = pytest.mark.skipif(code_report.cuobjdump_path() is None, reason="there is no triton that has cuobjdump")
 
-COMPILE = """
-import json, sys
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fbkd_ops.kernels import attention_pool as kernels
-
-arch, folder = int(sys.argv[1]), Path(sys.argv[2])
-SIZES = ["rows", "cols", "image_stride", "row_stride"]
-TILES = ["row_tiles", "col_tiles"]
-BLOCKS = {"BLOCK_ROWS": kernels.BLOCK_ROWS, "BLOCK_COLS": kernels.BLOCK_COLS}
-
-def build(name, function, pointers, integers, constants):
-    '''Compile as for aligned tensors: pointers and the sizes in SIZES are multiples of 16.'''
-    signature, attributes = {}, {}
-    for index, argument in enumerate(function.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        else:
-            signature[argument] = pointers[argument] if argument in pointers else "i64"
-            if argument in pointers or argument in SIZES:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-    (folder / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
-    (folder / f"{name}.ptx").write_text(compiled.asm["ptx"])
-
-for dtype, sums in (("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-    accumulators = {name: f"*{sums}" for name in ("row_abs", "row_plain", "col_abs", "col_plain")}
-    tensors = {"x": f"*{dtype}", **accumulators}
-    build(f"sums_{dtype}", kernels.sum_tiles, tensors, SIZES + TILES, {"ROW_TILE": kernels.MANY_ROWS, **BLOCKS})
-    element = kernels.tl.float64 if sums == "fp64" else kernels.tl.float32
-    constants = {"DTYPE": element, **BLOCKS}
-    build(f"gradient_{dtype}", kernels.input_gradient, {"dx": f"*{dtype}", **tensors}, SIZES + TILES, constants)
-    absent = {"x": None, "row_abs": None, "col_abs": None}
-    plain = {"dx": f"*{dtype}", "row_plain": f"*{sums}", "col_plain": f"*{sums}"}
-    build(f"plain_{dtype}", kernels.input_gradient, plain, SIZES + TILES, {**constants, **absent})
-for sums in ("fp32", "fp64"):
-    constants = {"TILES": kernels.FINISH_TILES, "OUTPUTS": kernels.FINISH_OUTPUTS}
-    build(f"finish_{sums}", kernels.finish_means, {"partial": f"*{sums}", "mean": f"*{sums}"}, [], constants)
-"""
+# Triton kernels: limited by memory; with a gradient of a map or of a weight as output; with matrix products.
+MEMORY_BOUND = {"sum_tiles", "input_gradients", "sum_squares", "difference_gradients"}
+GRADIENTS = {"input_gradients", "difference_gradients", "student_gradients", "weight_gradients"}
+PRODUCTS = {"adapted_sums", "student_gradients", "weight_gradients"}
+SHARED_MEMORY = 163 * 1024  # what a block can have on sm_80
 
 
-def cuobjdump(*arguments):
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton has no cuobjdump")
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, timeout=300).stdout
+def kernels_in(files, pattern):
+    return {name for file in files for name in re.findall(pattern, file.read_text())}
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def compiled(request, tmp_path_factory):
-    """Folder with the cubin and PTX of every kernel for one architecture."""
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+def by_kernel(instances):
+    return {name: [each for each in instances if each.kernel == name] for name in {each.kernel for each in instances}}
+
+
+def assert_no_local_memory(instances):
+    assert not [each for each in instances if each.spills or each.stack]
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """A process for each architecture, all at once: most of the time is the compiler's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    script = folder / "compile_kernels.py"
-    script.write_text(COMPILE)
-    command = [sys.executable, script, str(request.param), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = {}
+    for arch in code_report.ARCHS:
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"sm_{arch}"))
+        command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
+        processes[arch] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
 
 
-def test_triton_kernels_load_16_bytes_and_do_not_spill(compiled):
-    cubins = sorted(compiled.glob("*.cubin"))
-    assert len(cubins) == 14
-    for cubin in cubins:
-        sass = cuobjdump("-sass", str(cubin))
-        assert not re.search(r"\b(LDL|STL)\b", sass), f"{cubin.stem} uses local memory"
-        if cubin.stem.startswith(("sums", "gradient")):
-            assert re.search(r"LDG\.E[.\w]*\.128", sass), f"{cubin.stem} has no 16-byte load"
-        if cubin.stem.startswith(("gradient", "plain")):
-            assert re.search(r"STG\.E[.\w]*\.128", sass), f"{cubin.stem} has no 16-byte store"
+@pytest.fixture(scope="module", params=code_report.ARCHS, ids="sm_{}".format)
+def compiled(request, compilations):
+    """Every instance of the Triton kernels for one architecture."""
+    out, errors = compilations[request.param].communicate(timeout=600)
+    assert compilations[request.param].returncode == 0, errors[-3000:]
+    return [code_report.Instance(*fields) for fields in json.loads(out.splitlines()[-1])]
 
 
-def test_plain_gradient_reads_no_input(compiled):
-    """Only the two small gradients are loaded; with x there are more loads."""
-    for dtype in ("fp16", "bf16", "fp32", "fp64"):
-        loads = {
-            name: (compiled / f"{name}_{dtype}.ptx").read_text().count("ld.global") for name in ("plain", "gradient")
-        }
-        assert 0 < loads["plain"] < loads["gradient"]
+def test_triton_kernels_use_the_hardware_and_do_not_spill(compiled):
+    """No local memory, the shared memory of sm_80 at most, 16-byte accesses, and tensor cores for all products."""
+    kernels = by_kernel(compiled)
+    # Launchers pass the kernel first; those that take it as a parameter call it `kernel`.
+    launched = kernels_in((ROOT / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\((?!kernel\b)(\w+), ")
+    assert set(kernels) == launched >= MEMORY_BOUND | GRADIENTS | PRODUCTS
+    assert_no_local_memory(compiled)
+    assert max(each.shared for each in compiled) <= SHARED_MEMORY
+    for name in MEMORY_BOUND | PRODUCTS:
+        assert max(each.widest_load for each in kernels[name]) >= 16, f"{name} never loads 16 bytes"
+    for name in GRADIENTS:
+        assert max(each.widest_store for each in kernels[name]) >= 16, f"{name} never stores 16 bytes"
+    assert not [each for name in PRODUCTS for each in kernels[name] if not each.tensor_cores]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +84,14 @@ def cuda_library():
     files = sorted(Path(_extension.__file__).parent.glob("_cuda*.so"))
     if not files:
         pytest.skip(f"the CUDA library is {_extension.cuda.status}")
-    return str(files[0])
+    return files[0]
 
 
 def test_cuda_library_has_every_requested_architecture(cuda_library):
     report = json.loads((Path(_extension.__file__).parent / "_build_report.json").read_text())
     asked = report["archs"].replace(" ", ";").split(";")
-    binaries, ptx = cuobjdump("--list-elf", cuda_library), cuobjdump("--list-ptx", cuda_library)
+    binaries = code_report.cuobjdump("--list-elf", cuda_library)
+    ptx = code_report.cuobjdump("--list-ptx", cuda_library)
     for arch in asked:
         number = arch.removesuffix("+PTX").replace(".", "")
         assert f"sm_{number}.cubin" in binaries
@@ -126,15 +99,14 @@ def test_cuda_library_has_every_requested_architecture(cuda_library):
 
 
 def test_cuda_kernels_load_16_bytes_and_do_not_spill(cuda_library):
-    usages = re.findall(r"Function \S*attention_pool\S*:\s*\n.*", cuobjdump("-res-usage", cuda_library))
-    assert usages
-    for usage in usages:
-        assert "LOCAL:0" in usage and "STACK:0" in usage, usage
-    sass = cuobjdump("-sass", cuda_library)
-    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
-    wide = [name for name in functions if re.search(r"attention_pool_sums|attention_pool_gradient", name)]
-    assert wide
-    for name in wide:
-        vector = re.search(r"ELi(\d)E(Lb(\d)E)?EEv", name) or re.search(r"Li(\d)(ELb(\d))?", name)
-        if vector.group(1) != "1" and vector.group(3) != "0":
-            assert re.search(r"LDG\.E[.\w]*\.128", functions[name]), name
+    """Every kernel of csrc/cuda, in every architecture of the library that the report knows."""
+    instances = list(code_report.cuda_instances())
+    if not instances:
+        pytest.skip(f"the CUDA library has no code for {code_report.ARCHS}")
+    assert_no_local_memory(instances)
+    defined = kernels_in((ROOT / "csrc" / "cuda").glob("*.cu*"), r"__global__\s+void\s+(?:\w+\([^)]*\)\s+)?(\w+)\(")
+    for arch in {each.arch for each in instances}:
+        assert {each.kernel for each in instances if each.arch == arch} == defined
+    for each in instances:
+        assert each.widest_load >= 16 or not each.kernel.endswith(("_sums", "_gradient")), each
+        assert each.widest_store >= 16 or not each.kernel.endswith("_gradient"), each

@@ -1,26 +1,27 @@
 // Attention pool on the CPU: row and column sums of x and |x| in one read.
 #include "../stable_abi.h"
 
-#include "../attention_pool.h"
+#include "../attention_pool_levels.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
-#include "../attention_pool_tensors.h"
 #include "memory.h"
+#include "pool_gradient.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace fbkd {
 namespace {
 
 // At least 8192 columns a tile, where there are as many; 4096 to 16384 were within the noise of each other.
 constexpr int64_t kMinColTile = 8192;
-// A tile has at least 32 K elements (below that a thread costs more than it brings) and at most 512 K, else a 1/32 of
+// A tile has at least 32 K elements (below that a thread costs more than it brings) and at most 4 M, else 1/8 of
 // the image: enough tiles to share out, and few enough that their column sums are small beside the input.
 constexpr int64_t kMinTile = int64_t(1) << 15;
-constexpr int64_t kMaxTile = int64_t(1) << 19;
-constexpr int64_t kTilesPerImage = 32;
+constexpr int64_t kMaxTile = int64_t(1) << 22;
+constexpr int64_t kTilesPerImage = 8;
 // Every tile writes its column sums: over 32 rows and more they are little beside the input.
 constexpr int64_t kMinRowTile = 32;
 // Rows in flight: four, so that a column sum is loaded and stored once every four elements.
@@ -33,6 +34,7 @@ constexpr int64_t kShortRow = 4096 / sizeof(T);
 constexpr int64_t kRowPiece = 1024;  // columns, 64 additions in each of 16 lanes
 constexpr int64_t kColPiece = 128;   // rows, taken one at a time
 constexpr int64_t kFinishBlock = 8192;
+constexpr int64_t kGradientRows = 8;
 
 Tiling cpu_tiling(const MatrixView& view) {
   Tiling tiling{};
@@ -151,57 +153,55 @@ FBKD_INLINE void sum_tile_body(const T* x, int64_t row_stride, int64_t rows, int
   }
 }
 
-template <typename T, typename A>
-FBKD_INLINE void gradient_tile_body(const T* __restrict__ x, int64_t x_stride,    // (rows, cols), unread if nullptr
-                                    T* __restrict__ dx, int64_t dx_stride,        // (rows, cols)
-                                    int64_t rows, int64_t cols,
-                                    const A* row_abs, const A* row_plain,                              // (rows)
-                                    const A* __restrict__ col_abs, const A* __restrict__ col_plain) {  // (cols)
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* x_row = x + (x == nullptr ? 0 : i * x_stride);
-    T* dx_row = dx + i * dx_stride;
-    const A abs = row_abs[i], plain = row_plain[i];
-    if (x == nullptr) {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) store(dx_row[j], plain + col_plain[j]);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j)
-        store(dx_row[j], input_gradient<A>(load(x_row[j]), abs + col_abs[j], plain + col_plain[j]));
-    }
-  }
-}
-
-#define FBKD_CPU_TYPES(T, A)                                                                                      \
+#define FBKD_SUM_TILE(T, A)                                                                                      \
   FBKD_CLONES void sum_tile(const T* x, int64_t row_stride, int64_t rows, int64_t cols, A* row_abs, A* row_plain, \
                             A* col_abs, A* col_plain) {                                                           \
     sum_tile_body<T, A>(x, row_stride, rows, cols, row_abs, row_plain, col_abs, col_plain);                       \
-  }                                                                                                               \
-  FBKD_CLONES void gradient_tile(const T* x, int64_t x_stride, T* dx, int64_t dx_stride, int64_t rows,            \
-                                 int64_t cols, const A* row_abs, const A* row_plain, const A* col_abs,            \
-                                 const A* col_plain) {                                                            \
-    gradient_tile_body<T, A>(x, x_stride, dx, dx_stride, rows, cols, row_abs, row_plain, col_abs, col_plain);     \
   }
 
-FBKD_CPU_TYPES(float, float)
-FBKD_CPU_TYPES(double, double)
-FBKD_CPU_TYPES(Half, float)
-FBKD_CPU_TYPES(BFloat16, float)
-#undef FBKD_CPU_TYPES
+FBKD_SUM_TILE(float, float)
+FBKD_SUM_TILE(double, double)
+FBKD_SUM_TILE(Half, float)
+FBKD_SUM_TILE(BFloat16, float)
+#undef FBKD_SUM_TILE
+
+template <bool Read, bool Add, typename A>
+FBKD_INLINE void pool_gradient_body(const A* __restrict__ x, A row_abs, A row_plain, const A* __restrict__ col_abs,
+                                    const A* __restrict__ col_plain, int64_t count, A* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A plain = row_plain + col_plain[i];
+    const A gradient = Read ? input_gradient<A>(x[i], row_abs + col_abs[i], plain) : plain;
+    out[i] = Add ? out[i] + gradient : gradient;
+  }
+}
+
+#define FBKD_POOL_GRADIENT(A)                                                                                     \
+  FBKD_CLONES void pool_gradient_row(const A* x, A row_abs, A row_plain, const A* col_abs, const A* col_plain,    \
+                                     int64_t count, bool add, A* out) {                                           \
+    if (x == nullptr)                                                                                             \
+      add ? pool_gradient_body<false, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)                \
+          : pool_gradient_body<false, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);              \
+    else                                                                                                          \
+      add ? pool_gradient_body<true, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)                 \
+          : pool_gradient_body<true, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);               \
+  }
+
+FBKD_POOL_GRADIENT(float)
+FBKD_POOL_GRADIENT(double)
+#undef FBKD_POOL_GRADIENT
 
 // Sums of one direction: tile t of image n lies at (n * tiles + t) * length. A single tile lies in the output itself.
 template <typename A>
 struct Partials {
-  Partials(const Tensor& x, A* mean_abs, A* mean_plain, int64_t images, int64_t tiles, int64_t length)
-      : mean_abs(mean_abs), mean_plain(mean_plain), images(images), tiles(tiles), length(length) {
-    if (tiles == 1) {
-      abs = mean_abs;
-      plain = mean_plain;
-      return;
-    }
+  Partials(const Tensor& like, void* mean_abs, void* mean_plain, int64_t images, int64_t tiles, int64_t length)
+      : mean_abs(static_cast<A*>(mean_abs)), mean_plain(static_cast<A*>(mean_plain)), tiles(tiles), length(length) {
+    abs = this->mean_abs;
+    plain = this->mean_plain;
+    if (tiles == 1) return;
     const int64_t count = images * tiles * length;
-    storage = empty_like_device(x, {2, count}, accumulation_type(x.scalar_type()));
-    abs = static_cast<A*>(storage->mutable_data_ptr());
+    storage.emplace(like, 2 * count);
+    abs = storage->data();
     plain = abs + count;
   }
 
@@ -209,142 +209,163 @@ struct Partials {
     return (image * tiles + tile) * length + index;
   }
 
-  // Adds the tiles in their order and divides.
-  void finish(int64_t count) const {
-    const int64_t blocks = ceil_div(length, kFinishBlock);
-    torch::stable::parallel_for(0, images * blocks, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / blocks, first = task % blocks * kFinishBlock;
-        const int64_t size = min64(kFinishBlock, length - first);
-        finish_block(abs, mean_abs, image, first, size, static_cast<A>(count));
-        finish_block(plain, mean_plain, image, first, size, static_cast<A>(count));
-      }
-    });
+  // Adds the tiles of outputs first .. first + size in their order and divides.
+  void finish(int64_t image, int64_t first, int64_t size, A count) const {
+    finish_one(abs, mean_abs, image, first, size, count);
+    finish_one(plain, mean_plain, image, first, size, count);
   }
 
-  void finish_block(A* sums, A* means, int64_t image, int64_t first, int64_t size, A count) const {
+  void finish_one(A* sums, A* means, int64_t image, int64_t first, int64_t size, A count) const {
     A* mean = means + image * length + first;
-    A* total = tiles == 0 ? mean : sums + offset(image, 0, first);
-    if (tiles == 0)
-      for (int64_t i = 0; i < size; ++i) mean[i] = 0;
+    A* total = sums + offset(image, 0, first);
     for (int64_t tile = 1; tile < tiles; ++tile) add_to(total, sums + offset(image, tile, first), size);
     for (int64_t i = 0; i < size; ++i) mean[i] = total[i] / count;
   }
 
   A* mean_abs;
   A* mean_plain;
-  int64_t images, tiles, length;
-  A* abs = nullptr;
-  A* plain = nullptr;
-  std::optional<Tensor> storage;
+  int64_t tiles, length;
+  A* abs;
+  A* plain;
+  std::optional<Scratch<A>> storage;
+};
+
+// First stage of a level: every tile's row and column sums.
+struct Sums : Tiles {
+  // Second stage: blocks of the means of both directions.
+  virtual std::unique_ptr<Tiles> finish() const = 0;
+};
+
+template <typename A>
+struct Finish : Tiles {
+  Finish(const MatrixView& view, const Partials<A>& by_row, const Partials<A>& by_col)
+      : view(view), by_row(by_row), by_col(by_col) {}
+
+  int64_t row_blocks() const { return ceil_div(view.rows, kFinishBlock); }
+  int64_t col_blocks() const { return ceil_div(view.cols, kFinishBlock); }
+  int64_t count() const override { return view.images * (row_blocks() + col_blocks()); }
+  int64_t elements() const override {
+    return view.images * (view.rows * by_row.tiles + view.cols * by_col.tiles);
+  }
+  void run(int64_t tile) override {
+    const int64_t image = tile / (row_blocks() + col_blocks()), block = tile % (row_blocks() + col_blocks());
+    if (block < row_blocks())
+      finish(by_row, image, block, view.cols);
+    else
+      finish(by_col, image, block - row_blocks(), view.rows);
+  }
+  void finish(const Partials<A>& sums, int64_t image, int64_t block, int64_t count) const {
+    const int64_t first = block * kFinishBlock;
+    sums.finish(image, first, min64(kFinishBlock, sums.length - first), static_cast<A>(count));
+  }
+
+  MatrixView view;
+  const Partials<A>& by_row;
+  const Partials<A>& by_col;
 };
 
 template <typename T, typename A>
-void forward(const Tensor& x, const MatrixView& view, const PoolOutputs& outputs) {
-  const Tiling tiling = cpu_tiling(view);
-  const Means<A> means = means_of<A>(outputs, view);
-  const Partials<A> by_row(x, means.row_abs, means.row_plain, view.images, tiling.col_tiles, view.rows);
-  const Partials<A> by_col(x, means.col_abs, means.col_plain, view.images, tiling.row_tiles, view.cols);
-  const T* data = static_cast<const T*>(x.const_data_ptr());
-  const int64_t grain = ceil_div(kMinTile, tiling.row_tile * tiling.col_tile);
+struct LevelSums : Sums {
+  LevelSums(const PoolLevel& level, const Tensor& like)
+      : x(static_cast<const T*>(level.x)),
+        view(level.view),
+        tiling(cpu_tiling(view)),
+        by_row(like, level.means.row_abs, level.means.row_plain, view.images, tiling.col_tiles, view.rows),
+        by_col(like, level.means.col_abs, level.means.col_plain, view.images, tiling.row_tiles, view.cols) {}
 
-  torch::stable::parallel_for(0, tiles_of(view, tiling), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t col_index = tile % tiling.col_tiles;
-      const int64_t row_index = tile / tiling.col_tiles % tiling.row_tiles;
-      const int64_t image = tile / (tiling.col_tiles * tiling.row_tiles);
-      const int64_t row = row_index * tiling.row_tile, col = col_index * tiling.col_tile;
-      const int64_t row_offset = by_row.offset(image, col_index, row);
-      const int64_t col_offset = by_col.offset(image, row_index, col);
-      sum_tile(data + image * view.image_stride + row * view.row_stride + col, view.row_stride,
-               min64(tiling.row_tile, view.rows - row), min64(tiling.col_tile, view.cols - col),
-               by_row.abs + row_offset, by_row.plain + row_offset, by_col.abs + col_offset, by_col.plain + col_offset);
-    }
-  });
-  by_row.finish(view.cols);
-  by_col.finish(view.rows);
+  int64_t count() const override { return tiles_of(view, tiling); }
+  int64_t elements() const override { return view.numel(); }
+  void run(int64_t tile) override {
+    const int64_t col_index = tile % tiling.col_tiles;
+    const int64_t row_index = tile / tiling.col_tiles % tiling.row_tiles;
+    const int64_t image = tile / (tiling.col_tiles * tiling.row_tiles);
+    const int64_t row = row_index * tiling.row_tile, col = col_index * tiling.col_tile;
+    const int64_t row_offset = by_row.offset(image, col_index, row);
+    const int64_t col_offset = by_col.offset(image, row_index, col);
+    sum_tile(x + image * view.image_stride + row * view.row_stride + col, view.row_stride,
+             min64(tiling.row_tile, view.rows - row), min64(tiling.col_tile, view.cols - col), by_row.abs + row_offset,
+             by_row.plain + row_offset, by_col.abs + col_offset, by_col.plain + col_offset);
+  }
+  std::unique_ptr<Tiles> finish() const override { return std::make_unique<Finish<A>>(view, by_row, by_col); }
+
+  const T* x;
+  MatrixView view;
+  Tiling tiling;
+  Partials<A> by_row, by_col;
+};
+
+void forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
+  std::vector<std::unique_ptr<Sums>> sums;
+  for (const PoolLevel& level : levels)
+    sums.push_back(dispatch<Cpu>(level.type, [&](auto type) -> std::unique_ptr<Sums> {
+      using T = typename decltype(type)::type;
+      return std::make_unique<LevelSums<T, Accumulator<T>>>(level, like);
+    }));
+  run_tiles(sums);
+  std::vector<std::unique_ptr<Tiles>> means;
+  for (const auto& level : sums) means.push_back(level->finish());
+  run_tiles(means);
 }
 
-// One direction's gradients divided by the number of elements of its means; zeros where there is none.
+// dx a few whole rows at a time: threads that touch fresh memory far apart do not wait for each other's pages.
 template <typename A>
-std::vector<A> scaled(const A* grad, int64_t size, int64_t count) {
-  std::vector<A> result(static_cast<size_t>(size), A(0));
-  if (grad != nullptr)
-    for (int64_t i = 0; i < size; ++i) result[i] = grad[i] / static_cast<A>(count);
-  return result;
-}
-
-template <typename T, typename A>
-void backward(const Tensor& x, const MatrixView& view, const Gradients<A>& grads, const Tensor& dx) {
-  const MatrixView to = gradient_view(view);
-  const int64_t row_count = view.images * view.rows, col_count = view.images * view.cols;
-  const std::vector<A> row_abs = scaled(grads.row_abs, row_count, view.cols);
-  const std::vector<A> row_plain = scaled(grads.row_plain, row_count, view.cols);
-  const std::vector<A> col_abs = scaled(grads.col_abs, col_count, view.rows);
-  const std::vector<A> col_plain = scaled(grads.col_plain, col_count, view.rows);
-  const T* data = grads.needs_input() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
-  T* dx_data = static_cast<T*>(dx.mutable_data_ptr());
-  advise_huge_pages(dx_data, row_count * view.cols * static_cast<int64_t>(sizeof(T)));
-
-  const int64_t grain = max64(1, kMinTile / max64(1, view.cols));
-  torch::stable::parallel_for(0, row_count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin / view.rows; image * view.rows < end; ++image) {
-      const int64_t first = max64(0, begin - image * view.rows);
-      const int64_t last = min64(view.rows, end - image * view.rows);
-      const T* from = data == nullptr ? nullptr : data + image * view.image_stride + first * view.row_stride;
-      gradient_tile(from, view.row_stride, dx_data + image * to.image_stride + first * to.row_stride, to.row_stride,
-                    last - first, view.cols, &row_abs[image * view.rows + first],
-                    &row_plain[image * view.rows + first], &col_abs[image * view.cols], &col_plain[image * view.cols]);
-    }
-  });
-}
-
-PoolOutputs attention_pool_forward(const Tensor& x) {  // (N, C, H, W)
-  const MatrixView view = checked_view(x);
-  const PoolOutputs outputs = allocate_outputs(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: forward<float, float>(x, view, outputs); break;
-    case ScalarType::Double: forward<double, double>(x, view, outputs); break;
-    case ScalarType::Half: forward<Half, float>(x, view, outputs); break;
-    case ScalarType::BFloat16: forward<BFloat16, float>(x, view, outputs); break;
-    default: STD_TORCH_CHECK(false, "attention_pool: x must be float16, bfloat16, float32 or float64");
+struct GradientRows : Tiles {
+  explicit GradientRows(const PoolGradientLevel& level)
+      : level(level), to(gradient_view(level.view)), gradient(level.view, level.grads) {
+    advise_huge_pages(level.dx, to.numel() * element_size(level.type));
   }
-  return outputs;
-}
 
-template <typename T, typename A>
-Tensor backward_of(const Tensor& x, const std::optional<Tensor>& grad_spatial_attention,
-                   const std::optional<Tensor>& grad_channel_attention,
-                   const std::optional<Tensor>& grad_spatial_mean, const std::optional<Tensor>& grad_channel_mean) {
-  const MatrixView view = checked_view(x);
-  const Gradients<A> grads = checked_gradients<A>(x, view, grad_spatial_attention, grad_channel_attention,
-                                                  grad_spatial_mean, grad_channel_mean);
-  const Tensor dx = allocate_gradient(x, view);
-  if (x.numel() > 0) backward<T, A>(x, view, grads, dx);
-  return dx;
-}
-
-Tensor attention_pool_backward(const Tensor& x,                                      // (N, C, H, W)
-                               const std::optional<Tensor>& grad_spatial_attention,  // (N, H, W)
-                               const std::optional<Tensor>& grad_channel_attention,  // (N, C)
-                               const std::optional<Tensor>& grad_spatial_mean,       // (N, H, W)
-                               const std::optional<Tensor>& grad_channel_mean) {     // (N, C)
-  const auto run = [&](auto function) {
-    return function(x, grad_spatial_attention, grad_channel_attention, grad_spatial_mean, grad_channel_mean);
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return run(backward_of<float, float>);
-    case ScalarType::Double: return run(backward_of<double, double>);
-    case ScalarType::Half: return run(backward_of<Half, float>);
-    case ScalarType::BFloat16: return run(backward_of<BFloat16, float>);
-    default: STD_TORCH_CHECK(false, "attention_pool: x must be float16, bfloat16, float32 or float64");
+  int64_t count() const override { return ceil_div(to.images * to.rows, kGradientRows); }
+  int64_t elements() const override { return to.numel(); }
+  void run(int64_t tile) override {
+    const int64_t last = min64((tile + 1) * kGradientRows, to.images * to.rows);
+    for (int64_t row = tile * kGradientRows; row < last; ++row)
+      for (int64_t col = 0; col < to.cols; col += kPiece)
+        write(row / to.rows, row % to.rows, col, min64(kPiece, to.cols - col));
   }
+
+  void write(int64_t image, int64_t row, int64_t col, int64_t count) const {
+    A buffer[kPiece];
+    const int64_t first = image * to.image_stride + row * to.row_stride + col;
+    A* piece = piece_to_fill(level.type, level.dx, first, buffer);
+    gradient.put(image, row, col, count, level.type, level.x, false, piece);
+    store_piece(level.type, level.dx, first, count, piece);
+  }
+
+  PoolGradientLevel level;
+  MatrixView to;
+  PoolGradient<A> gradient;
+};
+
+void backward(const std::vector<PoolGradientLevel>& levels, const Tensor&) {
+  std::vector<std::unique_ptr<Tiles>> rows;
+  for (const PoolGradientLevel& level : levels)
+    rows.push_back(with_accumulator(level.type, [&](auto type) -> std::unique_ptr<Tiles> {
+      return std::make_unique<GradientRows<typename decltype(type)::type>>(level);
+    }));
+  run_tiles(rows);
+}
+
+Tensors forward_op(const Tensors& x) { return attention_pool_forward(x, forward); }
+
+Tensors backward_op(const Tensors& x, const OptionalTensors& grads) {
+  return attention_pool_backward(x, grads, backward);
 }
 
 }  // namespace
+
+void pool_gradient(const float* x, float row_abs, float row_plain, const float* col_abs, const float* col_plain,
+                   int64_t count, bool add, float* out) {
+  pool_gradient_row(x, row_abs, row_plain, col_abs, col_plain, count, add, out);
+}
+void pool_gradient(const double* x, double row_abs, double row_plain, const double* col_abs, const double* col_plain,
+                   int64_t count, bool add, double* out) {
+  pool_gradient_row(x, row_abs, row_plain, col_abs, col_plain, count, add, out);
+}
+
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::attention_pool_forward));
-  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::attention_pool_backward));
+  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::forward_op));
+  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::backward_op));
 }

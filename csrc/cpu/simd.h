@@ -1,6 +1,7 @@
 // Vector width chosen at run time, and 16-bit floats in code that compilers vectorise.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -22,6 +23,12 @@ struct Half {
 
 struct BFloat16 {
   uint16_t bits;
+};
+
+// Element types of this device, for dispatch.
+struct Cpu {
+  using Half = fbkd::Half;
+  using BFloat16 = fbkd::BFloat16;
 };
 
 FBKD_INLINE float float_of_bits(uint32_t bits) {
@@ -72,5 +79,28 @@ FBKD_INLINE void store(Half& to, float value) {
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   to.bits = static_cast<uint16_t>((magnitude >= 0x477ff000u ? large : finite) | ((bits >> 16) & 0x8000u));
 }
+
+// e^x for x <= 0 within 2 units in the last place, 0 where the result would be subnormal, NaN of NaN. The standard
+// function does not vectorise.
+FBKD_INLINE float exponential(float x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kSmallest = -87.3f;  // of the arguments with a normal result
+  const float clipped = x < kSmallest ? kSmallest : x;
+  const float shifted = clipped * kLog2E + 12582912.0f;  // 1.5 * 2^23: its low bits are the nearest integer
+  const float power = shifted - 12582912.0f;
+  const float r = (clipped - power * kLn2High) - power * kLn2Low;  // |r| <= ln(2) / 2
+  float tail = 1.0f / 5040;
+  tail = tail * r + 1.0f / 720;
+  tail = tail * r + 1.0f / 120;
+  tail = tail * r + 1.0f / 24;
+  tail = tail * r + 1.0f / 6;
+  tail = tail * r + 0.5f;
+  const float fraction = (tail * r * r + r) + 1.0f;
+  const float scale = float_of_bits((bits_of_float(shifted) + 127u) << 23);
+  const float value = fraction * scale;
+  return x < kSmallest ? 0.0f : value;
+}
+
+FBKD_INLINE double exponential(double x) { return std::exp(x); }
 
 }  // namespace fbkd

@@ -1,55 +1,29 @@
-// Device code of the attention pool. No torch headers, so that it also compiles outside the package.
+// Device code of the attention pool, and its launches. No torch headers.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
 #include "../attention_pool.h"
+#include "device.cuh"
+#include "plan.h"
 
 namespace fbkd::cuda {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = 8;
-constexpr int kThreads = kLanes * kWarps;
-// Three blocks leave each thread 80 registers; with four (64 registers) the compiler spills.
-constexpr int kBlocksPerMultiprocessor = 3;
-constexpr unsigned kFullWarp = 0xffffffffu;
-// Forward: 16 columns a lane (8 in float64: the same shared memory), in 16-byte loads where alignment allows.
-template <typename A>
-constexpr int kLaneCols = 64 / sizeof(A);
-template <typename A>
-constexpr int kColTile = kLanes * kLaneCols<A>;
-// Backward: rows of a tile, 8 a warp.
-constexpr int kGradientRows = 64;
-// From this many tiles on, the second stage adds them in 16 groups side by side.
-constexpr int kFinishGroups = 16;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ double to_float(double x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T, typename A>
-__device__ __forceinline__ T from_float(A x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <>
-__device__ __forceinline__ double from_float<double>(double x) { return x; }
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
-
-// VEC elements that move together; VEC * sizeof(T) is 16 bytes, or VEC is 1.
-template <typename T, int VEC>
-struct alignas(VEC * sizeof(T)) Pack {
-  T value[VEC];
-};
+// Rows of a thread, one 16-byte load each, which are in flight together. Gradients write as much as they read, so that
+// half as many loads fill the memory's pipes.
+constexpr int kSumRows = 4;
+constexpr int kGradientRows = 2;
+// Steps of a tile's threads down the tile, at most. More would leave no fewer partial sums to speak of.
+constexpr int kSumSteps = 16;
+constexpr int kGradientSteps = 8;
+// Blocks of a multiprocessor: four leave each thread 64 registers, enough for those loads and the sums beside them.
+constexpr int kSumBlocks = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kGradientBlocks = 3;  // Turing's code for 16-bit maps takes some more
+#else
+constexpr int kGradientBlocks = 4;
+#endif
+// The second stage deals the tiles to up to 32 groups of a block's threads, four tiles or more each.
+constexpr int kMostGroupBits = 5;
+constexpr int64_t kTilesOfGroup = 4;
 
 template <typename A>
 struct alignas(2 * sizeof(A)) Sums {
@@ -80,122 +54,137 @@ struct Destination {
       put_mean(image * length + index, sums);
   }
 
+  // One of the two sums.
+  __device__ __forceinline__ void put(int64_t image, int64_t tile, int64_t index, bool plain, A sum) const {
+    if (partial != nullptr) {
+      Sums<A>& sums = partial[(image * tiles + tile) * length + index];
+      *(plain ? &sums.plain : &sums.abs) = sum;
+    } else {
+      (plain ? mean_plain : mean_abs)[image * length + index] = sum / count;
+    }
+  }
+
   __device__ __forceinline__ void put_mean(int64_t index, const Sums<A>& sums) const {
     mean_abs[index] = sums.abs / count;
     mean_plain[index] = sums.plain / count;
   }
 };
 
-struct TileIndex {
-  int64_t image;
-  int64_t row;
-  int64_t col;
+template <typename A>
+struct SumLevel {
+  MatrixView view;
+  TileShape shape;
+  const void* x;  // (images, rows, cols)
+  Destination<A> by_row, by_col;
+  int piece;
 };
 
-__device__ __forceinline__ TileIndex tile_index(int64_t tile, const Tiling& tiling) {
-  const int64_t row_of_tiles = tile / tiling.col_tiles;
-  return {row_of_tiles / tiling.row_tiles, row_of_tiles % tiling.row_tiles, tile % tiling.col_tiles};
+// Row sums of a tile, and each thread's share of the sums of its columns.
+template <typename T, typename A, int VEC>
+__device__ __forceinline__ void sum_rows(const SumLevel<A>& level, const Spot& at, Sums<A> (&total)[VEC]) {
+  const int64_t stride = level.view.row_stride;
+  const T* columns =
+      static_cast<const T*>(level.x) + at.image * level.view.image_stride + at.first_row * stride + at.col;
+  // Every lane stays to the end: the shuffles need them all.
+  for (int step = 0; step < at.tile_rows; step += at.groups * kSumRows) {
+    const int row = step + at.group * kSumRows;
+    const int rows = at.rows(row, kSumRows);
+    Pack<T, VEC> packs[kSumRows];
+    with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
+      load_rows<decltype(piece)::value>(packs, columns + row * stride, stride, rows, at.cols);
+    });
+    A sums[2 * kSumRows];  // row by row: abs, plain
+#pragma unroll
+    for (int u = 0; u < kSumRows; ++u) {
+      A values[VEC];
+      packs[u].get(values);
+      Sums<A> row_sums{A(0), A(0)};
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        const Sums<A> both{magnitude(values[i]), values[i]};
+        add(row_sums, both);
+        add(total[i], both);
+      }
+      sums[2 * u] = row_sums.abs, sums[2 * u + 1] = row_sums.plain;
+    }
+    const A sum = sum_of_lane(sums, level.shape.lane_bits);
+    if (at.lane < 2 * rows)
+      level.by_row.put(at.image, at.tile_col, at.first_row + row + at.lane / 2, at.lane % 2 != 0, sum);
+  }
 }
 
-// The pack at column `col` of a row; zeros beyond the last column.
-template <typename T, int VEC>
-__device__ __forceinline__ Pack<T, VEC> load_pack(const T* row, int64_t col, int64_t cols) {
-  if (col + VEC <= cols) return *reinterpret_cast<const Pack<T, VEC>*>(row + col);
-  Pack<T, VEC> pack;
+template <typename T, typename A>
+__global__ void __launch_bounds__(kThreads, kSumBlocks)
+    attention_pool_sums(const __grid_constant__ Batch<SumLevel<A>> batch) {
+  constexpr int VEC = kVec<T>;
+  // Threads' sums of their i-th columns side by side, in rows that keep both the writing and the reading threads of a
+  // warp on different banks.
+  constexpr int kPitch = kThreads + 128 / sizeof(Sums<A>) / VEC;
+  static_assert(VEC << kMaxLaneBits <= kThreads, "one thread for each column of a tile");
+  __shared__ Sums<A> shared[VEC * kPitch];
+  const int thread = threadIdx.x;
+  for (int64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
+    const int index = batch.find(tile);
+    const SumLevel<A>& level = batch.level[index];
+    const Spot at = spot_of<VEC>(level.view, level.shape, tile - batch.first_tile[index]);
+    Sums<A> total[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) pack.value[i] = col + i < cols ? row[col + i] : from_float<T>(decltype(to_float(T()))(0));
-  return pack;
+    for (int i = 0; i < VEC; ++i) total[i] = {A(0), A(0)};
+    sum_rows<T>(level, at, total);
+
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) shared[i * kPitch + thread] = total[i];
+    __syncthreads();
+    const int lanes = 1 << level.shape.lane_bits;
+    const int64_t col = at.tile_col * level.shape.tiling.col_tile + thread;
+    if (thread < VEC * lanes && col < level.view.cols) {
+      const Sums<A>* column = shared + thread % VEC * kPitch + thread / VEC;
+      Sums<A> sums{A(0), A(0)};
+      for (int group = 0; group < at.groups; group += kWarps)
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) add(sums, column[(group + i) * lanes]);
+      level.by_col.put(at.image, at.tile_row, col, sums);
+    }
+    __syncthreads();
+  }
 }
 
 template <typename A>
-__device__ __forceinline__ Sums<A> warp_sum(Sums<A> sums) {
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    sums.abs += __shfl_xor_sync(kFullWarp, sums.abs, offset);
-    sums.plain += __shfl_xor_sync(kFullWarp, sums.plain, offset);
-  }
-  return sums;
-}
+struct FinishLevel {
+  Destination<A> to;
+  int64_t outputs;  // images * length
+  int group_bits;
+};
 
-// One tile's row sums and column sums. Warp w takes rows w, w + 8, ...; lane l of a warp takes, in each chunk of
-// 32 * VEC columns, the VEC columns from l * VEC on.
-template <typename T, typename A, int VEC>
-__device__ __forceinline__ void sum_tile(const T* image,  // (rows, cols)
-                                         const MatrixView& view, const Tiling& tiling, const TileIndex& at,
-                                         const Destination<A>& by_row, Sums<A> (&total)[kLaneCols<A>]) {
-  constexpr int kChunks = kLaneCols<A> / VEC;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t first_col = at.col * tiling.col_tile + lane * VEC;
-  const int64_t last_row = min64(view.rows, (at.row + 1) * tiling.row_tile);
-  for (int64_t row = at.row * tiling.row_tile + warp; row < last_row; row += kWarps) {
-    const T* data = image + row * view.row_stride;
-    Pack<T, VEC> packs[kChunks];
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-      packs[chunk] = load_pack<T, VEC>(data, first_col + chunk * kLanes * VEC, view.cols);
-    Sums<A> row_sums{A(0), A(0)};
-#pragma unroll
-    for (int i = 0; i < kLaneCols<A>; ++i) {
-      const A value = to_float(packs[i / VEC].value[i % VEC]);
-      const Sums<A> sums{magnitude(value), value};
-      add(row_sums, sums);
-      add(total[i], sums);
-    }
-    row_sums = warp_sum(row_sums);
-    if (lane == 0) by_row.put(at.image, at.col, row, row_sums);
-  }
-}
-
-template <typename T, typename A, int VEC>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    attention_pool_sums(const T* __restrict__ x,  // (images, rows, cols)
-                        MatrixView view, Tiling tiling, Destination<A> by_row, Destination<A> by_col) {
-  __shared__ Sums<A> shared[kWarps][kColTile<A>];
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t tiles = tiles_of(view, tiling);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const TileIndex at = tile_index(tile, tiling);
-    Sums<A> total[kLaneCols<A>];
-#pragma unroll
-    for (int i = 0; i < kLaneCols<A>; ++i) total[i] = {A(0), A(0)};
-    sum_tile<T, A, VEC>(x + at.image * view.image_stride, view, tiling, at, by_row, total);
-
-#pragma unroll
-    for (int i = 0; i < kLaneCols<A>; ++i) shared[warp][(i / VEC * kLanes + lane) * VEC + i % VEC] = total[i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < kColTile<A>; i += kThreads) {
-      const int64_t col = at.col * tiling.col_tile + i;
-      Sums<A> sums = shared[0][i];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) add(sums, shared[w][i]);
-      if (col < view.cols) by_col.put(at.image, at.row, col, sums);
-    }
-    __syncthreads();
-  }
-}
-
-// Adds the partial sums of every tile and divides: 32 outputs a block, tiles dealt to GROUPS groups of threads.
-template <typename A, int GROUPS>
-__global__ void __launch_bounds__(kLanes * GROUPS) attention_pool_finish(Destination<A> to, int64_t images) {
-  __shared__ Sums<A> shared[GROUPS][kLanes];
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  const int64_t outputs = images * to.length;
-  for (int64_t first = int64_t(blockIdx.x) * kLanes; first < outputs; first += int64_t(gridDim.x) * kLanes) {
-    const int64_t output = first + lane;
+// Adds the partial sums of every tile and divides. A block's groups of threads share the tiles of each of its outputs.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    attention_pool_finish(const __grid_constant__ Batch<FinishLevel<A>, 2 * kMaxLevels> batch) {
+  __shared__ Sums<A> shared[kThreads];
+  const int thread = threadIdx.x;
+  for (int64_t block = blockIdx.x; block < batch.tiles; block += gridDim.x) {
+    const int entry = batch.find(block);
+    const FinishLevel<A>& level = batch.level[entry];
+    const Destination<A>& to = level.to;
+    const int groups = 1 << level.group_bits, width = kThreads >> level.group_bits;
+    const int group = thread / width;
+    const int64_t output = (block - batch.first_tile[entry]) * width + thread % width;
     Sums<A> sums{A(0), A(0)};
-    if (output < outputs) {
-      const int64_t image = output / to.length, index = output % to.length;
-      const Sums<A>* partial = to.partial + image * to.tiles * to.length + index;
+    if (output < level.outputs) {
+      const int64_t image = output / to.length, length = to.length;
+      const Sums<A>* partial = to.partial + image * to.tiles * length + (output - image * length);
 #pragma unroll 4
-      for (int64_t tile = group; tile < to.tiles; tile += GROUPS) add(sums, partial[tile * to.length]);
+      for (int64_t tile = group; tile < to.tiles; tile += groups) add(sums, partial[tile * length]);
     }
-    shared[group][lane] = sums;
-    __syncthreads();
-    if (group == 0 && output < outputs) {
-#pragma unroll
-      for (int g = 1; g < GROUPS; ++g) add(sums, shared[g][lane]);
-      to.put_mean(output, sums);
+    shared[thread] = sums;
+    for (int half = groups / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (group < half) {
+        add(sums, shared[thread + half * width]);
+        shared[thread] = sums;
+      }
     }
+    if (group == 0 && output < level.outputs) to.put_mean(output, sums);
     __syncthreads();
   }
 }
@@ -207,45 +196,155 @@ struct Source {
   const A* plain;  // (images, length)
   int64_t length;
   A scale;
+  bool packs;
 
-  __device__ __forceinline__ Sums<A> get(int64_t image, int64_t index) const {
+  // The same from an element on.
+  __device__ __forceinline__ Source from(int64_t image, int64_t index) const {
     const int64_t at = image * length + index;
-    return {abs == nullptr ? A(0) : abs[at] * scale, plain == nullptr ? A(0) : plain[at] * scale};
+    return {abs == nullptr ? nullptr : abs + at, plain == nullptr ? nullptr : plain + at, length, scale, packs};
+  }
+
+  __device__ __forceinline__ Sums<A> get(int index) const {
+    return {abs == nullptr ? A(0) : abs[index] * scale, plain == nullptr ? A(0) : plain[index] * scale};
+  }
+
+  template <int VEC>
+  __device__ __forceinline__ void get(Sums<A> (&grads)[VEC], int count) const {
+    A of_abs[VEC], of_plain[VEC];
+    load_numbers(of_abs, abs, count, packs, A(0));
+    load_numbers(of_plain, plain, count, packs, A(0));
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) grads[i] = {of_abs[i] * scale, of_plain[i] * scale};
   }
 };
 
-// dx = sign(x) * (row abs + column abs) + row plain + column plain. x is not read unless READ.
-template <typename T, typename A, int VEC, bool READ>
-__global__ void __launch_bounds__(kThreads) attention_pool_gradient(const T* __restrict__ x,  // (images, rows, cols)
-                                                                    T* __restrict__ dx,       // (images, rows, cols)
-                                                                    MatrixView from, MatrixView to, Tiling tiling,
-                                                                    Source<A> by_row, Source<A> by_col) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t tiles = tiles_of(from, tiling);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const TileIndex at = tile_index(tile, tiling);
-    const int64_t col = at.col * tiling.col_tile + lane * VEC;
-    const int64_t last_row = min64(from.rows, (at.row + 1) * tiling.row_tile);
-    Sums<A> col_grad[VEC];
-#pragma unroll
-    for (int i = 0; i < VEC; ++i)
-      col_grad[i] = col + i < from.cols ? by_col.get(at.image, col + i) : Sums<A>{A(0), A(0)};
-#pragma unroll 2
-    for (int64_t row = at.row * tiling.row_tile + warp; row < last_row; row += kWarps) {
-      if (col >= from.cols) break;
-      const Sums<A> row_grad = by_row.get(at.image, row);
-      Pack<T, VEC> in{}, out;
-      if (READ) in = load_pack<T, VEC>(x + at.image * from.image_stride + row * from.row_stride, col, from.cols);
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        const A plain = row_grad.plain + col_grad[i].plain;
-        const A abs = row_grad.abs + col_grad[i].abs;
-        out.value[i] = from_float<T>(READ ? input_gradient<A>(to_float(in.value[i]), abs, plain) : plain);
+template <typename A>
+struct GradientLevel {
+  MatrixView view;
+  TileShape shape;
+  const void* x;  // (images, rows, cols), nullptr: no gradient depends on it
+  void* dx;       // (images, rows, cols), dense
+  Source<A> by_row, by_col;
+  int piece;  // of both x and dx
+};
+
+// dx = sign(x) * (row abs + column abs) + row plain + column plain.
+template <typename T, typename A>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks)
+    attention_pool_gradient(const __grid_constant__ Batch<GradientLevel<A>> batch) {
+  constexpr int VEC = kVec<T>;
+  for (int64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
+    const int index = batch.find(tile);
+    const GradientLevel<A>& level = batch.level[index];
+    const MatrixView& view = level.view;
+    const Spot at = spot_of<VEC>(view, level.shape, tile - batch.first_tile[index]);
+    const int64_t corner = at.image * view.image_stride + at.first_row * view.row_stride + at.col;
+    const T* x = static_cast<const T*>(level.x) + corner;
+    T* dx = static_cast<T*>(level.dx) + (at.image * view.rows + at.first_row) * view.cols + at.col;
+    const Source<A> row_grads = level.by_row.from(at.image, at.first_row);
+    Sums<A> col_grads[VEC];
+    level.by_col.from(at.image, at.col).get(col_grads, at.cols);
+    for (int row = at.group * kGradientRows; row < at.tile_rows; row += at.groups * kGradientRows) {
+      const int rows = at.rows(row, kGradientRows);
+      Pack<T, VEC> packs[kGradientRows]{};
+      if (level.x != nullptr) {
+        with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
+          load_rows<decltype(piece)::value>(packs, x + row * view.row_stride, view.row_stride, rows, at.cols);
+        });
       }
-      // A pack crosses the last column only where VEC does not divide it, and then the launcher takes VEC = 1.
-      *reinterpret_cast<Pack<T, VEC>*>(dx + at.image * to.image_stride + row * to.row_stride + col) = out;
+#pragma unroll
+      for (int u = 0; u < kGradientRows; ++u) {
+        const Sums<A> row_grad = u < rows ? row_grads.get(row + u) : Sums<A>{A(0), A(0)};
+        A values[VEC];
+        packs[u].get(values);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+          const A abs = row_grad.abs + col_grads[i].abs, plain = row_grad.plain + col_grads[i].plain;
+          values[i] = input_gradient<A>(values[i], abs, plain);
+        }
+        packs[u].set(values);
+      }
+      with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
+        store_rows<decltype(piece)::value>(dx + row * view.cols, packs, view.cols, rows, at.cols);
+      });
     }
   }
+}
+
+// Sums of one direction of a level. Partial sums go to `partial`, which moves on behind them.
+template <typename A, typename Finish>
+Destination<A> destination(void* abs, void* plain, int64_t images, int64_t tiles, int64_t length, int64_t count,
+                           Sums<A>*& partial, Finish& finish) {
+  Destination<A> to{nullptr, static_cast<A*>(abs), static_cast<A*>(plain), tiles, length, static_cast<A>(count)};
+  if (tiles == 1) return to;
+  to.partial = partial;
+  partial += images * tiles * length;
+  int group_bits = 0;
+  while (group_bits < kMostGroupBits && tiles > kTilesOfGroup << group_bits) ++group_bits;
+  add_level(finish, {to, images * length, group_bits}, ceil_div(images * length, kThreads >> group_bits));
+  return to;
+}
+
+// Partial sums of a level.
+inline int64_t partial_sums(const MatrixView& view, const Tiling& tiling) {
+  const int64_t of_rows = tiling.col_tiles > 1 ? tiling.col_tiles * view.rows : 0;
+  const int64_t of_cols = tiling.row_tiles > 1 ? tiling.row_tiles * view.cols : 0;
+  return view.images * (of_rows + of_cols);
+}
+
+// The means of levels of T. Of a level it takes: view, x and means (by direction).
+template <typename T, typename A, typename Level, typename Queue>
+void attention_pool_forward(const std::vector<Level>& levels, Queue& queue) {
+  const auto shape_of = [](const Level& level) { return tile_shape<kVec<T>, kSumRows>(level.view, kSumSteps); };
+  in_batches(levels, [&](const Level* first, const Level* last) {
+    int64_t count = 0;
+    for (const Level* level = first; level != last; ++level)
+      count += partial_sums(level->view, shape_of(*level).tiling);
+    Sums<A>* partial = count > 0 ? reinterpret_cast<Sums<A>*>(queue.template scratch<A>(2 * count)) : nullptr;
+    auto sums = empty_batch<SumLevel<A>>();
+    auto finish = empty_batch<FinishLevel<A>, 2 * kMaxLevels>();
+    for (const Level* level = first; level != last; ++level) {
+      const MatrixView& view = level->view;
+      const TileShape shape = shape_of(*level);
+      const auto& means = level->means;
+      const Destination<A> by_row = destination(means.row_abs, means.row_plain, view.images, shape.tiling.col_tiles,
+                                                view.rows, view.cols, partial, finish);
+      const Destination<A> by_col = destination(means.col_abs, means.col_plain, view.images, shape.tiling.row_tiles,
+                                                view.cols, view.rows, partial, finish);
+      const int piece = piece_of<T>([&](int piece) { return movable<T>(level->x, view, piece); });
+      add_level(sums, {view, shape, level->x, by_row, by_col, piece}, tiles_of(view, shape.tiling));
+    }
+    queue.launch(attention_pool_sums<T, A>, sums.tiles, sums);
+    if (finish.tiles > 0) queue.launch(attention_pool_finish<A>, finish.tiles, finish);
+  });
+}
+
+template <typename A>
+Source<A> source(const void* abs, const void* plain, int64_t length, int64_t count, int vec) {
+  return {static_cast<const A*>(abs), static_cast<const A*>(plain), length, A(1) / static_cast<A>(count),
+          numbers_aligned(abs, length, vec) && numbers_aligned(plain, length, vec)};
+}
+
+// The gradients of levels of T. Of a level it takes: view, x, dx and grads (by direction).
+template <typename T, typename A, typename Level, typename Queue>
+void attention_pool_backward(const std::vector<Level>& levels, Queue& queue) {
+  in_batches(levels, [&](const Level* first, const Level* last) {
+    auto batch = empty_batch<GradientLevel<A>>();
+    for (const Level* level = first; level != last; ++level) {
+      const MatrixView& view = level->view;
+      const auto& grads = level->grads;
+      const TileShape shape = tile_shape<kVec<T>, kGradientRows>(view, kGradientSteps);
+      const int piece = piece_of<T>([&](int piece) {
+        return movable<T>(level->dx, gradient_view(view), piece) &&
+               (level->x == nullptr || movable<T>(level->x, view, piece));
+      });
+      add_level(batch,
+                {view, shape, level->x, level->dx, source<A>(grads.row_abs, grads.row_plain, view.rows, view.cols, 1),
+                 source<A>(grads.col_abs, grads.col_plain, view.cols, view.rows, kVec<T>), piece},
+                tiles_of(view, shape.tiling));
+    }
+    queue.launch(attention_pool_gradient<T, A>, batch.tiles, batch);
+  });
 }
 
 }  // namespace fbkd::cuda

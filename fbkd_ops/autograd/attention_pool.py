@@ -1,94 +1,69 @@
-"""The four means of a feature map and their gradient, on any backend."""
+"""The four means of a pyramid's feature maps and their gradient, on any backend."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _extension, backends, reference
-from .._layout import matrix_layout
+from .. import backends, reference
+from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
 from ..types import AttentionPool
+from .ops import kernel, register
 
-__all__ = ["AttentionPoolFunction", "attention_pool"]
-
-_SCHEMAS = {
-    "attention_pool_forward": "(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attention_pool_backward": (
-        "(Tensor x, Tensor? grad_spatial_attention, Tensor? grad_channel_attention, "
-        "Tensor? grad_spatial_mean, Tensor? grad_channel_mean) -> Tensor"
-    ),
-}
+__all__ = ["AttentionPoolFunction", "attention_pools", "pools_of"]
 
 
-def attention_pool(x: Tensor) -> AttentionPool:
-    """Both attention maps and both plain means of ``x (N, C, H, W)`` in one read."""
-    backend = backends.resolve("attention_pool", x)
+def attention_pools(features: list[Tensor]) -> list[AttentionPool]:
+    """Both attention maps and both plain means of every ``(N, C, H, W)``, in one read and one launch."""
+    backend = backends.resolve("attention_pool", features[0])
     if backend == "reference":
-        return reference.attention_pool(x)
-    return AttentionPool(*AttentionPoolFunction.apply(x, backend))
+        return [reference.attention_pool(x) for x in features]
+    return pools_of(AttentionPoolFunction.apply(backend, *features))
+
+
+def pools_of(means: tuple[Tensor, ...]) -> list[AttentionPool]:
+    """The ops' flat lists, four tensors a level."""
+    return [AttentionPool(*means[first : first + 4]) for first in range(0, len(means), 4)]
 
 
 class AttentionPoolFunction(torch.autograd.Function):
     """``dx = sign(x) * (g_sa / C + g_ca / HW) + g_sm / C + g_cm / HW``, absent gradients left out."""
 
     @staticmethod
-    def forward(ctx, x, backend):
-        if matrix_layout(x) is None:
-            x = x.contiguous()
+    def forward(ctx, backend, *features):
+        features = [in_place_layout(x) for x in features]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*features)
         ctx.backend = backend
-        return _FORWARD[backend](x)
+        return tuple(kernel("attention_pool_forward", backend)(features))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        if all(grad is None for grad in grads):
-            return None, None
-        (x,) = ctx.saved_tensors
+        saved = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in grads]
-        return _BACKWARD[ctx.backend](x, *grads), None
+        used = [level for level in range(len(grads) // 4) if any(g is not None for g in grads[4 * level :][:4])]
+        gradients = [None] * (len(grads) // 4)
+        if used:
+            features = [saved[level] for level in used]
+            given = [grad for level in used for grad in grads[4 * level :][:4]]
+            for level, dx in zip(used, kernel("attention_pool_backward", ctx.backend)(features, given)):
+                gradients[level] = dx
+        return None, *gradients
 
 
-def _fake_forward(x):
-    images, channels, height, width = x.shape
-    dtype = accumulation_dtype(x)
-    spatial = [x.new_empty((images, height, width), dtype=dtype) for _ in range(2)]
-    channel = [x.new_empty((images, channels), dtype=dtype) for _ in range(2)]
-    return spatial[0], channel[0], spatial[1], channel[1]
+def _fake_forward(features):
+    means = []
+    for x in features:
+        images, channels, height, width = x.shape
+        spatial, channel = (images, height, width), (images, channels)
+        means += [x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in (spatial, channel, spatial, channel)]
+    return means
 
 
-def _fake_backward(x, *grads):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x))
+def _fake_backward(features, grads):
+    return [empty_gradient(x) for x in features]
 
 
-def _triton_forward(x):
-    from ..kernels import attention_pool as kernels
-
-    return kernels.attention_pool_forward(x)
-
-
-def _triton_backward(x, *grads):
-    from ..kernels import attention_pool as kernels
-
-    return kernels.attention_pool_backward(x, *grads)
-
-
-def _register_triton(name, launcher, fake):
-    """An op around a launcher, so that torch.compile keeps it as one node."""
-    _library.define(f"{name}_triton{_SCHEMAS[name]}")
-    _library.impl(f"{name}_triton", launcher, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fbkd_ops::{name}_triton", fake)
-
-
-_library = torch.library.Library("fbkd_ops", "FRAGMENT")
-_register_triton("attention_pool_forward", _triton_forward, _fake_forward)
-_register_triton("attention_pool_backward", _triton_backward, _fake_backward)
-_FORWARD = {"triton": torch.ops.fbkd_ops.attention_pool_forward_triton.default}
-_BACKWARD = {"triton": torch.ops.fbkd_ops.attention_pool_backward_triton.default}
-
-if _extension.cpu.loaded:
-    torch.library.register_fake("fbkd_ops::attention_pool_forward", _fake_forward)
-    torch.library.register_fake("fbkd_ops::attention_pool_backward", _fake_backward)
-    _FORWARD["cpu"] = _FORWARD["cuda"] = torch.ops.fbkd_ops.attention_pool_forward.default
-    _BACKWARD["cpu"] = _BACKWARD["cuda"] = torch.ops.fbkd_ops.attention_pool_backward.default
+register("attention_pool_forward", "(Tensor[] x) -> Tensor[]", _fake_forward, "attention_pool")
+register("attention_pool_backward", "(Tensor[] x, Tensor?[] grads) -> Tensor[]", _fake_backward, "attention_pool")

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._numerics import without_autocast
+from .projection import bmm_in_layout
 
 __all__ = ["RelationResidual", "relation_residual"]
 
@@ -46,7 +47,7 @@ class RelationResidual(torch.autograd.Function):
         twice = 2 * grad
         with without_autocast(residual):
             return (
-                torch.bmm((-twice * adaptation).mT.expand(residual.shape[0], -1, -1), residual),
+                bmm_in_layout((-twice * adaptation).mT.expand(residual.shape[0], -1, -1), residual, student),
                 torch.bmm(residual, student.mT).sum(0).mul_(-twice),
                 torch.bmm((-twice * student_matrix).mT, residual),
                 torch.bmm(residual, student_vectors.mT).mul_(-twice),

@@ -11,8 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import matrix_layout, matrix_view
+from .._layout import MatrixView, matrix_layout, matrix_view
 from .._numerics import accumulation_dtype
+from .pyramid import (
+    Level,
+    add_tiles,
+    aligned_to_16_bytes,
+    find_level,
+    find_tile,
+    in_place_of_none,
+    launch,
+    pick,
+    pick_sizes,
+    scaled_gradient,
+    tile_pointers,
+    vector_length,
+    whole_vectors,
+)
 
 __all__ = ["attention_pool_backward", "attention_pool_forward"]
 
@@ -26,178 +41,182 @@ FINISH_TILES, FINISH_OUTPUTS = 16, 32
 
 @triton.jit
 def sum_tiles(
-    x,  # (images, rows, cols)
-    row_abs,  # (images, col_tiles, rows)
-    row_plain,  # (images, col_tiles, rows)
-    col_abs,  # (images, row_tiles, cols)
-    col_plain,  # (images, row_tiles, cols)
-    rows,
-    cols,
-    image_stride,
-    row_stride,
-    row_tiles,
-    col_tiles,
-    ROW_TILE: tl.constexpr,
+    x,  # a level: (images, rows, cols)
+    partials,  # a level: row_abs, row_plain (images, col_tiles, rows), col_abs, col_plain (images, row_tiles, cols)
+    sizes,
+    PATHS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    image = program // (row_tiles * col_tiles)
-    row_tile = program // col_tiles % row_tiles
-    col_tile = program % col_tiles
-    dtype = row_abs.dtype.element_ty
+    level, path, program = find_level(sizes)
+    size = pick_sizes(sizes, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            sum_tile(pick(x, level), pick(partials, level), program, size, PATHS[index], BLOCK_ROWS, BLOCK_COLS)
+
+
+@triton.jit
+def sum_tile(x, partials, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    images, rows, cols, image_stride, pitch, row_tiles, col_tiles, tile_rows = size
+    image, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    dtype: tl.constexpr = partials.dtype.element_ty
     col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
+    row_sums = partials + (image * col_tiles + col_tile) * rows
+    col_sums = partials + 2 * images * col_tiles * rows + (image * row_tiles + row_tile) * cols
     total_abs = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
     total_plain = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
-    for first in range(0, ROW_TILE, BLOCK_ROWS):
-        row = row_tile * ROW_TILE + first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < rows)[:, None] & (col < cols)[None, :]
-        offset = image * image_stride + row[:, None] * row_stride + col[None, :]
-        value = tl.load(x + offset, mask=inside, other=0.0).to(dtype)
+    for first in range(0, tile_rows, BLOCK_ROWS):
+        row = row_tile * tile_rows + first + tl.arange(0, BLOCK_ROWS)
+        at = tile_pointers(x, image, image_stride, pitch, row[:, None], col[None, :], ALIGNED, False)
+        value = tl.load(at, mask=(row < rows)[:, None] & col_inside[None, :], other=0.0).to(dtype)
         magnitude = tl.abs(value)
         total_abs += magnitude
         total_plain += value
-        at = (image * col_tiles + col_tile) * rows + row
-        tl.store(row_abs + at, tl.sum(magnitude, axis=1), mask=row < rows)
-        tl.store(row_plain + at, tl.sum(value, axis=1), mask=row < rows)
-    at = (image * row_tiles + row_tile) * cols + col
-    tl.store(col_abs + at, tl.sum(total_abs, axis=0), mask=col < cols)
-    tl.store(col_plain + at, tl.sum(total_plain, axis=0), mask=col < cols)
+        tl.store(row_sums + row, tl.sum(magnitude, axis=1), mask=row < rows)
+        tl.store(row_sums + images * col_tiles * rows + row, tl.sum(value, axis=1), mask=row < rows)
+    tl.store(col_sums + col, tl.sum(total_abs, axis=0), mask=col_inside)
+    tl.store(col_sums + images * row_tiles * cols + col, tl.sum(total_plain, axis=0), mask=col_inside)
 
 
 @triton.jit
 def finish_means(
-    partial,  # (images, tiles, length)
-    mean,  # (images, length)
-    outputs,
-    tiles,
-    length,
-    count,
+    mean_abs,  # a level and direction: (images, length)
+    mean_plain,  # likewise
+    partials,  # a level and direction: abs, plain (images, tiles, length)
+    sizes,
+    PATHS: tl.constexpr,
     TILES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    base = output // length * tiles * length + output % length
-    total = tl.zeros((TILES, OUTPUTS), mean.dtype.element_ty)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES).to(tl.int64)
-        inside = (tile < tiles)[:, None] & (output < outputs)[None, :]
-        total += tl.load(partial + tile[:, None] * length + base[None, :], mask=inside, other=0.0)
-    sums = tl.sum(total, axis=0)
-    tl.store(mean + output, sums / count.to(sums.dtype), mask=output < outputs)
+    level, _, program = find_level(sizes)
+    first, images, blocks, tiles, length, count = pick_sizes(sizes, level)
+    _, image, block = find_tile(program, images, blocks)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = output < length
+    at = pick(partials, level) + first + image * tiles * length + output
+    mean = add_tiles(at, tiles, length, inside, TILES, OUTPUTS) / count
+    tl.store(pick(mean_abs, level) + image * length + output, mean, mask=inside)
+    mean = add_tiles(at + images * tiles * length, tiles, length, inside, TILES, OUTPUTS) / count
+    tl.store(pick(mean_plain, level) + image * length + output, mean, mask=inside)
 
 
 @triton.jit
-def scaled_gradient(grad, at, inside, count, dtype: tl.constexpr, SHAPE: tl.constexpr):
-    """Gradient of one element of a mean; zeros where the gradient is absent."""
-    if grad is None:
-        return tl.zeros((SHAPE,), dtype)
-    return tl.load(grad + at, mask=inside, other=0.0).to(dtype) / count.to(dtype)
+def input_gradients(
+    x,  # a level: (images, rows, cols)
+    dx,  # a level: (images, rows, cols), densely packed
+    row_abs,  # a level: (images, rows)
+    row_plain,  # likewise
+    col_abs,  # a level: (images, cols)
+    col_plain,  # likewise
+    sizes,
+    PATHS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    level, path, program = find_level(sizes)
+    size = pick_sizes(sizes, level)
+    grads = pick(row_abs, level), pick(row_plain, level), pick(col_abs, level), pick(col_plain, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            input_gradient(pick(x, level), pick(dx, level), grads, program, size, PATHS[index], BLOCK_ROWS, BLOCK_COLS)
 
 
 @triton.jit
 def input_gradient(
-    x,  # (images, rows, cols), None: not read
-    dx,  # (images, rows, cols), densely packed
-    row_abs,  # (images, rows) or None
-    row_plain,  # (images, rows) or None
-    col_abs,  # (images, cols) or None
-    col_plain,  # (images, cols) or None
-    rows,
-    cols,
-    image_stride,
-    row_stride,
-    row_tiles,
-    col_tiles,
-    DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    x, dx, grads, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
-    program = tl.program_id(0).to(tl.int64)
-    image = program // (row_tiles * col_tiles)
-    row = program // col_tiles % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = program % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    row_inside, col_inside = row < rows, col < cols
+    row_abs, row_plain, col_abs, col_plain = grads
+    rows, cols, image_stride, pitch, row_tiles, col_tiles = size[:6]
+    row_abs_given, row_plain_given, col_abs_given, col_plain_given = size[6:]
+    image, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_inside = row < rows
+    col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
     row_at, col_at = image * rows + row, image * cols + col
-    by_row = scaled_gradient(row_plain, row_at, row_inside, cols, DTYPE, BLOCK_ROWS)
-    by_col = scaled_gradient(col_plain, col_at, col_inside, rows, DTYPE, BLOCK_COLS)
+    by_row = scaled_gradient(row_plain, row_at, row_inside, row_plain_given, cols)
+    by_col = scaled_gradient(col_plain, col_at, col_inside, col_plain_given, rows)
     gradient = by_row[:, None] + by_col[None, :]
     inside = row_inside[:, None] & col_inside[None, :]
-    if x is not None:
-        offset = image * image_stride + row[:, None] * row_stride + col[None, :]
-        value = tl.load(x + offset, mask=inside, other=0.0).to(DTYPE)
-        sign = (value > 0).to(DTYPE) - (value < 0).to(DTYPE)
-        by_row = scaled_gradient(row_abs, row_at, row_inside, cols, DTYPE, BLOCK_ROWS)
-        by_col = scaled_gradient(col_abs, col_at, col_inside, rows, DTYPE, BLOCK_COLS)
+    if row_abs_given + col_abs_given > 0:
+        at = tile_pointers(x, image, image_stride, pitch, row[:, None], col[None, :], ALIGNED, False)
+        value = tl.load(at, mask=inside, other=0.0).to(gradient.dtype)
+        sign = (value > 0).to(gradient.dtype) - (value < 0).to(gradient.dtype)
+        by_row = scaled_gradient(row_abs, row_at, row_inside, row_abs_given, cols)
+        by_col = scaled_gradient(col_abs, col_at, col_inside, col_abs_given, rows)
         gradient += sign * (by_row[:, None] + by_col[None, :])
-    offset = (image * rows + row)[:, None] * cols + col[None, :]
-    tl.store(dx + offset, gradient.to(dx.dtype.element_ty), mask=inside)
+    at = tile_pointers(dx, image, rows * cols, cols, row[:, None], col[None, :], ALIGNED, False)
+    tl.store(at, gradient.to(dx.dtype.element_ty), mask=inside)
 
 
-def _row_tile(view) -> int:
+def _tile_rows(view: MatrixView) -> int:
     col_tiles = triton.cdiv(view.cols, BLOCK_COLS)
     tiles = view.images * triton.cdiv(view.rows, MANY_ROWS) * col_tiles
     return MANY_ROWS if tiles >= ENOUGH_TILES else FEW_ROWS
 
 
-def _finish(partial: Tensor, mean: Tensor, tiles: int, length: int, count: int) -> None:
-    outputs = mean.numel()
-    if outputs:
-        grid = (triton.cdiv(outputs, FINISH_OUTPUTS),)
-        finish_means[grid](partial, mean, outputs, tiles, length, count, TILES=FINISH_TILES, OUTPUTS=FINISH_OUTPUTS)
+def _aligned(x: Tensor, view: MatrixView) -> bool:
+    return aligned_to_16_bytes(x, view.image_stride, view.row_stride, view.cols)
 
 
-def attention_pool_forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Spatial attention ``(N, H, W)``, channel attention ``(N, C)``, spatial mean, channel mean."""
+def _empty_means(x: Tensor) -> list[Tensor]:
     images, channels, height, width = x.shape
-    view, dtype = matrix_view(x), accumulation_dtype(x)
-    row_tile = _row_tile(view)
-    row_tiles, col_tiles = triton.cdiv(view.rows, row_tile), triton.cdiv(view.cols, BLOCK_COLS)
-    by_row = x.new_empty((2, images * col_tiles * view.rows), dtype=dtype)
-    by_col = x.new_empty((2, images * row_tiles * view.cols), dtype=dtype)
-    spatial = [x.new_empty((images, height, width), dtype=dtype) for _ in range(2)]
-    channel = [x.new_empty((images, channels), dtype=dtype) for _ in range(2)]
-    row_means, col_means = (channel, spatial) if view.rows_are_channels else (spatial, channel)
-    with torch.cuda.device_of(x):
-        if x.numel():
-            sum_tiles[(images * row_tiles * col_tiles,)](
-                x,
-                *(by_row[0], by_row[1], by_col[0], by_col[1]),
-                *(view.rows, view.cols, view.image_stride, view.row_stride, row_tiles, col_tiles),
-                ROW_TILE=row_tile,
-                BLOCK_ROWS=BLOCK_ROWS,
-                BLOCK_COLS=BLOCK_COLS,
-            )
-        for index in range(2):
-            _finish(by_row[index], row_means[index], col_tiles, view.rows, view.cols)
-            _finish(by_col[index], col_means[index], row_tiles, view.cols, view.rows)
-    return spatial[0], channel[0], spatial[1], channel[1]
+    dtype = accumulation_dtype(x)
+    return [x.new_empty(shape, dtype=dtype) for shape in ((images, height, width), (images, channels)) * 2]
 
 
-def attention_pool_backward(
-    x: Tensor,  # (N, C, H, W)
-    grad_spatial_attention: Optional[Tensor],  # (N, H, W)
-    grad_channel_attention: Optional[Tensor],  # (N, C)
-    grad_spatial_mean: Optional[Tensor],  # (N, H, W)
-    grad_channel_mean: Optional[Tensor],  # (N, C)
-) -> Tensor:
-    """Gradient of ``x``, which is read only where a gradient of an attention map is given."""
+def _forward_level(x: Tensor, means: list[Tensor]) -> tuple[Level, list[Level]]:
+    """The sums of the tiles, and both directions' means."""
     view = matrix_view(x)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x))
-    if not x.numel():
-        return dx
-    spatial, channel = (grad_spatial_attention, grad_spatial_mean), (grad_channel_attention, grad_channel_mean)
-    by_row, by_col = (channel, spatial) if view.rows_are_channels else (spatial, channel)
-    reads = by_row[0] is not None or by_col[0] is not None
-    row_tiles, col_tiles = triton.cdiv(view.rows, BLOCK_ROWS), triton.cdiv(view.cols, BLOCK_COLS)
-    with torch.cuda.device_of(x):
-        input_gradient[(view.images * row_tiles * col_tiles,)](
-            x if reads else None,
-            dx,
-            *(*by_row, *by_col),
-            *(view.rows, view.cols, view.image_stride, view.row_stride, row_tiles, col_tiles),
-            DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLS=BLOCK_COLS,
-        )
-    return dx
+    images, rows, cols, tile_rows = view.images, view.rows, view.cols, _tile_rows(view)
+    row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, BLOCK_COLS)
+    by_row, by_col = 2 * images * col_tiles * rows, 2 * images * row_tiles * cols
+    partials = x.new_empty(by_row + by_col, dtype=means[0].dtype)
+    sizes = images, rows, cols, view.image_stride, view.row_stride, row_tiles, col_tiles, tile_rows
+    sums = Level(images * row_tiles * col_tiles, (x, partials), sizes, _aligned(x, view))
+    row_means, col_means = (means[1::2], means[::2]) if view.rows_are_channels else (means[::2], means[1::2])
+    finish = [
+        _direction(row_means, partials, 0, images, col_tiles, rows, cols),
+        _direction(col_means, partials, by_row, images, row_tiles, cols, rows),
+    ]
+    return sums, finish
+
+
+def _direction(
+    means: list[Tensor], partials: Tensor, first: int, images: int, tiles: int, length: int, count: int
+) -> Level:
+    blocks = triton.cdiv(length, FINISH_OUTPUTS)
+    return Level(images * blocks, (*means, partials), (first, images, blocks, tiles, length, count))
+
+
+def attention_pool_forward(xs: list[Tensor]) -> list[Tensor]:
+    """For each level: spatial attention ``(N, H, W)``, channel attention ``(N, C)``, spatial mean, channel mean."""
+    means = [_empty_means(x) for x in xs]
+    levels = [_forward_level(x, outputs) for x, outputs in zip(xs, means)]
+    launch(sum_tiles, [sums for sums, _ in levels], BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS)
+    directions = [direction for _, finish in levels for direction in finish]
+    launch(finish_means, directions, TILES=FINISH_TILES, OUTPUTS=FINISH_OUTPUTS)
+    return [mean for outputs in means for mean in outputs]
+
+
+def _backward_level(x: Tensor, dx: Tensor, grads: list[Optional[Tensor]]) -> Level:
+    view = matrix_view(x)
+    by_row, by_col = (grads[1::2], grads[::2]) if view.rows_are_channels else (grads[::2], grads[1::2])
+    grads = *by_row, *by_col
+    tiles = triton.cdiv(view.rows, BLOCK_ROWS), triton.cdiv(view.cols, BLOCK_COLS)
+    given = (grad is not None for grad in grads)
+    sizes = view.rows, view.cols, view.image_stride, view.row_stride, *tiles, *given
+    pointers = x, dx, *in_place_of_none(grads, x, accumulation_dtype(x))
+    return Level(view.images * tiles[0] * tiles[1], pointers, sizes, _aligned(x, view))
+
+
+def attention_pool_backward(xs: list[Tensor], grads: list[Optional[Tensor]]) -> list[Tensor]:
+    """Gradient of each level's ``x`` from those of its four means (None: absent).
+
+    ``x`` is read only where a gradient of an attention map is given.
+    """
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x)) for x in xs]
+    levels = [_backward_level(x, dx, grads[4 * at : 4 * at + 4]) for at, (x, dx) in enumerate(zip(xs, dxs))]
+    launch(input_gradients, levels, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS)
+    return dxs

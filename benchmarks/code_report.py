@@ -1,0 +1,265 @@
+"""What the compilers made of the GPU kernels, without a GPU: registers, spills, shared memory, widest accesses.
+
+    python benchmarks/code_report.py [--json benchmarks/results/code.json]
+
+CUDA kernels: every instance in the built library. Triton kernels: what the launchers ask the compiler for on a pyramid
+of five levels, in the dtypes and layouts of ``launches``. Both are read with the cuobjdump that Triton ships.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from benchmarks.environment import ROOT, modified, revision  # noqa: E402
+from benchmarks.suites import LAYOUTS, LEVELS  # noqa: E402
+from fbkd_ops import _extension  # noqa: E402
+from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
+
+ARCHS = (80, 90, 100)
+# Dtypes of the features and of the parameters of the adapted distance.
+ADAPTED = (
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+)
+
+
+class Instance(NamedTuple):
+    """One compiled kernel; memory in bytes, ``spills`` in instructions."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    widest_load: int
+    widest_store: int
+    tensor_cores: bool
+
+
+def cuobjdump_path() -> Optional[Path]:
+    """The tool that Triton ships; None without it."""
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return tool if tool and tool.exists() else None
+
+
+def cuobjdump(*arguments: object) -> str:
+    tool = cuobjdump_path() or sys.exit("needs a triton that has cuobjdump")
+    return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def kernel_name(symbol: str) -> str:
+    """The last name of a mangled one, without namespaces and template arguments: ``_ZN4fbkd4pool...`` -> ``pool``."""
+    if not symbol.startswith("_Z"):
+        return symbol
+    rest, name = symbol[2:].lstrip("NK"), symbol
+    while found := re.match(r"\d+", rest):
+        length, begin = int(found.group()), found.end()
+        name, rest = rest[begin : begin + length], rest[begin + length :]
+    return name
+
+
+def widest_load(code: str) -> int:
+    """Bytes that the widest load from global memory moves per thread; 0 without one.
+
+    Asynchronous copies into shared memory (LDGSTS) count; bulk copies (UBLKCP, UTMALDG) are not per thread.
+    """
+    return _widest("LDG|LDGSTS|LD", code)
+
+
+def widest_store(code: str) -> int:
+    """The same of stores to global memory."""
+    return _widest("STG|ST", code)
+
+
+def _widest(instructions: str, code: str) -> int:
+    accesses = re.findall(rf"\b(?:{instructions})\.E(?=[.\s])([.\w]*)", code)
+    return max((_access_bytes(modifiers.split(".")) for modifiers in accesses), default=0)
+
+
+def _access_bytes(modifiers: list[str]) -> int:
+    narrow = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    return next((narrow[part] for part in modifiers if part in narrow), 4)
+
+
+def instances_of(resources: str, code: str, arch: int) -> Iterator[Instance]:
+    """Every kernel in the outputs of ``cuobjdump -res-usage`` and ``-sass`` for one architecture."""
+    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", code, re.DOTALL))
+    for symbol, usage in re.findall(r"Function (\S+?):\s*\n(.*)", resources):
+        size = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        body = bodies[symbol]
+        yield Instance(
+            kernel=kernel_name(symbol),
+            arch=arch,
+            registers=size["REG"],
+            stack=size["STACK"] + size["LOCAL"],
+            shared=size["SHARED"],
+            spills=len(re.findall(r"\b(?:LDL|STL)\b", body)),
+            widest_load=widest_load(body),
+            widest_store=widest_store(body),
+            tensor_cores=bool(re.search(r"\b(?:HMMA|HGMMA|DMMA|UTC\w*MMA)\b", body)),
+        )
+
+
+def cuda_instances() -> Iterator[Instance]:
+    """Of the built library; nothing where there is none."""
+    for library in sorted(Path(_extension.__file__).parent.glob("_cuda*.so")):
+        built = cuobjdump("--list-elf", library)
+        for arch in ARCHS:
+            if f"sm_{arch}.cubin" in built:
+                selected = ("-arch", f"sm_{arch}")
+                resources = cuobjdump(*selected, "-res-usage", library)
+                yield from instances_of(resources, cuobjdump(*selected, "-sass", library), arch)
+
+
+def _pyramid(dtype: torch.dtype, layout: str = "contiguous") -> list[torch.Tensor]:
+    """P2..P6, whose memory nobody touches."""
+    return [torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[layout]) for shape in LEVELS.values()]
+
+
+def _pools(pyramid: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    shapes = [(x.shape[0], *size) for x in pyramid for size in (x.shape[2:], x.shape[1:2]) * 2]
+    return [torch.empty(shape, dtype=dtype) for shape in shapes]
+
+
+def launches() -> Iterator[Callable[[], object]]:
+    """Calls of the Triton launchers whose kernels are reported: every kernel, width of elements and mixed layouts.
+
+    float16 shares the code of bfloat16 but for products of the adapted distance.
+    """
+    from fbkd_ops.kernels import adapted_masked_l2, attention_masks, attention_pool, masked_l2
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        student, teacher, other = _pyramid(dtype), _pyramid(dtype), _pyramid(dtype, "channels_last")
+        sums = accumulation_dtype(*student)
+        pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
+        yield lambda: attention_pool.attention_pool_forward(student)
+        yield lambda: attention_pool.attention_pool_backward(student, pools)
+        for maps, joint in ((pools, False), (pools, True), ([None] * len(pools), False)):
+            settings = [0.5] * len(pools), [joint] * len(pools)
+            yield lambda: attention_masks.attention_masks(maps, pools, *settings)
+        for second in (teacher, other):
+            pair = student, second, pools[::4], absent
+            yield lambda: masked_l2.masked_l2_forward(*pair)
+            yield lambda: masked_l2.masked_l2_backward(*pair, grad)
+    for dtype, parameters in ADAPTED:
+        student, teacher = _pyramid(dtype), _pyramid(dtype)
+        sums = accumulation_dtype(*student)
+        pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
+        weights = [torch.empty(x.shape[1], x.shape[1], dtype=parameters) for x in student]
+        biases = [torch.empty(x.shape[1], dtype=parameters) for x in student]
+        adapted = student, weights, biases, teacher, pools[::4], absent
+        yield lambda: adapted_masked_l2.adapted_masked_l2_forward(*adapted)
+        yield lambda: adapted_masked_l2.adapted_masked_l2_backward(*adapted, grad, pools, absent)
+
+
+def compile_launches(arch: int) -> list[Instance]:
+    """Compile, for a GPU that is not here, what the launchers launch. Changes Triton for the whole process."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled = {}
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, warmup, **options):
+        kernel = run(self, *arguments, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+
+    driver.set_active(Driver())
+    JITFunction.run = compile_only
+    for launch in launches():
+        launch()
+    return [_triton_instance(kernel, arch) for kernel in compiled.values()]
+
+
+def _triton_instance(kernel, arch: int) -> Instance:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (instance,) = instances_of(cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name), arch)
+    return instance._replace(shared=kernel.metadata.shared)
+
+
+def triton_instances() -> Iterator[Instance]:
+    """Compiled in a process for each architecture, without the interpreter that tests may have asked for."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for arch in ARCHS:
+        command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
+        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+        yield from (Instance(*fields) for fields in json.loads(done.stdout.splitlines()[-1]))
+
+
+def summaries(instances: list[Instance]) -> list[dict]:
+    """One row for each kernel and architecture."""
+    rows = []
+    for kernel, arch in sorted({(instance.kernel, instance.arch) for instance in instances}):
+        same = [instance for instance in instances if (instance.kernel, instance.arch) == (kernel, arch)]
+        widest = max(instance.widest_load for instance in same)
+        rows.append(
+            {
+                "kernel": kernel,
+                "arch": arch,
+                "instances": len(same),
+                "registers": [pick(instance.registers for instance in same) for pick in (min, max)],
+                "spills": sum(instance.spills for instance in same),
+                "stack": max(instance.stack for instance in same),
+                "shared": max(instance.shared for instance in same),
+                "widest_load": widest,
+                "with_widest_load": sum(instance.widest_load == widest for instance in same),
+            }
+        )
+    return rows
+
+
+def report() -> dict:
+    import triton
+
+    facts = {"revision": revision(), "modified": modified()}
+    facts |= {"nvcc": _extension.build_report().get("nvcc"), "triton": triton.__version__}
+    return facts | {"cuda": summaries([*cuda_instances()]), "triton_kernels": summaries([*triton_instances()])}
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--compile-for", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.compile_for:
+        print(json.dumps(compile_launches(options.compile_for)))
+        return
+    text = json.dumps(report(), indent=1) + "\n"
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Where a figure was measured."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+__all__ = ["ROOT", "environment", "modified", "revision"]
+
+ROOT = Path(__file__).resolve().parents[1]
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def environment(device: str, threads: int) -> dict:
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 1),
+        "huge_pages": _HUGE_PAGES.read_text().strip() if _HUGE_PAGES.exists() else None,
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "revision": revision(),
+        "modified": modified(),
+    }
+    if device == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def revision() -> Optional[str]:
+    """The commit that is checked out; None outside a git checkout."""
+    return _git("rev-parse", "--short", "HEAD")
+
+
+def modified() -> Optional[bool]:
+    """Whether the tree differs from that commit, results and documentation apart."""
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+    return None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> Optional[str]:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()

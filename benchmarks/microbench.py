@@ -1,0 +1,181 @@
+"""Times, memory and traffic of the ops beside plain PyTorch, torch.compile and what the machine can do.
+
+    python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--json FILE]
+
+One table for each suite, map and state of memory; docs/performance.md says what the columns mean. Each is measured
+in a process of its own. Without --shapes, --dtype and --layout the maps are P2 in float32, P2 in channels_last, P2 in
+bfloat16 and P3.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from benchmarks.environment import ROOT, environment  # noqa: E402
+from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
+from benchmarks.memory import STATES, states_of  # noqa: E402
+from benchmarks.suites import DTYPES, LAYOUTS, LEVELS, PEERS, SUITES, Case  # noqa: E402
+
+DEFAULT_CASES = (("P2",), ("P2", "float32", "channels_last"), ("P2", "bfloat16"), ("P3",))
+COLUMNS = ("forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "peak extra MB")
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """The shape that ``P3`` or ``1,256,100,168`` names."""
+    if text in LEVELS:
+        return LEVELS[text]
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(LEVELS)} nor N,C,H,W")
+    return tuple(map(int, sizes))
+
+
+def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="all by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="begin no new round after these; 3 at least are made"
+    )
+    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="P2|N,C,H,W")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that run on the device by default")
+    parser.add_argument("--json", type=Path, help="write the figures here, after each table")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU")
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    if not (options.shapes or options.dtype or options.layout):
+        return [Case(LEVELS[level], *rest, device=options.device) for level, *rest in DEFAULT_CASES]
+    choices = options.shapes or [LEVELS["P2"]], options.dtype or ["float32"], options.layout or ["contiguous"]
+    return [Case(*choice, device=options.device) for choice in itertools.product(*choices)]
+
+
+def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
+    devices = ("", ":cuda", ":triton") if options.device == "cuda" else ("",)
+    default = [name for name in PEERS if ":" not in name or name.endswith(devices[1:])]
+    for suite, case, state in itertools.product(options.suite, cases_of(options), states_of(options.device)):
+        peers = options.peers or default
+        yield Job(suite, case, state, peers, options.threads, options.rounds, options.seconds)
+
+
+def measured(job: Job) -> dict:
+    """The result of a job, made in a process that begins in the job's state of memory."""
+    variables = os.environ | STATES[job.state] | {"OMP_NUM_THREADS": str(job.threads)}
+    command = [sys.executable, "-m", "benchmarks.measurement"]
+    text = json.dumps(asdict(job))
+    done = subprocess.run(command, input=text, cwd=ROOT, env=variables, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    problem = f"failed: {last}" if done.returncode > 0 else f"killed by signal {-done.returncode}; maybe {DOES_NOT_FIT}"
+    case = asdict(job.case) | {"title": job.case.title}
+    rows = {name: {"status": problem} for name in job.peers}
+    return {"suite": job.suite, "case": case, "state": job.state, "peers": rows}
+
+
+def spread(figure: Optional[dict], digits: int) -> str:
+    """Median and, in brackets, the 20th and the 80th percentile."""
+    if figure is None:
+        return "–"
+    median, low, high = (f"{figure[key]:.{digits}f}" for key in ("median", "p20", "p80"))
+    return f"{median} ({low}–{high})"
+
+
+def cells(row: dict) -> list[str]:
+    passes = [row[which] for which in ("forward", "step")]
+    timings = [text for p in passes for text in (spread(p["ms"], 2), spread(p["speed_vs_eager"], 1))]
+    rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
+    shares = " / ".join(f"{p['ceiling_percent']:.0f}" for p in passes)
+    peak = row.get("peak_extra_mb")
+    return [*timings, rates, shares, "–" if peak is None else f"{peak:.0f}"]
+
+
+def ceilings_text(result: dict) -> str:
+    """One line on what the machine can do."""
+    rates = result["ceilings"]
+    parts = [f"sum {rates['sum_gb_s']:.1f} GB/s", f"copy {rates['copy_gb_s']:.1f} GB/s"]
+    parts.append(f"copy into new memory {rates['copy_to_new_gb_s']:.1f} GB/s")
+    if "copy_to_new_page_faults" in rates:
+        parts[-1] += f" ({rates['copy_to_new_page_faults']} page faults)"
+    if "matmul_gflop_s" in rates:
+        parts.append(f"matrix product {rates['matmul_gflop_s']:.0f} GFLOP/s")
+    return ", ".join(parts)
+
+
+def table_of(result: dict):
+    """A rich table of one suite on one map in one state of memory."""
+    from rich.table import Table
+
+    title = f"{result['suite']} · {result['case']['title']} · {result['state']} memory"
+    if "rounds" in result:
+        title += f" · {result['rounds']} rounds"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("implementation", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, row in result["peers"].items():
+        shown = cells(row) if row["status"] == "ok" else [row["status"]]
+        table.add_row(name, *shown)
+    if "ceilings" in result:
+        table.caption = "ceilings: " + ceilings_text(result)
+    return table
+
+
+def console():
+    """Where tables go; wide enough for them also where the output is no terminal."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        sys.exit("the tables need rich: pip install rich")
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def save(path: Optional[Path], report: dict) -> None:
+    """Replace the file as a whole, so that an interrupted run leaves the last complete one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(path)
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    options = parse(arguments)
+    output = console()
+    command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
+    report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
+    report["results"] = []
+    try:
+        for job in jobs_of(options):
+            report["results"].append(measured(job))
+            save(options.json, report)
+            output.print(table_of(report["results"][-1]))
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted after {len(report['results'])} tables")
+    save(options.json, report | {"complete": True})
+
+
+if __name__ == "__main__":
+    main()

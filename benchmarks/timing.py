@@ -1,0 +1,57 @@
+"""Times that can be compared: everything alternates, round by round, so that a slow spell hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["interleaved", "ratios", "summary"]
+
+LEAST_ROUNDS = 3
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int, device: str, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Milliseconds of each function in each round, A B C A B C ...
+
+    After ``seconds`` no new round begins, except that LEAST_ROUNDS (or ``rounds``, if fewer) are always made. The
+    functions must have been called before: nothing is warmed up here.
+    """
+    once = _cuda_ms if device == "cuda" else _cpu_ms
+    times = {name: [] for name in functions}
+    begin = time.perf_counter()
+    for made in range(rounds):
+        if made >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for name, function in functions.items():
+            times[name].append(once(function))
+    return times
+
+
+def _cpu_ms(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()  # its results are freed before the clock stops
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _cuda_ms(function: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+
+
+def ratios(times: list[float], baseline: list[float]) -> dict[str, float]:
+    """Summary of how many times as fast as the baseline each round was."""
+    return summary([base / value for base, value in zip(baseline, times, strict=True)])

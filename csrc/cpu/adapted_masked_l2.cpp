@@ -1,0 +1,469 @@
+// Adapted masked squared distance on the CPU: || A S + a - T || in blocks of pixels that stay in cache, around the
+// vendor's matrix product.
+#include "../stable_abi.h"
+
+#include "../adapted_masked_l2_levels.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "masked_rows.h"
+#include "matmul.h"
+#include "memory.h"
+#include "pool_gradient.h"
+#include "tiles.h"
+
+namespace fbkd {
+namespace {
+
+// Pixels of a block: its adapted map is about 1 MB.
+constexpr int64_t kBlockElements = int64_t(1) << 18;
+constexpr int64_t kMinBlock = 64, kMaxBlock = 4096;
+// A level's blocks are dealt to groups, each with a gradient of the weight of its own: of 8 MB together.
+constexpr int64_t kGroupBytes = int64_t(1) << 23;
+constexpr int64_t kMaxGroups = 32;
+// With fewer groups than these the product's own threads do better.
+constexpr int64_t kMinGroups = 4;
+// Sums over pixels with channels side by side: longer ones are made of pieces.
+constexpr int64_t kColPiece = 128;
+
+#define FBKD_RESIDUAL(A)                                                                                              \
+  /* Turns products into E = scale * weight * (d + bias - t) and returns the sum of weight * (d + bias - t)^2. */      \
+  FBKD_CLONES A channel_residual(A* __restrict__ d, const A* __restrict__ t, A bias, A scale,                          \
+                                 const A* __restrict__ weight, int64_t count, A& bias_gradient) {                      \
+    A sum = 0, total = 0;                                                                                              \
+    _Pragma("omp simd reduction(+ : sum, total)") for (int64_t i = 0; i < count; ++i) {                                \
+      const A difference = d[i] + bias - t[i];                                                                         \
+      const A weighted = weight[i] * difference;                                                                       \
+      sum += weighted * difference;                                                                                    \
+      d[i] = scale * weighted;                                                                                         \
+      total += d[i];                                                                                                   \
+    }                                                                                                                  \
+    bias_gradient = total;                                                                                             \
+    return sum;                                                                                                        \
+  }                                                                                                                    \
+  /* The same along the channels of a pixel. */                                                                        \
+  FBKD_CLONES A pixel_residual(A* __restrict__ d, const A* __restrict__ t, const A* __restrict__ bias, A scale,        \
+                               const A* __restrict__ weight, int64_t count, A* __restrict__ bias_gradient) {           \
+    A sum = 0;                                                                                                         \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i) {                                       \
+      const A difference = d[i] + bias[i] - t[i];                                                                      \
+      const A weighted = weight[i] * difference;                                                                       \
+      sum += weighted * difference;                                                                                    \
+      d[i] = scale * weighted;                                                                                         \
+      bias_gradient[i] += d[i];                                                                                        \
+    }                                                                                                                  \
+    return sum;                                                                                                        \
+  }                                                                                                                    \
+  FBKD_CLONES void scale_and_add(A* __restrict__ x, A scale, const A* __restrict__ y, int64_t count) {                 \
+    if (y == nullptr) {                                                                                                \
+      _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) x[i] *= scale;                                           \
+    } else {                                                                                                           \
+      _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) x[i] = scale * x[i] + y[i];                              \
+    }                                                                                                                  \
+  }
+
+FBKD_RESIDUAL(float)
+FBKD_RESIDUAL(double)
+#undef FBKD_RESIDUAL
+
+template <typename A>
+std::vector<A> converted(ScalarType type, const void* data, int64_t count) {
+  std::vector<A> result(static_cast<size_t>(count));
+  const A* piece = load_piece(type, data, 0, 1, count, result.data());
+  if (piece != result.data()) std::copy(piece, piece + count, result.data());
+  return result;
+}
+
+// Finishes pieces of a student's gradient: scales what is there and adds what comes from elsewhere.
+template <typename A>
+struct Finisher {
+  Finisher(ScalarType type, const MatrixView& view, const void* student, const StudentGradient& gradient)
+      : type(type), student(student), gradient(gradient), to(gradient_view(view)), pool(view, gradient.pool) {}
+
+  int64_t offset(int64_t image, int64_t row, int64_t col) const {
+    return image * to.image_stride + row * to.row_stride + col;
+  }
+  // A row's `count` elements from column `col` on, which are in `piece`, and end up in ds times scale.
+  void finish(int64_t image, int64_t row, int64_t col, int64_t count, A scale, A* piece) const {
+    A buffer[kPiece];
+    for (int64_t done = 0; done < count; done += kPiece) {
+      const int64_t size = min64(kPiece, count - done), first = offset(image, row, col + done);
+      const A* incoming = nullptr;
+      if (gradient.incoming != nullptr) incoming = load_piece(type, gradient.incoming, first, 1, size, buffer);
+      if (scale != A(1) || incoming != nullptr) scale_and_add(piece + done, scale, incoming, size);
+      if (pool.present) pool.put(image, row, col + done, size, type, student, true, piece + done);
+      store_piece(type, gradient.ds, first, size, piece + done);
+    }
+  }
+
+  ScalarType type;
+  const void* student;
+  StudentGradient gradient;
+  MatrixView to;
+  PoolGradient<A> pool;
+};
+
+struct Distance : Tiles {
+  virtual double total() const = 0;
+  virtual std::unique_ptr<Tiles> parameters() const = 0;
+  // Whether its tiles are few and large: they run one after the other, on the product's threads.
+  virtual bool one_by_one() const = 0;
+};
+
+// A level cut into groups of blocks of pixels. Blocks and groups are functions of the shape alone.
+template <typename A>
+struct LevelDistance : Distance {
+  // gradients nullptr: the sum alone. grad: of the sum of squares.
+  LevelDistance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad)
+      : level(level),
+        from_channels(level.student_channels()),
+        to_channels(level.teacher_channels()),
+        block_pixels(min64(kMaxBlock, max64(kMinBlock, kBlockElements / max64(from_channels, to_channels)))),
+        blocks_per_image(ceil_div(level.pixels(), block_pixels)),
+        blocks(level.student.images * blocks_per_image),
+        groups(min64(blocks, max64(1, min64(kMaxGroups, kGroupBytes / weight_bytes())))),
+        weight(converted<A>(level.weight_type, level.weight, to_channels * from_channels)),
+        bias(converted<A>(level.bias_type, level.bias, to_channels)),
+        scale(static_cast<A>(2 * grad)),
+        squares(static_cast<size_t>(groups)) {
+    if (gradients == nullptr) return;
+    finisher.emplace(level.student_type, level.student, level.s, gradients->student);
+    parameter_gradients = *gradients;
+    dweight.resize(static_cast<size_t>(groups * to_channels * from_channels));
+    dbias.resize(static_cast<size_t>(groups * to_channels));
+    advise_huge_pages(gradients->student.ds, finisher->to.numel() * element_size(level.student_type));
+  }
+
+  int64_t weight_bytes() const { return to_channels * from_channels * static_cast<int64_t>(sizeof(A)); }
+  bool one_by_one() const override { return kGroupBytes / weight_bytes() < kMinGroups; }
+  int64_t count() const override { return groups; }
+  int64_t elements() const override { return level.student.numel() * to_channels; }
+
+  double total() const override {
+    double sum = 0;
+    for (double group : squares) sum += group;
+    return sum;
+  }
+  std::unique_ptr<Tiles> parameters() const override;
+
+  struct Block {
+    int64_t image, first, size;  // pixels first .. first + size
+  };
+
+  struct Workspace {
+    std::vector<A> adapted, student, gradient, bias_piece, ones;
+  };
+
+  void run(int64_t group) override {
+    Workspace space;
+    space.adapted.resize(static_cast<size_t>(to_channels * block_pixels));
+    space.bias_piece.resize(static_cast<size_t>(to_channels));
+    space.ones.assign(kPiece, A(1));
+    for (int64_t index = group * blocks / groups; index < (group + 1) * blocks / groups; ++index) {
+      const int64_t first = index % blocks_per_image * block_pixels;
+      const Block block{index / blocks_per_image, first, min64(block_pixels, level.pixels() - first)};
+      const Matrix<A> s = student_block(block, space);                                  // (Cs, pixels)
+      const Matrix<A> d = block_matrix(space.adapted.data(), to_channels, block.size);  // (Ct, pixels)
+      matmul(d, weight_matrix(weight.data()), s);
+      squares[group] += residual(block, d.data, space, dbias.empty() ? nullptr : &dbias[group * to_channels]);
+      if (finisher.has_value()) gradient(block, d, s, space, &dweight[group * to_channels * from_channels]);
+    }
+  }
+
+  Matrix<A> weight_matrix(const A* data) const {
+    return {const_cast<A*>(data), to_channels, from_channels, from_channels, 1};
+  }
+  // A compact block in the student's order.
+  Matrix<A> block_matrix(A* data, int64_t channels, int64_t pixels) const {
+    if (level.student.rows_are_channels) return {data, channels, pixels, pixels, 1};
+    return {data, channels, pixels, 1, channels};
+  }
+
+  // Position of a block's row r and its number of columns, in the student's order.
+  struct Rows {
+    int64_t count, first_row, first_col, cols;
+  };
+  Rows rows_of(const Block& block, int64_t channels) const {
+    if (level.student.rows_are_channels) return {channels, 0, block.first, block.size};
+    return {block.size, block.first, 0, channels};
+  }
+
+  Matrix<A> student_block(const Block& block, Workspace& space) const {
+    const MatrixView& view = level.student;
+    const Rows rows = rows_of(block, from_channels);
+    const int64_t first = block.image * view.image_stride + rows.first_row * view.row_stride + rows.first_col;
+    if (is_accumulator<A>(level.student_type)) {
+      A* data = static_cast<A*>(const_cast<void*>(level.s)) + first;
+      if (view.rows_are_channels) return {data, from_channels, block.size, view.row_stride, 1};
+      return {data, from_channels, block.size, 1, view.row_stride};
+    }
+    space.student.resize(static_cast<size_t>(from_channels * block_pixels));
+    for (int64_t row = 0; row < rows.count; ++row)
+      load_piece(level.student_type, level.s, first + row * view.row_stride, 1, rows.cols,
+                 &space.student[row * rows.cols]);
+    return block_matrix(space.student.data(), from_channels, block.size);
+  }
+
+  // Products become E; the block's sum of squares. Adds the sums of E over pixels to total (Ct) unless nullptr.
+  double residual(const Block& block, A* d, Workspace& space, double* total) const {
+    double sum = 0;
+    A buffer[kPiece];
+    const MatrixView& view = level.teacher;
+    const bool by_channel = level.student.rows_are_channels;
+    const Rows rows = rows_of(block, to_channels);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const A row_weight = by_channel ? channel_weight(block.image, row) : pixel_weight(block.image, block.first + row);
+      for (int64_t col = 0; col < rows.cols; col += kPiece) {
+        const int64_t size = min64(kPiece, rows.cols - col);
+        const int64_t first = block.image * view.image_stride + (rows.first_row + row) * view.row_stride +
+                              (rows.first_col + col) * view.col_stride;
+        const A* t = load_piece(level.teacher_type, level.t, first, view.col_stride, size, buffer);
+        A* piece = d + row * rows.cols + col;
+        A part;
+        if (by_channel) {
+          A channel_total;
+          part = channel_residual(piece, t, bias[row], scale * row_weight,
+                                  weights(level.spatial_mask, block.image * level.pixels() + block.first + col, space),
+                                  size, channel_total);
+          if (total != nullptr) total[row] += channel_total;
+        } else {
+          part = pixel_residual(piece, t, &bias[col], scale * row_weight,
+                                weights(level.channel_mask, block.image * to_channels + col, space), size,
+                                &space.bias_piece[col]);
+        }
+        sum += static_cast<double>(row_weight) * part;
+      }
+      if (!by_channel && (row % kColPiece == kColPiece - 1 || row == rows.count - 1)) flush(space.bias_piece, total);
+    }
+    return sum;
+  }
+
+  static void flush(std::vector<A>& piece, double* total) {
+    for (size_t c = 0; c < piece.size(); ++c) {
+      if (total != nullptr) total[c] += piece[c];
+      piece[c] = 0;
+    }
+  }
+
+  A channel_weight(int64_t image, int64_t channel) const {
+    const A* mask = static_cast<const A*>(level.channel_mask);
+    return mask == nullptr ? A(1) : mask[image * to_channels + channel];
+  }
+  A pixel_weight(int64_t image, int64_t pixel) const {
+    const A* mask = static_cast<const A*>(level.spatial_mask);
+    return mask == nullptr ? A(1) : mask[image * level.pixels() + pixel];
+  }
+  static const A* weights(const void* mask, int64_t first, const Workspace& space) {
+    return mask == nullptr ? space.ones.data() : static_cast<const A*>(mask) + first;
+  }
+
+  // e (Ct, pixels), s (Cs, pixels): the block of dS, and its part of the weight's gradient.
+  void gradient(const Block& block, const Matrix<A>& e, const Matrix<A>& s, Workspace& space, A* group_dweight) const {
+    matmul_add(weight_matrix(group_dweight), e, s.transposed());
+    const Rows rows = rows_of(block, from_channels);
+    const MatrixView& to = finisher->to;
+    const int64_t first = finisher->offset(block.image, rows.first_row, rows.first_col);
+    const bool in_place = is_accumulator<A>(level.student_type);
+    if (!in_place) space.gradient.resize(static_cast<size_t>(from_channels * block_pixels));
+    A* data = piece_to_fill(level.student_type, finisher->gradient.ds, first, space.gradient.data());
+    const int64_t pitch = in_place ? to.row_stride : rows.cols;
+    const bool by_channel = level.student.rows_are_channels;
+    const Matrix<A> ds{data, from_channels, block.size, by_channel ? pitch : 1, by_channel ? 1 : pitch};
+    matmul(ds, weight_matrix(weight.data()).transposed(), e);
+    for (int64_t row = 0; row < rows.count; ++row)
+      finisher->finish(block.image, rows.first_row + row, rows.first_col, rows.cols, A(1), data + row * pitch);
+  }
+
+  AdaptedLevel level;
+  int64_t from_channels, to_channels;  // Cs, Ct
+  int64_t block_pixels, blocks_per_image, blocks, groups;
+  std::vector<A> weight, bias;
+  A scale;
+  std::vector<double> squares;  // (groups)
+  std::vector<A> dweight;       // (groups, Ct, Cs)
+  std::vector<double> dbias;    // (groups, Ct)
+  std::optional<Finisher<A>> finisher;
+  AdaptedGradients parameter_gradients{};
+};
+
+// Adds the groups' gradients of the parameters, in their order: a tile a row of the weight.
+template <typename A>
+struct Parameters : Tiles {
+  explicit Parameters(const LevelDistance<A>& of) : of(of) {}
+
+  int64_t count() const override { return of.to_channels; }
+  int64_t elements() const override { return of.to_channels * of.from_channels * max64(1, of.groups); }
+  void run(int64_t row) override {
+    const int64_t size = of.from_channels;
+    std::vector<A> sum(static_cast<size_t>(size));
+    double total = 0;
+    for (int64_t group = 0; group < of.groups; ++group) {
+      scale_and_add(sum.data(), A(1), &of.dweight[(group * of.to_channels + row) * size], size);
+      total += of.dbias[group * of.to_channels + row];
+    }
+    const A bias = static_cast<A>(total);
+    store_piece(of.level.weight_type, of.parameter_gradients.dweight, row * size, size, sum.data());
+    store_piece(of.level.bias_type, of.parameter_gradients.dbias, row, 1, &bias);
+  }
+
+  const LevelDistance<A>& of;
+};
+
+template <typename A>
+std::unique_ptr<Tiles> LevelDistance<A>::parameters() const {
+  return std::make_unique<Parameters<A>>(*this);
+}
+
+std::unique_ptr<Distance> make_distance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad) {
+  return with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Distance> {
+    return std::make_unique<LevelDistance<typename decltype(type)::type>>(level, gradients, grad);
+  });
+}
+
+// All levels in one parallel region, except those that have too few groups for it.
+void run_distances(const std::vector<std::unique_ptr<Distance>>& distances) {
+  std::vector<Tiles*> together;
+  for (const auto& distance : distances) {
+    if (!distance->one_by_one())
+      together.push_back(distance.get());
+    else
+      for (int64_t group = 0; group < distance->count(); ++group) distance->run(group);
+  }
+  run_tiles(together, 2);
+}
+
+Tensor empty_squares(const AdaptedArguments& of) {
+  return empty_like_device(of.student[0], {static_cast<int64_t>(of.student.size())},
+                           total_type(of.student, of.teacher));
+}
+
+Tensor forward(const AdaptedArguments& of) {
+  std::vector<std::unique_ptr<Distance>> distances;
+  for (const AdaptedLevel& level : adapted_levels(of, "adapted_masked_l2"))
+    distances.push_back(make_distance(level, nullptr, 1));
+  run_distances(distances);
+  const Tensor squares = empty_squares(of);
+  for (size_t index = 0; index < distances.size(); ++index) put_number(squares, index, distances[index]->total());
+  return squares;
+}
+
+// Gradients of the students, the weights and the biases, and the levels' sums of squares.
+struct Backward {
+  Tensors dstudent, dweight, dbias;
+  std::vector<double> squares;
+
+  Tensors all() const {
+    Tensors result = dstudent;
+    result.insert(result.end(), dweight.begin(), dweight.end());
+    result.insert(result.end(), dbias.begin(), dbias.end());
+    return result;
+  }
+};
+
+// grad nullptr: of ones, with nothing else added.
+Backward backward(const AdaptedArguments& of, const Tensor* grad, const OptionalTensors& pool_grads,
+                  const OptionalTensors& grad_student) {
+  const char* op = "adapted_masked_l2_backward";
+  const std::vector<AdaptedLevel> levels = adapted_levels(of, op);
+  check_length(pool_grads, 4 * levels.size(), op, "pool_grads");
+  check_length(grad_student, levels.size(), op, "grad_student");
+  if (grad != nullptr)
+    checked_data(*grad, total_type(of.student, of.teacher), static_cast<int64_t>(levels.size()), *grad, op, "grad");
+  Backward result;
+  std::vector<std::unique_ptr<Distance>> distances;
+  for (size_t index = 0; index < levels.size(); ++index) {
+    const Tensor& s = of.student[index];
+    result.dstudent.push_back(empty_gradient(s, levels[index].student));
+    result.dweight.push_back(empty_like_device(s, {of.weight[index].size(0), s.size(1)}, levels[index].weight_type));
+    result.dbias.push_back(empty_like_device(s, {of.bias[index].size(0)}, levels[index].bias_type));
+    const StudentGradient student = student_gradient(s, levels[index].student, levels[index].accumulation(), pool_grads,
+                                                     grad_student, index, result.dstudent.back(), op);
+    const AdaptedGradients gradients{student, result.dweight.back().mutable_data_ptr(),
+                                     result.dbias.back().mutable_data_ptr()};
+    distances.push_back(make_distance(levels[index], &gradients, grad == nullptr ? 1 : number_at(*grad, index)));
+  }
+  run_distances(distances);
+  std::vector<std::unique_ptr<Tiles>> parameters;
+  for (const auto& distance : distances) {
+    parameters.push_back(distance->parameters());
+    result.squares.push_back(distance->total());
+  }
+  run_tiles(parameters);
+  return result;
+}
+
+Tensor forward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
+                  const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask) {
+  return forward({student, weight, bias, teacher, spatial_mask, channel_mask});
+}
+
+Tensors backward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
+                    const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, const Tensor& grad,
+                    const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
+  const AdaptedArguments of{student, weight, bias, teacher, spatial_mask, channel_mask};
+  return backward(of, &grad, pool_grads, grad_student).all();
+}
+
+// The sums of squares, then the gradients that a grad of ones would give.
+Tensors with_gradient_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
+                         const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask) {
+  const AdaptedArguments of{student, weight, bias, teacher, spatial_mask, channel_mask};
+  const OptionalTensors no_pool_grads(4 * student.size()), no_grad_student(student.size());
+  const Backward result = backward(of, nullptr, no_pool_grads, no_grad_student);
+  const Tensor squares = empty_squares(of);
+  for (size_t index = 0; index < student.size(); ++index) put_number(squares, index, result.squares[index]);
+  Tensors all{squares};
+  for (const Tensor& gradient : result.all()) all.push_back(gradient);
+  return all;
+}
+
+// In place over gradients that with_gradient_op made: rows of a student's gradient, from a grad of ones to what flows
+// back to it.
+template <typename A>
+struct FinishRows : Tiles {
+  FinishRows(Finisher<A> finisher, double grad) : finisher(std::move(finisher)), scale(static_cast<A>(grad)) {}
+
+  int64_t count() const override { return finisher.to.images * finisher.to.rows; }
+  int64_t elements() const override { return finisher.to.numel(); }
+  void run(int64_t tile) override {
+    const int64_t image = tile / finisher.to.rows, row = tile % finisher.to.rows;
+    A* data = static_cast<A*>(finisher.gradient.ds) + finisher.offset(image, row, 0);
+    finisher.finish(image, row, 0, finisher.to.cols, scale, data);
+  }
+
+  Finisher<A> finisher;
+  A scale;
+};
+
+void finish_op(const Tensors& gradient, const Tensors& student, const Tensor& grad, const OptionalTensors& pool_grads,
+               const OptionalTensors& grad_student) {
+  const char* op = "adapted_masked_l2_finish";
+  check_length(gradient, student.size(), op, "gradient");
+  check_length(pool_grads, 4 * student.size(), op, "pool_grads");
+  check_length(grad_student, student.size(), op, "grad_student");
+  checked_data(grad, grad.scalar_type(), static_cast<int64_t>(student.size()), grad, op, "grad");
+  STD_TORCH_CHECK(grad.scalar_type() == accumulation_type(grad.scalar_type()), op, ": grad must be float32 or float64");
+  std::vector<std::unique_ptr<Tiles>> rows;
+  for (size_t index = 0; index < student.size(); ++index) {
+    const Tensor& s = student[index];
+    const MatrixView view = checked_view(s, op, "student");
+    const ScalarType type = s.scalar_type();
+    STD_TORCH_CHECK(type == accumulation_type(type), op, ": student must be float32 or float64");
+    const StudentGradient of = student_gradient(s, view, type, pool_grads, grad_student, index, gradient[index], op);
+    rows.push_back(with_accumulator(type, [&](auto tag) -> std::unique_ptr<Tiles> {
+      using A = typename decltype(tag)::type;
+      return std::make_unique<FinishRows<A>>(Finisher<A>(type, view, s.const_data_ptr(), of), number_at(grad, index));
+    }));
+  }
+  run_tiles(rows);
+}
+
+}  // namespace
+}  // namespace fbkd
+
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
+  m.impl("adapted_masked_l2_forward", TORCH_BOX(&fbkd::forward_op));
+  m.impl("adapted_masked_l2_backward", TORCH_BOX(&fbkd::backward_op));
+  m.impl("adapted_masked_l2_with_gradient", TORCH_BOX(&fbkd::with_gradient_op));
+  m.impl("adapted_masked_l2_finish_", TORCH_BOX(&fbkd::finish_op));
+}

@@ -1,0 +1,62 @@
+// Work of several levels in one parallel region.
+#pragma once
+
+#include "../stable_abi.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../layout.h"
+
+namespace fbkd {
+
+// Below this many elements a thread costs more than it brings.
+constexpr int64_t kThreadElements = int64_t(1) << 15;
+// Threads take work in this many turns or more, so that they end together.
+constexpr int64_t kTurns = 16;
+
+// One level's share of a region: tiles that can run in any order, on any thread.
+struct Tiles {
+  virtual ~Tiles() = default;
+  virtual int64_t count() const = 0;
+  virtual int64_t elements() const = 0;  // of all tiles, as a measure of the work
+  virtual void run(int64_t tile) = 0;
+};
+
+// Runs the tiles of every level in one parallel region, beginning with the first level's. A region needs two threads or
+// more: ask for at least two where the tiles' own calls must not start threads of theirs.
+inline void run_tiles(const std::vector<Tiles*>& levels, int64_t at_least = 1) {
+  std::vector<int64_t> ends;
+  int64_t tiles = 0, elements = 0;
+  for (const Tiles* level : levels) {
+    ends.push_back(tiles += level->count());
+    elements += level->elements();
+  }
+  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = max64(at_least, min64(min64(most, tiles), ceil_div(elements, kThreadElements)));
+  const int64_t step = max64(1, tiles / max64(1, threads * kTurns));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(step); begin < tiles; begin = next.fetch_add(step)) {
+      size_t level = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+      for (int64_t tile = begin; tile < min64(begin + step, tiles); ++tile) {
+        while (tile >= ends[level]) ++level;
+        levels[level]->run(tile - (ends[level] - levels[level]->count()));
+      }
+    }
+  });
+}
+
+template <class Level>
+void run_tiles(const std::vector<std::unique_ptr<Level>>& levels) {
+  std::vector<Tiles*> pointers;
+  for (const auto& level : levels) pointers.push_back(level.get());
+  run_tiles(pointers);
+}
+
+}  // namespace fbkd

@@ -1,0 +1,179 @@
+"""Adapted masked squared distances of a pyramid, and everything that flows back to a student's level in one write."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._layout import empty_gradient, in_place_layout, matrix_layout
+from .._numerics import accumulation_dtype
+from ..types import AttentionPool
+from .attention_pool import pools_of
+from .masked_l2 import Masks, level_masks
+from .ops import kernel, register
+
+__all__ = ["AdaptedLevels", "AdaptedMaskedL2Function", "adapted_masked_l2_squares", "student_pyramid"]
+
+
+class AdaptedLevels(NamedTuple):
+    """Lists of one entry a level."""
+
+    students: list[Tensor]  # (N, Cs, H, W)
+    weights: list[Tensor]  # (Ct, Cs)
+    biases: list[Tensor]  # (Ct,)
+    teachers: list[Tensor]  # (N, Ct, H, W)
+    spatial_masks: Masks  # (N, H, W)
+    channel_masks: Masks  # (N, Ct)
+
+
+def adapted_masked_l2_squares(backend: str, levels: AdaptedLevels) -> Tensor:
+    """``sum(Ms * Mc * (A S + a - T)**2)`` of every level, ``(levels,)``, on a backend that has kernels."""
+    return _apply(backend, levels, [])[0]
+
+
+def student_pyramid(
+    backend: str, levels: AdaptedLevels, pools: list[AttentionPool]
+) -> tuple[Tensor, list[AttentionPool], list[Tensor]]:
+    """The squares of :func:`adapted_masked_l2_squares`, the means and the students themselves as outputs of one op.
+
+    What flows back into the means and into the returned students joins the distance's own gradient as that is
+    written, instead of being a feature map each that has to be added.
+
+    Args:
+        backend: one that has kernels.
+        levels: the distance's arguments.
+        pools: the students' four means, without gradient.
+
+    Returns:
+        The squares ``(levels,)``, the means and the students, all with gradient.
+    """
+    count = len(levels.students)
+    squares, *outputs = _apply(backend, levels, [mean for pool in pools for mean in pool])
+    return squares, pools_of(outputs[: 4 * count]), outputs[4 * count :]
+
+
+def _apply(backend: str, levels: AdaptedLevels, means: list[Tensor]) -> tuple[Tensor, ...]:
+    teachers = [teacher.detach() for teacher in levels.teachers]
+    masks = level_masks(levels.students, teachers, levels.spatial_masks, levels.channel_masks)
+    prepared = levels._replace(teachers=teachers, spatial_masks=masks[0], channel_masks=masks[1])
+    tensors = [tensor for group in prepared for tensor in group]
+    # The compiled graph cannot hold a gradient that a first backward pass uses up.
+    keep = torch.is_grad_enabled() and not torch.compiler.is_compiling() and _keeps_gradient(backend, levels)
+    return AdaptedMaskedL2Function.apply(backend, len(levels.students), keep, *tensors, *means)
+
+
+def _keeps_gradient(backend: str, levels: AdaptedLevels) -> bool:
+    """Whether the forward pass makes the gradient, up to a factor, instead of repeating a matrix product later.
+
+    On the CPU the product costs more than the memory traffic. In another dtype than the one it is computed in, the
+    gradient would be rounded twice, and could overflow before it is scaled.
+    """
+    return backend == "cpu" and all(
+        s.requires_grad and {s.dtype, weight.dtype, bias.dtype} == {accumulation_dtype(s, t)}
+        for s, weight, bias, t in zip(*levels[:4])
+    )
+
+
+class AdaptedMaskedL2Function(torch.autograd.Function):
+    """With ``E = 2 g Ms Mc (A S + a - T)``: ``dS = A^T E``, ``dA = sum E S^T``, ``da = sum E``.
+
+    Gradients of the means and of the returned students are added to dS as it is written.
+    """
+
+    @staticmethod
+    def forward(ctx, backend, count, keep, *tensors):
+        students = [in_place_layout(x) for x in tensors[:count]]
+        parameters = [parameter.contiguous() for parameter in tensors[count : 3 * count]]
+        teachers = [in_place_layout(x) for x in tensors[3 * count : 4 * count]]
+        masks, means = tensors[4 * count : 6 * count], tensors[6 * count :]
+        arguments = _groups((*students, *parameters, *teachers, *masks), count)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(tensor for group in arguments for tensor in group))
+        ctx.backend, ctx.count, ctx.means, ctx.ready = backend, count, len(means), None
+        if keep:
+            squares, *ctx.ready = kernel("adapted_masked_l2_with_gradient", backend)(*arguments)
+        else:
+            squares = kernel("adapted_masked_l2_forward", backend)(*arguments)
+        if not means:
+            return (squares,)
+        return (squares, *(mean.view_as(mean) for mean in means), *(x.view_as(x) for x in tensors[:count]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *grads):
+        arguments, count = _groups(ctx.saved_tensors, ctx.count), ctx.count
+        students, teachers = arguments[0], arguments[3]
+        pool_grads = list(grads[: ctx.means]) or [None] * (4 * count)
+        student_grads = list(grads[ctx.means :]) or [None] * count
+        student_grads = [g if g is None else _packed(g, s) for g, s in zip(student_grads, students)]
+        if grad is None:
+            gradients = _without_distance(ctx.backend, students, pool_grads, student_grads) + [None] * (2 * count)
+        else:
+            dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers)]
+            pool_grads = [g if g is None else g.to(dtypes[i // 4]).contiguous() for i, g in enumerate(pool_grads)]
+            # The gradient that the forward pass made becomes the student's own memory: it is good for one pass.
+            ready, ctx.ready = ctx.ready, None
+            gradients = _gradients(ctx.backend, arguments, (grad.contiguous(), pool_grads, student_grads), ready)
+        return None, None, None, *gradients, *[None] * (3 * count + ctx.means)
+
+
+def _gradients(
+    backend: str,
+    arguments: list[list[Optional[Tensor]]],
+    added: tuple[Tensor, list[Optional[Tensor]], list[Optional[Tensor]]],
+    ready: Optional[list[Tensor]],
+) -> list[Tensor]:
+    """Gradients of all students, weights and biases: what the forward pass made, finished in place, or anew."""
+    if ready is None:
+        return kernel("adapted_masked_l2_backward", backend)(*arguments, *added)
+    count, grad = len(arguments[0]), added[0]
+    kernel("adapted_masked_l2_finish_", backend)(ready[:count], arguments[0], *added)
+    for index, parameter_grad in enumerate(ready[count:]):
+        parameter_grad.mul_(grad[index % count])
+    return ready
+
+
+def _without_distance(
+    backend: str, students: list[Tensor], pool_grads: list[Optional[Tensor]], student_grads: list[Optional[Tensor]]
+) -> list[Optional[Tensor]]:
+    """Gradients of the students where nothing flows back into the distance itself."""
+    gradients = list(student_grads)
+    for level, (student, given) in enumerate(zip(students, _groups(tuple(pool_grads), 4))):
+        if any(grad is not None for grad in given):
+            given = [grad if grad is None else grad.contiguous() for grad in given]
+            (pooled,) = kernel("attention_pool_backward", backend)([student], given)
+            gradients[level] = pooled if gradients[level] is None else gradients[level] + pooled
+    return gradients
+
+
+def _groups(tensors: tuple[Optional[Tensor], ...], count: int) -> list[list[Optional[Tensor]]]:
+    return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
+
+
+def _packed(grad: Tensor, student: Tensor) -> Tensor:
+    """A gradient from elsewhere in the dtype and the layout that the student's own gets."""
+    return grad.to(student.dtype).contiguous(memory_format=matrix_layout(student))
+
+
+def _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks):
+    return students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
+
+
+def _fake_backward(students, weights, biases, *_):
+    return [empty_gradient(x) for x in students] + [torch.empty_like(x) for x in (*weights, *biases)]
+
+
+def _fake_with_gradient(students, weights, biases, teachers, spatial_masks, channel_masks):
+    squares = _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks)
+    return [squares, *_fake_backward(students, weights, biases)]
+
+
+_ARGUMENTS = (
+    "Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask"
+)
+_ADDED = "Tensor grad, Tensor?[] pool_grads, Tensor?[] grad_student"
+register("adapted_masked_l2_forward", f"({_ARGUMENTS}) -> Tensor", _fake_forward, "adapted_masked_l2")
+register("adapted_masked_l2_backward", f"({_ARGUMENTS}, {_ADDED}) -> Tensor[]", _fake_backward, "adapted_masked_l2")
+register("adapted_masked_l2_with_gradient", None, _fake_with_gradient)
+register("adapted_masked_l2_finish_", None, lambda *_: None)

@@ -1,0 +1,73 @@
+"""Masked squared distances of a pyramid and their gradient, on any backend."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._layout import empty_gradient, in_place_layout
+from .._numerics import accumulation_dtype
+from .ops import kernel, register
+
+__all__ = ["MaskedL2Function", "level_masks", "masked_l2_squares"]
+
+Masks = list[Optional[Tensor]]
+
+
+def masked_l2_squares(
+    backend: str, students: list[Tensor], teachers: list[Tensor], spatial_masks: Masks, channel_masks: Masks
+) -> Tensor:
+    """``sum(Ms * Mc * (S - T)**2)`` of every level, ``(levels,)``, on a backend that has kernels."""
+    teachers = [teacher.detach() for teacher in teachers]
+    spatial_masks, channel_masks = level_masks(students, teachers, spatial_masks, channel_masks)
+    return MaskedL2Function.apply(backend, *students, *teachers, *spatial_masks, *channel_masks)
+
+
+def level_masks(
+    students: list[Tensor], teachers: list[Tensor], spatial_masks: Masks, channel_masks: Masks
+) -> tuple[Masks, Masks]:
+    """The masks as the ops take them: contiguous, in the level's accumulation dtype, without gradient."""
+    dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers)]
+
+    def prepared(masks):
+        return [None if m is None else m.detach().to(dtype).contiguous() for m, dtype in zip(masks, dtypes)]
+
+    return prepared(spatial_masks), prepared(channel_masks)
+
+
+class MaskedL2Function(torch.autograd.Function):
+    """``dS = 2 g Ms Mc (S - T)``."""
+
+    @staticmethod
+    def forward(ctx, backend, *tensors):
+        count = len(tensors) // 4
+        maps = [in_place_layout(x) for x in tensors[: 2 * count]]
+        masks = tensors[2 * count :]
+        ctx.save_for_backward(*maps, *masks)
+        ctx.backend = backend
+        return kernel("masked_l2_forward", backend)(
+            maps[:count], maps[count:], list(masks[:count]), list(masks[count:])
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        count = len(saved) // 4
+        levels = [list(saved[first : first + count]) for first in range(0, 4 * count, count)]
+        gradients = kernel("masked_l2_backward", ctx.backend)(*levels, grad.contiguous())
+        return None, *gradients, *[None] * (3 * count)
+
+
+def _fake_forward(students, teachers, spatial_masks, channel_masks):
+    return students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
+
+
+def _fake_backward(students, teachers, spatial_masks, channel_masks, grad):
+    return [empty_gradient(student) for student in students]
+
+
+_ARGUMENTS = "Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask"
+register("masked_l2_forward", f"({_ARGUMENTS}) -> Tensor", _fake_forward, "masked_l2")
+register("masked_l2_backward", f"({_ARGUMENTS}, Tensor grad) -> Tensor[]", _fake_backward, "masked_l2")
