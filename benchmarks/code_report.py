@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.environment import ROOT, modified, revision  # noqa: E402
-from benchmarks.suites import LAYOUTS, LEVELS  # noqa: E402
+from benchmarks.cases import LAYOUTS, LEVELS  # noqa: E402
 from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 

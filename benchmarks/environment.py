@@ -10,6 +10,8 @@ from typing import Optional
 
 import torch
 
+from benchmarks import mmrazor
+
 __all__ = ["ROOT", "environment", "modified", "revision"]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,7 @@ def environment(device: str, threads: int) -> dict:
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peers": mmrazor.versions(),
         "revision": revision(),
         "modified": modified(),
     }

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.suites import SUITES, Case, Cost, Suite, outputs_of, peers_of
+from benchmarks.cases import Case, Cost, Implementation, Suite
+from benchmarks.mmrazor import NotInstalledError
+from benchmarks.suites import SUITES, outputs_of, peers_of
 from benchmarks.timing import interleaved, ratios, summary
 
-__all__ = ["DOES_NOT_FIT", "Job", "measure"]
+__all__ = ["DOES_NOT_FIT", "OURS", "Job", "measure"]
 
 DOES_NOT_FIT = "does not fit in memory"
-# Largest error of an element, relative to its size and the RMS of its tensor: well above every correct
-# implementation's rounding, well below any mistake in a formula.
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 PASSES = ("forward", "step")
+OURS = "fbkd_ops"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def measure(job: Job) -> dict:
     """Everything that is known of a job's peers: ``status`` is "ok" or says why there are no figures."""
     suite, case = SUITES[job.suite], job.case
     peers = peers_of(suite, case.device)
-    missing = {name: f"does not run on {case.device}" for name in job.peers if name not in peers}
+    missing = {name: f"{job.suite} has none on {case.device}" for name in job.peers if name not in peers}
     peers = {name: peers[name] for name in job.peers if name in peers}
-    status = missing | {name: _wrong(suite, function, case.small) for name, function in peers.items()}
+    status = missing | {name: _wrong(suite, make, case.small) for name, make in peers.items()}
     result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
     try:
         arguments = suite.inputs(case)
@@ -73,7 +73,7 @@ def measure(job: Job) -> dict:
     except (RuntimeError, MemoryError) as error:
         status = {name: problem or _reason(error) for name, problem in status.items()}
         return result | {"peers": {name: {"status": status[name]} for name in job.peers}}
-    runners = {name: Runner(peers[name], arguments) for name, problem in status.items() if not problem}
+    runners = {name: Runner(peers[name](case), arguments) for name, problem in status.items() if not problem}
     status |= {name: _attempt(runner) for name, runner in runners.items()}
     runners = {name: runner for name, runner in runners.items() if not status[name]}
     rows = {name: {"status": status[name] or "ok"} for name in job.peers}
@@ -81,30 +81,32 @@ def measure(job: Job) -> dict:
         rows[name] |= _memory_of(runner, job)
     calls = {(name, which): getattr(runner, which) for name, runner in runners.items() for which in PASSES}
     times = interleaved(ceilings | calls, job.rounds, case.device, job.seconds)
-    rates = _rates(case, suite.cost(case), {name: times[name] for name in ceilings})
+    rates = _rates(case, {name: times[name] for name in ceilings})
     for name in runners:
         for which in PASSES:
-            eager = times.get(("eager", which))
-            rows[name][which] = _figures(times[name, which], eager, _least(suite.cost(case), rates, which))
+            beside = {other: times.get((other, which)) for other in (suite.baseline, OURS)}
+            least = _least(suite.cost(case), rates, which)
+            rows[name][which] = _figures(times[name, which], beside[suite.baseline], beside[OURS], least)
     if case.device == "cpu":
         rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"])
     return result | {"rounds": len(times["sum"]), "ceilings": rates, "peers": rows}
 
 
-def _wrong(suite: Suite, function: Callable, case: Case) -> str:
+def _wrong(suite: Suite, make: Callable[[Case], Implementation], case: Case) -> str:
     """How a peer's outputs or gradients differ from the literal formula's in float64; empty if they do not."""
     arguments = suite.inputs(case)
-    runner = Runner(function, arguments)
-    truth = Runner(suite.reference, [x.detach().double().requires_grad_(x.requires_grad) for x in arguments])
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in arguments]
+    truth = Runner(suite.implementations["reference"](case), exact)
     try:
-        problem = _difference(runner.forward(), truth.forward(), TOLERANCES[case.dtype])
+        runner = Runner(make(case), arguments)
+        problem = _difference(runner.forward(), truth.forward(), suite.tolerances[case.dtype])
         if problem:
             return f"WRONG without gradients: {problem}"
         results = runner.step()
     except Exception as error:
         return _reason(error)
     truth.grads = [grad.double() for grad in runner.grads]
-    problem = _difference(results, truth.step(), TOLERANCES[case.dtype])
+    problem = _difference(results, truth.step(), suite.tolerances[case.dtype])
     return f"WRONG with gradients: {problem}" if problem else ""
 
 
@@ -119,9 +121,9 @@ def _difference(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], tolerance: 
 
 
 def _attempt(runner: Runner) -> str:
-    """Call a peer as it will be timed; why that fails, or nothing."""
+    """Call a peer as it will be timed; why that fails, or nothing. The step comes first: it needs the most memory."""
     try:
-        for which in PASSES * 2:
+        for which in (*reversed(PASSES), *PASSES):
             getattr(runner, which)()
     except Exception as error:
         return _reason(error)
@@ -130,6 +132,8 @@ def _attempt(runner: Runner) -> str:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, NotInstalledError):
+        return text
     full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
     return DOES_NOT_FIT if full or "bad_alloc" in text else f"failed: {type(error).__name__}: {text.splitlines()[0]}"
 
@@ -147,7 +151,8 @@ def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
 
 
 def _ceilings(case: Case, cost: Cost) -> dict[str, Callable[[], object]]:
-    """What the machine can do with a map of this size: reading it, copying it, and the suite's matrix product.
+    """What the machine can do with a map of this size (the first of a pyramid): reading it, copying it, and, where the
+    suite has matrix products, one with a square matrix of the channels' width.
 
     Reading and copying treat the map's memory as float32, whose sum needs no conversion.
     """
@@ -163,14 +168,15 @@ def _ceilings(case: Case, cost: Cost) -> dict[str, Callable[[], object]]:
     return ceilings
 
 
-def _rates(case: Case, cost: Cost, times: dict[str, list[float]]) -> dict[str, float]:
+def _rates(case: Case, times: dict[str, list[float]]) -> dict[str, float]:
     """GB/s of reading, copying and copying into newly allocated memory (read + written); GFLOP/s of the product."""
     moved = 4 * max(1, case.map_bytes // 4) / 1e6
     median = {name: summary(values)["median"] for name, values in times.items()}
     rates = {"sum_gb_s": moved / median["sum"]}
     rates |= {f"{name}_gb_s": 2 * moved / median[name] for name in ("copy", "copy_to_new")}
     if "matmul" in median:
-        rates["matmul_gflop_s"] = cost.forward_flops / 1e6 / median["matmul"]
+        n, channels, height, width = case.shape
+        rates["matmul_gflop_s"] = 2 * n * channels * channels * height * width / 1e6 / median["matmul"]
     return rates
 
 
@@ -190,7 +196,10 @@ def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, floa
     return cost.forward_bytes + cost.backward_bytes, forward + backward
 
 
-def _figures(times: list[float], eager: Optional[list[float]], least: tuple[float, float]) -> dict:
+def _figures(
+    times: list[float], eager: Optional[list[float]], ours: Optional[list[float]], least: tuple[float, float]
+) -> dict:
+    """``eager`` and ``ours`` are the times of the baseline and of fbkd_ops in the same rounds."""
     ms = summary(times)
     size, least_ms = least
     return {
@@ -198,12 +207,13 @@ def _figures(times: list[float], eager: Optional[list[float]], least: tuple[floa
         "gb_s": size / 1e6 / ms["median"],
         "ceiling_percent": 100 * least_ms / ms["median"],
         "speed_vs_eager": ratios(times, eager) if eager else None,
+        "speed_of_fbkd_ops": ratios(ours, times) if ours else None,
     }
 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    case = Case(**job["case"] | {"shape": tuple(job["case"]["shape"])})
+    case = Case(**job["case"] | {name: tuple(job["case"][name]) for name in ("shape", "strides")})
     job = Job(**job | {"case": case})
     torch.set_num_threads(job.threads)
     if case.device == "cpu":

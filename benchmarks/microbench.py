@@ -3,19 +3,19 @@
     python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--json FILE]
 
 One table for each suite, map and state of memory; docs/performance.md says what the columns mean. Each is measured
-in a process of its own. Without --shapes, --dtype and --layout the maps are P2 in float32, P2 in channels_last, P2 in
-bfloat16 and P3.
+in a process of its own. Without --shapes, --dtype, --layout and --pooling a suite's own maps are taken.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Optional
 
@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.environment import ROOT, environment  # noqa: E402
-from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
+from benchmarks.measurement import DOES_NOT_FIT, OURS, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.suites import DTYPES, LAYOUTS, LEVELS, PEERS, SUITES, Case  # noqa: E402
+from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
-DEFAULT_CASES = (("P2",), ("P2", "float32", "channels_last"), ("P2", "bfloat16"), ("P3",))
+POOLINGS = ("preset", "none")
 COLUMNS = ("forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "peak extra MB")
 
 
@@ -54,7 +55,8 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="P2|N,C,H,W")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that run on the device by default")
+    parser.add_argument("--pooling", nargs="+", choices=POOLINGS, help="in the suites that have non-local blocks")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="beside fbkd_ops; all that a suite has by default")
     parser.add_argument("--json", type=Path, help="write the figures here, after each table")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -65,19 +67,28 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     return options
 
 
-def cases_of(options: argparse.Namespace) -> list[Case]:
-    if not (options.shapes or options.dtype or options.layout):
-        return [Case(LEVELS[level], *rest, device=options.device) for level, *rest in DEFAULT_CASES]
-    choices = options.shapes or [LEVELS["P2"]], options.dtype or ["float32"], options.layout or ["contiguous"]
-    return [Case(*choice, device=options.device) for choice in itertools.product(*choices)]
+def cases_of(suite: Suite, options: argparse.Namespace) -> list[Case]:
+    if not (options.shapes or options.dtype or options.layout or options.pooling):
+        return [replace(case, device=options.device) for case in suite.cases]
+    cases = []
+    for shape, dtype, layout, pooling in itertools.product(
+        options.shapes or [LEVELS["P2"]],
+        options.dtype or ["float32"],
+        options.layout or ["contiguous"],
+        options.pooling or POOLINGS[:1],
+    ):
+        strides = suite.strides(shape)
+        strides = strides if pooling == "preset" else (1,) * len(strides)
+        cases.append(Case(shape, dtype, layout, options.device, strides))
+    return list(dict.fromkeys(cases))  # without non-local blocks poolings do not differ
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
-    devices = ("", ":cuda", ":triton") if options.device == "cuda" else ("",)
-    default = [name for name in PEERS if ":" not in name or name.endswith(devices[1:])]
-    for suite, case, state in itertools.product(options.suite, cases_of(options), states_of(options.device)):
-        peers = options.peers or default
-        yield Job(suite, case, state, peers, options.threads, options.rounds, options.seconds)
+    for name in options.suite:
+        asked = options.peers or peers_of(SUITES[name], options.device)
+        peers = list(dict.fromkeys([*asked, OURS]))
+        for case, state in itertools.product(cases_of(SUITES[name], options), states_of(options.device)):
+            yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
 
 
 def measured(job: Job) -> dict:
@@ -143,6 +154,30 @@ def table_of(result: dict):
     return table
 
 
+def scaling(results: list[dict]) -> list[dict]:
+    """How time grows with the map, without pooling: each pair of neighbouring sizes in the same suite and state."""
+    series = {}
+    for result in results:
+        case = result["case"]
+        if set(case["strides"]) == {1} and "rounds" in result:
+            key = (result["suite"], result["state"], case["dtype"], case["layout"], *case["shape"][:2])
+            series.setdefault(key, []).append((math.prod(case["shape"][2:]), result))
+    rows = []
+    for group in series.values():
+        ordered = sorted(group, key=lambda entry: entry[0])
+        for (pixels, small), (more_pixels, large) in zip(ordered, ordered[1:]):
+            sizes = ["x".join(map(str, result["case"]["shape"][2:])) for result in (small, large)]
+            row = {"suite": small["suite"], "state": small["state"], "sizes": sizes, "pixels": more_pixels / pixels}
+            rows.append(row | {"time": _growth(small["peers"], large["peers"])})
+    return rows
+
+
+def _growth(small: dict, large: dict) -> dict[str, float]:
+    """Of each peer that has figures in both, the ratio of its times of forward and backward."""
+    both = [name for name, row in small.items() if row["status"] == "ok" == large.get(name, {}).get("status")]
+    return {name: large[name]["step"]["ms"]["median"] / small[name]["step"]["ms"]["median"] for name in both}
+
+
 def console():
     """Where tables go; wide enough for them also where the output is no terminal."""
     try:
@@ -166,14 +201,21 @@ def main(arguments: Optional[list[str]] = None) -> None:
     output = console()
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
-    report["results"] = []
+    report |= {"results": [], "scaling": []}
     try:
         for job in jobs_of(options):
             report["results"].append(measured(job))
+            report["scaling"] = scaling(report["results"])
             save(options.json, report)
             output.print(table_of(report["results"][-1]))
     except KeyboardInterrupt:
         sys.exit(f"interrupted after {len(report['results'])} tables")
+    for row in report["scaling"]:
+        growth = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["time"].items())
+        output.print(
+            f"{row['suite']}, {row['state']} memory, {' to '.join(row['sizes'])}, "
+            f"{row['pixels']:.1f} times the pixels: time × {growth or '–'}"
+        )
     save(options.json, report | {"complete": True})
 
 

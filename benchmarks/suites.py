@@ -1,110 +1,42 @@
 """What is measured: of each suite its inputs, its implementations (peers) and the least that it has to move.
 
-A new suite is one entry of SUITES. Its functions take the inputs' tensors in order and return a tuple of tensors.
+A new suite is one entry of SUITES. Its implementations take the inputs' tensors in order and return a tuple of tensors.
 """
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import LEVELS, Case, Cost, Implementation, Suite, forced
+from benchmarks.loss_suites import FBKD_LOSS, RELATION
 from fbkd_ops import backends, functional, reference
 
-__all__ = ["DTYPES", "LAYOUTS", "LEVELS", "PEERS", "SUITES", "Case", "Cost", "Suite", "outputs_of", "peers_of"]
+__all__ = ["PEERS", "SUITES", "outputs_of", "peers_of"]
 
-# Feature maps of an 800x1344 image; the strides of P2..P6 are 4..64.
-LEVELS = {
-    "P2": (1, 256, 200, 336),
-    "P3": (1, 256, 100, 168),
-    "P4": (1, 256, 50, 84),
-    "P5": (1, 256, 25, 42),
-    "P6": (1, 256, 13, 21),
-}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FORCED = ("cuda", "triton")
-PEERS = ("eager", "compile", "reference", "fbkd_ops", *(f"fbkd_ops:{backend}" for backend in FORCED))
-
-
-@dataclass(frozen=True)
-class Case:
-    """The map that a suite runs on. ``shape`` is (N, C, H, W); ``dtype`` and ``layout`` are names."""
-
-    shape: tuple[int, int, int, int]
-    dtype: str = "float32"
-    layout: str = "contiguous"
-    device: str = "cpu"
-
-    @property
-    def title(self) -> str:
-        levels = [name for name, shape in LEVELS.items() if shape == self.shape]
-        return " ".join([*(levels or ["x".join(map(str, self.shape))]), self.dtype, self.layout])
-
-    @property
-    def map_bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
-
-    @property
-    def small(self) -> "Case":
-        """The map on which results are checked: as many channels unless those are very many, fewer pixels."""
-        limits = (2, 512, 19, 28)
-        return Case(tuple(map(min, self.shape, limits)), self.dtype, self.layout, self.device)
-
-    def features(self, seed: int) -> Tensor:
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
-        return x.to(self.device, getattr(torch, self.dtype)).contiguous(memory_format=LAYOUTS[self.layout])
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The fewest bytes and floating-point operations that any implementation needs."""
-
-    forward_bytes: int
-    backward_bytes: int
-    forward_flops: int = 0
-    backward_flops: int = 0
-
-
-@dataclass(frozen=True)
-class Suite:
-    """``op`` is the name in ``fbkd_ops.backends.OPS``; differentiable inputs are those that require a gradient."""
-
-    op: str
-    inputs: Callable[[Case], list[Tensor]]
-    eager: Callable[..., Iterable[Tensor]]
-    reference: Callable[..., Iterable[Tensor]]
-    fbkd_ops: Callable[..., Iterable[Tensor]]
-    cost: Callable[[Case], Cost]
+PEERS = ("eager", "mmrazor", "compile", "reference", "fbkd_ops", *(f"fbkd_ops:{backend}" for backend in FORCED))
 
 
 def outputs_of(result: Union[Tensor, Iterable[Tensor]]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def peers_of(suite: Suite, device: str) -> dict[str, Callable[..., Iterable[Tensor]]]:
-    """The suite's implementations that run on a device, keyed as in PEERS."""
-    peers = {
-        "eager": suite.eager,
-        "compile": torch.compile(suite.eager, dynamic=False),
-        "reference": suite.reference,
-        "fbkd_ops": suite.fbkd_ops,
-    }
+def peers_of(suite: Suite, device: str) -> dict[str, Callable[[Case], Implementation]]:
+    """What makes the suite's implementations that run on a device, in the order of PEERS."""
+    makers = dict(suite.implementations)
+    makers["compile"] = lambda case: torch.compile(suite.implementations[suite.baseline](case), dynamic=False)
     if device == "cuda":
-        served = [backend for backend in FORCED if backend in backends.OPS[suite.op]]
-        peers |= {f"fbkd_ops:{backend}": _forced(suite.fbkd_ops, backend) for backend in served}
-    return peers
+        for backend in FORCED:
+            if backend in backends.OPS[suite.op]:
+                makers[f"fbkd_ops:{backend}"] = _forced(suite.implementations["fbkd_ops"], backend)
+    return {name: makers[name] for name in PEERS if name in makers}
 
 
-def _forced(function: Callable, backend: str) -> Callable:
-    def forced(*arguments):
-        with backends.use_backend(backend):
-            return function(*arguments)
-
-    return forced
+def _forced(make: Callable[[Case], Implementation], backend: str) -> Callable[[Case], Implementation]:
+    return lambda case: forced(make(case), backend)
 
 
 def _pool_inputs(case: Case) -> list[Tensor]:
@@ -176,8 +108,28 @@ def _adapted_cost(case: Case) -> Cost:
     return Cost(plain.forward_bytes + parameters, plain.backward_bytes + 2 * parameters, product, 2 * product)
 
 
+def _op_suite(
+    op: str,
+    inputs: Callable[[Case], list[Tensor]],
+    eager: Implementation,
+    literal: Implementation,
+    ours: Implementation,
+    cost: Callable[[Case], Cost],
+) -> Suite:
+    """A suite of functions that are the same for every case."""
+    functions = {"eager": eager, "reference": literal, "fbkd_ops": ours}
+    makers = {name: lambda case, function=function: function for name, function in functions.items()}
+    return Suite(op, inputs, makers, cost, OP_CASES)
+
+
+OP_CASES = (
+    Case(LEVELS["P2"]),
+    Case(LEVELS["P2"], layout="channels_last"),
+    Case(LEVELS["P2"], "bfloat16"),
+    Case(LEVELS["P3"]),
+)
 SUITES = {
-    "attention_pool": Suite(
+    "attention_pool": _op_suite(
         "attention_pool",
         _pool_inputs,
         _pool_eager,
@@ -185,7 +137,7 @@ SUITES = {
         functional.attention_pool,
         _pool_cost,
     ),
-    "masked_l2": Suite(
+    "masked_l2": _op_suite(
         "masked_l2_loss",
         _distance_inputs,
         _distance_eager,
@@ -193,7 +145,7 @@ SUITES = {
         functional.masked_l2_loss,
         _distance_cost,
     ),
-    "adapted_masked_l2": Suite(
+    "adapted_masked_l2": _op_suite(
         "adapted_masked_l2_loss",
         _adapted_inputs,
         _adapted_eager,
@@ -201,4 +153,6 @@ SUITES = {
         functional.adapted_masked_l2_loss,
         _adapted_cost,
     ),
+    "relation": RELATION,
+    "fbkd_loss": FBKD_LOSS,
 }

@@ -79,23 +79,6 @@ inline std::vector<AdaptedLevel> adapted_levels(const AdaptedArguments& of, cons
   return levels;
 }
 
-// Data of a tensor of the student's type that is packed as the student's gradient is.
-inline void* checked_gradient(const Tensor& grad, const Tensor& s, const MatrixView& view, const char* op,
-                              const char* name) {
-  const auto size = s.sizes(), given_size = grad.sizes();
-  bool fits = grad.scalar_type() == s.scalar_type() && given_size.size() == 4;
-  for (size_t dim = 0; fits && dim < 4; ++dim) fits = given_size[dim] == size[dim];
-  if (fits && s.numel() > 0) {
-    const MatrixView given = oriented(matrix_view(size.data(), grad.strides().data()), view.rows_are_channels);
-    const MatrixView dense = gradient_view(view);
-    fits = (given.cols == 1 || given.col_stride == 1) && (given.rows == 1 || given.row_stride == dense.row_stride) &&
-           (given.images == 1 || given.image_stride == dense.image_stride) && given.valid;
-  }
-  STD_TORCH_CHECK(fits, op, ": ", name, " must have the student's shape and type and its gradient's layout");
-  check_device(grad, s, op, name);
-  return grad.mutable_data_ptr();
-}
-
 inline StudentGradient student_gradient(const Tensor& s, const MatrixView& view, ScalarType accumulation,
                                         const OptionalTensors& pool_grads, const OptionalTensors& grad_student,
                                         size_t index, const Tensor& ds, const char* op) {

@@ -28,4 +28,22 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
   m.def(
       "adapted_masked_l2_finish_(Tensor(a!)[] gradient, Tensor[] student, Tensor grad, Tensor?[] pool_grads, "
       "Tensor?[] grad_student) -> ()");
+  m.def(
+      "non_local_statistics_forward(Tensor[] x, Tensor?[] mean, Tensor?[] projection, Tensor?[] weight, "
+      "Tensor?[] bias, int[] pool) -> Tensor[]");
+  m.def(
+      "non_local_statistics_backward_(Tensor(a!)[] gradient, Tensor(b!)[] grad_weight, Tensor[] x, "
+      "Tensor?[] projection, Tensor?[] inner, Tensor?[] shift, Tensor?[] weight, Tensor[] winners, "
+      "Tensor?[] grad_pooled, int[] pool) -> ()");
+  m.def(
+      "relation_residual_forward(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
+      "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, bool keep) -> Tensor[]");
+  m.def(
+      "relation_residual_backward(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
+      "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, Tensor[] residual, Tensor grad, "
+      "bool student_gradient) -> Tensor[]");
+  // The forward pass together with the gradients that a grad of ones would give.
+  m.def(
+      "relation_residual_with_gradient(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
+      "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, bool student_gradient) -> Tensor[]");
 }

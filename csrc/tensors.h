@@ -116,6 +116,23 @@ inline Tensor empty_gradient(const Tensor& x, const MatrixView& view) {
   return empty_like_device(x, std::vector<int64_t>(size.begin(), size.end()), x.scalar_type(), view.channels_last);
 }
 
+// Data of a tensor of x's type that is packed as the gradient of x is.
+inline void* checked_gradient(const Tensor& grad, const Tensor& x, const MatrixView& view, const char* op,
+                              const char* name) {
+  const auto size = x.sizes(), given_size = grad.sizes();
+  bool fits = grad.scalar_type() == x.scalar_type() && given_size.size() == 4;
+  for (size_t dim = 0; fits && dim < 4; ++dim) fits = given_size[dim] == size[dim];
+  if (fits && x.numel() > 0) {
+    const MatrixView given = oriented(matrix_view(size.data(), grad.strides().data()), view.rows_are_channels);
+    const MatrixView dense = gradient_view(view);
+    fits = (given.cols == 1 || given.col_stride == 1) && (given.rows == 1 || given.row_stride == dense.row_stride) &&
+           (given.images == 1 || given.image_stride == dense.image_stride) && given.valid;
+  }
+  STD_TORCH_CHECK(fits, op, ": ", name, " must have the shape and the type of the map, and its gradient's layout");
+  check_device(grad, x, op, name);
+  return grad.mutable_data_ptr();
+}
+
 // Numbers that a launch needs while it runs, freed with this object: the device's allocator reuses them in order.
 template <typename A>
 struct Scratch {

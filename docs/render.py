@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Optional
 
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels
 
@@ -84,12 +85,15 @@ def microbench_gpu() -> str:
     return figures("cuda-microbench.json", "Not yet measured on a GPU.")
 
 
+def relation() -> str:
+    return figures("cpu-relation.json", "Not yet measured.")
+
+
 def figures(file: str, absent: str) -> str:
     """A table for each suite in a result of benchmarks/microbench.py."""
-    path = RESULTS / file
-    if not path.exists():
+    report = result_of(file)
+    if report is None:
         return absent
-    report = json.loads(path.read_text())
     text = [f"`{report['command']}`: {machine(report['environment'])}."]
     if not report["complete"]:
         text.append("The run was interrupted.")
@@ -98,11 +102,16 @@ def figures(file: str, absent: str) -> str:
     return "\n\n".join([*text, "### Ceilings\n\n" + ceilings_table(report["results"])])
 
 
+def result_of(file: str) -> Optional[dict]:
+    path = RESULTS / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def machine(facts: dict) -> str:
     parts = [facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores"]
     if "load" in facts:
         parts.append(f"load average {facts['load']} at the start")
-    parts.append(f"torch {facts['torch']}")
+    parts += [f"{name} {version}" for name, version in ({"torch": facts["torch"]} | facts.get("peers", {})).items()]
     if facts["huge_pages"]:
         parts.append(f"huge pages `{facts['huge_pages']}`")
     tree = f"revision {facts['revision'] or 'unknown'}" + (" with changes" if facts["modified"] else "")
@@ -111,10 +120,7 @@ def machine(facts: dict) -> str:
 
 def suite_table(results: list[dict]) -> str:
     """Rows: maps and implementations; cells: one figure a state of memory."""
-    by_map = {}
-    for result in results:
-        by_map.setdefault(result["case"]["title"], {})[result["state"]] = result
-    states = sorted({result["state"] for result in results}, reverse=True)  # warm before fresh
+    by_map, states = by_map_and_state(results)
     header = ["map", "implementation", "forward ms", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "MB"]
     shown = f" {' / '.join(states)}" if len(states) > 1 else ""
     rows = []
@@ -125,13 +131,72 @@ def suite_table(results: list[dict]) -> str:
     return table([name + shown if name in header[2:7] else name for name in header], rows)
 
 
+def by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
+    """One suite's results, and the states in the order in which they are shown: warm before fresh."""
+    by_map = {}
+    for result in results:
+        by_map.setdefault(result["case"]["title"], {})[result["state"]] = result
+    return by_map, sorted({result["state"] for result in results}, reverse=True)
+
+
+def relation_summary() -> str:
+    """What fbkd_ops is beside the others, one line a map."""
+    report = result_of("cpu-relation.json")
+    if report is None:
+        return "Not yet measured."
+    lines = []
+    for suite in dict.fromkeys(result["suite"] for result in report["results"]):
+        by_map, states = by_map_and_state([result for result in report["results"] if result["suite"] == suite])
+        for title, by_state in by_map.items():
+            rows = [by_state[state]["peers"] for state in states if state in by_state]
+            lines.append(f"- `{suite}`, {title}: {comparison(rows)}.")
+    return "\n".join(lines)
+
+
+def comparison(states: list[dict]) -> str:
+    """fbkd_ops beside each other peer; ``states`` are the rows of one map in each state of memory."""
+    ours = [peers["fbkd_ops"] for peers in states]
+    if any(row["status"] != "ok" for row in ours):
+        return f"`fbkd_ops` {ours[0]['status']}"
+    parts = []
+    for name in states[0]:
+        rows = [peers[name] for peers in states]
+        problem = next((row["status"] for row in rows if row["status"] != "ok"), "")
+        if problem:
+            parts.append(f"`{name}` {problem}")
+        elif name != "fbkd_ops":
+            speeds = " / ".join(f"{row['step']['speed_of_fbkd_ops']['median']:.1f}" for row in rows)
+            memory = peak_of(ours) and peak_of(rows) and peak_of(rows) / peak_of(ours)
+            share = f" in 1/{memory:.1f} of the memory" if memory else ""
+            parts.append(f"{speeds} times as fast as `{name}`{share}")
+    return ", ".join(parts or ["nothing to compare with"])
+
+
+def peak_of(rows: list[dict]) -> Optional[float]:
+    """Peak extra megabytes in the state of memory that has them."""
+    return next((row["peak_extra_mb"] for row in rows if row.get("peak_extra_mb") is not None), None)
+
+
+def scaling() -> str:
+    """How time grows with the map, from the entries that benchmarks/microbench.py makes of neighbouring sizes."""
+    report = result_of("cpu-relation.json")
+    if report is None or not report["scaling"]:
+        return "Not yet measured."
+    peers = list(dict.fromkeys(name for row in report["scaling"] for name in row["time"]))
+    rows = []
+    for row in report["scaling"]:
+        growth = [f"{row['time'][name]:.1f}" if name in row["time"] else "–" for name in peers]
+        rows.append([" → ".join(row["sizes"]), row["state"], f"{row['pixels']:.1f}", *growth])
+    return table(["map", "memory", "× pixels", *(f"× time of `{name}`" for name in peers)], rows)
+
+
 def peer_cells(found: list[dict], count: int) -> list[str]:
     """A peer's figures, one for each state of memory, or why it has none."""
     problem = next((row["status"] for row in found if row["status"] != "ok"), "")
     if problem:
         return [problem, *[""] * (count - 1)]
     steps = [row["step"] for row in found]
-    peak = next((row["peak_extra_mb"] for row in found if row.get("peak_extra_mb") is not None), None)
+    peak = peak_of(found)
     cells = [
         [f"{row['forward']['ms']['median']:.2f}" for row in found],
         [f"{step['ms']['median']:.2f}" for step in steps],
@@ -204,7 +269,18 @@ def passes() -> str:
 
 BLOCKS = {
     block.__name__: block
-    for block in (presets, normalization, commands, microbench, microbench_gpu, compiled_code, passes)
+    for block in (
+        presets,
+        normalization,
+        commands,
+        microbench,
+        relation,
+        relation_summary,
+        scaling,
+        microbench_gpu,
+        compiled_code,
+        passes,
+    )
 }
 
 

@@ -3,13 +3,18 @@
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "root", "without_autocast"]
+__all__ = ["accumulation_dtype", "residual_dtype", "root", "without_autocast"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where a tensor is float64, float32 for everything narrower."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def residual_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Dtype of a kept residual of two features: the features' own where both have the same."""
+    return student.dtype if student.dtype == teacher.dtype else accumulation_dtype(student, teacher)
 
 
 def root(squares: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
+from ._batch_norm import is_frozen
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "feature_levels",
     "is_int",
     "paired_levels",
+    "warn_of_clamping",
 ]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +55,21 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 def check_stride(stride: Any) -> None:
     if not is_int(stride) or stride < 1:
         raise ValueError(f"stride must be an int >= 1 (1: no pooling), got {stride!r}")
+
+
+_warned_of_clamping = False
+
+
+def warn_of_clamping(stride: int, feature: Tensor) -> None:
+    """Say once a process that ``stride`` is larger than a map ``(N, C, H, W)``; not while a graph is compiled."""
+    global _warned_of_clamping
+    if torch.compiler.is_compiling() or _warned_of_clamping or stride <= min(feature.shape[2:]):
+        return
+    _warned_of_clamping = True
+    height, width = feature.shape[2:]
+    warnings.warn(
+        f"stride {stride} is larger than a map of {height}x{width} pixels and is clamped to it (said once a process)"
+    )
 
 
 def check_feature(feature: Any, name: str) -> None:
@@ -104,13 +122,20 @@ def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor,
 
 
 def check_norm(norm: Any, channels: int, name: str) -> None:
-    """A BatchNorm over ``channels``, or None."""
+    """A BatchNorm, a SyncBatchNorm or a frozen BatchNorm over ``channels``, or None."""
     if norm is None:
         return
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        raise TypeError(f"{name} must be a BatchNorm or None, got {type(norm).__name__}")
-    if norm.num_features != channels:
-        raise ValueError(f"{name} must have num_features {channels}, got {norm.num_features}")
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        width = norm.num_features
+    elif isinstance(norm, nn.Module) and is_frozen(norm):
+        width = norm.running_mean.numel()
+    else:
+        raise TypeError(
+            f"{name} must be a BatchNorm, a SyncBatchNorm, a frozen BatchNorm (with eps and the buffers weight, bias, "
+            f"running_mean and running_var) or None, got {type(norm).__name__}"
+        )
+    if width != channels:
+        raise ValueError(f"{name} must have num_features {channels}, got {width}")
 
 
 def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:

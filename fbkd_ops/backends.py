@@ -13,16 +13,19 @@ __all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-# Backends that have kernels of an op. The ops without any are plain PyTorch on every device. The adapted distance is a
-# matrix product, which Triton writes for the tensor cores of every GPU.
+# Backends that have kernels of an op. Those without "cuda" are matrix products, which Triton writes for the tensor cores
+# of every GPU.
 OPS = {
     "attention_pool": ("cpu", "cuda", "triton"),
     "attention_masks": ("cpu", "cuda", "triton"),
     "masked_l2_loss": ("cpu", "cuda", "triton"),
     "adapted_masked_l2_loss": ("cpu", "triton"),
-    "non_local": (),
-    "relation_loss": (),
+    "non_local": ("cpu", "triton"),
+    "relation_loss": ("cpu", "triton"),
 }
+
+# Their literal formulas need memory that grows with the square of the number of pixels.
+_LINEAR_IN_TORCH = ("non_local", "relation_loss")
 
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
@@ -83,8 +86,8 @@ def _triton_obstacle(device: str) -> str:
 def resolve(op: str, tensor: Tensor) -> str:
     """Backend that a call of ``op`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
 
-    "torch" is plain PyTorch, for the ops that have no kernels of their own. Where the forced backend has no kernels
-    of this op, it is the automatic choice on that backend's device.
+    "torch" is plain PyTorch in linear memory, for the ops of the relation term where no kernels of theirs can run. Where
+    the forced backend has no kernels of this op, it is the automatic choice on that backend's device.
 
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.
@@ -103,12 +106,10 @@ def resolve(op: str, tensor: Tensor) -> str:
 
 def automatic(op: str, device: str) -> str:
     """Backend of ``op`` on a device type where none is forced: the first that has kernels and can run."""
-    if not OPS[op]:
-        return "torch"
     for backend in _AUTOMATIC.get(device, ()):
         if backend in OPS[op] and not available(backend, device):
             return backend
-    return "reference"
+    return "torch" if op in _LINEAR_IN_TORCH else "reference"
 
 
 def _device_mismatch(backend: str, device: str) -> str:

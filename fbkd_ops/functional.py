@@ -22,13 +22,16 @@ from ._validation import (
     check_stride,
     check_tensor,
     check_weights,
+    warn_of_clamping,
 )
 from .autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
 from .autograd.attention_masks import MaskRequest
 from .autograd.attention_masks import attention_masks as attention_masks_op
 from .autograd.attention_pool import attention_pools as attention_pools_op
 from .autograd.masked_l2 import masked_l2_squares
+from .linear_non_local import Block
 from .presets import CHOICES, MODES
+from .relation import RelationTerm, relation_squares
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
@@ -279,7 +282,7 @@ def non_local(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    norm: Optional[nn.BatchNorm2d] = None,
+    norm: Optional[nn.Module] = None,
 ) -> Tensor:
     """The non-local block ``z = x + Norm(Wz y + bz)`` without its ``(HW, K)`` matrix.
 
@@ -287,11 +290,12 @@ def non_local(
         x: ``(N, C, H, W)``.
         weights: the block's 1x1 convolutions, see :class:`fbkd_ops.NonLocalWeights`.
         mode: ``"dot_product"``, ``"embedded_gaussian"``, ``"gaussian"`` or ``"concatenation"``.
-        stride: factor by which phi and g are max-pooled, >= 1; clamped to the map.
+        stride: factor by which phi and g are max-pooled, >= 1; clamped to the map, with a warning once a process.
         pool_order: ``"single"``, or ``"nested"`` for a pool by 2 followed by a pool by ``stride / 2``.
         use_scale: whether ``embedded_gaussian`` divides by the root of the inner width.
         norm: a BatchNorm whose statistics, mode and buffers are used (and updated in training) as its own forward
-            would, or None.
+            would, or None. An ``nn.SyncBatchNorm`` takes the statistics of all processes, on the CPU too; a frozen one
+            (torchvision's FrozenBatchNorm2d, or any module with eps and such buffers) always its buffers.
 
     Returns:
         z, ``(N, C, H, W)``, in float32 (float64 for float64).
@@ -308,7 +312,7 @@ def non_local(
     Source: Wang et al. 2018, "Non-local Neural Networks"; Zhang & Ma 2021 use ``dot_product``.
     """
     check_feature(x, "x")
-    settings = _block_settings(mode, stride, pool_order, use_scale)
+    settings = _block_settings(x, mode, stride, pool_order, use_scale)
     check_weights(weights, x, mode, "weights")
     check_norm(norm, x.shape[1], "norm")
     backend = backends.resolve("non_local", x)
@@ -316,7 +320,7 @@ def non_local(
     with without_autocast(x):
         if backend == "reference":
             return reference.non_local(x, weights, norm=norm, **vars(settings))
-        return linear_non_local.non_local(x, weights, settings, norm)
+        return linear_non_local.non_local(backend, x, Block(weights, settings, norm))
 
 
 def relation_loss(
@@ -331,8 +335,9 @@ def relation_loss(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    student_norm: Optional[nn.BatchNorm2d] = None,
-    teacher_norm: Optional[nn.BatchNorm2d] = None,
+    student_norm: Optional[nn.Module] = None,
+    teacher_norm: Optional[nn.Module] = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch, without a ``(HW, K)`` matrix and without z.
 
@@ -346,7 +351,7 @@ def relation_loss(
         adaptation_weight: the 1x1 convolution B, ``(Ct, Cs)``.
         adaptation_bias: its bias, ``(Ct,)``.
         mode, stride, pool_order, use_scale: as in :func:`non_local`, for both blocks.
-        student_norm, teacher_norm: the blocks' BatchNorms, or None.
+        student_norm, teacher_norm: the blocks' BatchNorms, or None, as in :func:`non_local`.
 
     Returns:
         A scalar. It grows with ``sqrt(N * H * W)``.
@@ -371,7 +376,7 @@ def relation_loss(
     check_feature(student, "student")
     check_feature(teacher, "teacher")
     check_pair(student, teacher, "student", "teacher")
-    settings = _block_settings(mode, stride, pool_order, use_scale)
+    settings = _block_settings(student, mode, stride, pool_order, use_scale)
     check_weights(student_weights, student, mode, "student_weights")
     check_weights(teacher_weights, teacher, mode, "teacher_weights")
     expected = (teacher.shape[1], student.shape[1])
@@ -380,18 +385,22 @@ def relation_loss(
     check_norm(student_norm, student.shape[1], "student_norm")
     check_norm(teacher_norm, teacher.shape[1], "teacher_norm")
     backend = backends.resolve("relation_loss", student)
-    dtype = accumulation_dtype(student, teacher)
-    sides = (student.to(dtype), teacher.detach().to(dtype), student_weights, teacher_weights)
-    adaptation = (adaptation_weight.to(dtype), adaptation_bias.to(dtype))
-    norms = dict(student_norm=student_norm, teacher_norm=teacher_norm)
+    adaptation = (adaptation_weight, adaptation_bias)
     with without_autocast(student):
         if backend == "reference":
+            sides = (student, teacher, student_weights, teacher_weights)
+            norms = dict(student_norm=student_norm, teacher_norm=teacher_norm)
             return reference.relation_loss(*sides, *adaptation, **vars(settings), **norms)
-        return linear_non_local.relation_loss(*sides, *adaptation, settings, **norms)
+        blocks = Block(student_weights, settings, student_norm), Block(teacher_weights, settings, teacher_norm)
+        term = RelationTerm(student, teacher.detach(), *blocks, *adaptation)
+        return root(relation_squares(backend, [term], memory_efficient)[0])
 
 
-def _block_settings(mode: str, stride: int, pool_order: str, use_scale: bool) -> linear_non_local.BlockSettings:
+def _block_settings(
+    x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool
+) -> linear_non_local.BlockSettings:
     check_choice(mode, MODES, "mode")
     check_choice(pool_order, CHOICES["pool_order"], "pool_order")
     check_stride(stride)
+    warn_of_clamping(stride, x)
     return linear_non_local.BlockSettings(mode, stride, pool_order, use_scale)

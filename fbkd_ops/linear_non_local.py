@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._numerics import root
+from ._batch_norm import Moments, scale_and_shift, uses_batch_statistics
 from .autograd.contiguous_gradient import contiguous_gradient
+from .autograd.non_local_statistics import StatisticsRequest, non_local_statistics
 from .autograd.projection import projection
-from .autograd.relation_residual import relation_residual
-from .reference import max_pool
+from .reference import max_pool, pool_kernels
 from .types import NonLocalWeights
 
-__all__ = ["AffineNonLocal", "BlockSettings", "Response", "non_local", "relation_loss", "response", "to_affine"]
+__all__ = ["AffineNonLocal", "Block", "BlockSettings", "non_local", "pool_cells", "stacked", "to_affine"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class BlockSettings:
     stride: int = 1
     pool_order: str = "single"
     use_scale: bool = True
+
+
+class Block(NamedTuple):
+    """A non-local block: its convolutions as matrices, how it compares pixels, its norm if it has one."""
+
+    weights: NonLocalWeights
+    settings: BlockSettings
+    norm: Optional[nn.Module] = None
 
 
 class Response(NamedTuple):
@@ -50,46 +58,25 @@ class AffineNonLocal(NamedTuple):
 
 
 def non_local(
+    backend: str,
     x: Tensor,  # (N, C, H, W)
-    weights: NonLocalWeights,
-    settings: BlockSettings,
-    norm: Optional[nn.BatchNorm2d],
+    block: Block,
 ) -> Tensor:
     """``z (N, C, H, W)`` of the block."""
-    block = to_affine(response(x, weights, settings)[1], norm)
-    added = torch.baddbmm(block.offset[:, :, None], block.matrix, block.vectors)  # (N, C, L)
+    affine = to_affine(backend, x, block)[1]
+    added = torch.baddbmm(affine.offset[:, :, None], affine.matrix, affine.vectors)  # (N, C, L)
     return x + added.reshape(x.shape)
 
 
-def relation_loss(
-    student: Tensor,  # (N, Cs, H, W)
-    teacher: Tensor,  # (N, Ct, H, W)
-    student_weights: NonLocalWeights,
-    teacher_weights: NonLocalWeights,
-    adaptation_weight: Tensor,  # B (Ct, Cs)
-    adaptation_bias: Tensor,  # (Ct,)
-    settings: BlockSettings,
-    student_norm: Optional[nn.BatchNorm2d],
-    teacher_norm: Optional[nn.BatchNorm2d],
-) -> Tensor:
-    """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch, without either z."""
-    student, s = response(student, student_weights, settings)
-    teacher, t = response(teacher, teacher_weights, settings)
-    s, t = to_affine(s, student_norm), to_affine(t, teacher_norm)
-    squares = relation_residual(
-        student.flatten(2),
-        adaptation_weight,
-        s.vectors,
-        torch.matmul(adaptation_weight, s.matrix),  # (N, Ct, cs)
-        teacher.flatten(2),
-        t.vectors,
-        t.matrix,
-        t.offset - torch.matmul(s.offset, adaptation_weight.mT) - adaptation_bias,  # (N, Ct)
-    )
-    return root(squares)
+def to_affine(backend: str, x: Tensor, block: Block) -> tuple[Tensor, AffineNonLocal]:
+    """x for what the caller's own gradient flows into, and the block of ``x (N, C, H, W)``; see :func:`response`."""
+    x, found = response(backend, x, block.weights, block.settings)
+    return x, _normalized(found, block.norm)
 
 
-def response(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Response]:
+def response(
+    backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings
+) -> tuple[Tensor, Response]:
     """x for what the caller's own gradient flows into, and the block's response to ``x (N, C, H, W)``.
 
     What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.
@@ -97,7 +84,7 @@ def response(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tu
     weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
     n, channels = x.shape[:2]
     bias = weights.out_bias if weights.out_bias is not None else x.new_zeros(channels)
-    x, theta, phi, g = _projections(x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)
+    x, theta, phi, g = _projections(backend, x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)
     if settings.mode == "dot_product":
         pairs = torch.bmm(phi, g.mT) / g.shape[2]  # (N, c, c)
         return x, Response(theta, torch.matmul(weights.out_weight, pairs.mT), bias)
@@ -108,19 +95,53 @@ def response(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tu
     return x, Response(y, weights.out_weight.expand(n, -1, -1), bias)
 
 
-def _projections(x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x again, theta at every pixel, and the pooled phi and g, from one product with the stacked weights."""
-    n, channels, height, width = x.shape
+def _projections(
+    backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x again, the query of every pixel (theta, or x in ``gaussian`` mode), and the pooled keys and g."""
     gaussian = settings.mode == "gaussian"
-    fields = ("g",) if gaussian else ("g", "theta", "phi")
-    stacked = [torch.cat([getattr(weights, f"{field}_{part}") for field in fields]) for part in ("weight", "bias")]
-    projected, x = projection(x.flatten(2), *stacked)
-    x = x.reshape(n, channels, height, width)
-    parts = projected.reshape(n, projected.shape[1], height, width).chunk(len(fields), dim=1)
-    g = _pooled(parts[0], settings)
+    fields, cells = ("g",) if gaussian else ("g", "phi"), pool_cells(x, settings)
+    if backend == "torch" or cells == (1, 1, 1, 1):
+        x, *parts = _convolved(x, weights, fields if gaussian else (*fields, "theta"))
+        parts[: len(fields)] = [_pooled(part, settings) for part in parts[: len(fields)]]
+    else:
+        x, *parts = _convolved_and_pooled(backend, x, weights, fields, cells)
+        if not gaussian:
+            x, theta = _convolved(x, weights, ("theta",))
+            parts.append(theta)
     if gaussian:
-        return x, x.flatten(2), _pooled(x, settings), g
-    return x, parts[1].flatten(2), _pooled(parts[2], settings), g
+        return x, x.flatten(2), _pooled(x, settings), parts[0]
+    g, phi, theta = parts
+    return x, theta.flatten(2), phi, g
+
+
+def _convolved(x: Tensor, weights: NonLocalWeights, fields: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """x again and its convolutions, each ``(N, c, H, W)``, from one product."""
+    projected, flat = projection(x.flatten(2), stacked(weights, fields, "weight"), stacked(weights, fields, "bias"))
+    return flat.reshape(x.shape), *projected.unflatten(2, x.shape[2:]).chunk(len(fields), dim=1)
+
+
+def _convolved_and_pooled(
+    backend: str, x: Tensor, weights: NonLocalWeights, fields: tuple[str, ...], cells: tuple[int, int, int, int]
+) -> tuple[Tensor, ...]:
+    """x again and its pooled convolutions, each ``(N, c, K)``, from one read."""
+    weight, bias = stacked(weights, fields, "weight"), stacked(weights, fields, "bias")
+    (statistics,) = non_local_statistics(backend, [StatisticsRequest(x, weight=weight, bias=bias, pool=cells)])
+    return statistics.x, *statistics.pooled.chunk(len(fields), dim=1)
+
+
+def stacked(weights: NonLocalWeights, fields: tuple[str, ...], part: str) -> Tensor:
+    """The ``"weight"`` or ``"bias"`` of several convolutions as that of one."""
+    return torch.cat([getattr(weights, f"{field}_{part}") for field in fields])
+
+
+def pool_cells(x: Tensor, settings: BlockSettings) -> tuple[int, int, int, int]:
+    """Height and width of the cells that ``x (N, C, H, W)`` is pooled by, and of the first pool's cells."""
+    kernels = pool_kernels(x.shape[2:], settings.stride, settings.pool_order)
+    if not kernels:
+        return 1, 1, 1, 1
+    first, last = kernels[0], kernels[-1] if len(kernels) > 1 else (1, 1)
+    return first[0] * last[0], first[1] * last[1], *first
 
 
 def _pooled(x: Tensor, settings: BlockSettings) -> Tensor:
@@ -173,79 +194,23 @@ def _suffix_sums(values: Tensor) -> Tensor:
     return F.pad(sums, (0, 1))
 
 
-def to_affine(block: Response, norm: Optional[nn.BatchNorm2d]) -> AffineNonLocal:
+def _normalized(block: Response, norm: Optional[nn.Module]) -> AffineNonLocal:
     """Fold the normalisation of ``u`` into the affine map, and update its running statistics."""
     vectors, matrix, bias = block
     n, channels = matrix.shape[:2]
     if norm is None:
         return AffineNonLocal(vectors, matrix, bias.expand(n, channels))
-    mean, variance = _statistics(block, norm)
-    scale = (variance + norm.eps).rsqrt()  # (C,)
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(scale.dtype)
-    offset = scale * (bias - mean)
-    if norm.bias is not None:
-        offset = offset + norm.bias.to(offset.dtype)
-    return AffineNonLocal(vectors, scale[:, None] * matrix, offset.expand(n, channels))
+    moments = _moments(block) if uses_batch_statistics(norm) else None
+    scale, shift = scale_and_shift(norm, moments, matrix)
+    return AffineNonLocal(vectors, scale[:, None] * matrix, (scale * bias + shift).expand(n, channels))
 
 
-def _statistics(block: Response, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The mean and the biased variance ``(C,)`` that BatchNorm would normalise ``u`` with."""
-    dtype = block.matrix.dtype
-    n, channels = block.matrix.shape[:2]
-    count = n * block.vectors.shape[2]
-    if not norm.training and norm.running_mean is not None:
-        return norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    if count == 0:
-        return _empty_batch_statistics(block, norm)
-    if norm.training and count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {[n, channels, 1, 1]}")
-    _refuse_synchronized(norm)
-    mean, variance = _moments(block)
-    _update_running_statistics(norm, mean.detach(), variance.detach(), count)
-    return mean, variance
-
-
-def _refuse_synchronized(norm: nn.Module) -> None:
-    """Statistics of one process would be silently wrong under a SyncBatchNorm of several."""
-    distributed = torch.distributed
-    if isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_available():
-        if distributed.is_initialized() and distributed.get_world_size(norm.process_group) > 1:
-            raise RuntimeError(
-                "norm is a SyncBatchNorm over several processes, which this version does not synchronize; "
-                "leave the loss out of convert_sync_batchnorm, or freeze the norm with .eval()"
-            )
-
-
-def _empty_batch_statistics(block: Response, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Anything finite will do; BatchNorm counts an empty batch but leaves its statistics."""
-    if norm.training and norm.running_mean is not None:
-        norm.num_batches_tracked.add_(1)
-    return torch.zeros_like(block.bias), torch.ones_like(block.bias)
-
-
-def _moments(block: Response) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of ``u`` over images and pixels, from those of the response."""
+def _moments(block: Response) -> Moments:
+    """Mean and biased variance of ``u`` over each image's pixels, from those of the response."""
     vectors, matrix, bias = block
+    pixels = vectors.shape[2]
     center = vectors.mean(dim=2, keepdim=True)  # (N, c, 1)
     centered = vectors - center
-    covariance = torch.bmm(centered, centered.mT) / vectors.shape[2]  # (N, c, c)
+    covariance = torch.bmm(centered, centered.mT) / pixels  # (N, c, c)
     image_means = torch.bmm(matrix, center)[:, :, 0] + bias  # (N, C)
-    mean = image_means.mean(dim=0)
-    within = (torch.bmm(matrix, covariance) * matrix).sum(dim=2).mean(dim=0)
-    between = (image_means - mean).square().mean(dim=0)
-    return mean, within + between
-
-
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """What ``nn.BatchNorm2d`` does to its buffers in training: unbiased variance, momentum or average."""
-    if not norm.training or norm.running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    if norm.momentum is None:
-        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-    else:
-        momentum = norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    unbiased = variance * (count / (count - 1))
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    return Moments(image_means, (torch.bmm(matrix, covariance) * matrix).sum(dim=2), pixels)

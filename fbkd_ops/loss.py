@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, functional, reference
+from . import backends, reference
+from ._batch_norm import synchronizes, uses_batch_statistics
 from ._numerics import accumulation_dtype, root, without_autocast
-from ._validation import Features, check_channels, check_same_device, is_int, paired_levels
+from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
 from .non_local_block import NonLocalBlock2d
 from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
+from .relation import RelationTerm, relation_squares
 from .types import AttentionPool
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
@@ -36,6 +38,8 @@ class FBKDLoss(nn.Module):
         num_levels: how many levels, where the channels are ints; by default what the preset was written for
             (``"paper"`` fits any number and needs it).
         preset: ``"two_stage"``, ``"one_stage"``, ``"mmrazor"`` or ``"paper"``.
+        memory_efficient: whether forward keeps no feature map for backward, which then repeats the products over all
+            pixels; else it keeps up to two a level.
         **overrides: any field of :class:`fbkd_ops.LevelSettings`, one value or a list of one a level:
             ``spatial_temperature``, ``channel_temperature``, ``mask_rule``, ``use_channel_mask``,
             ``channel_mask_source``, ``feature_weight``, ``channel_weight``, ``spatial_weight``, ``relation_weight``,
@@ -63,6 +67,7 @@ class FBKDLoss(nn.Module):
         *,
         num_levels: Optional[int] = None,
         preset: str = "two_stage",
+        memory_efficient: bool = False,
         **overrides: Any,
     ):
         super().__init__()
@@ -72,7 +77,7 @@ class FBKDLoss(nn.Module):
             _level_widths(student_channels, num_levels, "student_channels"),
             _level_widths(teacher_channels, num_levels, "teacher_channels"),
         )
-        self.preset = preset
+        self.preset, self.memory_efficient = preset, memory_efficient
         self.levels = nn.ModuleList()
         for index, (settings, (student, teacher)) in enumerate(
             zip(resolve_settings(preset, num_levels, overrides), widths)
@@ -126,22 +131,29 @@ class FBKDLoss(nn.Module):
         students = [student for _, student, _, _ in pairs]
         teachers = [teacher.detach() for _, _, _, teacher in pairs]
         with without_autocast(students[0]):
-            if backends.resolve("relation_loss", students[0]) == "reference":
+            backend = backends.resolve("relation_loss", students[0])
+            if backend == "reference":
                 return reference.fbkd_loss(students, teachers, self.levels)
-            return self._fused(students, teachers)
+            return self._fused(backend, students, teachers)
 
-    def _fused(self, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
-        """The terms, with one launch for all levels of each step that has kernels."""
+    def _fused(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
+        """The terms, with one launch for all levels of each step that has kernels; ``backend`` of the relation term."""
         dtype = accumulation_dtype(*students, *teachers)
         pools_t = attention_pools(teachers)
         students, pools_s, features = self._start(students, teachers, pools_t)
+        having = [index for index, level in enumerate(self.levels) if level.relation_adaptation is not None]
+        relations = [
+            self.levels[index].relation_term(students[index], teachers[index], pools_s[index], pools_t[index])
+            for index in having
+        ]
+        relations = dict(zip(having, relation_squares(backend, relations, self.memory_efficient)))
         totals = {term: students[0].new_zeros((), dtype=dtype) for term in TERMS}
-        for index, (level, student, teacher) in enumerate(zip(self.levels, students, teachers)):
+        for index, (level, teacher) in enumerate(zip(self.levels, teachers)):
             terms = level.pooled_terms(pools_s[index], pools_t[index])
             if index in features:
                 terms["feature"] = features[index]
-            if level.relation_adaptation is not None:
-                terms["relation"] = level.relation_term(student, teacher)
+            if index in relations:
+                terms["relation"] = root(relations[index])
             for term, value in terms.items():
                 totals[term] = totals[term] + level.term_scale(term, teacher.shape) * value
         return {f"loss_fbkd_{term}": total for term, total in totals.items()}
@@ -159,7 +171,7 @@ class FBKDLoss(nn.Module):
         if having:
             chosen = [self.levels[index] for index in having]
             sides = ([side[index] for index in having] for side in (students, teachers, pools_t))
-            for index, *outputs in zip(having, *_feature_terms(chosen, *sides)):
+            for index, *outputs in zip(having, *_feature_terms(chosen, *sides, self.memory_efficient)):
                 students[index], pools_s[index], features[index] = outputs
         return students, pools_s, features
 
@@ -170,6 +182,8 @@ class FBKDLoss(nn.Module):
             )
         for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs):
             level.check_statistics(student, student_name)
+            if level.relation_adaptation is not None:
+                warn_of_clamping(level.settings.stride, student)
             check_channels(student, level.student_channels, student_name)
             check_channels(teacher, level.teacher_channels, teacher_name)
             check_same_device(student, pairs[0][1], student_name, pairs[0][0])
@@ -229,10 +243,13 @@ class FBKDLevel(nn.Module):
         return weight / math.sqrt(max(elements.get(term, n * channels * height * width), 1))
 
     def check_statistics(self, student: Tensor, name: str) -> None:
-        """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated."""
-        block = self.student_non_local
-        has_norm = block is not None and block.norm is not None and block.norm.training
-        if has_norm and student.shape[0] * student.shape[2] * student.shape[3] == 1:
+        """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated.
+
+        How many values a SyncBatchNorm of several processes has is known later only.
+        """
+        norm = None if self.student_non_local is None else self.student_non_local.norm
+        trains = uses_batch_statistics(norm) and norm.training and not synchronizes(norm)
+        if trains and student.shape[0] * student.shape[2] * student.shape[3] == 1:
             raise ValueError(
                 f"{name}: Expected more than 1 value per channel when training, got input size {tuple(student.shape)}; "
                 "use a larger batch, norm='none' or relation_weight=0 for this level"
@@ -264,27 +281,29 @@ class FBKDLevel(nn.Module):
         """What the channel or the spatial term compares: a plain mean or a mean of absolute values."""
         return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
 
-    def relation_term(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
-        settings = self.settings
-        return functional.relation_loss(
+    def relation_term(
+        self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
+    ) -> RelationTerm:
+        """What the relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)`` is made from."""
+        layer = self.relation_adaptation
+        return RelationTerm(
             student,
             teacher,
-            self.student_non_local.weights(),
-            self.teacher_non_local.weights(),
-            self.relation_adaptation.weight.flatten(1),
-            self.relation_adaptation.bias,
-            mode=settings.mode,
-            stride=settings.stride,
-            pool_order=settings.pool_order,
-            use_scale=settings.use_scale,
-            student_norm=self.student_non_local.norm,
-            teacher_norm=self.teacher_non_local.norm,
+            self.student_non_local.block(),
+            self.teacher_non_local.block(),
+            layer.weight.flatten(1),
+            layer.bias,
+            pool_s.channel_mean,
+            pool_t.channel_mean,
         )
 
 
 def _feature_terms(
-    levels: list[FBKDLevel], students: list[Tensor], teachers: list[Tensor], pools_t: list[AttentionPool]
+    levels: list[FBKDLevel],
+    students: list[Tensor],
+    teachers: list[Tensor],
+    pools_t: list[AttentionPool],
+    memory_efficient: bool,
 ) -> tuple[list[Tensor], list[AttentionPool], Tensor]:
     """Students, their means and the feature terms ``(levels,)`` of levels that all have this term.
 
@@ -309,7 +328,7 @@ def _feature_terms(
     if backend == "reference":
         losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments)]
         return students, attention_pools(students), torch.stack(losses)
-    squares, pools_s, students = student_pyramid(backend, arguments, pools_s)
+    squares, pools_s, students = student_pyramid(backend, arguments, pools_s, memory_efficient)
     return students, pools_s, root(squares)
 
 

@@ -5,27 +5,34 @@ from typing import Optional
 from torch import Tensor, nn
 
 from . import functional
+from ._batch_norm import FrozenBatchNorm2d, is_frozen
 from ._validation import check_choice, check_stride, is_int
+from .linear_non_local import Block, BlockSettings
 from .presets import CHOICES
 from .types import NonLocalWeights
 
 __all__ = ["NonLocalBlock2d"]
+
+_NORMS = {"batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm, "frozen": FrozenBatchNorm2d}
 
 
 class NonLocalBlock2d(nn.Module):
     """Non-local block ``z = x + Norm(Wz y + bz)`` in memory linear in the number of pixels.
 
     The weights start as mmcv's do (normal with std 0.01, biases 0), and BatchNorm's weight and bias (without a
-    norm: those of the last convolution) start at 0, so that ``z = x`` at first.
+    norm that learns: those of the last convolution) start at 0, so that ``z = x`` at first.
 
     Args:
         in_channels: width C of the features, >= 1.
-        inter_channels: inner width c, 1 to C; C // 2, at least 1, by default.
+        inter_channels: inner width c, 1 to C.
+        reduction: instead of ``inter_channels``, an int >= 1: c is C // reduction, at least 1; 2 by default.
         mode: ``"dot_product"``, ``"embedded_gaussian"``, ``"gaussian"`` or ``"concatenation"``.
-        stride: factor by which phi and g are max-pooled, >= 1; clamped to the map.
+        stride: factor by which phi and g are max-pooled, >= 1; clamped to the map, with a warning once a process.
         pool_order: ``"single"``, or ``"nested"`` for a pool by 2 followed by a pool by ``stride / 2``.
         use_scale: whether ``embedded_gaussian`` divides by the root of the inner width.
-        norm: ``"batch"`` for an ``nn.BatchNorm2d`` after the last convolution, or ``"none"``.
+        norm: what follows the last convolution: ``"batch"``, an ``nn.BatchNorm2d``; ``"sync"``, an
+            ``nn.SyncBatchNorm`` (which works on the CPU too); ``"frozen"``, a BatchNorm of buffers only, which loads a
+            BatchNorm2d's state dict; or ``"none"``.
         conv_out_bias: whether the last convolution has a bias.
 
     Shape:
@@ -47,6 +54,7 @@ class NonLocalBlock2d(nn.Module):
         in_channels: int,
         inter_channels: Optional[int] = None,
         *,
+        reduction: Optional[int] = None,
         mode: str = "dot_product",
         stride: int = 1,
         pool_order: str = "single",
@@ -57,9 +65,7 @@ class NonLocalBlock2d(nn.Module):
         super().__init__()
         if not is_int(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels must be an int >= 1, got {in_channels!r}")
-        inner = max(in_channels // 2, 1) if inter_channels is None else inter_channels
-        if not is_int(inner) or not 1 <= inner <= in_channels:
-            raise ValueError(f"inter_channels must be between 1 and in_channels={in_channels}, got {inner!r}")
+        inner = _inner_width(in_channels, inter_channels, reduction)
         for name, value in (("mode", mode), ("norm", norm), ("pool_order", pool_order)):
             check_choice(value, CHOICES[name], name)
         check_stride(stride)
@@ -71,7 +77,7 @@ class NonLocalBlock2d(nn.Module):
         self.phi = nn.Conv2d(in_channels, inner, 1) if embeds else None
         self.pair = nn.Conv2d(2 * inner, 1, 1, bias=False) if mode == "concatenation" else None
         self.out = nn.Conv2d(inner, in_channels, 1, bias=conv_out_bias)
-        self.norm = nn.BatchNorm2d(in_channels) if norm == "batch" else None
+        self.norm = None if norm == "none" else _NORMS[norm](in_channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,10 +89,10 @@ class NonLocalBlock2d(nn.Module):
         if self.pair is not None:
             self.pair.reset_parameters()
         self.out.reset_parameters()
-        last = self.out
         if self.norm is not None:
             self.norm.reset_parameters()
-            last = self.norm
+        learns = self.norm is not None and not is_frozen(self.norm)
+        last = self.norm if learns else self.out
         nn.init.zeros_(last.weight)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
@@ -112,6 +118,11 @@ class NonLocalBlock2d(nn.Module):
             pair_weight=None if self.pair is None else self.pair.weight.flatten(),
         )
 
+    def block(self) -> Block:
+        """Weights, settings and norm as the layers below take them."""
+        settings = BlockSettings(self.mode, self.stride, self.pool_order, self.use_scale)
+        return Block(self.weights(), settings, self.norm)
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.non_local(
             x,
@@ -128,3 +139,16 @@ class NonLocalBlock2d(nn.Module):
             f"{self.in_channels}, inter_channels={self.inter_channels}, mode={self.mode!r}, "
             f"stride={self.stride}, pool_order={self.pool_order!r}"
         )
+
+
+def _inner_width(channels: int, inner: Optional[int], reduction: Optional[int]) -> int:
+    if inner is None:
+        reduction = 2 if reduction is None else reduction
+        if not is_int(reduction) or reduction < 1:
+            raise ValueError(f"reduction must be an int >= 1, got {reduction!r}")
+        return max(channels // reduction, 1)
+    if reduction is not None:
+        raise ValueError(f"give inter_channels or reduction, got both: {inner!r} and {reduction!r}")
+    if not is_int(inner) or not 1 <= inner <= channels:
+        raise ValueError(f"inter_channels must be between 1 and in_channels={channels}, got {inner!r}")
+    return inner

@@ -40,7 +40,8 @@ class LevelSettings:
         mode: how pixels are compared: ``"dot_product"``, ``"embedded_gaussian"``, ``"gaussian"`` or
             ``"concatenation"``.
         use_scale: whether ``embedded_gaussian`` divides by the root of the inner width.
-        norm: ``"batch"`` or ``"none"``, after the block's last convolution.
+        norm: what follows the block's last convolution: ``"batch"``, ``"sync"`` (the statistics of all processes),
+            ``"frozen"`` (fixed statistics, weight and bias) or ``"none"``.
         conv_out_bias: whether that convolution has a bias.
         pooled_terms: whether the channel and spatial terms compare plain means (``"mean"``) or means of
             absolute values (``"attention"``).
@@ -97,7 +98,7 @@ class LevelSettings:
 CHOICES = {
     "mask_rule": ("average", "joint"),
     "mode": MODES,
-    "norm": ("batch", "none"),
+    "norm": ("batch", "sync", "frozen", "none"),
     "pool_order": ("single", "nested"),
     "pooled_terms": ("mean", "attention"),
     "channel_mask_source": ("both", "teacher"),

@@ -146,7 +146,7 @@ def non_local(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    norm: Optional[nn.BatchNorm2d] = None,
+    norm: Optional[nn.Module] = None,
 ) -> Tensor:
     """The non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
     weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
@@ -162,14 +162,14 @@ def non_local(
     return x + (u if norm is None else _normalized(u, norm))
 
 
-def _normalized(u: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm(u)`` in u's dtype, whatever the norm's own."""
+def _normalized(u: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(u)`` in u's dtype, whatever the norm's own; a frozen BatchNorm is one module like another."""
     tensors = dict(norm.named_parameters()) | dict(norm.named_buffers())
     cast = {name: value.to(u.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     out = torch.func.functional_call(norm, cast, (u,))
     with torch.no_grad():
         for name, buffer in norm.named_buffers():
-            if cast[name] is not buffer:
+            if not torch.equal(cast[name], buffer.to(cast[name].dtype)):
                 buffer.copy_(cast[name])
     return out
 
@@ -211,8 +211,8 @@ def relation_loss(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    student_norm: Optional[nn.BatchNorm2d] = None,
-    teacher_norm: Optional[nn.BatchNorm2d] = None,
+    student_norm: Optional[nn.Module] = None,
+    teacher_norm: Optional[nn.Module] = None,
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch."""
     dtype = accumulation_dtype(student, teacher)

@@ -26,3 +26,7 @@ def within_eager_error(ours, eager, truth, accumulation: torch.dtype, eps: float
     floor = eps * torch.finfo(accumulation).eps * truth.square().mean().sqrt()
     error = (ours.double() - truth).abs()
     return bool((error <= 2 * (eager.double() - truth).abs() + floor).all())
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.double().square().mean().sqrt().item()

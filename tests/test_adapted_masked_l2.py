@@ -542,7 +542,7 @@ def test_op_names_what_is_wrong():
         op.adapted_masked_l2_backward(*arguments, torch.ones(2), [None] * 4, [None])
     for wrong in (x.double(), x[:1], channels_last(x), x[..., :5]):
         with pytest.raises(
-            RuntimeError, match="grad_student must have the student's shape and type and its gradient's layout"
+            RuntimeError, match="grad_student must have the shape and the type of the map, and its gradient's layout"
         ):
             op.adapted_masked_l2_backward(*arguments, torch.ones(1), [None] * 4, [wrong])
     for empty in (x[:, :0].contiguous(), x[:, :, :0].contiguous()):
@@ -569,7 +569,7 @@ def test_finish_names_what_is_wrong():
         with pytest.raises(RuntimeError, match=message):
             run(grad=wrong)
     for wrong in (channels_last(x), x.half(), x[:1].clone(), x[:, :, :, :5], x.flatten()):
-        with pytest.raises(RuntimeError, match="gradient must have the student's shape and type and its gradient's"):
+        with pytest.raises(RuntimeError, match="gradient must have the shape and the type of the map, and"):
             run(gradient=wrong)
 
 

@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mmrazor import StudentConnector, TeacherConnector
+from test_mmrazor import Block, StudentConnector, TeacherConnector
 
 import fbkd_ops
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["functional", "loss", "non_local_block", "distiller", "feature_tap", "backends", "integrations.mmrazor"]
+MODULES = [
+    "functional",
+    "loss",
+    "non_local_block",
+    "distiller",
+    "feature_tap",
+    "backends",
+    "integrations.mmrazor",
+    "integrations.non_local",
+]
 
 
 class FiveLevels(torch.nn.Module):
@@ -65,6 +74,7 @@ def test_docstring_examples(name):
         images=IMAGES,
         targets=TARGETS,
         connectors=connectors(),
+        mmcv_block=Block(256, 128, maxpool_stride=1),
         x=IMAGES,
     )
     tests = doctest.DocTestFinder().find(module, f"fbkd_ops.{name}", globs=names)

@@ -403,7 +403,7 @@ def test_bad_features_are_named(students, teachers, error, message):
         (dict(stride=0, relation_weight=0), ValueError, "level 0: stride must be an int >= 1"),
         (dict(mode="dot"), ValueError, "level 0: mode must be one of 'dot_product'"),
         (dict(mask_rule="sum"), ValueError, "level 0: mask_rule must be one of 'average', 'joint', got 'sum'"),
-        (dict(norm="layer"), ValueError, "norm must be one of 'batch', 'none'"),
+        (dict(norm="layer"), ValueError, "norm must be one of 'batch', 'sync', 'frozen', 'none'"),
         (dict(pooled_terms="max"), ValueError, "pooled_terms must be one of 'mean', 'attention'"),
         (dict(normalize="sum"), ValueError, "normalize must be one of 'none', 'mean'"),
         (dict(channel_mask_source="student"), ValueError, "channel_mask_source must be one of 'both', 'teacher'"),

@@ -1,6 +1,7 @@
 """The measuring tools: what is checked, reported and survived. No test depends on a time."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,10 +12,21 @@ import torch
 
 pytest.importorskip("rich")
 
-from benchmarks import code_report, measurement, memory, microbench, suites, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    code_report,
+    loss_suites,
+    measurement,
+    memory,
+    microbench,
+    mmrazor,
+    suites,
+    timing,
+)
 
 TOOL = Path(microbench.__file__)
 PLAIN = ["eager", "reference", "fbkd_ops"]
+LOSSES = ["relation", "fbkd_loss"]
 ARGUMENTS = ["--shapes", "2,4,6,5", "--rounds", "1", "--threads", "1", "--peers", *PLAIN]
 
 
@@ -25,7 +37,11 @@ def inside(monkeypatch):
 
 
 def replace(monkeypatch, name, **functions):
-    monkeypatch.setitem(suites.SUITES, name, dataclasses.replace(suites.SUITES[name], **functions))
+    """Other implementations in a suite, the same for every case."""
+    makers = {peer: lambda case, function=function: function for peer, function in functions.items()}
+    suite = suites.SUITES[name]
+    changed = dataclasses.replace(suite, implementations=suite.implementations | makers)
+    monkeypatch.setitem(suites.SUITES, name, changed)
 
 
 def run(capsys, path, *arguments):
@@ -54,47 +70,111 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
     assert jobs == [(suite, state) for suite in suites.SUITES for state in memory.states_of("cpu")]
     for result in report["results"]:
         assert list(result["peers"]) == PLAIN
+        has_eager = result["suite"] not in LOSSES
+        if not has_eager:
+            assert result["peers"].pop("eager") == {"status": f"{result['suite']} has none on cpu"}
         for row in result["peers"].values():
             assert row["status"] == "ok"
             for which in ("forward", "step"):
                 assert row[which]["ms"]["median"] > 0 and row[which]["gb_s"] > 0
-        assert result["peers"]["eager"]["step"]["speed_vs_eager"]["median"] == 1
+        assert result["peers"]["fbkd_ops"]["step"]["speed_of_fbkd_ops"]["median"] == 1
+        if has_eager:
+            assert result["peers"]["eager"]["step"]["speed_vs_eager"]["median"] == 1
         assert result["ceilings"]["copy_gb_s"] > 0
-        assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] == "adapted_masked_l2")
+        assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] in ["adapted_masked_l2", *LOSSES])
 
 
 def test_torch_compile_is_a_peer():
-    case = suites.Case((1, 4, 3, 5))
+    case = cases.Case((1, 4, 3, 5))
     peers = suites.peers_of(suites.SUITES["masked_l2"], "cpu")
     assert measurement._wrong(suites.SUITES["masked_l2"], peers["compile"], case) == ""
 
 
-@pytest.mark.parametrize("dtype", suites.DTYPES)
-@pytest.mark.parametrize("layout", suites.LAYOUTS)
+def small_case(suite, dtype="float32", layout="contiguous"):
+    shape = (2, 24, 9, 7)
+    case = cases.Case(shape, dtype, layout, strides=suite.strides(shape))
+    return case.small if case.strides else case
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("name", suites.SUITES)
 def test_every_peer_is_right(name, layout, dtype):
     """In all dtypes and layouts: the tolerances do not reject a correct implementation."""
     suite = suites.SUITES[name]
-    for peer in PLAIN:
-        function = suites.peers_of(suite, "cpu")[peer]
-        assert measurement._wrong(suite, function, suites.Case((2, 24, 9, 7), dtype, layout)) == "", peer
+    for peer in suite.implementations:
+        if peer != "mmrazor":
+            wrong = measurement._wrong(suite, suites.peers_of(suite, "cpu")[peer], small_case(suite, dtype, layout))
+            assert wrong == "", peer
+
+
+@pytest.mark.skipif(mmrazor.versions().get("mmrazor") != mmrazor.VERSION, reason="MMRazor 1.0.0 is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_mmrazor_is_right(name, dtype):
+    suite = suites.SUITES[name]
+    assert suite.baseline == "mmrazor"
+    assert measurement._wrong(suite, suites.peers_of(suite, "cpu")["mmrazor"], small_case(suite, dtype)) == ""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_gradient_of_a_loss_vanishes(name):
+    """Neither that of a map nor that of a parameter: one that did would be compared with nothing."""
+    suite = suites.SUITES[name]
+    case = small_case(suite, "float64")
+    runner = measurement.Runner(suite.implementations["reference"](case), suite.inputs(case))
+    gradients = runner.step()[1:]
+    assert len(gradients) > 20 and all(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_error_of_two_percent_is_found_in_every_gradient_of_a_loss(name):
+    suite = suites.SUITES[name]
+    case = small_case(suite)
+    runner = measurement.Runner(suite.implementations["reference"](case), suite.inputs(case))
+    results = runner.step()
+    for index in range(1, len(results)):
+        changed = [0.98 * x if place == index else x for place, x in enumerate(results)]
+        found = measurement._difference(changed, [x.double() for x in results], suite.tolerances["float32"])
+        assert found.startswith(f"tensor {index} is off by")
+
+
+def without_mmrazor(monkeypatch, versions):
+    monkeypatch.setattr(mmrazor, "versions", lambda: versions)
+    mmrazor.installed.cache_clear()
+
+
+@pytest.mark.parametrize("versions", [{}, {"mmrazor": "0.3.1", "mmcv-lite": "2.1.0", "mmengine": "0.10.7"}])
+def test_what_is_not_installed_is_said_and_the_rest_goes_on(versions, inside, monkeypatch, capsys, tmp_path):
+    without_mmrazor(monkeypatch, versions)
+    arguments = ["--suite", "relation", "--peers", "mmrazor", "compile"]
+    text, report = run(capsys, tmp_path / "figures.json", *arguments)
+    rows = report["results"][0]["peers"]
+    expected = {"status": "not installed: pip install mmrazor==1.0.0 mmcv-lite==2.1.0"}
+    assert list(rows) == ["mmrazor", "compile", "fbkd_ops"]
+    assert rows["mmrazor"] == rows["compile"] == expected and "not installed" in text
+    assert rows["fbkd_ops"]["status"] == "ok" and rows["fbkd_ops"]["step"]["speed_vs_eager"] is None
+
+
+def masked_l2(*tensors):
+    return suites.SUITES["masked_l2"].implementations["reference"](None)(*tensors)
 
 
 def wrong_value(student, teacher, mask):
-    return 1.01 * suites.SUITES["masked_l2"].reference(student, teacher, mask)
+    return 1.01 * masked_l2(student, teacher, mask)
 
 
 def wrong_gradient(student, teacher, mask):
     half = 0.5 * student + 0.5 * student.detach()
-    return suites.SUITES["masked_l2"].reference(half, teacher, mask)
+    return masked_l2(half, teacher, mask)
 
 
 def wrong_shape(student, teacher, mask):
-    return suites.SUITES["masked_l2"].reference(student, teacher, mask)[None]
+    return masked_l2(student, teacher, mask)[None]
 
 
 def wrong_with_gradients_only(student, teacher, mask):
-    return (1 + 0.1 * torch.is_grad_enabled()) * suites.SUITES["masked_l2"].reference(student, teacher, mask)
+    return (1 + 0.1 * torch.is_grad_enabled()) * masked_l2(student, teacher, mask)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +233,102 @@ def test_a_map_that_does_not_fit_is_said_and_the_rest_goes_on(tmp_path):
     assert "does not fit in memory" in done.stdout
 
 
+def test_a_job_of_a_pyramid_reaches_its_process(monkeypatch):
+    arguments = ["--suite", "fbkd_loss", "--shapes", "2,4,40,53", "--rounds", "1", "--threads", "1"]
+    (job, *_) = microbench.jobs_of(microbench.parse([*arguments, "--peers", "fbkd_ops"]))
+    result = microbench.measured(job)
+    assert result["peers"]["fbkd_ops"]["status"] == "ok"
+    assert result["case"]["strides"] == [16, 8, 4, 4]
+    assert result["case"]["title"] == "2x4x40x53..2x4x5x7 pooled by 16, 8, 4, 4 float32 contiguous"
+
+
+@pytest.mark.parametrize(
+    "arguments,titles",
+    [
+        (["--suite", "masked_l2", "--pooling", "preset", "none"], ["P2 float32 contiguous"]),
+        (["--suite", "relation", "--shapes", "P3"], ["P3 pooled by 8 float32 contiguous"]),
+        (["--suite", "relation", "--shapes", "P6"], ["P6 pooled by 4 float32 contiguous"]),
+        (["--suite", "relation", "--shapes", "1,8,9,7"], ["1x8x9x7 pooled by 16 float32 contiguous"]),
+        (["--suite", "relation", "--pooling", "none"], ["P2 without pooling float32 contiguous"]),
+        (["--suite", "fbkd_loss"], ["P2..P5 pooled by 16, 8, 4, 4 float32 contiguous"]),
+        (["--suite", "fbkd_loss", "--pooling", "none"], ["P2..P5 without pooling float32 contiguous"]),
+    ],
+)
+def test_maps_are_what_is_asked_for(arguments, titles):
+    options = microbench.parse(arguments)
+    assert [case.title for case in microbench.cases_of(suites.SUITES[options.suite[0]], options)] == titles
+
+
+def test_the_relation_is_measured_at_every_level_and_without_pooling():
+    titles = [case.title for case in suites.SUITES["relation"].cases]
+    assert titles == [
+        *(f"P{level} pooled by {stride} float32 contiguous" for level, stride in zip((2, 3, 4, 5), (16, 8, 4, 4))),
+        *(f"P{level} without pooling float32 contiguous" for level in (4, 3, 2)),
+    ]
+
+
+def test_levels_of_a_pyramid_are_halves_rounded_up():
+    case = cases.Case(cases.LEVELS["P2"], strides=(16, 8, 4, 4))
+    assert case.shapes == [cases.LEVELS[level] for level in ("P2", "P3", "P4", "P5")]
+    maps = case.pyramid(0)
+    assert [tuple(x.shape) for x in maps] == case.shapes and case.pixels == sum(x[0, 0].numel() for x in maps)
+
+
+def test_fbkd_ops_is_always_measured():
+    jobs = microbench.jobs_of(microbench.parse(["--suite", "masked_l2", "--peers", "compile"]))
+    assert next(jobs).peers == ["compile", "fbkd_ops"]
+
+
+def test_the_products_of_the_relation_are_counted():
+    """One pixel that is its own pooled cell, by hand: C=4 channels, c=1 inner one."""
+    forward = [6 * 8, 2 * 2, 32 + 2 * 8, 2 * 2]  # projections, covariances, residual, M
+    backward = [3 * 8, 2 * 2, 2 * (32 + 2 * 8), 6 * 8 + 4 * 2]  # theta, covariances, residual, the cell's winners
+    assert loss_suites._relation_flops(4, 1, 1, 1) == (sum(forward), sum(backward))
+    relation, whole = (suites.SUITES[name].cost(cases.Case((1, 4, 6, 5), strides=(1,))) for name in LOSSES)
+    product = 2 * 4 * 4 * 30
+    assert whole.forward_flops - relation.forward_flops == product
+    assert whole.backward_flops - relation.backward_flops == 2 * product
+
+
+def result_without_pooling(sizes, ms, status="ok", strides=(1,)):
+    row = {"status": status} | ({"step": {"ms": {"median": ms}}} if status == "ok" else {})
+    case = {"shape": [1, 8, *sizes], "dtype": "float32", "layout": "contiguous", "strides": list(strides)}
+    return {"suite": "relation", "state": "warm", "case": case, "rounds": 3, "peers": {"fbkd_ops": row}}
+
+
+def test_growth_is_read_from_neighbouring_sizes():
+    results = [
+        result_without_pooling((8, 8), 10.0),
+        result_without_pooling((2, 4), 2.0),
+        result_without_pooling((4, 4), 99.0, strides=(2,)),
+        result_without_pooling((16, 16), None, status="does not fit in memory"),
+    ]
+    first, second = microbench.scaling(results)
+    assert first == {
+        "suite": "relation",
+        "state": "warm",
+        "sizes": ["2x4", "8x8"],
+        "pixels": 8.0,
+        "time": {"fbkd_ops": 5.0},
+    }
+    assert second["pixels"] == 4.0 and second["time"] == {}
+
+
+def test_a_summary_has_ratios_of_speed_and_memory():
+    spec = importlib.util.spec_from_file_location("render", TOOL.parents[1] / "docs" / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+
+    def row(speed, **rest):
+        return {"status": "ok", "step": {"speed_of_fbkd_ops": {"median": speed}}} | rest
+
+    warm = {"mmrazor": row(30.0), "compile": {"status": "failed: x"}, "fbkd_ops": row(1.0)}
+    fresh = warm | {"mmrazor": row(40.0, peak_extra_mb=900.0), "fbkd_ops": row(1.0, peak_extra_mb=60.0)}
+    text = "30.0 / 40.0 times as fast as `mmrazor` in 1/15.0 of the memory, `compile` failed: x"
+    assert render.comparison([warm, fresh]) == text
+    assert render.comparison([{"fbkd_ops": {"status": "failed: y"}}]) == "`fbkd_ops` failed: y"
+
+
 def test_a_process_that_dies_is_said(monkeypatch):
     (job, *_) = microbench.jobs_of(microbench.parse([*ARGUMENTS, "--suite", "masked_l2"]))
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -183,9 +359,10 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
     [
         (["--suite", "pooling"], list(suites.SUITES)),
         (["--peers", "numpy"], list(suites.PEERS)),
-        (["--shapes", "P9"], list(suites.LEVELS)),
+        (["--shapes", "P9"], list(cases.LEVELS)),
         (["--shapes", "1,2,0,4"], ["N,C,H,W"]),
-        (["--dtype", "int8"], list(suites.DTYPES)),
+        (["--dtype", "int8"], list(cases.DTYPES)),
+        (["--pooling", "some"], ["preset", "none"]),
         (["--rounds", "0"], ["--rounds must be at least 1"]),
     ],
 )

@@ -7,22 +7,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "masked_rows.h"
-#include "matmul.h"
 #include "memory.h"
+#include "pixel_blocks.h"
 #include "pool_gradient.h"
-#include "tiles.h"
 
 namespace fbkd {
 namespace {
 
-// Pixels of a block: its adapted map is about 1 MB.
-constexpr int64_t kBlockElements = int64_t(1) << 18;
-constexpr int64_t kMinBlock = 64, kMaxBlock = 4096;
-// A level's blocks are dealt to groups, each with a gradient of the weight of its own: of 8 MB together.
-constexpr int64_t kGroupBytes = int64_t(1) << 23;
-constexpr int64_t kMaxGroups = 32;
-// With fewer groups than these the product's own threads do better.
-constexpr int64_t kMinGroups = 4;
 // Sums over pixels with channels side by side: longer ones are made of pieces.
 constexpr int64_t kColPiece = 128;
 
@@ -103,25 +94,18 @@ struct Finisher {
   PoolGradient<A> pool;
 };
 
-struct Distance : Tiles {
-  virtual double total() const = 0;
-  virtual std::unique_ptr<Tiles> parameters() const = 0;
-  // Whether its tiles are few and large: they run one after the other, on the product's threads.
-  virtual bool one_by_one() const = 0;
-};
-
 // A level cut into groups of blocks of pixels. Blocks and groups are functions of the shape alone.
 template <typename A>
-struct LevelDistance : Distance {
+struct LevelDistance : SumOfSquares {
   // gradients nullptr: the sum alone. grad: of the sum of squares.
   LevelDistance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad)
       : level(level),
         from_channels(level.student_channels()),
         to_channels(level.teacher_channels()),
-        block_pixels(min64(kMaxBlock, max64(kMinBlock, kBlockElements / max64(from_channels, to_channels)))),
+        block_pixels(block_pixels_of(max64(from_channels, to_channels))),
         blocks_per_image(ceil_div(level.pixels(), block_pixels)),
         blocks(level.student.images * blocks_per_image),
-        groups(min64(blocks, max64(1, min64(kMaxGroups, kGroupBytes / weight_bytes())))),
+        groups(min64(blocks, groups_of(partial_bytes()))),
         weight(converted<A>(level.weight_type, level.weight, to_channels * from_channels)),
         bias(converted<A>(level.bias_type, level.bias, to_channels)),
         scale(static_cast<A>(2 * grad)),
@@ -134,8 +118,7 @@ struct LevelDistance : Distance {
     advise_huge_pages(gradients->student.ds, finisher->to.numel() * element_size(level.student_type));
   }
 
-  int64_t weight_bytes() const { return to_channels * from_channels * static_cast<int64_t>(sizeof(A)); }
-  bool one_by_one() const override { return kGroupBytes / weight_bytes() < kMinGroups; }
+  int64_t partial_bytes() const override { return to_channels * from_channels * static_cast<int64_t>(sizeof(A)); }
   int64_t count() const override { return groups; }
   int64_t elements() const override { return level.student.numel() * to_channels; }
 
@@ -144,11 +127,7 @@ struct LevelDistance : Distance {
     for (double group : squares) sum += group;
     return sum;
   }
-  std::unique_ptr<Tiles> parameters() const override;
-
-  struct Block {
-    int64_t image, first, size;  // pixels first .. first + size
-  };
+  std::unique_ptr<Tiles> second_stage() const override;
 
   struct Workspace {
     std::vector<A> adapted, student, gradient, bias_piece, ones;
@@ -162,8 +141,8 @@ struct LevelDistance : Distance {
     for (int64_t index = group * blocks / groups; index < (group + 1) * blocks / groups; ++index) {
       const int64_t first = index % blocks_per_image * block_pixels;
       const Block block{index / blocks_per_image, first, min64(block_pixels, level.pixels() - first)};
-      const Matrix<A> s = student_block(block, space);                                  // (Cs, pixels)
-      const Matrix<A> d = block_matrix(space.adapted.data(), to_channels, block.size);  // (Ct, pixels)
+      const Matrix<A> s = read_block(level.student_type, level.s, level.student, block, space.student);  // (Cs, pixels)
+      const Matrix<A> d = compact(space.adapted.data(), to_channels, block.size);                        // (Ct, pixels)
       matmul(d, weight_matrix(weight.data()), s);
       squares[group] += residual(block, d.data, space, dbias.empty() ? nullptr : &dbias[group * to_channels]);
       if (finisher.has_value()) gradient(block, d, s, space, &dweight[group * to_channels * from_channels]);
@@ -174,34 +153,8 @@ struct LevelDistance : Distance {
     return {const_cast<A*>(data), to_channels, from_channels, from_channels, 1};
   }
   // A compact block in the student's order.
-  Matrix<A> block_matrix(A* data, int64_t channels, int64_t pixels) const {
-    if (level.student.rows_are_channels) return {data, channels, pixels, pixels, 1};
-    return {data, channels, pixels, 1, channels};
-  }
-
-  // Position of a block's row r and its number of columns, in the student's order.
-  struct Rows {
-    int64_t count, first_row, first_col, cols;
-  };
-  Rows rows_of(const Block& block, int64_t channels) const {
-    if (level.student.rows_are_channels) return {channels, 0, block.first, block.size};
-    return {block.size, block.first, 0, channels};
-  }
-
-  Matrix<A> student_block(const Block& block, Workspace& space) const {
-    const MatrixView& view = level.student;
-    const Rows rows = rows_of(block, from_channels);
-    const int64_t first = block.image * view.image_stride + rows.first_row * view.row_stride + rows.first_col;
-    if (is_accumulator<A>(level.student_type)) {
-      A* data = static_cast<A*>(const_cast<void*>(level.s)) + first;
-      if (view.rows_are_channels) return {data, from_channels, block.size, view.row_stride, 1};
-      return {data, from_channels, block.size, 1, view.row_stride};
-    }
-    space.student.resize(static_cast<size_t>(from_channels * block_pixels));
-    for (int64_t row = 0; row < rows.count; ++row)
-      load_piece(level.student_type, level.s, first + row * view.row_stride, 1, rows.cols,
-                 &space.student[row * rows.cols]);
-    return block_matrix(space.student.data(), from_channels, block.size);
+  Matrix<A> compact(A* data, int64_t channels, int64_t pixels) const {
+    return block_matrix(data, level.student.rows_are_channels, channels, pixels);
   }
 
   // Products become E; the block's sum of squares. Adds the sums of E over pixels to total (Ct) unless nullptr.
@@ -210,7 +163,7 @@ struct LevelDistance : Distance {
     A buffer[kPiece];
     const MatrixView& view = level.teacher;
     const bool by_channel = level.student.rows_are_channels;
-    const Rows rows = rows_of(block, to_channels);
+    const BlockRows rows = rows_of(block, level.student.rows_are_channels, to_channels);
     for (int64_t row = 0; row < rows.count; ++row) {
       const A row_weight = by_channel ? channel_weight(block.image, row) : pixel_weight(block.image, block.first + row);
       for (int64_t col = 0; col < rows.cols; col += kPiece) {
@@ -260,7 +213,7 @@ struct LevelDistance : Distance {
   // e (Ct, pixels), s (Cs, pixels): the block of dS, and its part of the weight's gradient.
   void gradient(const Block& block, const Matrix<A>& e, const Matrix<A>& s, Workspace& space, A* group_dweight) const {
     matmul_add(weight_matrix(group_dweight), e, s.transposed());
-    const Rows rows = rows_of(block, from_channels);
+    const BlockRows rows = rows_of(block, level.student);
     const MatrixView& to = finisher->to;
     const int64_t first = finisher->offset(block.image, rows.first_row, rows.first_col);
     const bool in_place = is_accumulator<A>(level.student_type);
@@ -310,26 +263,14 @@ struct Parameters : Tiles {
 };
 
 template <typename A>
-std::unique_ptr<Tiles> LevelDistance<A>::parameters() const {
+std::unique_ptr<Tiles> LevelDistance<A>::second_stage() const {
   return std::make_unique<Parameters<A>>(*this);
 }
 
-std::unique_ptr<Distance> make_distance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad) {
-  return with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Distance> {
+std::unique_ptr<SumOfSquares> make_distance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad) {
+  return with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<SumOfSquares> {
     return std::make_unique<LevelDistance<typename decltype(type)::type>>(level, gradients, grad);
   });
-}
-
-// All levels in one parallel region, except those that have too few groups for it.
-void run_distances(const std::vector<std::unique_ptr<Distance>>& distances) {
-  std::vector<Tiles*> together;
-  for (const auto& distance : distances) {
-    if (!distance->one_by_one())
-      together.push_back(distance.get());
-    else
-      for (int64_t group = 0; group < distance->count(); ++group) distance->run(group);
-  }
-  run_tiles(together, 2);
 }
 
 Tensor empty_squares(const AdaptedArguments& of) {
@@ -338,10 +279,10 @@ Tensor empty_squares(const AdaptedArguments& of) {
 }
 
 Tensor forward(const AdaptedArguments& of) {
-  std::vector<std::unique_ptr<Distance>> distances;
+  std::vector<std::unique_ptr<SumOfSquares>> distances;
   for (const AdaptedLevel& level : adapted_levels(of, "adapted_masked_l2"))
     distances.push_back(make_distance(level, nullptr, 1));
-  run_distances(distances);
+  run_products(distances);
   const Tensor squares = empty_squares(of);
   for (size_t index = 0; index < distances.size(); ++index) put_number(squares, index, distances[index]->total());
   return squares;
@@ -370,7 +311,7 @@ Backward backward(const AdaptedArguments& of, const Tensor* grad, const Optional
   if (grad != nullptr)
     checked_data(*grad, total_type(of.student, of.teacher), static_cast<int64_t>(levels.size()), *grad, op, "grad");
   Backward result;
-  std::vector<std::unique_ptr<Distance>> distances;
+  std::vector<std::unique_ptr<SumOfSquares>> distances;
   for (size_t index = 0; index < levels.size(); ++index) {
     const Tensor& s = of.student[index];
     result.dstudent.push_back(empty_gradient(s, levels[index].student));
@@ -382,13 +323,9 @@ Backward backward(const AdaptedArguments& of, const Tensor* grad, const Optional
                                      result.dbias.back().mutable_data_ptr()};
     distances.push_back(make_distance(levels[index], &gradients, grad == nullptr ? 1 : number_at(*grad, index)));
   }
-  run_distances(distances);
-  std::vector<std::unique_ptr<Tiles>> parameters;
-  for (const auto& distance : distances) {
-    parameters.push_back(distance->parameters());
-    result.squares.push_back(distance->total());
-  }
-  run_tiles(parameters);
+  run_products(distances);
+  run_second_stages(distances);
+  for (const auto& distance : distances) result.squares.push_back(distance->total());
   return result;
 }
 

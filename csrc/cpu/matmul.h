@@ -19,6 +19,8 @@ struct Matrix {
   int64_t row_stride, col_stride;
 
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
+  Matrix rows_to(int64_t end) const { return {data, end, cols, row_stride, col_stride}; }
+  Matrix rows_from(int64_t first) const { return {data + first * row_stride, rows - first, cols, row_stride, col_stride}; }
 };
 
 // A tensor over a matrix's memory, as the product's functions take it.

@@ -33,7 +33,7 @@ def adapted_masked_l2_squares(backend: str, levels: AdaptedLevels) -> Tensor:
 
 
 def student_pyramid(
-    backend: str, levels: AdaptedLevels, pools: list[AttentionPool]
+    backend: str, levels: AdaptedLevels, pools: list[AttentionPool], memory_efficient: bool = False
 ) -> tuple[Tensor, list[AttentionPool], list[Tensor]]:
     """The squares of :func:`adapted_masked_l2_squares`, the means and the students themselves as outputs of one op.
 
@@ -44,22 +44,26 @@ def student_pyramid(
         backend: one that has kernels.
         levels: the distance's arguments.
         pools: the students' four means, without gradient.
+        memory_efficient: keep no gradient made by the forward pass.
 
     Returns:
         The squares ``(levels,)``, the means and the students, all with gradient.
     """
     count = len(levels.students)
-    squares, *outputs = _apply(backend, levels, [mean for pool in pools for mean in pool])
+    squares, *outputs = _apply(backend, levels, [mean for pool in pools for mean in pool], memory_efficient)
     return squares, pools_of(outputs[: 4 * count]), outputs[4 * count :]
 
 
-def _apply(backend: str, levels: AdaptedLevels, means: list[Tensor]) -> tuple[Tensor, ...]:
+def _apply(
+    backend: str, levels: AdaptedLevels, means: list[Tensor], memory_efficient: bool = False
+) -> tuple[Tensor, ...]:
     teachers = [teacher.detach() for teacher in levels.teachers]
     masks = level_masks(levels.students, teachers, levels.spatial_masks, levels.channel_masks)
     prepared = levels._replace(teachers=teachers, spatial_masks=masks[0], channel_masks=masks[1])
     tensors = [tensor for group in prepared for tensor in group]
     # The compiled graph cannot hold a gradient that a first backward pass uses up.
-    keep = torch.is_grad_enabled() and not torch.compiler.is_compiling() and _keeps_gradient(backend, levels)
+    keep = torch.is_grad_enabled() and not (memory_efficient or torch.compiler.is_compiling())
+    keep = keep and _keeps_gradient(backend, levels)
     return AdaptedMaskedL2Function.apply(backend, len(levels.students), keep, *tensors, *means)
 
 

@@ -1,12 +1,12 @@
 """Weights of MMRazor 1.0.0's FBKD connectors in an ``FBKDLoss(preset="mmrazor")``."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 from torch import Tensor, nn
 
 from ..loss import FBKDLevel, FBKDLoss
+from .non_local import differences, module_settings, our_key, state_problems
 
 __all__ = ["load_connectors"]
 
@@ -17,14 +17,6 @@ _STUDENT_LAYERS = {
     "channel_wise_adaptation": "channel_adaptation",
     "spatial_wise_adaptation": "spatial_adaptation",
     "non_local_adaptation": "relation_adaptation",
-}
-_BLOCK_LAYERS = {
-    "g": "g",
-    "theta": "theta",
-    "phi": "phi",
-    "conv_out.conv": "out",
-    "conv_out.bn": "norm",
-    "concat_project": "pair",
 }
 
 
@@ -92,51 +84,19 @@ def _our_key(key: str, side: str) -> str:
     if not key.startswith(block):
         layer, _, entry = key.rpartition(".")
         return f"{_STUDENT_LAYERS[layer]}.{entry}" if side == "student" and layer in _STUDENT_LAYERS else key
-    layer, _, entry = key.removeprefix(block).rpartition(".")
-    for theirs, ours in _BLOCK_LAYERS.items():
-        # Pooled g and phi are wrapped in one Sequential a pool: g.conv, g.0.conv or g.0.0.conv.
-        if layer == theirs or layer.replace(".0", "") == f"{theirs}.conv":
-            return f"{block}{ours}.{entry}"
-    return key
+    return block + our_key(key.removeprefix(block))
 
 
 def _check_state(state: dict[str, Tensor], level: FBKDLevel, where: str) -> None:
-    own = level.state_dict()
-    problems = []
-    missing, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing:
-        problems.append(f"missing {', '.join(missing)}")
-    if surplus:
-        problems.append(f"surplus {', '.join(surplus)}")
-    for key in sorted(set(own) & set(state)):
-        if own[key].shape != state[key].shape:
-            problems.append(f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}")
+    problems = state_problems(level.state_dict(), state)
     if problems:
         raise ValueError(f"{where}: the connectors do not fit the loss: {'; '.join(problems)}")
 
 
 def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: str) -> None:
     """The connector module's constants against the level's."""
-    settings, block = level.settings, getattr(connector, f"{side}_non_local")
-    expected = {
-        "spatial_temperature": (settings.spatial_temperature, connector.spatial_T),
-        "channel_temperature": (settings.channel_temperature, connector.channel_T),
-        "mode": (settings.mode, block.mode),
-        "stride": (settings.stride, math.prod(_pool_sides(block.g))),
-    }
-    if len(_pool_sides(block.g)) > 1:
-        expected["pool_order"] = (settings.pool_order, "nested")
-    if block.mode == "embedded_gaussian":
-        expected["use_scale"] = (settings.use_scale, block.use_scale)
-    differences = [
-        f"{name} is {theirs!r}, the loss has {ours!r}" for name, (ours, theirs) in expected.items() if ours != theirs
-    ]
-    if differences:
-        raise ValueError(f"{where}: {'; '.join(differences)}")
-
-
-def _pool_sides(projection: nn.Module) -> list[int]:
-    """The kernel sides of the max-pools around a projection, those of 1 left out."""
-    pools = [module.kernel_size for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
-    sides = [kernel if isinstance(kernel, int) else kernel[0] for kernel in pools]
-    return [side for side in sides if side > 1]
+    theirs = {"spatial_temperature": connector.spatial_T, "channel_temperature": connector.channel_T}
+    theirs |= module_settings(getattr(connector, f"{side}_non_local"))
+    problems = differences(theirs, level.settings, "the loss")
+    if problems:
+        raise ValueError(f"{where}: {'; '.join(problems)}")

@@ -18,10 +18,24 @@ from torch import Tensor
 
 from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype
+from .products import (
+    ALIGNED,
+    STUDENT_PLANAR,
+    TEACHER_PLANAR,
+    across,
+    add_product,
+    add_up,
+    dense_tile,
+    error_product,
+    fit_for_products,
+    indices,
+    precision,
+    splits_of,
+    sum_of_splits,
+)
 from .pyramid import (
     Level,
     add_partial_sums,
-    add_tiles,
     aligned_to_16_bytes,
     find_level,
     find_tile,
@@ -42,14 +56,6 @@ __all__ = ["adapted_masked_l2_backward", "adapted_masked_l2_forward"]
 
 # A level's sizes: Cs, Ct, pixels, the student's image stride and pitch, the teacher's, whether each mask is given; from
 # index 9 on the kernel's own.
-# A level's code path has three bits: the student's pixels lie side by side (else its channels), the teacher's do, and
-# everything is read 16 bytes at a time.
-STUDENT_PLANAR, TEACHER_PLANAR, ALIGNED = tl.constexpr(4), tl.constexpr(2), tl.constexpr(1)
-# Triton's interpreter would multiply the bit patterns of bfloat16.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Pixels of a partial gradient of the weight, and the most programs with one: enough to fill a large GPU.
-SPLIT_PIXELS, SPLIT_PROGRAMS = 1024, 512
-SPLITS_AT_ONCE, FINISH_OUTPUTS = 8, 256
 
 
 @triton.jit
@@ -120,9 +126,9 @@ def student_gradients(
                 inputs, grad, known, image, pixel, column, PIXELS, TEACHER, STUDENT, INNER, PATHS[index], PRECISION
             )
             total += pooled_gradients(inputs, pools, known, image, pixel, column, PATHS[index])
-            at, inside = dense_tile(pick(grad_student, level), known, image, pixel, column, PATHS[index])
+            at, inside = student_tile_of(pick(grad_student, level), known, image, pixel, column, PATHS[index])
             total += tl.load(at, mask=inside & (size[16] != 0), other=0.0).to(total.dtype)
-            at, inside = dense_tile(pick(gradient, level), known, image, pixel, column, PATHS[index])
+            at, inside = student_tile_of(pick(gradient, level), known, image, pixel, column, PATHS[index])
             store_rounded(at, total, inside)
 
 
@@ -163,24 +169,6 @@ def weight_gradients(
             tl.store(at, weight_sum)
             at = to + splits * stride + split * teacher_tiles * TEACHER + channel
             tl.store(at, bias_sum, mask=(channel >= 0) & (student_tile == 0))
-
-
-@triton.jit
-def add_splits(
-    gradient,  # a level and parameter: (rows, length)
-    partials,  # a level and parameter: (splits, rows, length), with strides, from the offset ``first`` on
-    sizes,
-    PATHS: tl.constexpr,
-    TILES: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    level, _, program = find_level(sizes)
-    first, splits, stride, rows, pitch, length, blocks = pick_sizes(sizes, level)
-    _, row, block = find_tile(program, rows, blocks)
-    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    at = pick(partials, level) + first + row * pitch + output
-    total = add_tiles(at, splits, stride, output < length, TILES, OUTPUTS)
-    store_rounded(pick(gradient, level) + row * length + output, total, output < length)
 
 
 @triton.jit
@@ -264,37 +252,6 @@ def errors_by_student(
 
 
 @triton.jit
-def error_product(error, factor, total, PRECISION: tl.constexpr):
-    """``total + error @ factor`` with all of a float32 error's bits, unless TF32 is allowed.
-
-    A factor of 16 bits is exact in the tensor cores' formats, and only the error has to be split: into three
-    bfloat16, 24 bits, beside bfloat16; into two TF32, 22 bits, beside float16, whose range the error could leave.
-    """
-    dtype: tl.constexpr = total.dtype
-    SPLIT: tl.constexpr = PRECISION == "tf32x3" and dtype == tl.float32
-    if SPLIT and factor.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
-            part = error.to(tl.bfloat16)
-            total = multiply(part, factor, total, PRECISION)
-            error -= part.to(tl.float32)
-    elif SPLIT and factor.dtype == tl.float16:
-        part = (error.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        total = multiply(part, factor.to(tl.float32), total, "tf32")
-        total = multiply(error - part, factor.to(tl.float32), total, "tf32")
-    else:
-        total = multiply(error, factor.to(dtype), total, PRECISION)
-    return total
-
-
-@triton.jit
-def multiply(left, right, total, PRECISION: tl.constexpr):
-    """``total + left @ right``."""
-    if INTERPRETED:
-        left, right = left.to(total.dtype), right.to(total.dtype)
-    return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
-
-
-@triton.jit
 def error_tile(
     inputs,
     grad,
@@ -355,24 +312,24 @@ def product_tile(
     dtype: tl.constexpr = inputs[4].dtype.element_ty
     NARROW: tl.constexpr = student.dtype == weight.dtype and student.dtype.element_ty.primitive_bitwidth == 16
     operand: tl.constexpr = student.dtype.element_ty if NARROW and dtype == tl.float32 else dtype
-    row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
     ROWS: tl.constexpr = pixel.shape[0] if PIXELS_FIRST else channel.shape[0]
     COLS: tl.constexpr = channel.shape[0] if PIXELS_FIRST else pixel.shape[0]
-    adapted = tl.zeros((ROWS, COLS), dtype)
-    for first in range(0, student_channels, INNER):
-        k = first + tl.arange(0, INNER)
-        k_of_student, k_of_weight = across(k, not PIXELS_FIRST), across(k, PIXELS_FIRST)
-        at = tile_pointers(
-            student, image, image_stride, pitch, row, k_of_student, ALIGNED & PATH, STUDENT_PLANAR & PATH
-        )
-        inside = (row < pixels) & (k_of_student < student_channels)
-        features = tl.load(at, mask=inside, other=0.0).to(operand)
-        at = tile_pointers(weight, 0, 0, student_channels, col, k_of_weight, ALIGNED & PATH, False)
-        inside = (col < teacher_channels) & (k_of_weight < student_channels)
-        factors = tl.load(at, mask=inside, other=0.0).to(operand)
-        left, right = (features, factors) if PIXELS_FIRST else (factors, features)
-        adapted = multiply(left, right, adapted, PRECISION)
-    return adapted
+    return add_product(
+        tl.zeros((ROWS, COLS), dtype),
+        (student, image_stride, pitch),
+        (weight, 0, student_channels),
+        image,
+        pixel,
+        channel,
+        (pixels, teacher_channels, student_channels),
+        PIXELS_FIRST,
+        STUDENT_PLANAR & PATH,
+        False,
+        ALIGNED & PATH,
+        operand,
+        PRECISION,
+        INNER,
+    )
 
 
 @triton.jit
@@ -406,23 +363,9 @@ def pooled_gradients(inputs, pools, size, image, pixel, column, PATH: tl.constex
 
 
 @triton.jit
-def dense_tile(x, size, image, pixel, column, PATH: tl.constexpr):
+def student_tile_of(x, size, image, pixel, column, PATH: tl.constexpr):
     """Where a tile of a tensor lies that is densely packed in the student's layout."""
-    channels, _, pixels = size[:3]
-    pitch = pixels if STUDENT_PLANAR & PATH else channels
-    row, col = pixel[:, None], column[None, :]
-    at = tile_pointers(x, image, channels.to(tl.int64) * pixels, pitch, row, col, ALIGNED & PATH, STUDENT_PLANAR & PATH)
-    return at, (row < pixels) & (col < channels)
-
-
-@triton.jit
-def indices(tile, BLOCK: tl.constexpr):
-    return tile.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def across(index, FIRST: tl.constexpr):
-    return index[:, None] if FIRST else index[None, :]
+    return dense_tile(x, image, pixel, column, size[2], size[0], ALIGNED & PATH, STUDENT_PLANAR & PATH)
 
 
 class _Blocks(NamedTuple):
@@ -511,8 +454,16 @@ class _Pair(NamedTuple):
 
 
 def _pairs(students, weights, biases, teachers, spatial_masks, channel_masks) -> list[_Pair]:
-    weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
-    return [_Pair(*pair) for pair in zip(students, weights, biases, teachers, spatial_masks, channel_masks)]
+    pairs = []
+    for student, weight, bias, teacher, *masks in zip(
+        students, weights, biases, teachers, spatial_masks, channel_masks
+    ):
+        tensors, dtype = (
+            (student, weight.contiguous(), bias.contiguous(), teacher),
+            accumulation_dtype(student, teacher),
+        )
+        pairs.append(_Pair(*(fit_for_products(x, dtype) for x in tensors), *masks))
+    return pairs
 
 
 def _level(pair: _Pair, programs: int, pointers: tuple[Tensor, ...], sizes: tuple[int, ...]) -> Level:
@@ -526,10 +477,9 @@ def _level(pair: _Pair, programs: int, pointers: tuple[Tensor, ...], sizes: tupl
 
 
 def _launch(kernel, pairs: list[_Pair], levels: list[Level], blocks: dict, *shared: Tensor) -> None:
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     for kind, block in blocks.items():
         chosen = [level for level, pair in zip(levels, pairs) if pair.kind == kind]
-        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision, **block._asdict())
+        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **block._asdict())
 
 
 def adapted_masked_l2_forward(
@@ -567,10 +517,12 @@ def adapted_masked_l2_backward(
     """All gradients of the students, then of the weights, then of the biases."""
     pairs = _pairs(students, weights, biases, teachers, spatial_masks, channel_masks)
     extra = [(pool_grads[4 * at : 4 * at + 4], grad_students[at]) for at in range(len(pairs))]
-    dS = [torch.empty(s.shape, dtype=s.dtype, device=s.device, memory_format=matrix_layout(s)) for s in students]
+    layouts = [matrix_layout(student) for student in students]
+    dS = [torch.empty_like(pair.student, memory_format=layout) for pair, layout in zip(pairs, layouts)]
     levels = [_student_level(pair, dS[slot], *extra[slot], slot) for slot, pair in enumerate(pairs)]
     _launch(student_gradients, pairs, levels, _STUDENT, grad)
-    return [*dS, *_parameter_gradients(pairs, grad)]
+    gradients = zip([*dS, *_parameter_gradients(pairs, grad)], [*students, *weights, *biases])
+    return [gradient.to(like.dtype) for gradient, like in gradients]
 
 
 def _student_level(
@@ -578,8 +530,10 @@ def _student_level(
 ) -> Level:
     student_tiles, _, pixel_tiles = pair.tiles(_STUDENT[pair.kind])
     pools = in_place_of_none(pool_grads, pair.student, pair.dtype)
-    if grad_student is not None and not aligned_to_16_bytes(grad_student):
-        grad_student = grad_student.clone()  # the kernel reads it as it writes dS
+    if grad_student is not None:
+        grad_student = fit_for_products(grad_student, pair.dtype)
+        if not aligned_to_16_bytes(grad_student):
+            grad_student = grad_student.clone()  # the kernel reads it as it writes dS
     given = (gradient is not None for gradient in (*pool_grads, grad_student))
     sizes = slot, pixel_tiles, student_tiles, *given
     pointers = dS, dS if grad_student is None else grad_student, *pools
@@ -593,27 +547,14 @@ def _parameter_gradients(pairs: list[_Pair], grad: Tensor) -> list[Tensor]:
     for slot, (pair, weight, bias) in enumerate(zip(pairs, weights, biases)):
         blocks = _WEIGHT[pair.kind]
         student_tiles, teacher_tiles, tiles_of_image = pair.tiles(blocks)
-        splits, tiles_of_split = _splits(pair.images * tiles_of_image, student_tiles * teacher_tiles, blocks)
+        splits, tiles_of_split = splits_of(pair.images * tiles_of_image, student_tiles * teacher_tiles, blocks.PIXELS)
         rows, pitch = teacher_tiles * blocks.TEACHER, student_tiles * blocks.STUDENT
         partials = pair.student.new_empty(splits * rows * (pitch + 1), dtype=pair.dtype)
         tiles = tiles_of_image, pair.images * tiles_of_image, tiles_of_split
         sizes = slot, teacher_tiles, student_tiles, splits, *tiles
         levels.append(_level(pair, splits * teacher_tiles * student_tiles, (partials,), sizes))
-        parameters.append(_finish_level(weight, partials, 0, splits, rows * pitch, pitch))
-        parameters.append(_finish_level(bias[None], partials, splits * rows * pitch, splits, rows, rows))
+        parameters.append(sum_of_splits(weight, partials, 0, splits, rows * pitch, pitch))
+        parameters.append(sum_of_splits(bias[None], partials, splits * rows * pitch, splits, rows, rows))
     _launch(weight_gradients, pairs, levels, _WEIGHT, grad)
-    launch(add_splits, parameters, TILES=SPLITS_AT_ONCE, OUTPUTS=FINISH_OUTPUTS)
+    add_up(parameters)
     return [*weights, *biases]
-
-
-def _splits(tiles: int, programs: int, blocks: _Blocks) -> tuple[int, int]:
-    """Number of splits of a level's pixels, and the tiles of each; from the level's shape alone."""
-    most = max(SPLIT_PROGRAMS // programs, 1)
-    tiles_of_split = max(triton.cdiv(SPLIT_PIXELS, blocks.PIXELS), triton.cdiv(tiles, most))
-    return triton.cdiv(tiles, tiles_of_split), tiles_of_split
-
-
-def _finish_level(gradient: Tensor, partials: Tensor, first: int, splits: int, stride: int, pitch: int) -> Level:
-    rows, length = gradient.shape
-    blocks = triton.cdiv(length, FINISH_OUTPUTS)
-    return Level(rows * blocks, (gradient, partials), (first, splits, stride, rows, pitch, length, blocks))

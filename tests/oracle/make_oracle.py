@@ -1,20 +1,17 @@
 """Writes the oracle files that tests/test_oracle.py compares with, from MMRazor 1.0.0's own classes.
 
-Needs a checkout of MMRazor 1.0.0, mmengine and mmcv-lite 2.1.0; the tests need none of them:
+Needs MMRazor 1.0.0 and mmcv-lite 2.1.0; the tests need neither:
 
-    pip install mmengine mmcv-lite==2.1.0
-    cd tests && python -m oracle.make_oracle --mmrazor PATH_TO_MMRAZOR
+    pip install mmrazor==1.0.0 mmcv-lite==2.1.0
+    cd tests && python -m oracle.make_oracle [--mmrazor CHECKOUT]
 
-MMRazor does not import whole on a recent torch, so its three files are loaded one by one under stub parents. Everything
-is float64; weights, BatchNorm buffers and features are random, because at MMRazor's own zero initialisation most
-parameters have exactly zero gradient.
+benchmarks/mmrazor.py loads MMRazor's files. Everything is float64; weights, BatchNorm buffers and features are random,
+because at MMRazor's own zero initialisation most parameters have exactly zero gradient.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
-import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +21,10 @@ from helpers import randomise
 from torch import nn
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.resolve().parents[1]))
+
+from benchmarks import mmrazor  # noqa: E402
+
 TERMS = ("feature", "channel", "spatial", "relation")
 WEIGHTS = {"feature": 0.7, "channel": 1.3, "spatial": 1.1, "relation": 0.9}
 STEPS = 3
@@ -61,41 +62,14 @@ CASES = [
 ]
 
 
-def load_mmrazor(path: Path):
-    """MMRazor's loss module and connector module."""
-    for name in ("mmrazor", "mmrazor.models", "mmrazor.models.losses", "mmrazor.models.architectures"):
-        sys.modules[name] = types.ModuleType(name)
-    connectors = "mmrazor.models.architectures.connectors"
-    sys.modules[connectors] = types.ModuleType(connectors)
-    registry = types.ModuleType("mmrazor.registry")
-    from mmengine.registry import Registry
-
-    registry.MODELS = Registry("oracle models")
-    sys.modules["mmrazor.registry"] = registry
-
-    def load(name: str, file: str):
-        spec = importlib.util.spec_from_file_location(name, path / file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    folder = "mmrazor/models/architectures/connectors"
-    load(f"{connectors}.base_connector", f"{folder}/base_connector.py")
-    connector_module = load(f"{connectors}.fbkd_connector", f"{folder}/fbkd_connector.py")
-    return load("mmrazor.models.losses.fbkd_loss", "mmrazor/models/losses/fbkd_loss.py"), connector_module
-
-
 def connector(kind: str, case: Case, level: int, module):
-    pooled = case.strides[level] > 1
-    make = module.FBKDStudentConnector if kind == "student" else module.FBKDTeacherConnector
-    made = make(
-        in_channels=case.channels,
-        reduction=case.reduction[level],
+    made = mmrazor.connector(
+        module,
+        kind,
+        case.channels,
+        case.strides[level],
+        case.reduction[level],
         mode=case.mode,
-        sub_sample=pooled,
-        # MMRazor's block pools by 2 before it pools by maxpool_stride.
-        maxpool_stride=case.strides[level] // 2 if pooled else 2,
         norm_cfg=dict(type="BN") if case.norm == "batch" else None,
         spatial_T=case.temperature,
         channel_T=case.temperature,
@@ -220,9 +194,9 @@ def record_pooled_gaussian() -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mmrazor", type=Path, required=True, help="checkout of MMRazor 1.0.0")
-    arguments = parser.parse_args()
-    loss_module, connector_module = load_mmrazor(arguments.mmrazor)
+    parser.add_argument("--mmrazor", type=Path, help="checkout of MMRazor 1.0.0; the installed one by default")
+    checkout = parser.parse_args().mmrazor
+    loss_module, connector_module = mmrazor.load(checkout) if checkout else mmrazor.installed()
     for case in CASES:
         arrays = record(case, loss_module, connector_module)
         arrays["case"] = np.asarray(json.dumps(asdict(case)))

@@ -1,0 +1,133 @@
+"""What a suite is, and the maps that it runs on."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fbkd_ops import backends
+
+__all__ = ["DTYPES", "LAYOUTS", "LEVELS", "TOLERANCES", "Case", "Cost", "Implementation", "Suite", "forced"]
+
+# Feature maps of an 800x1344 image; the strides of P2..P6 are 4..64.
+LEVELS = {
+    "P2": (1, 256, 200, 336),
+    "P3": (1, 256, 100, 168),
+    "P4": (1, 256, 50, 84),
+    "P5": (1, 256, 25, 42),
+    "P6": (1, 256, 13, 21),
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Largest error of an element, relative to its size and the RMS of its tensor: well above every correct
+# implementation's rounding, well below any mistake in a formula.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Implementation = Callable[..., Iterable[Tensor]]
+"""A function of a suite's inputs, in order, to a tensor or a tuple of tensors."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The map that a suite runs on. ``shape`` is (N, C, H, W); ``dtype`` and ``layout`` are names.
+
+    A suite with non-local blocks has one pooling factor a level in ``strides``; the levels after the first are half as
+    large as the one before. Without ``strides`` there is one map.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    device: str = "cpu"
+    strides: tuple[int, ...] = ()
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        n, channels, height, width = self.shape
+        factors = [2**level for level in range(max(1, len(self.strides)))]
+        return [(n, channels, math.ceil(height / factor), math.ceil(width / factor)) for factor in factors]
+
+    @property
+    def title(self) -> str:
+        names = {shape: name for name, shape in LEVELS.items()}
+        ends = dict.fromkeys([self.shapes[0], self.shapes[-1]])
+        words = ["..".join(names.get(shape, "x".join(map(str, shape))) for shape in ends)]
+        if self.strides:
+            pooled = any(stride > 1 for stride in self.strides)
+            words.append(f"pooled by {', '.join(map(str, self.strides))}" if pooled else "without pooling")
+        return " ".join([*words, self.dtype, self.layout])
+
+    @property
+    def map_bytes(self) -> int:
+        """Of the first map."""
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+    @property
+    def pixels(self) -> int:
+        """Of all levels and images."""
+        return sum(n * height * width for n, _, height, width in self.shapes)
+
+    @property
+    def small(self) -> "Case":
+        """The map on which results are checked: as many channels unless those are very many, fewer pixels.
+
+        With non-local blocks its size gives several cells at every level, ragged ones among them, and it has neither
+        one image nor an inner width of 1: BatchNorm makes some of their gradients vanish.
+        """
+        n, channels, height, width = self.shape
+        if self.strides:
+            return replace(self, shape=(2, min(max(channels, 32), 512), 39, 53))
+        return replace(self, shape=(min(n, 2), min(channels, 512), min(height, 19), min(width, 28)))
+
+    def features(self, seed: int, level: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + 100 * level)
+        x = torch.randn(self.shapes[level], generator=generator)
+        return x.to(self.device, getattr(torch, self.dtype)).contiguous(memory_format=LAYOUTS[self.layout])
+
+    def pyramid(self, seed: int) -> list[Tensor]:
+        return [self.features(seed, level) for level in range(len(self.shapes))]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The fewest bytes and floating-point operations that any implementation needs."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Implementations of one computation.
+
+    ``op`` is the name in ``fbkd_ops.backends.OPS``. Differentiable inputs are those that require a gradient.
+    ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
+    with, ``reference`` the literal formula, which also takes float64 inputs in any case. ``cases`` are what is measured
+    unless something else is asked for, ``strides`` a case's pooling factors by its shape.
+    """
+
+    op: str
+    inputs: Callable[[Case], list[Tensor]]
+    implementations: dict[str, Callable[[Case], Implementation]]
+    cost: Callable[[Case], Cost]
+    cases: tuple[Case, ...]
+    strides: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = lambda shape: ()
+    tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.implementations))
+
+
+def forced(function: Implementation, backend: str) -> Implementation:
+    """``function`` with every op of the package on one backend."""
+
+    def called(*arguments):
+        with backends.use_backend(backend):
+            return function(*arguments)
+
+    return called

@@ -1,0 +1,220 @@
+"""The suites of whole losses: ``relation``, one level's relation term, and ``fbkd_loss``, all terms of a pyramid.
+
+Their inputs are the students' maps, the teachers' and the parameters of ``FBKDLoss`` in its order. An implementation is
+a module that is called with those parameters in place of its own. BatchNorm is in training mode, and its parameters are
+random: where they are 0, as at first, a non-local block is the identity.
+"""
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fbkd_ops
+from benchmarks import mmrazor
+from benchmarks.cases import LEVELS, TOLERANCES, Case, Cost, Implementation, Suite, forced
+from fbkd_ops.integrations.mmrazor import load_connectors
+from fbkd_ops.presets import PRESETS
+
+__all__ = ["FBKD_LOSS", "RELATION"]
+
+STRIDES = PRESETS["mmrazor"]["stride"]  # of P2..P5
+# Of each pooling factor: the ratio of the inner width; without pooling as at P2 and P3.
+RATIOS = {1: 0.25} | dict(zip(STRIDES, PRESETS["mmrazor"]["inter_channels"]))
+
+# As under AMP: float16 holds the gradients of features only of a loss so enlarged.
+LOSS_SCALE = 2.0**13
+# Behind a BatchNorm the terms of a bias's gradient cancel: the literal formula comes out up to 1e-3 off in float32.
+LOSS_TOLERANCES = TOLERANCES | {"float32": 5e-3}
+
+
+class RelationTerm(nn.Module):
+    """The relation term, unweighted, of a loss's only level."""
+
+    def __init__(self, loss: fbkd_ops.FBKDLoss):
+        super().__init__()
+        (level,) = loss.levels
+        self.student_non_local, self.teacher_non_local = level.student_non_local, level.teacher_non_local
+        self.adaptation = level.relation_adaptation
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        blocks = self.student_non_local, self.teacher_non_local
+        return fbkd_ops.functional.relation_loss(
+            *students,
+            *teachers,
+            *(block.weights() for block in blocks),
+            self.adaptation.weight.flatten(1),
+            self.adaptation.bias,
+            stride=blocks[0].stride,
+            pool_order=blocks[0].pool_order,
+            student_norm=blocks[0].norm,
+            teacher_norm=blocks[1].norm,
+        )
+
+
+class Total(nn.Module):
+    """The sum of a loss's four terms."""
+
+    def __init__(self, loss: fbkd_ops.FBKDLoss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        return sum(self.loss(students, teachers).values())
+
+
+def _loss(case: Case) -> fbkd_ops.FBKDLoss:
+    levels = dict(stride=list(case.strides), inter_channels=[RATIOS[stride] for stride in case.strides])
+    return fbkd_ops.FBKDLoss(case.shape[1], num_levels=len(case.strides), preset="mmrazor", **levels).to(case.device)
+
+
+def _their_loss(case: Case) -> mmrazor.Loss:
+    reductions = [round(1 / RATIOS[stride]) for stride in case.strides]
+    return mmrazor.Loss(case.shape[1], case.strides, reductions).to(case.device)
+
+
+def _parameter_dtype(case: Case) -> torch.dtype:
+    """Beside 16-bit features the parameters are float32, as in training."""
+    return torch.promote_types(getattr(torch, case.dtype), torch.float32)
+
+
+def _inputs(part: type[nn.Module]) -> Callable[[Case], list[Tensor]]:
+    """Students, teachers and parameters.
+
+    All values are on grids that make the projections exact in float32. So the max-pools of every implementation have
+    the same winners, however it rounds; else one that came out differently would look like a mistake.
+    """
+
+    def inputs(case: Case) -> list[Tensor]:
+        students, teachers = ([(8 * x).round() / 8 for x in case.pyramid(seed)] for seed in (0, 1))
+        generator = torch.Generator().manual_seed(3)
+        parameters = []
+        for parameter in part(_loss(case)).parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                values = values / parameter[0].numel() ** 0.5
+            parameters.append(((64 * values).round() / 64).to(case.device, _parameter_dtype(case)))
+        return [*(x.requires_grad_() for x in students), *teachers, *(x.requires_grad_() for x in parameters)]
+
+    return inputs
+
+
+def _called(module: nn.Module, names: list[str], levels: int, dtype: Optional[torch.dtype] = None) -> Implementation:
+    """``module`` as a function of the inputs: ``names`` are its parameters' in their order, ``dtype`` the only one that
+    it takes maps in."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        maps, parameters = tensors[: 2 * levels], tensors[2 * levels :]
+        maps = [x if dtype is None else x.to(dtype) for x in maps]
+        named = dict(zip(names, parameters, strict=True))
+        return LOSS_SCALE * functional_call(module, named, (maps[:levels], maps[levels:]))
+
+    return function
+
+
+def _ours(part: type[nn.Module], backend: str) -> Callable[[Case], Implementation]:
+    def made(case: Case) -> Implementation:
+        module = part(_loss(case))
+        names = [name for name, _ in module.named_parameters()]
+        function = _called(module, names, len(case.strides))
+        return function if backend == "auto" else forced(function, backend)
+
+    return made
+
+
+def _theirs(part: type[nn.Module], their_part: Callable[[mmrazor.Loss], nn.Module]) -> Callable[[Case], Implementation]:
+    """MMRazor's, with its parameters in the order of ours."""
+
+    def made(case: Case) -> Implementation:
+        ours, theirs = _loss(case), _their_loss(case)
+        module = their_part(theirs)
+        names = _counterparts(part(ours), module, lambda: load_connectors(ours, theirs.student, theirs.teacher))
+        dtype = _parameter_dtype(case)
+        return _called(module.to(dtype), names, len(case.strides), dtype)
+
+    return made
+
+
+def _counterparts(ours: nn.Module, theirs: nn.Module, copy: Callable[[], None]) -> list[str]:
+    """Names of their parameters in the order of ours: ``copy`` takes theirs over, equal ones belong together."""
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    copy()
+
+    def of(own: Tensor) -> str:
+        return next(name for name, x in theirs.named_parameters() if x.shape == own.shape and torch.equal(x, own))
+
+    return [of(parameter) for parameter in ours.parameters()]
+
+
+def _implementations(part: type[nn.Module], their_part: Callable[[mmrazor.Loss], nn.Module]) -> dict:
+    return {
+        "mmrazor": _theirs(part, their_part),
+        "reference": _ours(part, "reference"),
+        "fbkd_ops": _ours(part, "auto"),
+    }
+
+
+def _cost(part: type[nn.Module], adaptations: int) -> Callable[[Case], Cost]:
+    """Forward reads both maps, backward reads them again and writes dS; parameters are read twice and written once.
+
+    Beside the relation term's products each of the ``adaptations`` has one product forward and two backward.
+    """
+
+    def cost(case: Case) -> Cost:
+        flops = [0, 0]
+        for (n, channels, height, width), stride in zip(case.shapes, case.strides):
+            inner = max(1, int(channels * RATIOS[stride]))
+            cells = n * max(1, height // stride) * max(1, width // stride)
+            levels = _relation_flops(channels, inner, n * height * width, cells)
+            product = 2 * channels * channels * n * height * width
+            flops = [flops[0] + levels[0] + adaptations * product, flops[1] + levels[1] + 2 * adaptations * product]
+        maps = case.pixels * case.shape[1] * getattr(torch, case.dtype).itemsize
+        parameters = 4 * sum(parameter.numel() for parameter in part(_loss(case)).parameters())
+        return Cost(2 * maps + parameters, 3 * maps + 2 * parameters, *flops)
+
+    return cost
+
+
+def _relation_flops(channels: int, inner: int, pixels: int, cells: int) -> tuple[int, int]:
+    """Forward and backward, both sides: the products of docs/math.md that grow with the map.
+
+    Max-pooled phi and g get a gradient at the winner of each of the ``cells`` only.
+    """
+    wide, narrow, square = 2 * channels * inner, 2 * inner * inner, 2 * channels * channels
+    projections, covariances, residual = 6 * wide, 2 * narrow, square + 2 * wide
+    forward = pixels * (projections + covariances + residual) + cells * 2 * narrow
+    of_theta, of_phi_and_g = 3 * wide, 6 * wide  # weights of both sides, and dS
+    backward = pixels * (of_theta + covariances + 2 * residual) + cells * (of_phi_and_g + 4 * narrow)
+    return forward, backward
+
+
+def _relation_strides(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """The preset's at that level; of a map of another size as at P2."""
+    level = list(LEVELS.values()).index(shape) if shape in LEVELS.values() else 0
+    return (STRIDES[min(level, len(STRIDES) - 1)],)
+
+
+RELATION = Suite(
+    "relation_loss",
+    _inputs(RelationTerm),
+    _implementations(RelationTerm, mmrazor.RelationTerm),
+    _cost(RelationTerm, adaptations=0),
+    cases=(
+        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(LEVELS, STRIDES)),
+        *(Case(LEVELS[level], strides=(1,)) for level in ("P4", "P3", "P2")),
+    ),
+    strides=_relation_strides,
+    tolerances=LOSS_TOLERANCES,
+)
+FBKD_LOSS = Suite(
+    "adapted_masked_l2_loss",
+    _inputs(Total),
+    _implementations(Total, their_part=lambda loss: loss),
+    _cost(Total, adaptations=1),
+    cases=(Case(LEVELS["P2"], strides=STRIDES),),
+    strides=lambda shape: STRIDES,
+    tolerances=LOSS_TOLERANCES,
+)

@@ -1,0 +1,562 @@
+// Pooled 1x1 convolutions and covariances of feature maps on the CPU, in one read of each map: blocks of rows that stay
+// in cache, around the vendor's matrix product.
+#include "../stable_abi.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "memory.h"
+#include "pixel_blocks.h"
+
+namespace fbkd {
+namespace {
+
+// Where a channel's pixels lie side by side, winners pass their gradients as a dense product with zeros at the other
+// pixels if a cell has fewer pixels than these, else one by one, as always where a pixel's channels do. With 128 pooled
+// channels of 256 at 100x168, one thread: cells of 4x4 46 ms one by one, 27 ms densely; 8x8 21 and 26; in channels_last
+// 11 and 27; 4.4 and 24. Without the map's gradient both are even at 4x4.
+constexpr int64_t kGatherPixels = 36, kGatherPixelsForWeight = 17;
+
+#define FBKD_STATISTICS(A)                                                                                            \
+  FBKD_CLONES void subtract_constant(A* __restrict__ to, const A* __restrict__ x, A constant, int64_t count) {        \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = x[i] - constant;                                  \
+  }                                                                                                                   \
+  FBKD_CLONES void subtract_vector(A* __restrict__ to, const A* __restrict__ x, const A* __restrict__ v,              \
+                                   int64_t count) {                                                                   \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = x[i] - v[i];                                      \
+  }                                                                                                                   \
+  FBKD_CLONES void add_constant(A* __restrict__ to, A constant, int64_t count) {                                      \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] += constant;                                        \
+  }                                                                                                                   \
+  FBKD_CLONES void add_scaled(A* __restrict__ to, A scale, const A* __restrict__ x, int64_t count) {                  \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] += scale * x[i];                                    \
+  }                                                                                                                   \
+  /* to[c] += sum over cells of grad[cell, c] * x[at[cell, c]] */                                                     \
+  FBKD_CLONES void gather(A* __restrict__ to, const A* __restrict__ x, const int32_t* __restrict__ at,                \
+                          const A* __restrict__ grad, int64_t cells, int64_t channels) {                              \
+    for (int64_t cell = 0; cell < cells; ++cell, at += channels, grad += channels)                                    \
+      _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) to[c] += grad[c] * x[at[c]];                         \
+  }                                                                                                                   \
+  /* One more row of a cell row: in every column the largest value so far, and its row; a NaN wins. */                \
+  FBKD_CLONES void fold_row(const A* __restrict__ y, A bias, int32_t row, int64_t count, A* __restrict__ best,        \
+                            int32_t* __restrict__ best_row) {                                                         \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {                                                         \
+      const A value = y[i] + bias;                                                                                    \
+      const bool wins = row == 0 || value > best[i] || value != value;                                                \
+      best[i] = wins ? value : best[i];                                                                               \
+      best_row[i] = wins ? row : best_row[i];                                                                         \
+    }                                                                                                                 \
+  }
+
+FBKD_STATISTICS(float)
+FBKD_STATISTICS(double)
+#undef FBKD_STATISTICS
+
+// The cells of a max-pool, whose candidates are visited in the nested order of two pools: cells of fy x fx pixels first.
+struct Pool {
+  int64_t ky, kx, fy, fx;
+
+  int64_t rank(int64_t dy, int64_t dx) const {
+    return (dy / fy * (kx / fx) + dx / fx) * fy * fx + dy % fy * fx + dx % fx;
+  }
+};
+
+struct StatisticsLevel {
+  ScalarType type;
+  MatrixView view;
+  int64_t width;  // of the map
+  const void* x;
+  bool covaries;           // whether a covariance is wanted
+  const void* mean;        // (images, C), in the accumulation type
+  const void* projection;  // (r, C); nullptr: the identity
+  const void* weight;      // (p, C); nullptr: nothing is pooled
+  const void* bias;        // (p)
+  Pool pool;
+  int64_t rank, pooled;  // r (C without projection), p
+
+  int64_t channels() const { return view.channels(); }
+  int64_t height() const { return view.pixels() / width; }
+  int64_t cell_rows() const { return weight == nullptr ? 0 : height() / pool.ky; }
+  int64_t cell_cols() const { return weight == nullptr ? 0 : width / pool.kx; }
+  int64_t cells() const { return cell_rows() * cell_cols(); }
+};
+
+// A level's images cut into strips of whole rows of cells, the strips dealt to groups, the strips' rows to blocks: all
+// functions of the shape alone.
+struct Strips {
+  Strips(const StatisticsLevel& level, int64_t partial_bytes)
+      : block_rows(max64(1, block_pixels_of(level.channels()) / level.width)),
+        rows(level.weight == nullptr ? block_rows : round_up(block_rows, level.pool.ky)),
+        per_image(ceil_div(level.height(), rows)),
+        groups(max64(1, min64(per_image, groups_of(partial_bytes) / max64(1, level.view.images)))) {}
+
+  int64_t block_rows, rows, per_image, groups;  // groups of an image
+};
+
+// Calls f(strip) for the strips of a group, a tile.
+template <typename F>
+void for_strips(const StatisticsLevel& level, const Strips& strips, int64_t tile, F&& f) {
+  const int64_t image = tile / strips.groups, group = tile % strips.groups;
+  for (int64_t strip = group * strips.per_image / strips.groups;
+       strip < (group + 1) * strips.per_image / strips.groups; ++strip) {
+    const int64_t row = strip * strips.rows;
+    f(Block{image, row * level.width, min64(strips.rows, level.height() - row) * level.width});
+  }
+}
+
+// Calls f(block) for the blocks of a strip.
+template <typename F>
+void for_blocks(const StatisticsLevel& level, const Strips& strips, const Block& strip, F&& f) {
+  const int64_t size = strips.block_rows * level.width, end = strip.first + strip.size;
+  for (int64_t first = strip.first; first < end; first += size) f(Block{strip.image, first, min64(size, end - first)});
+}
+
+template <typename A>
+struct Statistics : ProductTiles {
+  Statistics(const StatisticsLevel& level, void* pooled, void* winners, void* cross)
+      : level(level),
+        strips(level, partial_bytes()),
+        pooled(static_cast<A*>(pooled)),
+        winners(static_cast<int32_t*>(winners)),
+        cross(static_cast<A*>(cross)),
+        partials(static_cast<size_t>(count() * cross_size())) {}
+
+  std::unique_ptr<Tiles> second_stage() const override;
+  int64_t partial_bytes() const override { return cross_size() * static_cast<int64_t>(sizeof(A)); }
+  int64_t cross_size() const { return level.covaries ? level.rank * level.channels() : 0; }
+  int64_t count() const override { return level.view.images * strips.groups; }
+  int64_t elements() const override { return level.view.numel() * (level.pooled + level.rank); }
+
+  struct Workspace {
+    std::vector<A> x, y, centred, projected, best;
+    std::vector<int32_t> best_row;
+  };
+
+  void run(int64_t tile) override {
+    Workspace space;
+    for_strips(level, strips, tile, [&](const Block& strip) {
+      for_blocks(level, strips, strip, [&](const Block& block) {
+        if (level.weight != nullptr) fold(block, space);
+        if (level.covaries) covariance(block, space, &partials[tile * cross_size()]);
+      });
+    });
+  }
+
+  // The pooled convolution of a block of rows.
+  void fold(const Block& block, Workspace& space) {
+    const int64_t last = level.cell_rows() * level.pool.ky, width = level.width, columns = level.cell_cols() * level.pool.kx;
+    if (block.first / width >= last) return;
+    const Matrix<A> x = read_block(level.type, level.x, level.view, block, space.x);
+    const Matrix<A> y = row_major(reserve(space.y, level.pooled * block.size), level.pooled, block.size);
+    matmul(y, row_major(static_cast<const A*>(level.weight), level.pooled, level.channels()), x);
+    A* best = reserve(space.best, level.pooled * width);
+    if (space.best_row.empty()) space.best_row.resize(static_cast<size_t>(level.pooled * width));
+    const A* bias = static_cast<const A*>(level.bias);
+    for (int64_t row = block.first / width; row < min64(last, (block.first + block.size) / width); ++row) {
+      const int64_t dy = row % level.pool.ky;
+      const A* y_row = y.data + row * width - block.first;
+      for (int64_t c = 0; c < level.pooled; ++c)
+        fold_row(y_row + c * block.size, bias[c], static_cast<int32_t>(dy), columns, best + c * width,
+                 &space.best_row[c * width]);
+      if (dy == level.pool.ky - 1) finish_cells(block.image, row / level.pool.ky, space);
+    }
+  }
+
+  // The best of each cell's columns: NaN of the highest rank, else the greatest value of the lowest rank.
+  void finish_cells(int64_t image, int64_t cell_row, const Workspace& space) {
+    for (int64_t c = 0; c < level.pooled; ++c) {
+      const A* best = &space.best[c * level.width];
+      const int32_t* best_row = &space.best_row[c * level.width];
+      const int64_t out = (image * level.pooled + c) * level.cells() + cell_row * level.cell_cols();
+      for (int64_t cell = 0; cell < level.cell_cols(); ++cell) {
+        const int64_t col = winner(best + cell * level.pool.kx, best_row + cell * level.pool.kx) + cell * level.pool.kx;
+        pooled[out + cell] = best[col];
+        winners[out + cell] =
+            static_cast<int32_t>((cell_row * level.pool.ky + best_row[col]) * level.width + col);
+      }
+    }
+  }
+
+  int64_t winner(const A* best, const int32_t* best_row) const {
+    int64_t chosen = 0;
+    for (int64_t col = 1; col < level.pool.kx; ++col) {
+      if (best[col] < best[chosen]) continue;
+      const bool nan = std::isnan(best[col]), chosen_nan = std::isnan(best[chosen]);
+      const bool later = level.pool.rank(best_row[col], col) > level.pool.rank(best_row[chosen], chosen);
+      const bool wins = nan ? !chosen_nan || later : !chosen_nan && (best[col] > best[chosen] || !later);
+      if (wins) chosen = col;
+    }
+    return chosen;
+  }
+
+  // A covariance is symmetric: these rows are made in full, of the others only the part right of their number. Halves of
+  // few rows would take a product that adds all pixels into one float: 1e-4 off where values repeat, as zeros do.
+  int64_t upper_rows() const { return level.projection == nullptr && level.rank >= 64 ? level.rank / 2 : 0; }
+
+  // Adds the block's share of the sum of W (x - mean) (x - mean)^T.
+  void covariance(const Block& block, Workspace& space, A* sum) const {
+    const int64_t channels = level.channels();
+    const Matrix<A> x = centred(block, space);
+    if (level.projection != nullptr) {
+      const Matrix<A> z = row_major(reserve(space.projected, level.rank * block.size), level.rank, block.size);
+      matmul(z, row_major(static_cast<const A*>(level.projection), level.rank, channels), x);
+      matmul_add(row_major(sum, level.rank, channels), z, x.transposed());
+      return;
+    }
+    const int64_t half = upper_rows();
+    const Matrix<A> lower = x.rows_from(half);
+    if (half > 0) matmul_add(row_major(sum, half, channels), x.rows_to(half), x.transposed());
+    matmul_add(Matrix<A>{sum + half * channels + half, channels - half, channels - half, channels, 1}, lower,
+               lower.transposed());
+  }
+
+  // x - mean (C, pixels), in the map's order.
+  Matrix<A> centred(const Block& block, Workspace& space) const {
+    const BlockRows rows = rows_of(block, level.view);
+    const A* mean = static_cast<const A*>(level.mean) + block.image * level.channels();
+    A* data = reserve(space.centred, rows.count * rows.cols);
+    A buffer[kPiece];
+    for (int64_t row = 0; row < rows.count; ++row) {
+      for (int64_t col = 0; col < rows.cols; col += kPiece) {
+        const int64_t size = min64(kPiece, rows.cols - col);
+        const A* x = load_piece(level.type, level.x, rows.offset(level.view, block.image, row) + col, 1, size, buffer);
+        A* to = data + row * rows.cols + col;
+        level.view.rows_are_channels ? subtract_constant(to, x, mean[row], size)
+                                     : subtract_vector(to, x, mean + col, size);
+      }
+    }
+    return block_matrix(data, level.view.rows_are_channels, level.channels(), block.size);
+  }
+
+  StatisticsLevel level;
+  Strips strips;
+  A* pooled;          // (images, p, cells)
+  int32_t* winners;   // (images, p, cells)
+  A* cross;           // (images, r, C)
+  std::vector<A> partials;  // (images, groups, r, C)
+};
+
+// Adds the groups' sums in their order and divides them by the number of pixels: a tile a row of an image.
+template <typename A>
+struct FinishCovariance : Tiles {
+  explicit FinishCovariance(const Statistics<A>& of) : of(of) {}
+
+  int64_t count() const override { return of.level.covaries ? of.level.view.images * of.level.rank : 0; }
+  int64_t elements() const override { return static_cast<int64_t>(of.partials.size()); }
+  void run(int64_t tile) override {
+    const int64_t rank = of.level.rank, channels = of.level.channels(), image = tile / rank, row = tile % rank;
+    const int64_t left = row < of.upper_rows() ? 0 : of.upper_rows();
+    A* out = of.cross + tile * channels;
+    std::fill(out, out + channels, A(0));
+    const A share = A(1) / static_cast<A>(of.level.view.pixels());
+    for (int64_t group = image * of.strips.groups; group < (image + 1) * of.strips.groups; ++group) {
+      const A* partial = &of.partials[group * of.cross_size()];
+      for (int64_t col = 0; col < left; ++col) out[col] += share * partial[col * channels + row];
+      add_scaled(out + left, share, partial + row * channels + left, channels - left);
+    }
+  }
+
+  const Statistics<A>& of;
+};
+
+template <typename A>
+std::unique_ptr<Tiles> Statistics<A>::second_stage() const {
+  return std::make_unique<FinishCovariance<A>>(*this);
+}
+
+struct StatisticsGradient {
+  void* dx;                 // gradient_view(level.view), added to; nullptr: not wanted
+  const void* inner;        // (images, r, C), nullptr where absent
+  const void* shift;        // (images, C), nullptr where absent
+  const int32_t* winners;   // (images, p, cells)
+  const void* grad_pooled;  // (images, p, cells), nullptr where absent
+  void* dweight;            // (p, C)
+};
+
+template <typename A>
+struct StatisticsBackward : ProductTiles {
+  StatisticsBackward(const StatisticsLevel& level, const StatisticsGradient& gradient)
+      : level(level),
+        gradient(gradient),
+        strips(level, partial_bytes()),
+        dense(level.view.rows_are_channels &&
+              level.pool.ky * level.pool.kx < (gradient.dx == nullptr ? kGatherPixelsForWeight : kGatherPixels)),
+        partials(static_cast<size_t>(count() * dweight_size())) {
+    if (level.weight == nullptr) return;
+    turned.resize(static_cast<size_t>(level.pooled * level.channels()));
+    const A* weight = static_cast<const A*>(level.weight);
+    for (int64_t c = 0; c < level.pooled; ++c)
+      for (int64_t k = 0; k < level.channels(); ++k) turned[k * level.pooled + c] = weight[c * level.channels() + k];
+  }
+
+  std::unique_ptr<Tiles> second_stage() const override;
+  int64_t partial_bytes() const override { return dweight_size() * static_cast<int64_t>(sizeof(A)); }
+  bool pools() const { return gradient.grad_pooled != nullptr; }
+  bool affine() const { return gradient.dx != nullptr && (gradient.inner != nullptr || gradient.shift != nullptr); }
+  int64_t dweight_size() const { return pools() ? level.pooled * level.channels() : 0; }
+  int64_t count() const override { return pools() || affine() ? level.view.images * strips.groups : 0; }
+  int64_t elements() const override { return level.view.numel() * (level.pooled + level.rank); }
+
+  struct Workspace {
+    std::vector<A> x, dx, projected, dense, grads;
+    std::vector<int32_t> at;
+    int64_t cells;
+  };
+
+  void run(int64_t tile) override {
+    Workspace space;
+    for_strips(level, strips, tile, [&](const Block& strip) {
+      A* partial = partials.data() + tile * dweight_size();
+      if (pools()) collect(strip, space);
+      if (affine() || (pools() && dense)) {
+        for_blocks(level, strips, strip, [&](const Block& block) {
+          const Matrix<A> x = read_block(level.type, level.x, level.view, block, space.x);
+          const Matrix<A> dx = read_gradient(block, space);
+          if (affine()) add_affine(block, x, dx, space);
+          if (pools() && dense) pass_densely(block, strip, x, dx, partial, space);
+          write_gradient(block, dx);
+        });
+      }
+      if (!pools() || dense || space.cells == 0) return;
+      const Matrix<A> dx = read_gradient(strip, space);
+      pass_one_by_one(read_block(level.type, level.x, level.view, strip, space.x), dx, partial, space);
+      write_gradient(strip, dx);
+    });
+  }
+
+  Matrix<A> read_gradient(const Block& block, Workspace& space) const {
+    if (gradient.dx == nullptr) return {};
+    return read_block(level.type, gradient.dx, gradient_view(level.view), block, space.dx);
+  }
+  void write_gradient(const Block& block, const Matrix<A>& dx) const {
+    if (gradient.dx == nullptr || is_accumulator<A>(level.type)) return;  // it was changed in place
+    const MatrixView view = gradient_view(level.view);
+    const BlockRows rows = rows_of(block, view);
+    for (int64_t row = 0; row < rows.count; ++row)
+      store_piece(level.type, gradient.dx, rows.offset(view, block.image, row), rows.cols, dx.data + row * rows.cols);
+  }
+
+  // dx += projection^T inner x + shift
+  void add_affine(const Block& block, const Matrix<A>& x, const Matrix<A>& dx, Workspace& space) const {
+    const int64_t channels = level.channels();
+    if (gradient.inner != nullptr) {
+      const Matrix<A> inner =
+          row_major(static_cast<const A*>(gradient.inner) + block.image * level.rank * channels, level.rank, channels);
+      if (level.projection == nullptr) {
+        matmul_add(dx, inner, x);
+      } else {
+        const Matrix<A> z = row_major(reserve(space.projected, level.rank * block.size), level.rank, block.size);
+        matmul(z, inner, x);
+        matmul_add(dx, row_major(static_cast<const A*>(level.projection), level.rank, channels).transposed(), z);
+      }
+    }
+    if (gradient.shift == nullptr) return;
+    const A* shift = static_cast<const A*>(gradient.shift) + block.image * channels;
+    if (level.view.rows_are_channels)
+      for (int64_t k = 0; k < channels; ++k) add_constant(dx.data + k * dx.row_stride, shift[k], block.size);
+    else
+      for (int64_t i = 0; i < block.size; ++i) add_scaled(dx.data + i * dx.col_stride, A(1), shift, channels);
+  }
+
+  // The gradients of a strip's cells and where in it they go, (cells, p).
+  void collect(const Block& strip, Workspace& space) const {
+    const int64_t rows_per_cell = level.pool.ky * level.width, cols = level.cell_cols();
+    const int64_t first_row = strip.first / rows_per_cell;
+    const int64_t cell_rows = min64(level.cell_rows(), first_row + strip.size / rows_per_cell) - first_row;
+    space.cells = max64(0, cell_rows) * cols;
+    if (space.at.empty()) space.at.resize(static_cast<size_t>(strips.rows / level.pool.ky * cols * level.pooled));
+    A* grads = reserve(space.grads, static_cast<int64_t>(space.at.size()));
+    for (int64_t c = 0; c < level.pooled; ++c) {
+      const int64_t first = (strip.image * level.pooled + c) * level.cells() + first_row * cols;
+      for (int64_t cell = 0; cell < space.cells; ++cell) {
+        space.at[cell * level.pooled + c] = static_cast<int32_t>(gradient.winners[first + cell] - strip.first);
+        grads[cell * level.pooled + c] = static_cast<const A*>(gradient.grad_pooled)[first + cell];
+      }
+    }
+  }
+
+  void pass_densely(const Block& block, const Block& strip, const Matrix<A>& x, const Matrix<A>& dx, A* dweight,
+                    Workspace& space) const {
+    const Matrix<A> spread = row_major(reserve(space.dense, level.pooled * block.size), level.pooled, block.size);
+    std::fill(spread.data, spread.data + level.pooled * block.size, A(0));
+    for (int64_t i = 0; i < space.cells * level.pooled; ++i) {
+      const int64_t at = space.at[i] + strip.first - block.first;
+      if (at >= 0 && at < block.size) spread.data[i % level.pooled * block.size + at] = space.grads[i];
+    }
+    matmul_add(row_major(dweight, level.pooled, level.channels()), spread, x.transposed());
+    if (gradient.dx == nullptr) return;
+    matmul_add(dx, row_major(static_cast<const A*>(level.weight), level.pooled, level.channels()).transposed(), spread);
+  }
+
+  // dweight is transposed, (C, p), where a channel's pixels lie side by side: then all reads and writes of a step are
+  // in the first cache.
+  void pass_one_by_one(const Matrix<A>& x, const Matrix<A>& dx, A* dweight, const Workspace& space) const {
+    const int64_t channels = level.channels(), pooled = level.pooled;
+    const int32_t* at = space.at.data();
+    const A* grads = space.grads.data();
+    if (!level.view.rows_are_channels) {
+      const A* weight = static_cast<const A*>(level.weight);
+      for (int64_t i = 0; i < space.cells * pooled; ++i) {
+        add_scaled(dweight + i % pooled * channels, grads[i], x.data + at[i] * x.col_stride, channels);
+        if (gradient.dx != nullptr)
+          add_scaled(dx.data + at[i] * dx.col_stride, grads[i], weight + i % pooled * channels, channels);
+      }
+      return;
+    }
+    for (int64_t k = 0; k < channels; ++k) {
+      gather(dweight + k * pooled, x.data + k * x.row_stride, at, grads, space.cells, pooled);
+      if (gradient.dx == nullptr) continue;
+      A* dx_row = dx.data + k * dx.row_stride;
+      const A* weight = &turned[k * pooled];
+      for (int64_t cell = 0; cell < space.cells; ++cell)
+        for (int64_t c = 0; c < pooled; ++c) dx_row[at[cell * pooled + c]] += grads[cell * pooled + c] * weight[c];
+    }
+  }
+
+  bool transposed() const { return !dense && level.view.rows_are_channels; }
+
+  StatisticsLevel level;
+  StatisticsGradient gradient;
+  Strips strips;
+  bool dense;
+  std::vector<A> turned;    // (C, p), the weight transposed
+  std::vector<A> partials;  // (images, groups, p, C), or (images, groups, C, p) where transposed()
+};
+
+// Adds the groups' gradients of the weight in their order: a tile a pooled channel.
+template <typename A>
+struct FinishWeight : Tiles {
+  explicit FinishWeight(const StatisticsBackward<A>& of) : of(of) {}
+
+  int64_t count() const override { return of.level.weight == nullptr ? 0 : of.level.pooled; }
+  int64_t elements() const override { return static_cast<int64_t>(of.partials.size()); }
+  void run(int64_t row) override {
+    const int64_t channels = of.level.channels(), pooled = of.level.pooled;
+    A* out = static_cast<A*>(of.gradient.dweight) + row * channels;
+    std::fill(out, out + channels, A(0));
+    for (size_t first = 0; first < of.partials.size(); first += static_cast<size_t>(of.dweight_size())) {
+      const A* partial = &of.partials[first];
+      if (of.transposed())
+        for (int64_t k = 0; k < channels; ++k) out[k] += partial[k * pooled + row];
+      else
+        add_scaled(out, A(1), partial + row * channels, channels);
+    }
+  }
+
+  const StatisticsBackward<A>& of;
+};
+
+template <typename A>
+std::unique_ptr<Tiles> StatisticsBackward<A>::second_stage() const {
+  return std::make_unique<FinishWeight<A>>(*this);
+}
+
+StatisticsLevel statistics_level(const Tensor& x, const OptionalTensors& projections, const OptionalTensors& weights,
+                                 const std::vector<int64_t>& pools, size_t index, const char* op) {
+  const MatrixView view = checked_view(x, op, "x");
+  const ScalarType type = accumulation_type(x.scalar_type());
+  const int64_t* sides = &pools[4 * index];
+  StatisticsLevel level{};
+  level.type = x.scalar_type(), level.view = view, level.width = x.size(3), level.x = x.const_data_ptr();
+  level.pool = {sides[0], sides[1], sides[2], sides[3]};
+  level.rank = view.channels();
+  const auto rows = [&](const std::optional<Tensor>& matrix, const char* name, int64_t& count) -> const void* {
+    if (!matrix.has_value()) return nullptr;
+    STD_TORCH_CHECK(matrix->dim() == 2, op, ": ", name, " must have 2 dimensions, got ", matrix->dim());
+    count = matrix->size(0);
+    return checked_data(*matrix, type, count * view.channels(), x, op, name);
+  };
+  level.projection = rows(projections[index], "projection", level.rank);
+  level.weight = rows(weights[index], "weight", level.pooled);
+  if (level.weight != nullptr) {
+    const auto& [ky, kx, fy, fx] = level.pool;
+    STD_TORCH_CHECK(1 <= ky && ky <= x.size(2) && 1 <= kx && kx <= x.size(3) && fy >= 1 && fx >= 1 && ky % fy == 0 &&
+                        kx % fx == 0 && view.pixels() <= INT32_MAX,
+                    op, ": pool must fit the map, and its first cell the pool");
+  }
+  return level;
+}
+
+template <typename... Lists>
+void check_lengths(const char* op, size_t count, const std::vector<int64_t>& pools, const Lists&... lists) {
+  STD_TORCH_CHECK(count > 0, op, ": x must have at least one level");
+  check_length(pools, 4 * count, op, "pool");
+  (check_length(lists, count, op, "an argument"), ...);
+}
+
+Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const OptionalTensors& projection,
+                   const OptionalTensors& weight, const OptionalTensors& bias, const std::vector<int64_t>& pool) {
+  const char* op = "non_local_statistics_forward";
+  check_lengths(op, x.size(), pool, mean, projection, weight, bias);
+  Tensors pooled, winners, cross;
+  std::vector<std::unique_ptr<ProductTiles>> levels;
+  for (size_t index = 0; index < x.size(); ++index) {
+    const Tensor& map = x[index];
+    StatisticsLevel level = statistics_level(map, projection, weight, pool, index, op);
+    const ScalarType type = accumulation_type(map.scalar_type());
+    const int64_t images = map.size(0);
+    level.covaries = mean[index].has_value();
+    level.mean = checked_data(mean[index], type, images * level.channels(), map, op, "mean");
+    level.bias = checked_data(bias[index], type, level.pooled, map, op, "bias");
+    const bool pools = level.weight != nullptr;
+    const std::vector<int64_t> none{0}, cells{images, level.pooled, level.cells()};
+    pooled.push_back(empty_like_device(map, pools ? cells : none, type));
+    winners.push_back(empty_like_device(map, pools ? cells : none, ScalarType::Int));
+    cross.push_back(empty_like_device(
+        map, level.covaries ? std::vector<int64_t>{images, level.rank, level.channels()} : none, type));
+    with_accumulator(type, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      levels.push_back(std::make_unique<Statistics<A>>(level, pooled.back().mutable_data_ptr(),
+                                                       winners.back().mutable_data_ptr(),
+                                                       cross.back().mutable_data_ptr()));
+    });
+  }
+  run_products(levels);
+  run_second_stages(levels);
+  Tensors outputs = pooled;
+  outputs.insert(outputs.end(), winners.begin(), winners.end());
+  outputs.insert(outputs.end(), cross.begin(), cross.end());
+  return outputs;
+}
+
+// Adds to every gradient, if there are any, and fills grad_weight where something is pooled.
+void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tensors& x,
+                 const OptionalTensors& projection, const OptionalTensors& inner, const OptionalTensors& shift,
+                 const OptionalTensors& weight, const Tensors& winners, const OptionalTensors& grad_pooled,
+                 const std::vector<int64_t>& pool) {
+  const char* op = "non_local_statistics_backward";
+  check_lengths(op, x.size(), pool, grad_weight, projection, inner, shift, weight, winners, grad_pooled);
+  if (!gradient.empty()) check_length(gradient, x.size(), op, "gradient");
+  std::vector<std::unique_ptr<ProductTiles>> levels;
+  for (size_t index = 0; index < x.size(); ++index) {
+    const Tensor& map = x[index];
+    const StatisticsLevel level = statistics_level(map, projection, weight, pool, index, op);
+    const ScalarType type = accumulation_type(map.scalar_type());
+    const int64_t images = map.size(0), cells = images * level.pooled * level.cells();
+    StatisticsGradient wanted{};
+    if (!gradient.empty()) wanted.dx = checked_gradient(gradient[index], map, level.view, op, "gradient");
+    wanted.inner = checked_data(inner[index], type, images * level.rank * level.channels(), map, op, "inner");
+    wanted.shift = checked_data(shift[index], type, images * level.channels(), map, op, "shift");
+    if (level.weight != nullptr) {
+      wanted.winners = static_cast<const int32_t*>(checked_data(winners[index], ScalarType::Int, cells, map, op, "winners"));
+      wanted.grad_pooled = checked_data(grad_pooled[index], type, cells, map, op, "grad_pooled");
+      checked_data(grad_weight[index], type, level.pooled * level.channels(), map, op, "grad_weight");
+      wanted.dweight = grad_weight[index].mutable_data_ptr();
+    }
+    with_accumulator(type, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      levels.push_back(std::make_unique<StatisticsBackward<A>>(level, wanted));
+    });
+  }
+  run_products(levels);
+  run_second_stages(levels);
+}
+
+}  // namespace
+}  // namespace fbkd
+
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
+  m.impl("non_local_statistics_forward", TORCH_BOX(&fbkd::forward_op));
+  m.impl("non_local_statistics_backward_", TORCH_BOX(&fbkd::backward_op));
+}

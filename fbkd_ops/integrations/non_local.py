@@ -1,0 +1,117 @@
+"""Weights of other implementations' non-local blocks in a ``NonLocalBlock2d``."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Union
+
+from torch import Tensor, nn
+
+from ..non_local_block import NonLocalBlock2d
+
+__all__ = ["differences", "load_non_local", "module_settings", "our_key", "state_problems"]
+
+Source = Union[nn.Module, Mapping[str, Tensor]]
+
+# A Sequential with a max-pool, or one a pool, may be around g and phi, and one with ReLU around the pair's projection.
+_LAYERS = {
+    r"g(\.0)*(\.conv)?": "g",
+    r"theta(\.conv)?": "theta",
+    r"phi(\.0)*(\.conv)?": "phi",
+    r"concat_project\.(0|conv)": "pair",
+    r"conv_out\.conv|W(\.0)?": "out",
+    r"conv_out\.bn|W\.1": "norm",
+}
+
+
+def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
+    """Copy the weights and BatchNorm buffers of another implementation's block into ``block``.
+
+    ``source`` is mmcv's ``NonLocal2d``, MMRazor's ``NonLocal2dMaxpoolNstride`` or the ``NonLocalBlockND`` of FBKD's
+    authors (and its relatives with another pairwise function). Given a module, its pooling, and mode and scale where it
+    has such attributes, are compared with the block's; a state dict holds none of these.
+
+    Args:
+        block: of the same widths, with a norm where the source has one, and a last bias (``conv_out_bias``) where the
+            source has one: mmcv's has it without a norm only, the authors' always.
+        source: the other block, or its state dict.
+
+    Raises:
+        TypeError: a block that is no NonLocalBlock2d, a source that is neither a module nor a state dict.
+        ValueError: settings that differ, missing or surplus keys, shapes that do not fit; all are listed, and nothing
+            is copied then.
+
+    Example:
+        >>> block = NonLocalBlock2d(256, mode="dot_product", stride=2, conv_out_bias=False)
+        >>> load_non_local(block, mmcv_block)  # NonLocal2d(256, mode="dot_product", sub_sample=True, norm_cfg=...)
+
+    Source: mmcv 2.1.0, ``mmcv/cnn/bricks/non_local.py``; github.com/AlexHex7/Non-local_pytorch, from which the authors'
+    block descends.
+    """
+    if not isinstance(block, NonLocalBlock2d):
+        raise TypeError(f"block must be a NonLocalBlock2d, got {type(block).__name__}")
+    problems, state = [], source
+    if isinstance(source, nn.Module):
+        problems, state = differences(module_settings(source), block, "the block"), source.state_dict()
+    elif not isinstance(source, Mapping):
+        raise TypeError(f"source must be a module or a state dict, got {type(source).__name__}")
+    twice = [key for key, times in Counter(map(our_key, state)).items() if times > 1]
+    problems += [f"{key} is there twice" for key in twice]
+    renamed = {our_key(key): value for key, value in state.items()}
+    problems += state_problems(block.state_dict(), renamed)
+    if problems:
+        raise ValueError(f"source does not fit the block: {'; '.join(problems)}")
+    block.load_state_dict(renamed)
+
+
+def our_key(key: str) -> str:
+    """Our name of a block's entry ``key``; an unknown one keeps its name, to be reported as surplus."""
+    layer, _, entry = key.rpartition(".")
+    for pattern, ours in _LAYERS.items():
+        if re.fullmatch(pattern, layer):
+            return f"{ours}.{entry}"
+    return key
+
+
+def module_settings(block: nn.Module) -> dict[str, Any]:
+    """The settings of another implementation's block, under our names, as far as it tells them."""
+    sides = _pool_sides(getattr(block, "g", nn.Identity()))
+    settings = {"stride": math.prod(sides)}
+    if len(sides) > 1:
+        settings["pool_order"] = "nested"
+    if hasattr(block, "mode"):
+        settings["mode"] = block.mode
+    if settings.get("mode") == "embedded_gaussian" and hasattr(block, "use_scale"):
+        settings["use_scale"] = block.use_scale
+    return settings
+
+
+def _pool_sides(projection: nn.Module) -> list[int]:
+    """The kernel sides of the max-pools around a projection, those of 1 left out."""
+    pools = [module.kernel_size for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
+    sides = [kernel if isinstance(kernel, int) else kernel[0] for kernel in pools]
+    return [side for side in sides if side > 1]
+
+
+def differences(theirs: dict[str, Any], ours: Any, owner: str) -> list[str]:
+    """What to say of every setting that is another attribute of ``ours``."""
+    return [
+        f"{name} is {value!r}, {owner} has {getattr(ours, name)!r}"
+        for name, value in theirs.items()
+        if value != getattr(ours, name)
+    ]
+
+
+def state_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What to say of a state dict whose keys or shapes are not those of ``own``."""
+    problems = []
+    missing, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if surplus:
+        problems.append(f"surplus {', '.join(surplus)}")
+    for key in sorted(set(own) & set(state)):
+        if own[key].shape != state[key].shape:
+            problems.append(f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}")
+    return problems

@@ -1,0 +1,526 @@
+"""Triton kernels of the relation term's squared residual, and its gradients.
+
+``e = t + U W t - P s + v`` exists a tile at a time in registers: the forward kernel's epilogue turns a tile of products
+into one partial sum and, where e is kept, into a tile of e. ``U W`` is multiplied out first, ``(Ct, Ct)`` an image: one
+product of t then takes the place of a pass that writes ``W t`` and a pass that reads it, at up to a third more
+multiplications in all, and the rest is the same code with and without a projection. So it is in the backward pass,
+where the gradient of ``U W`` is ``E t^T``, and those of U and W are products of small matrices.
+
+The operands of features that share a 16-bit dtype are of that dtype, matrices and e rounded to it; those of others
+are float32 or float64, see products.py. ``E = 2 grad e`` is never stored: grad scales float32 sums.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import empty_gradient, matrix_layout, matrix_view
+from .._numerics import accumulation_dtype, residual_dtype, without_autocast
+from .products import (
+    ALIGNED,
+    STUDENT_PLANAR,
+    TEACHER_PLANAR,
+    add_product,
+    add_up,
+    dense_tile,
+    error_product,
+    fit_for_products,
+    indices,
+    precision,
+    splits_of,
+    sum_of_splits,
+)
+from .pyramid import (
+    Level,
+    add_partial_sums,
+    aligned_to_16_bytes,
+    find_level,
+    find_tile,
+    launch,
+    pick,
+    pick_all,
+    pick_sizes,
+    store_rounded,
+    tile_pointers,
+    vector_length,
+    whole_vectors,
+)
+
+__all__ = ["relation_residual_backward", "relation_residual_forward"]
+
+# A level's sizes: student channels (in residual_products: the map's), teacher channels, pixels; from index 3 on the
+# kernel's own.
+
+
+@triton.jit
+def residual_sums(
+    student,  # a level: (N, Cs, H, W)
+    student_matrix,  # a level: P (N, Ct, Cs)
+    teacher,  # a level: (N, Ct, H, W)
+    teacher_matrix,  # a level: U W (N, Ct, Ct)
+    offset,  # a level: (N, Ct)
+    residual,  # a level: (N, Ct, H, W), densely packed in the teacher's layout
+    partials,  # one a program
+    sizes,
+    PATHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    level, path, program = find_level(sizes)
+    size = pick_sizes(sizes, level)
+    inputs = pick_all((student, student_matrix, teacher, teacher_matrix, offset), level)
+    first, pixel_tiles, channel_tiles = size[7:10]
+    image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
+    pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], inputs[2]))
+            value = residual_tile(inputs, known, image, pixel, channel, PATHS[index], PRECISION, INNER)
+            tl.store(partials + first + program, tl.sum(value * value).to(partials.dtype.element_ty))
+            if KEEP:
+                PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
+                to = pick(residual, level)
+                at, inside = dense_tile(to, image, pixel, channel, known[2], known[1], ALIGNED & PATHS[index], PLANAR)
+                store_rounded(at, value, inside)
+
+
+@triton.jit
+def student_residual_gradients(
+    residual,  # a level: (N, Ct, H, W), densely packed in the teacher's layout
+    student_matrix,  # a level: P (N, Ct, Cs)
+    gradient,  # a level: (N, Cs, H, W), densely packed in the student's layout
+    grad,  # (levels,)
+    sizes,
+    PATHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """``-P^T E``."""
+    level, path, program = find_level(sizes)
+    size = pick_sizes(sizes, level)
+    inputs, to = pick_all((residual, student_matrix), level), pick(gradient, level)
+    slot, pixel_tiles, channel_tiles = size[3:6]
+    image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
+    pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            PLANAR: tl.constexpr = STUDENT_PLANAR & PATHS[index]
+            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], to))
+            product = errors_by_matrix(inputs, known, image, pixel, channel, PATHS[index], PRECISION, INNER)
+            at, inside = dense_tile(to, image, pixel, channel, known[2], known[0], ALIGNED & PATHS[index], PLANAR)
+            store_rounded(at, -2 * tl.load(grad + slot).to(product.dtype) * product, inside)
+
+
+@triton.jit
+def residual_products(
+    residual,  # a product: (N, Ct, H, W), densely packed in the teacher's layout
+    x,  # a product: (N, C, H, W)
+    partials,  # a product, in whole tiles: (N * splits, Ct, C), then (N * splits, Ct) for the sums of E
+    grad,  # (levels,)
+    sizes,
+    PATHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Partial sums over pixels of ``factor / 2 * E x^T`` and of ``factor / 2 * E``."""
+    level, path, program = find_level(sizes)
+    size = pick_sizes(sizes, level)
+    inputs, to = pick_all((residual, x), level), pick(partials, level)
+    slot, factor, parts, splits, row_tiles, col_tiles = size[5:11]
+    part, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    row, col = indices(row_tile, ROWS), indices(col_tile, COLS)
+    scale = factor.to(to.dtype.element_ty) * tl.load(grad + slot).to(to.dtype.element_ty)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], inputs[1]))
+            product, total = errors_by_map(
+                inputs, known, part, row, col, to.dtype.element_ty, ROWS, COLS, INNER, PATHS[index], PRECISION
+            )
+            pitch = col_tiles * COLS
+            stride = row_tiles * ROWS * pitch
+            at = tile_pointers(to, part, stride, pitch, row[:, None], col[None, :], True, False)
+            tl.store(at, scale * product)
+            at = to + parts * stride + part * row_tiles * ROWS + row
+            tl.store(at, scale * total, mask=(row >= 0) & (col_tile == 0))
+
+
+@triton.jit
+def known_sizes(size, PATH: tl.constexpr, VECTOR: tl.constexpr):
+    """The sizes, with those extents known to be whole vectors along which 16 bytes are read at a time.
+
+    Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
+    """
+    channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
+    teacher_channels = whole_vectors(size[1].to(tl.int32), ALIGNED & PATH, VECTOR)
+    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
+    return [channels, teacher_channels, whole_vectors(size[2].to(tl.int32), BY_PIXEL, VECTOR)] + size[3:]
+
+
+@triton.jit
+def narrowest_vector(a, b, c):
+    """Elements of the narrowest of the pointers' dtypes in 16 bytes."""
+    return vector_length(a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
+
+
+@triton.jit
+def residual_tile(
+    inputs, size, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
+):
+    """A tile ``(pixels, teacher channels)`` of e; zeros outside."""
+    student_channels, teacher_channels, pixels, image_stride, pitch, teacher_stride, teacher_pitch = size[:7]
+    student, student_matrix, teacher, teacher_matrix, offset = inputs
+    operand: tl.constexpr = student_matrix.dtype.element_ty
+    value = tl.zeros((pixel.shape[0], channel.shape[0]), offset.dtype.element_ty)
+    value = add_product(
+        value,
+        (student, image_stride, pitch),
+        (student_matrix, teacher_channels.to(tl.int64) * student_channels, student_channels),
+        image,
+        pixel,
+        channel,
+        (pixels, teacher_channels, student_channels),
+        True,
+        STUDENT_PLANAR & PATH,
+        False,
+        ALIGNED & PATH,
+        operand,
+        PRECISION,
+        INNER,
+    )
+    value = add_product(
+        -value,
+        (teacher, teacher_stride, teacher_pitch),
+        (teacher_matrix, teacher_channels.to(tl.int64) * teacher_channels, teacher_channels),
+        image,
+        pixel,
+        channel,
+        (pixels, teacher_channels, teacher_channels),
+        True,
+        TEACHER_PLANAR & PATH,
+        False,
+        ALIGNED & PATH,
+        operand,
+        PRECISION,
+        INNER,
+    )
+    row, col = pixel[:, None], channel[None, :]
+    inside = (row < pixels) & (col < teacher_channels)
+    at = tile_pointers(teacher, image, teacher_stride, teacher_pitch, row, col, ALIGNED & PATH, TEACHER_PLANAR & PATH)
+    value += tl.load(at, mask=inside, other=0.0).to(value.dtype)
+    value += tl.load(offset + image * teacher_channels + col, mask=col < teacher_channels, other=0.0)
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def errors_by_matrix(
+    inputs, size, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
+):
+    """A tile ``(pixels, student channels)`` of ``P^T e``."""
+    student_channels, teacher_channels, pixels = size[:3]
+    residual, student_matrix = inputs[:2]
+    operand: tl.constexpr = residual.dtype.element_ty
+    total: tl.constexpr = tl.float64 if operand == tl.float64 else tl.float32
+    teacher_elements = teacher_channels.to(tl.int64)
+    return add_product(
+        tl.zeros((pixel.shape[0], channel.shape[0]), total),
+        (residual, teacher_elements * pixels, pixels if TEACHER_PLANAR & PATH else teacher_channels),
+        (student_matrix, teacher_elements * student_channels, student_channels),
+        image,
+        pixel,
+        channel,
+        (pixels, student_channels, teacher_channels),
+        True,
+        TEACHER_PLANAR & PATH,
+        True,
+        ALIGNED & PATH,
+        operand,
+        PRECISION,
+        INNER,
+    )
+
+
+@triton.jit
+def errors_by_map(
+    inputs,
+    size,
+    part,
+    row,
+    col,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+    PATH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A split's part of ``e x^T (teacher channels, channels)`` and of the sum of e over an image's pixels."""
+    channels, teacher_channels, pixels, image_stride, pitch = size[:5]
+    splits, tiles_of_image, tiles_of_split = size[8], size[11], size[12]
+    residual, x = inputs
+    image, split = part // splits, part % splits
+    total = tl.zeros((ROWS, COLS), DTYPE)
+    errors = tl.zeros((ROWS,), DTYPE)
+    first = split * tiles_of_split
+    for step in range(0, tl.minimum(tiles_of_split, tiles_of_image - first)):
+        pixel = indices(first + step, INNER)
+        at, inside = dense_tile(
+            residual, image, pixel, row, pixels, teacher_channels, ALIGNED & PATH, TEACHER_PLANAR & PATH
+        )
+        error = tl.load(at, mask=inside, other=0.0).T
+        errors += tl.sum(error.to(DTYPE), axis=1)
+        at = tile_pointers(
+            x, image, image_stride, pitch, pixel[:, None], col[None, :], ALIGNED & PATH, STUDENT_PLANAR & PATH
+        )
+        inside = (pixel < pixels)[:, None] & (col < channels)[None, :]
+        total = error_product(error, tl.load(at, mask=inside, other=0.0), total, PRECISION)
+    return total, errors
+
+
+class _Blocks(NamedTuple):
+    """Extents of a program's tile of a product, of one step of its sum, and its warps."""
+
+    ROWS: int  # pixels; in residual_products: teacher channels
+    COLS: int  # channels
+    INNER: int  # channels; in residual_products: pixels
+    num_warps: int
+
+
+# By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
+# largest tiles without spills on sm_80, sm_90 and sm_100, as compiled: registers are the limit.
+_SUMS = {
+    (2, True): _Blocks(128, 128, 64, 8),
+    (2, False): _Blocks(128, 64, 32, 8),
+    (4, True): _Blocks(128, 64, 16, 8),
+    (4, False): _Blocks(64, 64, 16, 8),
+    (8, True): _Blocks(64, 64, 16, 8),
+    (8, False): _Blocks(64, 64, 16, 8),
+}
+_STUDENT = {
+    (2, True): _Blocks(128, 128, 64, 8),
+    (2, False): _Blocks(128, 64, 32, 8),
+    (4, True): _Blocks(128, 128, 16, 8),
+    (4, False): _Blocks(128, 64, 16, 8),
+    (8, True): _Blocks(64, 64, 16, 8),
+    (8, False): _Blocks(64, 64, 16, 8),
+}
+_PRODUCTS = _STUDENT
+
+
+class _Pair(NamedTuple):
+    """Both features of a level."""
+
+    student: Tensor  # (N, Cs, H, W)
+    teacher: Tensor  # (N, Ct, H, W)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.student, self.teacher)
+
+    @property
+    def operand(self) -> torch.dtype:
+        return residual_dtype(self.student, self.teacher)
+
+    @property
+    def images(self) -> int:
+        return self.student.shape[0]
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """Student channels, teacher channels, pixels."""
+        return self.student.shape[1], self.teacher.shape[1], self.student.shape[2] * self.student.shape[3]
+
+    def path(self, *others: Tensor) -> int:
+        """The code path of a level whose kernel also reads or writes the other tensors."""
+        views = [matrix_view(feature) for feature in self]
+        planar = [view.rows_are_channels for view in views]
+        student_channels, teacher_channels, pixels = self.extents
+        extents = [student_channels, teacher_channels, *([pixels] if any(planar) else [])]
+        aligned = all(aligned_to_16_bytes(x, *extents) for x in (*self, *others)) and all(
+            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views)
+        )
+        return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + ALIGNED.value * aligned
+
+    def kind(self, path: int) -> tuple[int, bool]:
+        """Which of a kernel's blocks a level takes."""
+        return self.operand.itemsize, bool(path & ALIGNED.value)
+
+
+def _pairs(students: list[Tensor], teachers: list[Tensor]) -> list[_Pair]:
+    dtypes = [accumulation_dtype(*pair) for pair in zip(students, teachers)]
+    features = zip(students, teachers, dtypes)
+    return [_Pair(fit_for_products(s, dtype), fit_for_products(t, dtype)) for s, t, dtype in features]
+
+
+def _launch(kernel, pairs: list[_Pair], levels: list[Level], blocks: dict, *shared: Tensor, **constants) -> None:
+    for kind, block in blocks.items():
+        chosen = [level for level, pair in zip(levels, pairs) if pair.kind(level.path) == kind]
+        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **constants, **block._asdict())
+
+
+def relation_residual_forward(
+    students: list[Tensor],  # (N, Cs, H, W)
+    student_matrices: list[Tensor],  # P (N, Ct, Cs)
+    teachers: list[Tensor],  # (N, Ct, H, W)
+    teacher_matrices: list[Tensor],  # U (N, Ct, c), or (N, Ct, Ct) without a projection
+    teacher_projections: list[Optional[Tensor]],  # W (c, Ct)
+    offsets: list[Tensor],  # v (N, Ct)
+    keep: bool,
+) -> list[Tensor]:
+    """``sum(e**2)`` of each level, ``(levels,)``; then, to keep, e of each level in the teacher's layout."""
+    pairs = _pairs(students, teachers)
+    products = [_product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections)]
+    residuals = [_empty_residual(*features) for features in zip(students, teachers)] if keep else []
+    levels, first = [], 0
+    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or teachers):
+        levels.append(_sums_level(pair, *tensors, first))
+        first += levels[-1].programs
+    partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
+    _launch(residual_sums, pairs, levels, _SUMS, partials, KEEP=keep)
+    return [add_partial_sums(partials, [level.programs for level in levels]), *residuals]
+
+
+def _empty_residual(student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.empty_like(teacher, dtype=residual_dtype(student, teacher), memory_format=matrix_layout(teacher))
+
+
+def _product(teacher_matrix: Tensor, projection: Optional[Tensor]) -> Tensor:
+    """``U W (N, Ct, Ct)``."""
+    with without_autocast(teacher_matrix):
+        return teacher_matrix if projection is None else torch.matmul(teacher_matrix, projection)
+
+
+def _sums_level(
+    pair: _Pair,
+    student_matrix: Tensor,
+    teacher_matrix: Tensor,
+    offset: Tensor,
+    residual: Tensor,  # the teacher in place of one that is not kept
+    first: int,
+) -> Level:
+    student_matrix, teacher_matrix = student_matrix.to(pair.operand), teacher_matrix.to(pair.operand)
+    path = pair.path(student_matrix, teacher_matrix, residual)
+    blocks = _SUMS[pair.kind(path)]
+    _, channels, pixels = pair.extents
+    tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
+    strides = [stride for view in map(matrix_view, pair) for stride in (view.image_stride, view.row_stride)]
+    pointers = pair.student, student_matrix, pair.teacher, teacher_matrix, offset, residual
+    return Level(pair.images * tiles[0] * tiles[1], pointers, (*pair.extents, *strides, first, *tiles), path)
+
+
+def relation_residual_backward(
+    students: list[Tensor],
+    student_matrices: list[Tensor],
+    teachers: list[Tensor],
+    teacher_matrices: list[Tensor],
+    teacher_projections: list[Optional[Tensor]],
+    offsets: list[Tensor],
+    residuals: list[Tensor],  # e as the forward pass kept it; empty: it is computed again
+    grad: Tensor,  # (levels,)
+    student_gradient: bool,
+) -> list[Tensor]:
+    """All gradients of the students, if wanted, then of P, of U, of W (empty where it is None) and of v."""
+    if not residuals:
+        matrices = student_matrices, teachers, teacher_matrices, teacher_projections, offsets
+        _, *residuals = relation_residual_forward(students, *matrices, True)
+    pairs = _pairs(students, teachers)
+    gradients = [empty_gradient(student) for student in students] if student_gradient else []
+    _write_student_gradients(pairs, student_matrices, residuals, gradients, grad)
+    by_student, by_teacher, by_offset = _parameter_gradients(pairs, student_matrices, offsets, residuals, grad)
+    matrices = zip(by_teacher, teacher_matrices, teacher_projections)
+    by_matrix, by_projection = zip(*(_factor_gradients(*level) for level in matrices))
+    return [*gradients, *by_student, *by_matrix, *by_projection, *by_offset]
+
+
+def _write_student_gradients(
+    pairs: list[_Pair],
+    student_matrices: list[Tensor],
+    residuals: list[Tensor],
+    gradients: list[Tensor],  # empty: not wanted
+    grad: Tensor,
+) -> None:
+    levels = []
+    for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, student_matrices, residuals, gradients)):
+        matrix = matrix.to(pair.operand)
+        path = pair.path(matrix, residual, gradient)
+        blocks = _STUDENT[pair.kind(path)]
+        channels, _, pixels = pair.extents
+        tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
+        sizes = *pair.extents, slot, *tiles
+        levels.append(Level(pair.images * tiles[0] * tiles[1], (residual, matrix, gradient), sizes, path))
+    _launch(student_residual_gradients, pairs, levels, _STUDENT, grad)
+
+
+def _parameter_gradients(
+    pairs: list[_Pair], student_matrices: list[Tensor], offsets: list[Tensor], residuals: list[Tensor], grad: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of each level: ``-sum E s^T (N, Ct, Cs)``, ``sum E t^T (N, Ct, Ct)`` and ``sum E (N, Ct)``."""
+    by_student, by_offset = [torch.empty_like(x) for x in student_matrices], [torch.empty_like(x) for x in offsets]
+    by_teacher = [x.new_empty((*x.shape, x.shape[1])) for x in offsets]
+    partials = [
+        _partials(pair, residual, pair[side], slot, factor)
+        for side, factor in enumerate((-2, 2))
+        for slot, (pair, residual) in enumerate(zip(pairs, residuals))
+    ]
+    _launch(residual_products, pairs * 2, [of_one.level for of_one in partials], _PRODUCTS, grad)
+    sums = [of_one.product(gradient) for of_one, gradient in zip(partials, [*by_student, *by_teacher])]
+    sums += [of_one.total(gradient) for of_one, gradient in zip(partials[len(pairs) :], by_offset)]
+    add_up(sums)
+    return by_student, by_teacher, by_offset
+
+
+class _Partials(NamedTuple):
+    """A level of residual_products, and how its partial sums are added."""
+
+    level: Level
+    images: int
+    splits: int  # of an image
+    rows: int  # in whole tiles
+    pitch: int
+
+    def product(self, gradient: Tensor) -> Level:
+        """For the sum of ``E x^T``, ``(N, Ct, C)``."""
+        return sum_of_splits(gradient, self.level.pointers[2], 0, self.splits, self.rows * self.pitch, self.pitch)
+
+    def total(self, gradient: Tensor) -> Level:
+        """For the sum of E, ``(N, Ct)``."""
+        first = self.images * self.splits * self.rows * self.pitch
+        return sum_of_splits(gradient[:, None], self.level.pointers[2], first, self.splits, self.rows, self.rows)
+
+
+def _partials(pair: _Pair, residual: Tensor, x: Tensor, slot: int, factor: int) -> _Partials:
+    view, shared = matrix_view(x), pair.path(residual) & (TEACHER_PLANAR.value | ALIGNED.value)
+    path = STUDENT_PLANAR.value * view.rows_are_channels + shared
+    blocks = _PRODUCTS[pair.kind(path)]
+    _, channels, pixels = pair.extents
+    row_tiles, col_tiles = triton.cdiv(channels, blocks.ROWS), triton.cdiv(x.shape[1], blocks.COLS)
+    tiles = triton.cdiv(pixels, blocks.INNER)
+    splits, tiles_of_split = splits_of(tiles, max(pair.images, 1) * row_tiles * col_tiles, blocks.INNER)
+    parts, rows, pitch = pair.images * splits, row_tiles * blocks.ROWS, col_tiles * blocks.COLS
+    memory = x.new_empty(parts * rows * (pitch + 1), dtype=pair.dtype)
+    strides = view.image_stride, view.row_stride
+    sizes = x.shape[1], channels, pixels, *strides, slot, factor, parts, splits, row_tiles, col_tiles
+    level = Level(parts * row_tiles * col_tiles, (residual, x, memory), (*sizes, tiles, tiles_of_split), path)
+    return _Partials(level, pair.images, splits, rows, pitch)
+
+
+def _factor_gradients(
+    product: Tensor,  # (N, Ct, Ct)
+    teacher_matrix: Tensor,
+    projection: Optional[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of U and W, given that of ``U W``."""
+    if projection is None:
+        return product, product.new_empty(0)
+    stacked = teacher_matrix.flatten(0, 1)  # (N Ct, c)
+    with without_autocast(product):
+        return torch.matmul(product, projection.mT), torch.matmul(stacked.mT, product.flatten(0, 1))

@@ -1,0 +1,363 @@
+"""Pooled projections and covariances on every backend with kernels of them: values, winners, gradients, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    INTERPRETED,
+    NO_CPU,
+    ON_CPU,
+    ON_TRITON,
+    accumulation_of,
+    assert_compiled_agrees,
+    assert_same_bits,
+    batch_slice,
+    channel_slice,
+    channels_last,
+    channels_last_slice,
+    contiguous,
+    draw,
+    name_of,
+    op_of,
+    permuted,
+    poison,  # noqa: F401
+    threads,
+    with_values,
+)
+from helpers import rms
+
+from fbkd_ops._layout import empty_gradient, in_place_layout
+from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
+from fbkd_ops.linear_non_local import BlockSettings, pool_cells
+from fbkd_ops.reference import max_pool
+
+BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
+COMPILED = [ON_CPU, ON_TRITON]
+ORDERS = ["single", "nested"]
+
+# (N, C, r, p, H, W, stride); r of None: the covariance of x itself.
+SMALL = [
+    (1, 3, 2, 4, 1, 1, 4),  # one pixel, a stride larger than the map
+    (2, 5, None, 3, 9, 7, 2),  # ragged edges
+    (2, 1, 1, 2, 6, 13, 6),  # one channel; cells as high as the map
+    (1, 17, 3, 5, 8, 8, 8),  # one cell
+    (2, 6, 3, 33, 12, 10, 3),
+    (2, 4, 2, 3, 5, 40, 16),  # wide cells that are no power of two high: (5, 16)
+]
+LARGE = [
+    (2, 16, None, 8, 130, 90, 8),  # strips of several blocks
+    (1, 70, None, 20, 31, 40, 5),  # a covariance in two halves
+    (1, 300, 40, 20, 20, 31, 4),
+    (3, 8, 3, 6, 65, 67, 16),  # winners one by one
+    (40, 3, 2, 2, 4, 4, 2),  # more images than groups
+    (1, 1500, None, 3, 6, 6, 2),  # so large that the product's own threads run it
+    (1, 4, 2, 3, 3, 5000, 1000),  # rows longer than a block
+]
+
+
+def draw_request(size, dtype=torch.float32, device="cpu", layout=contiguous, order="single"):
+    """Leaves x, projection, weight and bias, and the cells."""
+    n, channels, rank, pooled, height, width, stride = size
+    wide = accumulation_of(dtype)
+    x = layout(draw((n, channels, height, width), dtype, device))
+    projection = None if rank is None else draw((rank, channels), wide, device)
+    weight, bias = draw((pooled, channels), wide, device), draw((pooled,), wide, device)
+    return [x, projection, weight, bias], pool_cells(x, BlockSettings(stride=stride, pool_order=order))
+
+
+def request_of(tensors, pool):
+    x, projection, weight, bias = tensors
+    mean = x.detach().to(accumulation_of(x.dtype)).mean((2, 3))
+    return StatisticsRequest(x, mean, projection, weight, bias, pool)
+
+
+def literal(tensors, stride, order, dtype):
+    """Mean, covariance and pooled values in plain PyTorch in ``dtype``."""
+    x, projection, weight, bias = (t if t is None else t.to(dtype) for t in tensors)
+    vectors = x.flatten(2) if projection is None else projection @ x.flatten(2)
+    centred = vectors - vectors.mean(2, keepdim=True)
+    pooled = max_pool(F.conv2d(x, weight[:, :, None, None], bias), stride, order)
+    return x.mean((2, 3)), centred @ centred.mT / vectors.shape[2], pooled.flatten(2)
+
+
+def gradients(outputs, leaves, directions, incoming):
+    return torch.autograd.grad(outputs, leaves, [*directions, *incoming])
+
+
+def run(tensors, pool, backend, directions=None, incoming=None):
+    """Outputs and gradients; ``incoming`` is what flows back into the returned map, None for nothing."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    (found,) = non_local_statistics(backend, [request_of(leaves, pool)])
+    outputs = found.mean, found.covariance, found.pooled
+    if directions is None:
+        return [x.detach() for x in outputs]
+    through = [] if incoming is None else [found.x]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    incoming = [] if incoming is None else [incoming.clone()]  # it is added to in place
+    return [*(x.detach() for x in outputs), *gradients((*outputs, *through), wanted, directions, incoming)]
+
+
+def check(size, backend, dtype=torch.float32, device="cpu", layout=contiguous, order="single"):
+    """No further from the truth than twice plain PyTorch in the accumulation dtype, on the RMS, plus a few eps."""
+    tensors, pool = draw_request(size, dtype, device, layout, order)
+    accumulation, stride = accumulation_of(dtype), size[-1]
+    shapes = [x.shape for x in literal(tensors, stride, order, torch.float64)]
+    directions = [torch.randn(shape, dtype=accumulation, device=device) for shape in shapes]
+    incoming = draw(tensors[0].shape, dtype, device)
+    ours = run(tensors, pool, backend, directions, incoming)
+    results = {}
+    for precision in (accumulation, torch.float64):
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        outputs = (*literal(leaves, stride, order, precision), leaves[0].to(precision))
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        if precision == torch.float64:  # gradients not rounded to the leaves' dtype
+            leaves = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+            outputs, wanted = (*literal(leaves, stride, order, precision), leaves[0]), [x for x in leaves if x is not None]
+        through = [d.to(precision) for d in (*directions, incoming)]
+        results[precision] = [*(x.detach() for x in outputs[:3]), *torch.autograd.grad(outputs, wanted, through)]
+    narrow = backend == "triton" and dtype.itemsize == 2
+    for mine, theirs, truth in zip(ours, results[accumulation], results[torch.float64]):
+        assert mine.shape == theirs.shape and mine.dtype == (theirs.dtype if accumulation == torch.float64 else mine.dtype)
+        # Its tensor cores multiply 16-bit features with weights rounded to their dtype.
+        eps = 16 * torch.finfo(dtype if narrow else accumulation).eps
+        if mine.numel():
+            assert rms(mine.double() - truth) <= 2 * rms(theirs.double() - truth) + eps * rms(truth)
+    assert ours[3].stride() == empty_gradient(in_place_layout(tensors[0])).stride()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, SMALL[:3]))
+def test_small_sizes(backend, device, size, layout, order):
+    check(size, backend, device=device, layout=layout, order=order)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_large_sizes(backend, device, layout):
+    for size in LARGE:
+        check(size, backend, device=device, layout=layout, order="nested")
+
+
+@pytest.mark.parametrize(
+    "backend, device, dtype", with_values(COMPILED, DTYPES, []) + with_values([INTERPRETED], [], [torch.float64])
+)
+def test_every_dtype(backend, device, dtype):
+    for size, layout in ((SMALL[4], contiguous), (SMALL[5], channels_last)):
+        check(size, backend, dtype, device, layout)
+
+
+@pytest.mark.parametrize("layout", [channel_slice, channels_last_slice, batch_slice, permuted], ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_slices_and_copies(backend, device, layout):
+    check((3, 5, None, 4, 6, 8, 2), backend, device=device, layout=layout)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
+    """Of equal values, of NaN among others and of cells full of NaN: integers, whose products are exact everywhere."""
+    for (height, width), stride in (((8, 12), 4), ((9, 14), 6), ((5, 16), 8)):
+        x = torch.randint(-1, 2, (2, 3, height, width), device=device).to(dtype)
+        x[0, :, 1, 2:4] = x[0, :, 3, 1] = x[1] = float("nan")
+        x[1, 1:] = x[1, :1, :2] = 0.0
+        x[0, 0, 0, 5] = -float("inf")
+        weight = torch.tensor([[1, 0, 0], [1, -1, 0], [0, 0, 2], [0, 0, 0]], device=device).to(dtype)
+        x, bias = layout(x), torch.zeros(4, dtype=dtype, device=device)
+        full = F.conv2d(x, weight[:, :, None, None]).contiguous().requires_grad_()
+        pooled = max_pool(full, stride, order)
+        pooled.sum().backward()
+        pool = pool_cells(x, BlockSettings(stride=stride, pool_order=order))
+        outputs = op_of("non_local_statistics_forward", backend)([x], [None], [None], [weight], [bias], list(pool))
+        assert torch.equal(outputs[0].nan_to_num(7), pooled.detach().flatten(2).nan_to_num(7))
+        won = torch.zeros(2, 4, height * width, dtype=dtype, device=device).scatter_(2, outputs[1].long(), 1)
+        assert torch.equal(won, full.grad.flatten(2))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_each_part_alone(backend, device):
+    """Without covariance, without pooling, without an incoming gradient, for a map or parameters that want none."""
+    tensors, pool = draw_request(SMALL[4], torch.float64, device)
+    directions = [torch.randn_like(x) for x in run(tensors, pool, backend)]
+    together = run(tensors, pool, backend, directions)
+    x, projection, weight, bias = tensors
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    (pooling,) = non_local_statistics(backend, [StatisticsRequest(leaves[0], None, None, *leaves[2:], pool)])
+    assert pooling.mean is None and pooling.covariance is None
+    (moments,) = non_local_statistics(backend, [request_of([*leaves[:2], None, None], (0, 0, 0, 0))])
+    assert moments.pooled is None
+    apart = [
+        torch.autograd.grad(pooling.pooled, [leaves[0], *leaves[2:]], directions[2]),
+        torch.autograd.grad((moments.mean, moments.covariance), leaves[:2], directions[:2]),
+    ]
+    expected = dict(zip(("x", "projection", "weight", "bias"), together[3:]))
+    torch.testing.assert_close(apart[0][0] + apart[1][0], expected["x"], rtol=1e-11, atol=1e-11)
+    for name, gradient in (("weight", apart[0][1]), ("bias", apart[0][2]), ("projection", apart[1][1])):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
+
+    (found,) = non_local_statistics(backend, [request_of([x, *leaves[1:]], pool)])
+    frozen = torch.autograd.grad((found.covariance, found.pooled), leaves[1:], directions[1:])
+    for name, gradient in zip(("projection", "weight", "bias"), frozen):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
+    (found,) = non_local_statistics(backend, [request_of([leaves[0], projection, weight, bias], pool)])
+    (dx,) = torch.autograd.grad((found.mean, found.covariance, found.pooled), leaves[:1], directions)
+    torch.testing.assert_close(dx, expected["x"], rtol=1e-11, atol=1e-11)
+    (found,) = non_local_statistics(backend, [request_of(leaves, pool)])
+    (dx,) = torch.autograd.grad(found.x, leaves[:1], torch.ones_like(x))
+    assert torch.equal(dx, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_a_large_mean_costs_no_digits(backend, device, rank, layout):
+    x = layout(1000 + torch.randn(1, 4, 16, 17, device=device))
+    projection = None if rank is None else torch.eye(4, device=device)[:rank]
+    (found,) = non_local_statistics(backend, [StatisticsRequest(x, x.double().mean((2, 3)).float(), projection)])
+    truth = torch.cov(x[0].double().flatten(1), correction=0)[:rank, :rank]
+    # What remains is the mean's own rounding, eps * 1000, squared.
+    torch.testing.assert_close(found.covariance[0].double(), truth, rtol=0, atol=2e-6 * 4)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_empty_batch(backend, device):
+    tensors, pool = draw_request((0, 3, 2, 4, 6, 6, 2), device=device)
+    shapes = [(0, 3), (0, 2, 2), (0, 4, 9)]
+    results = run(tensors, pool, backend, [torch.zeros(shape, device=device) for shape in shapes])
+    assert [x.shape for x in results[:3]] == [torch.Size(shape) for shape in shapes]
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results[3:])
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_levels_together_equal_levels_alone(backend, device):
+    sizes = [(2, 5, None, 3, 9, 7, 2), (0, 3, 2, 4, 6, 6, 2), (1, 17, 3, 5, 8, 8, 8)]
+    kinds = [(torch.float32, contiguous), (torch.bfloat16, channels_last), (torch.float64, channels_last)]
+    levels = [draw_request(size, dtype, device, layout) for size, (dtype, layout) in zip(sizes, kinds)]
+    leaves = [[t if t is None else t.detach().requires_grad_() for t in tensors] for tensors, _ in levels]
+    requests = [request_of(tensors, pool) for tensors, (_, pool) in zip(leaves, levels)]
+    for request, together, own in zip(requests, non_local_statistics(backend, requests), leaves):
+        (alone,) = non_local_statistics(backend, [request])
+        assert_same_bits(together[1:], alone[1:])
+        wanted = [leaf for leaf in own if leaf is not None]
+        directions = [torch.ones_like(x) for x in together[1:]]
+        assert_same_bits(
+            torch.autograd.grad(together[1:], wanted, directions, retain_graph=True),
+            torch.autograd.grad(alone[1:], wanted, directions),
+        )
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_repeats_are_bit_equal(backend, device, layout):
+    for size in (LARGE[0], LARGE[3]):
+        tensors, pool = draw_request(size, torch.float32, device, layout)
+        directions = [torch.randn_like(x) for x in run(tensors, pool, backend)]
+        first = run(tensors, pool, backend, directions)
+        assert_same_bits(first, run(tensors, pool, backend, directions))
+
+
+@NO_CPU
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+def test_bit_equal_for_any_number_of_threads(layout):
+    for size in (*LARGE[:4], (1, 256, 64, 128, 40, 41, 16)):
+        tensors, pool = draw_request(size, torch.float32, layout=layout)
+        directions = [torch.randn_like(x) for x in run(tensors, pool, "cpu")]
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                # Without the small product of the covariance itself, which runs on torch's threads.
+                results.append(run(tensors, pool, "cpu", [directions[0], 0 * directions[1], directions[2]]))
+        for other in results[1:]:
+            assert_same_bits(results[0][2:], other[2:])
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("backend, device, layout", with_values(BACKENDS, [contiguous, channels_last], [channels_last]))
+def test_gradcheck(backend, device, layout, rank):
+    tensors, pool = draw_request((2, 3, rank, 2, 4, 4, 2), torch.float64, device, layout)
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+
+    def outputs(*_):
+        (found,) = non_local_statistics(backend, [request_of(tensors, pool)])
+        return (found.x.square().sum(), *found[1:])
+
+    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=backend == "triton")
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_second_derivative_raises(backend, device):
+    tensors, pool = draw_request(SMALL[1], device=device)
+    x = tensors[0].requires_grad_()
+    (found,) = non_local_statistics(backend, [request_of(tensors, pool)])
+    (gradient,) = torch.autograd.grad(found.covariance.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend, device, compiler", with_values(BACKENDS, ["inductor"], ["aot_eager"]))
+def test_compiles_into_one_graph_for_any_size(backend, device, compiler):
+    sizes = [(2, 5, 2, 3, *size, 2) for size in ((6, 8), (9, 5), (7, 12))]
+    inputs = [[t.requires_grad_() for t in draw_request(size, device=device)[0]] for size in sizes]
+
+    def total(*tensors):
+        (found,) = non_local_statistics(backend, [request_of(tensors, (2, 2, 2, 2))])
+        return (3 * found.x).sum() + found.mean.sum() + found.covariance.square().sum() + found.pooled.square().sum()
+
+    assert_compiled_agrees(total, inputs, backend, compiler)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_opcheck(backend, device):
+    torch.use_deterministic_algorithms(False)
+    tests = ("test_schema", "test_faketensor")
+    for size, layout in ((SMALL[1], contiguous), (SMALL[4], channels_last)):
+        tensors, pool = draw_request(size, device=device, layout=layout)
+        request = request_of(tensors, pool)
+        columns = [[tensor] for tensor in request[:5]]
+        forward = op_of("non_local_statistics_forward", backend)
+        torch.library.opcheck(forward, (*columns, list(pool)), test_utils=tests)
+        torch.library.opcheck(forward, ([request.x], [None], *columns[2:], list(pool)), test_utils=tests)
+        pooled, winners, cross = forward(*columns, list(pool))
+        arguments = (
+            [torch.randn_like(request.x)],
+            [torch.empty_like(request.weight)],
+            [request.x],
+            [request.projection],
+            [torch.randn_like(cross)],
+            [torch.randn_like(request.mean)],
+            [request.weight],
+            [winners],
+            [torch.randn_like(pooled)],
+            list(pool),
+        )
+        torch.library.opcheck(op_of("non_local_statistics_backward_", backend), arguments, test_utils=tests)
+
+
+@NO_CPU
+@pytest.mark.parametrize(
+    "position, change, message",
+    [
+        (1, lambda mean: mean[:1], "mean must be contiguous with 10 elements, got 5"),
+        (2, lambda projection: projection[0], "projection must have 2 dimensions"),
+        (3, lambda weight: weight.double(), "weight must be float32 unless the features are float64"),
+        (4, lambda bias: bias[1:], "bias must be contiguous with 3 elements, got 2"),
+    ],
+)
+def test_bad_arguments_of_the_op(position, change, message):
+    tensors, pool = draw_request((2, 5, 2, 3, 9, 7, 2))
+    columns = [[tensor] for tensor in request_of(tensors, pool)[:5]]
+    columns[position] = [change(columns[position][0])]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fbkd_ops.non_local_statistics_forward(*columns, list(pool))
+
+
+@NO_CPU
+@pytest.mark.parametrize("pool", [(0, 2, 1, 1), (2, 8, 1, 1), (4, 4, 3, 1)])
+def test_bad_cells(pool):
+    tensors, _ = draw_request((2, 5, 2, 3, 9, 7, 2))
+    columns = [[tensor] for tensor in request_of(tensors, pool)[:5]]
+    with pytest.raises(RuntimeError, match="pool must fit the map"):
+        torch.ops.fbkd_ops.non_local_statistics_forward(*columns, list(pool))

@@ -1,0 +1,321 @@
+"""The relation term's residual on every backend with kernels of it: values, gradients, memory, compilation, errors."""
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    INTERPRETED,
+    NO_CPU,
+    ON_CPU,
+    ON_TRITON,
+    PAIRS_OF_LAYOUTS,
+    accumulation_of,
+    assert_compiled_agrees,
+    assert_same_bits,
+    batch_slice,
+    channel_slice,
+    channels_last,
+    channels_last_slice,
+    contiguous,
+    draw,
+    name_of,
+    op_of,
+    permuted,
+    poison,  # noqa: F401
+    threads,
+    with_values,
+)
+from helpers import rms
+
+from fbkd_ops._layout import empty_gradient, in_place_layout
+from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
+
+BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
+COMPILED = [ON_CPU, ON_TRITON]
+
+# (N, Cs, Ct, c, H, W); c of None: no projection.
+SMALL = [
+    (2, 1, 1, None, 1, 1),  # a single element an image
+    (2, 3, 5, 2, 1, 1),  # one pixel: both layouts at once
+    (2, 1, 4, 1, 5, 3),  # one channel: both layouts at once
+    (1, 4, 4, None, 4, 4),
+    (3, 16, 7, 3, 3, 11),
+    (2, 33, 17, 20, 5, 9),
+]
+LARGE = [
+    (1, 2, 3, 2, 17, 241),  # 4097 pixels: a CPU block, and one more pixel
+    (1, 300, 40, None, 29, 31),  # a block of 873 pixels, and one of 26
+    (3, 64, 48, 12, 70, 70),  # several blocks and groups an image
+    (40, 3, 4, 2, 2, 2),  # more images than groups
+    (2, 6, 1030, 5, 3, 50),  # more channels than a piece; pixels in two pieces of 128
+    (2, 900, 900, 30, 9, 9),  # so large that the product's own threads run it
+]
+
+
+def draw_level(size, dtypes=(torch.float32, torch.float32), device="cpu", layouts=(contiguous, contiguous)):
+    """Student, P, teacher, U, W and v; parameters in the accumulation dtype."""
+    n, from_channels, to_channels, inner, height, width = size
+    wide = accumulation_of(*dtypes)
+    student = layouts[0](draw((n, from_channels, height, width), dtypes[0], device))
+    teacher = layouts[1](draw((n, to_channels, height, width), dtypes[1], device))
+    rank = to_channels if inner is None else inner
+    matrix = (draw((n, to_channels, from_channels), torch.float64, device) / from_channels**0.5).to(wide)
+    teacher_matrix = (draw((n, to_channels, rank), torch.float64, device) / rank**0.5).to(wide)
+    projection = None if inner is None else (draw((inner, to_channels), torch.float64, device) / inner**0.5).to(wide)
+    return [student, matrix, teacher, teacher_matrix, projection, draw((n, to_channels), wide, device)]
+
+
+def leaves_of(level):
+    """The level with new leaves, and these without the teacher."""
+    level = [x if x is None else x.detach() for x in level]
+    leaves = [x.requires_grad_() for index, x in enumerate(level) if x is not None and index != 2]
+    return level, leaves
+
+
+def run(level, backend, memory_efficient=False, scale=1.0):
+    """The squares, and the gradients of student, P, U, W and v."""
+    level, leaves = leaves_of(level)
+    (squares,) = relation_residual(backend, RelationLevels(*([x] for x in level)), memory_efficient)
+    return squares.detach(), *torch.autograd.grad(scale * squares, leaves)
+
+
+def literal(level, dtype):
+    """The same in plain PyTorch in ``dtype``, and the gradients in the level's own dtypes."""
+    level, leaves = leaves_of(level)
+    s, p, t, u, w, v = (x if x is None else x.to(dtype) for x in level)
+    t, s = t.flatten(2), s.flatten(2)
+    response = t if w is None else w @ t
+    squares = (t + u @ response - p @ s + v[:, :, None]).square().sum()
+    return squares.detach(), *torch.autograd.grad(squares, leaves)
+
+
+def check(level, backend, **options):
+    """No further from the truth than twice plain PyTorch in the accumulation dtype, on the RMS, plus a few eps."""
+    student, teacher = level[0], level[2]
+    accumulation = accumulation_of(student.dtype, teacher.dtype)
+    ours, eager = run(level, backend, **options), literal(level, accumulation)
+    exact = literal([x if x is None else x.double() for x in level], torch.float64)
+    narrow = backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2
+    for mine, theirs, truth in zip(ours, eager, exact):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        # Its tensor cores multiply 16-bit features with matrices and residuals rounded to their dtype; the CPU vendor's
+        # products of very few rows add all pixels into one float.
+        eps = 16 * torch.finfo(student.dtype if narrow else accumulation).eps
+        if mine.numel():
+            assert rms(mine.double() - truth) <= 2 * rms(theirs.double() - truth) + eps * rms(truth)
+    assert ours[1].stride() == empty_gradient(in_place_layout(student)).stride()
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, SMALL[1:5:3]))
+def test_small_sizes_in_both_layouts(backend, device, layouts, size):
+    for dtypes in (torch.float32,) * 2, (torch.bfloat16, torch.float32):
+        check(draw_level(size, dtypes, device, layouts), backend)
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_large_sizes(backend, device, layouts):
+    for size in LARGE:
+        check(draw_level(size, device=device, layouts=layouts), backend)
+
+
+@pytest.mark.parametrize(
+    "backend, device, dtypes",
+    with_values(BACKENDS, list(itertools.product(DTYPES, DTYPES)), [(torch.bfloat16,) * 2, (torch.float64,) * 2]),
+)
+def test_every_mixture_of_dtypes(backend, device, dtypes):
+    for size, layouts in zip(SMALL[3:], PAIRS_OF_LAYOUTS):
+        check(draw_level(size, dtypes, device, layouts), backend)
+
+
+@pytest.mark.parametrize("layout", [channel_slice, channels_last_slice, batch_slice, permuted], ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_slices_and_copies(backend, device, layout):
+    for layouts in (layout, contiguous), (channels_last, layout), (layout, layout):
+        check(draw_level((3, 5, 7, 2, 4, 6), device=device, layouts=layouts), backend)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_nothing_kept_gives_the_same_gradients(backend, device):
+    """To rounding: the factor enters before the products instead of after them."""
+    for size in SMALL[3:5]:
+        level = draw_level(size, (torch.float64,) * 2, device)
+        for ours, expected in zip(run(level, backend, memory_efficient=True, scale=0.37), run(level, backend, scale=0.37)):
+            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_second_backward_pass(backend, device, memory_efficient):
+    level, leaves = leaves_of(draw_level(SMALL[4], (torch.float64,) * 2, device))
+    (squares,) = relation_residual(backend, RelationLevels(*([x] for x in level)), memory_efficient)
+    first = torch.autograd.grad(2 * squares, leaves, retain_graph=True)
+    for gradient, again in zip(first, torch.autograd.grad(3 * squares, leaves)):
+        torch.testing.assert_close(again, 1.5 * gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_frozen_student_and_frozen_parameters(backend, device):
+    level = draw_level(SMALL[4], device=device)
+    expected = run(level, backend)[1:]
+    for wanted in ((0,), (1, 2, 3, 4), (3,)):
+        tensors, leaves = leaves_of(level)
+        for index, leaf in enumerate(leaves):
+            leaf.requires_grad_(index in wanted)
+        relation_residual(backend, RelationLevels(*([x] for x in tensors)))[0].backward()
+        assert tensors[2].grad is None
+        for index, leaf in enumerate(leaves):
+            assert (leaf.grad is not None) == (index in wanted)
+            if index in wanted:
+                torch.testing.assert_close(leaf.grad, expected[index])
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_no_gradient_needed(backend, device):
+    level = draw_level(SMALL[4], device=device)
+    squares = relation_residual(backend, RelationLevels(*([x] for x in level)))
+    assert not squares.requires_grad
+    assert_same_bits([squares[0]], [run(level, backend, memory_efficient=True)[0]])
+
+
+@pytest.mark.parametrize("inner", [None, 2])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_empty_batch(backend, device, inner):
+    squares, *gradients = run(draw_level((0, 3, 4, inner, 5, 6), device=device), backend)
+    assert squares == 0
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in gradients)
+
+
+@pytest.mark.parametrize("where", range(6))
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_nan_reaches_the_result(backend, device, where):
+    level = draw_level((2, 3, 4, 2, 5, 6), device=device)
+    level[where].view(-1)[1] = float("nan")
+    ours, theirs = run(level, backend), literal(level, torch.float32)
+    for mine, expected in zip(ours, theirs):
+        assert mine[expected.isnan()].isnan().all()
+    assert ours[0].isnan()
+
+
+# One level without images, one of them with its pixels in another layout than the teacher's.
+PYRAMID = [
+    ((torch.float32, torch.float32), (contiguous, contiguous), (2, 5, 4, 2, 9, 8)),
+    ((torch.bfloat16, torch.float32), (channels_last, contiguous), (1, 6, 7, None, 3, 4)),
+    ((torch.float32, torch.float16), (contiguous, channels_last), (0, 3, 4, 2, 4, 4)),
+    ((torch.float64, torch.float32), (channels_last_slice, contiguous), (2, 4, 3, 1, 3, 5)),
+    ((torch.float16, torch.float16), (contiguous, contiguous), (3, 1, 2, None, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("backend, device, of_levels", with_values(BACKENDS, [PYRAMID], [PYRAMID[1:4]], ["mixed"]))
+def test_levels_together_equal_levels_alone(backend, device, of_levels):
+    levels = [leaves_of(draw_level(size, dtypes, device, layouts)) for dtypes, layouts, size in of_levels]
+    together = relation_residual(backend, RelationLevels(*map(list, zip(*(level for level, _ in levels)))), True)
+    for index, (level, leaves) in enumerate(levels):
+        (alone,) = relation_residual(backend, RelationLevels(*([x] for x in level)), True)
+        assert_same_bits([together[index].to(alone.dtype)], [alone])
+        assert_same_bits(
+            torch.autograd.grad(together[index], leaves, retain_graph=True), torch.autograd.grad(alone, leaves)
+        )
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("backend, device", COMPILED)
+def test_repeats_are_bit_equal(backend, device, layouts):
+    for dtypes in (torch.float32,) * 2, (torch.bfloat16,) * 2:
+        level = draw_level(LARGE[2], dtypes, device, layouts)
+        first = run(level, backend)
+        for _ in range(2):
+            assert_same_bits(first, run(level, backend))
+
+
+@NO_CPU
+def test_bit_equal_for_any_number_of_threads():
+    for size in (LARGE[2], (1, 256, 256, 64, 13, 13), (1, 48, 40, None, 8, 8)):
+        level = draw_level(size)
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                results.append(run(level, "cpu"))
+        for other in results[1:]:
+            assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("inner", [None, 2])
+@pytest.mark.parametrize("backend, device, layouts", with_values(BACKENDS, PAIRS_OF_LAYOUTS, PAIRS_OF_LAYOUTS[1:2]))
+def test_gradcheck(backend, device, layouts, inner):
+    level, leaves = leaves_of(draw_level((2, 3, 4, inner, 2, 3), (torch.float64,) * 2, device, layouts))
+
+    def squares(*_):
+        return relation_residual(backend, RelationLevels(*([x] for x in level)))
+
+    # The first pass takes the gradient that was made in the forward pass, the next ones compute it.
+    assert torch.autograd.gradcheck(squares, leaves, fast_mode=backend == "triton", nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_second_derivative_raises(backend, device):
+    level, leaves = leaves_of(draw_level(SMALL[3], device=device))
+    (squares,) = relation_residual(backend, RelationLevels(*([x] for x in level)))
+    (gradient,) = torch.autograd.grad(squares.sqrt(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend, device, compiler", with_values(BACKENDS, ["inductor"], ["aot_eager"]))
+def test_compiles_into_one_graph_for_any_size(backend, device, compiler):
+    inputs = [leaves_of(draw_level((2, 3, 4, 2, *size), device=device))[0] for size in ((5, 6), (7, 4), (9, 9))]
+
+    def squares(*level):
+        return relation_residual(backend, RelationLevels(*([x] for x in level)))[0]
+
+    assert_compiled_agrees(squares, inputs, backend, compiler)
+
+
+@pytest.mark.parametrize("inner", [None, 2])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_opcheck(backend, device, inner):
+    torch.use_deterministic_algorithms(False)
+    tests = ("test_schema", "test_faketensor")
+    for layouts in PAIRS_OF_LAYOUTS[1:3]:
+        arguments = [[x] for x in draw_level((2, 3, 4, inner, 5, 6), device=device, layouts=layouts)]
+        torch.library.opcheck(op_of("relation_residual_forward", backend), (*arguments, False), test_utils=tests)
+        residuals = []
+        if backend == "triton":
+            torch.library.opcheck(op_of("relation_residual_forward", backend), (*arguments, True), test_utils=tests)
+            residuals = op_of("relation_residual_forward", backend)(*arguments, True)[1:]
+        else:
+            op = op_of("relation_residual_with_gradient", backend)
+            torch.library.opcheck(op, (*arguments, True), test_utils=tests)
+        grad = torch.rand(1, device=device)
+        for student_gradient in (True, False):
+            op = op_of("relation_residual_backward", backend)
+            torch.library.opcheck(op, (*arguments, residuals, grad, student_gradient), test_utils=tests)
+
+
+@NO_CPU
+@pytest.mark.parametrize(
+    "position, change, message",
+    [
+        (1, lambda p: p[:, :, 1:], "student_matrix must be contiguous with 24 elements, got 16"),
+        (1, lambda p: p.double(), "student_matrix must be float32 unless the features are float64"),
+        (2, lambda t: t[:, :, 1:], "student and teacher must agree in N, H and W"),
+        (3, lambda u: u[0], "teacher_matrix must have shape"),
+        (4, lambda w: None, "where teacher_projection is absent"),
+        (5, lambda v: v[:1], "offset must be contiguous with 8 elements, got 4"),
+    ],
+)
+def test_bad_arguments_of_the_op(position, change, message):
+    level = draw_level((2, 3, 4, 2, 5, 6))
+    level[position] = change(level[position])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fbkd_ops.relation_residual_forward(*([x] for x in level), False)
+
+
+@NO_CPU
+def test_the_cpu_keeps_no_residual():
+    with pytest.raises(RuntimeError, match="keep must be false on the CPU"):
+        torch.ops.fbkd_ops.relation_residual_forward(*([x] for x in draw_level(SMALL[3])), True)
