@@ -22,19 +22,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from benchmarks.environment import ROOT, modified, revision  # noqa: E402
 from benchmarks.cases import LAYOUTS, LEVELS  # noqa: E402
+from benchmarks.environment import ROOT, modified, revision  # noqa: E402
 from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 
 ARCHS = (80, 90, 100)
-# Dtypes of the features and of the parameters of the adapted distance.
+# Dtypes of the features and of the parameters of the adapted distance. Triton cannot compile products of 16 bits beside
+# float64: the launchers have to know.
 ADAPTED = (
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
+    (torch.float64, torch.bfloat16),
+)
+# Dtypes and layouts of the student and the teacher of the relation residual.
+RELATION = (
+    (torch.bfloat16, torch.bfloat16, "contiguous"),
+    (torch.bfloat16, torch.bfloat16, "channels_last"),
+    (torch.bfloat16, torch.float32, "contiguous"),
+    (torch.float32, torch.float32, "contiguous"),
+    (torch.bfloat16, torch.float64, "contiguous"),
+)
+# Dtypes and layouts of the maps of a non-local block's statistics.
+STATISTICS = (
+    (torch.float16, "contiguous"),
+    (torch.bfloat16, "contiguous"),
+    (torch.bfloat16, "channels_last"),
+    (torch.float32, "contiguous"),
+    (torch.float64, "contiguous"),
 )
 
 
@@ -167,6 +184,39 @@ def launches() -> Iterator[Callable[[], object]]:
         adapted = student, weights, biases, teacher, pools[::4], absent
         yield lambda: adapted_masked_l2.adapted_masked_l2_forward(*adapted)
         yield lambda: adapted_masked_l2.adapted_masked_l2_backward(*adapted, grad, pools, absent)
+    yield from _relation_launches()
+    yield from _statistics_launches()
+
+
+def _relation_launches() -> Iterator[Callable[[], object]]:
+    from fbkd_ops.kernels import relation_residual
+
+    for of_student, of_teacher, layout in RELATION:
+        student, teacher = _pyramid(of_student, layout), _pyramid(of_teacher, layout)
+        sums = accumulation_dtype(*student, *teacher)
+        matrices = [torch.empty(x.shape[0], x.shape[1], x.shape[1], dtype=sums) for x in student]
+        offsets = [torch.empty(x.shape[:2], dtype=sums) for x in student]
+        level, grad = (student, matrices, teacher, matrices, [None] * len(student), offsets), torch.empty(len(student))
+        yield lambda: relation_residual.relation_residual_forward(*level, False)
+        yield lambda: relation_residual.relation_residual_backward(*level, [], grad.to(sums), True)
+
+
+def _statistics_launches() -> Iterator[Callable[[], object]]:
+    from fbkd_ops.kernels import non_local_statistics
+
+    strides = 8, 4, 2, 2, 2
+    for dtype, layout in STATISTICS:
+        maps = _pyramid(dtype, layout)
+        channels, sums = maps[0].shape[1], accumulation_dtype(*maps)
+        shapes = (1, channels), (64, channels), (1, 64, channels), (128, channels), (128,)
+        means, projections, inner, weights, biases = ([torch.empty(s, dtype=sums) for _ in maps] for s in shapes)
+        cells = [(1, 128, (x.shape[2] // side) * (x.shape[3] // side)) for x, side in zip(maps, strides)]
+        pooled, winners = ([torch.empty(shape, dtype=of) for shape in cells] for of in (sums, torch.int32))
+        pools = [side for stride in strides for side in 4 * (stride,)]
+        forward = maps, means, projections, weights, biases, pools
+        backward = maps, weights, maps, projections, inner, means, weights, winners, pooled, pools
+        yield lambda: non_local_statistics.non_local_statistics_forward(*forward)
+        yield lambda: non_local_statistics.non_local_statistics_backward_(*backward)
 
 
 def compile_launches(arch: int) -> list[Instance]:

@@ -37,7 +37,7 @@ class RelationTerm(nn.Module):
         super().__init__()
         (level,) = loss.levels
         self.student_non_local, self.teacher_non_local = level.student_non_local, level.teacher_non_local
-        self.adaptation = level.relation_adaptation
+        self.adaptation, self.memory_efficient = level.relation_adaptation, loss.memory_efficient
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         blocks = self.student_non_local, self.teacher_non_local
@@ -51,6 +51,7 @@ class RelationTerm(nn.Module):
             pool_order=blocks[0].pool_order,
             student_norm=blocks[0].norm,
             teacher_norm=blocks[1].norm,
+            memory_efficient=self.memory_efficient,
         )
 
 
@@ -65,9 +66,15 @@ class Total(nn.Module):
         return sum(self.loss(students, teachers).values())
 
 
-def _loss(case: Case) -> fbkd_ops.FBKDLoss:
-    levels = dict(stride=list(case.strides), inter_channels=[RATIOS[stride] for stride in case.strides])
-    return fbkd_ops.FBKDLoss(case.shape[1], num_levels=len(case.strides), preset="mmrazor", **levels).to(case.device)
+def _loss(case: Case, memory_efficient: bool = False) -> fbkd_ops.FBKDLoss:
+    levels = dict(
+        num_levels=len(case.strides),
+        stride=list(case.strides),
+        inter_channels=[RATIOS[stride] for stride in case.strides],
+    )
+    return fbkd_ops.FBKDLoss(case.shape[1], preset="mmrazor", memory_efficient=memory_efficient, **levels).to(
+        case.device
+    )
 
 
 def _their_loss(case: Case) -> mmrazor.Loss:
@@ -114,9 +121,9 @@ def _called(module: nn.Module, names: list[str], levels: int, dtype: Optional[to
     return function
 
 
-def _ours(part: type[nn.Module], backend: str) -> Callable[[Case], Implementation]:
+def _ours(part: type[nn.Module], backend: str, memory_efficient: bool = False) -> Callable[[Case], Implementation]:
     def made(case: Case) -> Implementation:
-        module = part(_loss(case))
+        module = part(_loss(case, memory_efficient))
         names = [name for name, _ in module.named_parameters()]
         function = _called(module, names, len(case.strides))
         return function if backend == "auto" else forced(function, backend)
@@ -154,6 +161,7 @@ def _implementations(part: type[nn.Module], their_part: Callable[[mmrazor.Loss],
         "mmrazor": _theirs(part, their_part),
         "reference": _ours(part, "reference"),
         "fbkd_ops": _ours(part, "auto"),
+        "fbkd_ops:memory_efficient": _ours(part, "auto", memory_efficient=True),
     }
 
 
@@ -179,16 +187,19 @@ def _cost(part: type[nn.Module], adaptations: int) -> Callable[[Case], Cost]:
 
 
 def _relation_flops(channels: int, inner: int, pixels: int, cells: int) -> tuple[int, int]:
-    """Forward and backward, both sides: the products of docs/math.md that grow with the map.
+    """Forward and backward, both sides: the products of docs/math.md that grow with the map, each in its cheaper form.
 
-    Max-pooled phi and g get a gradient at the winner of each of the ``cells`` only.
+    Max-pooled phi and g get a gradient at the winner of each of the ``cells`` only. Where every pixel is a cell, M is
+    made from the covariance of all channels.
     """
     wide, narrow, square = 2 * channels * inner, 2 * inner * inner, 2 * channels * channels
-    projections, covariances, residual = 6 * wide, 2 * narrow, square + 2 * wide
-    forward = pixels * (projections + covariances + residual) + cells * 2 * narrow
-    of_theta, of_phi_and_g = 3 * wide, 6 * wide  # weights of both sides, and dS
-    backward = pixels * (of_theta + covariances + 2 * residual) + cells * (of_phi_and_g + 4 * narrow)
-    return forward, backward
+    low_rank = min(square, 2 * wide)
+    residual, its_gradients = square + low_rank, 2 * square + min(square, 3 * wide)
+    if cells == pixels:
+        return pixels * (2 * square + residual), pixels * (square + its_gradients)
+    phi_and_g, covariance = 2 * wide, low_rank
+    forward = pixels * (2 * (phi_and_g + covariance) + residual) + cells * 2 * narrow
+    return forward, pixels * (covariance + its_gradients) + cells * (6 * wide + 4 * narrow)
 
 
 def _relation_strides(shape: tuple[int, int, int, int]) -> tuple[int, ...]:

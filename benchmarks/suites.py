@@ -17,7 +17,8 @@ from fbkd_ops import backends, functional, reference
 __all__ = ["PEERS", "SUITES", "outputs_of", "peers_of"]
 
 FORCED = ("cuda", "triton")
-PEERS = ("eager", "mmrazor", "compile", "reference", "fbkd_ops", *(f"fbkd_ops:{backend}" for backend in FORCED))
+OURS = ("fbkd_ops", "fbkd_ops:memory_efficient", *(f"fbkd_ops:{backend}" for backend in FORCED))
+PEERS = ("eager", "mmrazor", "compile", "reference", *OURS)
 
 
 def outputs_of(result: Union[Tensor, Iterable[Tensor]]) -> tuple[Tensor, ...]:

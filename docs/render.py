@@ -166,10 +166,15 @@ def comparison(states: list[dict]) -> str:
             parts.append(f"`{name}` {problem}")
         elif name != "fbkd_ops":
             speeds = " / ".join(f"{row['step']['speed_of_fbkd_ops']['median']:.1f}" for row in rows)
-            memory = peak_of(ours) and peak_of(rows) and peak_of(rows) / peak_of(ours)
-            share = f" in 1/{memory:.1f} of the memory" if memory else ""
-            parts.append(f"{speeds} times as fast as `{name}`{share}")
+            parts.append(f"{speeds} times as fast as `{name}`{share_of(peak_of(ours), peak_of(rows))}")
     return ", ".join(parts or ["nothing to compare with"])
+
+
+def share_of(ours: Optional[float], other: Optional[float]) -> str:
+    """``ours`` megabytes beside another's; nothing below 1 MB, what the system counts is no finer."""
+    if ours is None or other is None or min(ours, other) < 1:
+        return ""
+    return f" in 1/{other / ours:.1f} of the memory" if ours < other else f" in {ours / other:.1f} times the memory"
 
 
 def peak_of(rows: list[dict]) -> Optional[float]:

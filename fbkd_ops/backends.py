@@ -13,8 +13,8 @@ __all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-# Backends that have kernels of an op. Those without "cuda" are matrix products, which Triton writes for the tensor cores
-# of every GPU.
+# Backends that have kernels of an op. Those without "cuda" are matrix products, which Triton writes for the tensor
+# cores of every GPU.
 OPS = {
     "attention_pool": ("cpu", "cuda", "triton"),
     "attention_masks": ("cpu", "cuda", "triton"),
@@ -86,8 +86,8 @@ def _triton_obstacle(device: str) -> str:
 def resolve(op: str, tensor: Tensor) -> str:
     """Backend that a call of ``op`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
 
-    "torch" is plain PyTorch in linear memory, for the ops of the relation term where no kernels of theirs can run. Where
-    the forced backend has no kernels of this op, it is the automatic choice on that backend's device.
+    "torch" is plain PyTorch in linear memory, for the ops of the relation term where no kernels of theirs can run.
+    Where the forced backend has no kernels of this op, it is the automatic choice on that backend's device.
 
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.

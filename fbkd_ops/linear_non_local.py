@@ -74,9 +74,7 @@ def to_affine(backend: str, x: Tensor, block: Block) -> tuple[Tensor, AffineNonL
     return x, _normalized(found, block.norm)
 
 
-def response(
-    backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings
-) -> tuple[Tensor, Response]:
+def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Response]:
     """x for what the caller's own gradient flows into, and the block's response to ``x (N, C, H, W)``.
 
     What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.

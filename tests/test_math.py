@@ -140,7 +140,8 @@ def test_8_winners_get_the_gradients_of_pooled_values(stride):
 
 @pytest.mark.parametrize("inner", [3, CHANNELS])
 def test_9_the_relation_residual_is_affine_in_both_maps(inner):
-    student_block, teacher_block = block_of(inner, stride=2), randomise(NonLocalBlock2d(6, 2, stride=2).double(), seed=4)
+    student_block = block_of(inner, stride=2)
+    teacher_block = randomise(NonLocalBlock2d(6, 2, stride=2).double(), seed=4)
     adaptation = randomise(torch.nn.Conv2d(CHANNELS, 6, 1).double(), seed=3)
     s, t = features(), features(5, channels=6)
     literal = teacher_block(t) - adaptation(student_block(s))

@@ -127,6 +127,21 @@ def test_no_gradient_of_a_loss_vanishes(name):
     assert len(gradients) > 20 and all(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
+@pytest.mark.parametrize("channels", [32, 256, 512])
+def test_projections_are_exact_in_float32(channels):
+    """So that no max-pool's winner depends on rounding."""
+    suite = suites.SUITES["relation"]
+    case = cases.Case((1, channels, 9, 7), strides=(4,))
+    student, teacher, *parameters = suite.inputs(case)
+    names = [name for name, _ in loss_suites.RelationTerm(loss_suites._loss(case)).named_parameters()]
+    named = dict(zip(names, parameters, strict=True))
+    for side, x in (("student", student), ("teacher", teacher)):
+        for layer in ("phi", "g"):
+            arguments = x, named[f"{side}_non_local.{layer}.weight"], named[f"{side}_non_local.{layer}.bias"]
+            exact = torch.nn.functional.conv2d(*(argument.double() for argument in arguments))
+            assert torch.equal(torch.nn.functional.conv2d(*arguments).double(), exact)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_error_of_two_percent_is_found_in_every_gradient_of_a_loss(name):
     suite = suites.SUITES[name]
@@ -280,14 +295,24 @@ def test_fbkd_ops_is_always_measured():
 
 
 def test_the_products_of_the_relation_are_counted():
-    """One pixel that is its own pooled cell, by hand: C=4 channels, c=1 inner one."""
-    forward = [6 * 8, 2 * 2, 32 + 2 * 8, 2 * 2]  # projections, covariances, residual, M
-    backward = [3 * 8, 2 * 2, 2 * (32 + 2 * 8), 6 * 8 + 4 * 2]  # theta, covariances, residual, the cell's winners
-    assert loss_suites._relation_flops(4, 1, 1, 1) == (sum(forward), sum(backward))
+    """By hand, with C=4 channels and c=1 inner one: products of 4x4 take 32 operations a pixel, of 1x4 take 8."""
+    forward = [4 * 8, 2 * 2 * 8, 32, 2 * 8]  # phi and g, covariances, P s, R t
+    backward = [2 * 8, 2 * 32, 3 * 8]  # student's covariance; e's products with P and s; gradient of R
+    cell = 2 * 2, 6 * 8 + 4 * 2  # M; the winners' weights and dS, gradients of M
+    pooled = 10 * sum(forward) + 2 * cell[0], 10 * sum(backward) + 2 * cell[1]
+    assert loss_suites._relation_flops(4, 1, 10, 2) == pooled
+    full = 2 * 32 + 32 + 2 * 8, 32 + 2 * 32 + 3 * 8
+    assert loss_suites._relation_flops(4, 1, 10, 10) == (10 * full[0], 10 * full[1])
     relation, whole = (suites.SUITES[name].cost(cases.Case((1, 4, 6, 5), strides=(1,))) for name in LOSSES)
     product = 2 * 4 * 4 * 30
     assert whole.forward_flops - relation.forward_flops == product
     assert whole.backward_flops - relation.backward_flops == 2 * product
+
+
+def test_the_rate_of_products_is_that_of_the_product_that_was_timed():
+    times = {"sum": [1.0], "copy": [1.0], "copy_to_new": [1.0], "matmul": [2.0]}
+    rates = measurement._rates(cases.Case((2, 4, 6, 5)), times)
+    assert rates["matmul_gflop_s"] == 2 * 4 * 4 * 60 / 1e6 / 2.0
 
 
 def result_without_pooling(sizes, ms, status="ok", strides=(1,)):
@@ -327,6 +352,7 @@ def test_a_summary_has_ratios_of_speed_and_memory():
     text = "30.0 / 40.0 times as fast as `mmrazor` in 1/15.0 of the memory, `compile` failed: x"
     assert render.comparison([warm, fresh]) == text
     assert render.comparison([{"fbkd_ops": {"status": "failed: y"}}]) == "`fbkd_ops` failed: y"
+    assert render.share_of(90.0, 60.0) == " in 1.5 times the memory" and render.share_of(0.3, 60.0) == ""
 
 
 def test_a_process_that_dies_is_said(monkeypatch):

@@ -20,20 +20,24 @@ from cases import (
     channels_last_slice,
     contiguous,
     draw,
+    far_apart,
     name_of,
     op_of,
     permuted,
     poison,  # noqa: F401
     threads,
+    truncation,
     with_values,
 )
 from helpers import rms
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
+from fbkd_ops._numerics import residual_dtype
 from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
 COMPILED = [ON_CPU, ON_TRITON]
+MIXTURES = list(itertools.product(DTYPES, DTYPES))
 
 # (N, Cs, Ct, c, H, W); c of None: no projection.
 SMALL = [
@@ -51,6 +55,16 @@ LARGE = [
     (40, 3, 4, 2, 2, 2),  # more images than groups
     (2, 6, 1030, 5, 3, 50),  # more channels than a piece; pixels in two pieces of 128
     (2, 900, 900, 30, 9, 9),  # so large that the product's own threads run it
+]
+LEVEL = (2, 3, 4, 2, 3, 5)  # where one size is enough
+# For the Triton kernels: more than one tile of every extent on both code paths, and an image in two splits.
+TILES = [
+    (torch.bfloat16, (1, 66, 66, 5, 3, 45)),
+    (torch.bfloat16, (1, 72, 136, None, 12, 12)),
+    (torch.float32, (1, 66, 66, 5, 3, 45)),
+    (torch.float32, (1, 24, 72, None, 12, 12)),
+    (torch.float32, (2, 3, 4, 2, 26, 40)),
+    (torch.float64, (1, 18, 66, 5, 5, 13)),
 ]
 
 
@@ -81,35 +95,55 @@ def run(level, backend, memory_efficient=False, scale=1.0):
     return squares.detach(), *torch.autograd.grad(scale * squares, leaves)
 
 
-def literal(level, dtype):
-    """The same in plain PyTorch in ``dtype``, and the gradients in the level's own dtypes."""
-    level, leaves = leaves_of(level)
+def residual_in(level, dtype):
+    """The residual ``(N, Ct, H, W)`` in plain PyTorch in ``dtype``."""
     s, p, t, u, w, v = (x if x is None else x.to(dtype) for x in level)
-    t, s = t.flatten(2), s.flatten(2)
+    pixels, t, s = t.shape[2:], t.flatten(2), s.flatten(2)
     response = t if w is None else w @ t
-    squares = (t + u @ response - p @ s + v[:, :, None]).square().sum()
+    return (t + u @ response - p @ s + v[:, :, None]).unflatten(2, pixels)
+
+
+def literal(level, dtype):
+    """The squares of the residual in ``dtype``, and the gradients in the level's own dtypes."""
+    level, leaves = leaves_of(level)
+    squares = residual_in(level, dtype).to(accumulation_of(level[0].dtype, level[2].dtype)).square().sum()
     return squares.detach(), *torch.autograd.grad(squares, leaves)
 
 
-def check(level, backend, **options):
-    """No further from the truth than twice plain PyTorch in the accumulation dtype, on the RMS, plus a few eps."""
+def wide(level):
+    return [x if x is None else x.double() for x in level]
+
+
+def assert_close_to_truth(ours, eager, truth, eps):
+    """No further from the truth than twice plain PyTorch, on the RMS, plus some eps."""
+    assert ours.shape == truth.shape and ours.dtype == eager.dtype
+    if ours.numel():
+        assert rms(ours.double() - truth) <= 2 * rms(eager.double() - truth) + eps * rms(truth)
+
+
+def precision_of(level, backend):
+    """In which dtype plain PyTorch is as precise as a backend, and the eps that it may be off besides.
+
+    Triton's tensor cores multiply features of one 16-bit dtype with matrices and residuals rounded to it. The CPU
+    vendor's products of very few rows add all pixels into one float.
+    """
     student, teacher = level[0], level[2]
+    if backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2:
+        return student.dtype, torch.finfo(student.dtype).eps
     accumulation = accumulation_of(student.dtype, teacher.dtype)
-    ours, eager = run(level, backend, **options), literal(level, accumulation)
-    exact = literal([x if x is None else x.double() for x in level], torch.float64)
-    narrow = backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2
-    for mine, theirs, truth in zip(ours, eager, exact):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        # Its tensor cores multiply 16-bit features with matrices and residuals rounded to their dtype; the CPU vendor's
-        # products of very few rows add all pixels into one float.
-        eps = 16 * torch.finfo(student.dtype if narrow else accumulation).eps
-        if mine.numel():
-            assert rms(mine.double() - truth) <= 2 * rms(theirs.double() - truth) + eps * rms(truth)
-    assert ours[1].stride() == empty_gradient(in_place_layout(student)).stride()
+    return accumulation, 16 * torch.finfo(accumulation).eps
+
+
+def check(level, backend, **options):
+    dtype, eps = precision_of(level, backend)
+    results = run(level, backend, **options), literal(level, dtype), literal(wide(level), torch.float64)
+    for ours, eager, truth in zip(*results):
+        assert_close_to_truth(ours, eager, truth, eps + truncation(backend, ours.device.type, ours.dtype))
+    assert results[0][1].stride() == empty_gradient(in_place_layout(level[0])).stride()
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, SMALL[1:5:3]))
+@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, [SMALL[1], LEVEL]))
 def test_small_sizes_in_both_layouts(backend, device, layouts, size):
     for dtypes in (torch.float32,) * 2, (torch.bfloat16, torch.float32):
         check(draw_level(size, dtypes, device, layouts), backend)
@@ -122,13 +156,58 @@ def test_large_sizes(backend, device, layouts):
         check(draw_level(size, device=device, layouts=layouts), backend)
 
 
-@pytest.mark.parametrize(
-    "backend, device, dtypes",
-    with_values(BACKENDS, list(itertools.product(DTYPES, DTYPES)), [(torch.bfloat16,) * 2, (torch.float64,) * 2]),
-)
+@pytest.mark.parametrize("dtypes", MIXTURES, ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_every_mixture_of_dtypes(backend, device, dtypes):
-    for size, layouts in zip(SMALL[3:], PAIRS_OF_LAYOUTS):
-        check(draw_level(size, dtypes, device, layouts), backend)
+    interpreted = backend == "triton" and device == "cpu"
+    sizes, layouts = SMALL[3:], PAIRS_OF_LAYOUTS
+    if interpreted:
+        sizes, layouts = [LEVEL], PAIRS_OF_LAYOUTS[MIXTURES.index(dtypes) % 4 :]
+    for size, of_both in zip(sizes, layouts):
+        check(draw_level(size, dtypes, device, of_both), backend)
+
+
+@pytest.mark.parametrize("index", range(len(TILES)))
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_tiles(backend, device, index):
+    dtype, size = TILES[index]
+    check(draw_level(size, (dtype, dtype), device, PAIRS_OF_LAYOUTS[index % 4]), backend)
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS[:4:3], ids=name_of)
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.bfloat16, torch.float32)], ids=name_of)
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_kept_residual(backend, device, dtypes, layouts):
+    """It is the residual, it changes nothing, and the backward pass makes the same of it as of one computed anew."""
+    level = draw_level(LEVEL, dtypes, device, layouts)
+    arguments = [[x] for x in level]
+    forward, backward = (op_of(f"relation_residual_{which}", backend) for which in ("forward", "backward"))
+    squares, residual = forward(*arguments, True)
+    dtype, eps = precision_of(level, backend)
+    assert_close_to_truth(
+        residual,
+        residual_in(level, dtype).to(residual_dtype(level[0], level[2])),
+        residual_in(wide(level), torch.float64),
+        eps,
+    )
+    assert residual.stride() == empty_gradient(level[2]).stride()
+    assert_same_bits([squares], forward(*arguments, False))
+    grad = torch.full_like(squares, 0.37)
+    kept, again = (backward(*arguments, residuals, grad, True) for residuals in ([residual], []))
+    assert_same_bits(kept, again)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_float16_with_a_factor_beyond_its_range(backend, device):
+    """The factor comes from a scaled loss, or from a root of large squares: it meets sums, not 16-bit values."""
+    level = draw_level(LEVEL, (torch.float16,) * 2, device)
+    level[1] /= 64
+    expected = run(level, backend)[1:]
+    for factor in (2.0**-40, 2.0**13):
+        of_student, *gradients = run(level, backend, scale=factor)[1:]
+        for ours, of_one in zip(gradients, expected[1:]):
+            torch.testing.assert_close(ours, factor * of_one, rtol=1e-5, atol=1e-5 * factor)
+    torch.testing.assert_close(of_student, factor * expected[0], rtol=2e-3, atol=2e-3 * factor)
 
 
 @pytest.mark.parametrize("layout", [channel_slice, channels_last_slice, batch_slice, permuted], ids=name_of)
@@ -141,25 +220,50 @@ def test_slices_and_copies(backend, device, layout):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_nothing_kept_gives_the_same_gradients(backend, device):
     """To rounding: the factor enters before the products instead of after them."""
-    for size in SMALL[3:5]:
+    for size in (SMALL[3], LEVEL):
         level = draw_level(size, (torch.float64,) * 2, device)
-        for ours, expected in zip(run(level, backend, memory_efficient=True, scale=0.37), run(level, backend, scale=0.37)):
+        kept, again = (run(level, backend, memory_efficient, scale=0.37) for memory_efficient in (False, True))
+        for ours, expected in zip(again, kept):
             torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True])
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_second_backward_pass(backend, device, memory_efficient):
-    level, leaves = leaves_of(draw_level(SMALL[4], (torch.float64,) * 2, device))
+    """It leaves the first one's results alone, and is not touched by what was done to them."""
+    level, leaves = leaves_of(draw_level(LEVEL, (torch.float64,) * 2, device))
     (squares,) = relation_residual(backend, RelationLevels(*([x] for x in level)), memory_efficient)
     first = torch.autograd.grad(2 * squares, leaves, retain_graph=True)
-    for gradient, again in zip(first, torch.autograd.grad(3 * squares, leaves)):
-        torch.testing.assert_close(again, 1.5 * gradient, rtol=1e-11, atol=1e-11)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(3 * squares, leaves, retain_graph=True)
+    assert_same_bits(first, kept)
+    for gradient in first:
+        gradient.fill_(float("nan"))
+    for one, two, three in zip(kept, second, torch.autograd.grad(2 * squares, leaves)):
+        torch.testing.assert_close(two, 1.5 * one, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(three, one, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_autocast_changes_nothing(backend, device):
+    level = draw_level(LEVEL, device=device)
+    expected = run(level, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert_same_bits(expected, run(level, backend))
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS[:4:3], ids=name_of)
+@pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED])
+def test_offsets_beyond_32_bits(backend, device, layouts):
+    level = draw_level((2, 3, 4, 2, 5, 6), (torch.bfloat16,) * 2, device, layouts)
+    near = run(level, backend)
+    assert_same_bits(near, run([far_apart(level[0], layouts[0]), *level[1:]], backend))
+    assert_same_bits(near, run([*level[:2], far_apart(level[2], layouts[1]), *level[3:]], backend))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_frozen_student_and_frozen_parameters(backend, device):
-    level = draw_level(SMALL[4], device=device)
+    level = draw_level(LEVEL, device=device)
     expected = run(level, backend)[1:]
     for wanted in ((0,), (1, 2, 3, 4), (3,)):
         tensors, leaves = leaves_of(level)
@@ -175,7 +279,7 @@ def test_frozen_student_and_frozen_parameters(backend, device):
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_no_gradient_needed(backend, device):
-    level = draw_level(SMALL[4], device=device)
+    level = draw_level(LEVEL, device=device)
     squares = relation_residual(backend, RelationLevels(*([x] for x in level)))
     assert not squares.requires_grad
     assert_same_bits([squares[0]], [run(level, backend, memory_efficient=True)[0]])

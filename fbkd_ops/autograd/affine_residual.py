@@ -30,7 +30,16 @@ class AffineResidual(torch.autograd.Function):
         offset,  # v (N, Ct)
         keep,
     ):
-        arguments = (student, adaptation, student_vectors, student_matrix, teacher, teacher_vectors, teacher_matrix, offset)
+        arguments = (
+            student,
+            adaptation,
+            student_vectors,
+            student_matrix,
+            teacher,
+            teacher_vectors,
+            teacher_matrix,
+            offset,
+        )
         residual = _residual(*arguments)
         ctx.save_for_backward(*arguments, *([residual] if keep else []))
         return residual.square().sum()

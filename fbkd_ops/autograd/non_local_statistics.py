@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._layout import in_place_layout, matrix_layout
-from .._numerics import accumulation_dtype
+from .._numerics import accumulation_dtype, without_autocast
 from .ops import kernel, register
 
 __all__ = ["NO_POOL", "MapStatistics", "NonLocalStatisticsFunction", "StatisticsRequest", "non_local_statistics"]
@@ -67,9 +67,14 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         projections, weights, biases, means = (
             [x if x is None else x.contiguous() for x in column] for column in (projections, weights, biases, means)
         )
-        outputs = kernel("non_local_statistics_forward", backend)(read, means, projections, weights, biases, list(pools))
+        arguments = read, means, projections, weights, biases, list(pools)
+        outputs = kernel("non_local_statistics_forward", backend)(*arguments)
         pooled, winners, cross = outputs[:count], outputs[count : 2 * count], outputs[2 * count :]
-        covariances = [c if w is None else torch.matmul(c, w.mT) for c, w in zip(cross, projections)]
+        with without_autocast(maps[0]):
+            covariances = [
+                c if mean is None or w is None else torch.matmul(c, w.mT)
+                for c, mean, w in zip(cross, means, projections)
+            ]
         ctx.set_materialize_grads(False)
         kept = [c for c, w in zip(cross, projections) if w is not None]
         ctx.save_for_backward(*read, *means, *projections, *weights, *winners, *kept)
@@ -88,8 +93,10 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         cross = [None if w is None else next(kept) for w in projections]
         incoming, dmeans, dcovariances, dpooled = _columns(grads, count)
         # A compiled graph hands over zeros where eager hands over nothing, also for outputs that are not there.
-        dmeans, dcovariances = ([None if m is None else g for m, g in zip(means, column)] for column in (dmeans, dcovariances))
-        inner, shifts, dprojections = zip(*map(_affine, maps, means, projections, cross, dcovariances, dmeans))
+        dmeans = [None if m is None else g for m, g in zip(means, dmeans)]
+        dcovariances = [None if m is None else g for m, g in zip(means, dcovariances)]
+        with without_autocast(maps[0]):
+            inner, shifts, dprojections = zip(*map(_affine, maps, means, projections, cross, dcovariances, dmeans))
         dx = [_own_memory(g, x) for g, x in zip(incoming, maps)] if ctx.wants_x else []
         dpooled = [None if w is None or g is None else g.contiguous() for w, g in zip(weights, dpooled)]
         # Outputs that the op fills: torch.compile takes no op that changes some arguments and returns others.
@@ -112,7 +119,7 @@ def _affine(
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """``inner`` and ``shift`` of ``dx = projection^T inner x + shift``, and the projection's own gradient."""
     pixels = x.shape[2] * x.shape[3]
-    shift = None if dmean is None else dmean / pixels
+    shift = None if dmean is None else (dmean / pixels).contiguous()
     if dcovariance is None:
         return None, shift, None
     symmetric = dcovariance + dcovariance.mT

@@ -73,7 +73,7 @@ def pool_convolutions(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A program takes some cells of a row of them; a lane folds a column of a cell, or every PIXELS-th of a wide one."""
+    """A program folds some cells of a row; a lane, a column of a cell, or every PIXELS-th of a cell that is wider."""
     level, path, program = find_level(sizes)
     size = pick_sizes(sizes, level)
     inputs = pick_all((x, weight, bias), level)
@@ -413,7 +413,7 @@ class _Blocks(NamedTuple):
 
     PIXELS: int
     CHANNELS: int  # of the result
-    INNER: int  # channels of one step; in pool_weight_gradients: rows of the result
+    INNER: int  # channels of one step; pool_weight_gradients: rows of the result; covariance_tiles: unused
     num_warps: int
 
 
@@ -426,7 +426,7 @@ _POOL = {
     (4, True): _Blocks(POOL_PIXELS, 64, 16, 8),
     (4, False): _Blocks(POOL_PIXELS, 32, 16, 4),
     (8, True): _Blocks(POOL_PIXELS, 64, 16, 8),
-    (8, False): _Blocks(POOL_PIXELS, 32, 16, 4),
+    (8, False): _Blocks(POOL_PIXELS, 64, 16, 8),
 }
 _COVARIANCE = {
     (4, True): _Blocks(32, 64, 0, 8),

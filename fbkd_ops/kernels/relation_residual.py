@@ -1,10 +1,10 @@
 """Triton kernels of the relation term's squared residual, and its gradients.
 
 ``e = t + U W t - P s + v`` exists a tile at a time in registers: the forward kernel's epilogue turns a tile of products
-into one partial sum and, where e is kept, into a tile of e. ``U W`` is multiplied out first, ``(Ct, Ct)`` an image: one
-product of t then takes the place of a pass that writes ``W t`` and a pass that reads it, at up to a third more
-multiplications in all, and the rest is the same code with and without a projection. So it is in the backward pass,
-where the gradient of ``U W`` is ``E t^T``, and those of U and W are products of small matrices.
+into one partial sum and, where e is kept, into a tile of e. ``U W``, ``(Ct, Ct)`` an image, is multiplied out first:
+one product with t takes the place of a launch that writes ``W t`` for this one to read, and levels with and without a
+projection are the same. It costs a third more multiplications where ``W t`` has a quarter of the channels of t. In the
+backward pass the gradient of ``U W`` is ``E t^T``, and those of U and W are products of small matrices.
 
 The operands of features that share a 16-bit dtype are of that dtype, matrices and e rounded to it; those of others
 are float32 or float64, see products.py. ``E = 2 grad e`` is never stored: grad scales float32 sums.
@@ -313,7 +313,7 @@ _STUDENT = {
     (8, True): _Blocks(64, 64, 16, 8),
     (8, False): _Blocks(64, 64, 16, 8),
 }
-_PRODUCTS = _STUDENT
+_PRODUCTS = _STUDENT | {(4, True): _Blocks(128, 64, 32, 8)}
 
 
 class _Pair(NamedTuple):
@@ -381,7 +381,8 @@ def relation_residual_forward(
     products = [_product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections)]
     residuals = [_empty_residual(*features) for features in zip(students, teachers)] if keep else []
     levels, first = [], 0
-    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or teachers):
+    unused = [pair.teacher for pair in pairs]
+    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or unused):
         levels.append(_sums_level(pair, *tensors, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
@@ -404,7 +405,7 @@ def _sums_level(
     student_matrix: Tensor,
     teacher_matrix: Tensor,
     offset: Tensor,
-    residual: Tensor,  # the teacher in place of one that is not kept
+    residual: Tensor,  # if it is not kept, any tensor
     first: int,
 ) -> Level:
     student_matrix, teacher_matrix = student_matrix.to(pair.operand), teacher_matrix.to(pair.operand)
