@@ -152,8 +152,7 @@ def test_large_sizes(backend, device, layout):
         check(size, backend, device=device, layout=layout, order="nested")
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
-@pytest.mark.parametrize("size", TILES, ids=name_of)
+@pytest.mark.parametrize("size, layout", zip(TILES, 2 * [contiguous, channels_last]), ids=name_of)
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_tiles_in_the_interpreter(backend, device, size, layout):
     check(size, backend, device=device, layout=layout, order="nested")
@@ -349,13 +348,17 @@ def test_gradients_of_any_layout(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_gradients_beyond_half_precision(backend, device, dtype):
-    """Those of the pooled values are no number of 16 bits, however small or large they are."""
-    tensors, pool = draw_request((1, 4, None, 3, 4, 6, 2), dtype, device)
-    directions = [torch.randn_like(x) for x in run(tensors, pool, backend)]
-    (expected,) = [run(tensors, pool, backend, directions)[4]]
-    for scale in (2.0**-40, 2.0**40):
-        gradient = run(tensors, pool, backend, [scale * x for x in directions])[4]
-        torch.testing.assert_close(gradient / scale, expected)
+    """Those of the pooled values are no numbers of 16 bits, however small or large they are."""
+    (x, _, weight, bias), pool = draw_request((1, 4, None, 3, 4, 6, 2), dtype, device)
+    directions = [torch.randn_like(x) for x in run([x, None, weight, bias], pool, backend)]
+    directions[:2] = [0 * direction for direction in directions[:2]]
+    dx, dweight = run([x, None, weight, bias], pool, backend, directions)[3:5]
+    for scale, by_weight in ((2.0**-40, 1), (2.0**40, 1), (2.0**20, 2.0**-10)):
+        tensors = [x, None, by_weight * weight, by_weight * bias]
+        scaled = run(tensors, pool, backend, [scale * direction for direction in directions])
+        torch.testing.assert_close(scaled[4] / scale, dweight)
+        if by_weight != 1:
+            torch.testing.assert_close(scaled[3] / (scale * by_weight), dx, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
@@ -370,7 +373,7 @@ def test_offsets_beyond_32_bits(backend, device, layout):
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("backend, device, layout", with_values(BACKENDS, [contiguous, channels_last], [channels_last]))
 def test_gradcheck(backend, device, layout, rank):
-    tensors, pool = draw_request((2, 3, rank, 2, 4, 4, 2), torch.float64, device, layout)
+    tensors, pool = draw_request((2, 3, rank, 2, 2, 5, 2), torch.float64, device, layout)
     leaves = [t.requires_grad_() for t in tensors if t is not None]
 
     def outputs(*_):
