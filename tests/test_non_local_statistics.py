@@ -152,7 +152,7 @@ def test_large_sizes(backend, device, layout):
         check(size, backend, device=device, layout=layout, order="nested")
 
 
-@pytest.mark.parametrize("size, layout", zip(TILES, 2 * [contiguous, channels_last]), ids=name_of)
+@pytest.mark.parametrize("size, layout", list(zip(TILES, 2 * [contiguous, channels_last])), ids=name_of)
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_tiles_in_the_interpreter(backend, device, size, layout):
     check(size, backend, device=device, layout=layout, order="nested")
