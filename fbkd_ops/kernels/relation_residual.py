@@ -313,7 +313,7 @@ _STUDENT = {
     (8, True): _Blocks(64, 64, 16, 8),
     (8, False): _Blocks(64, 64, 16, 8),
 }
-_PRODUCTS = _STUDENT | {(4, True): _Blocks(128, 64, 32, 8)}
+_PRODUCTS = _STUDENT | {(4, True): _Blocks(128, 64, 16, 8)}
 
 
 class _Pair(NamedTuple):
@@ -505,7 +505,7 @@ def _partials(pair: _Pair, residual: Tensor, x: Tensor, slot: int, factor: int) 
     _, channels, pixels = pair.extents
     row_tiles, col_tiles = triton.cdiv(channels, blocks.ROWS), triton.cdiv(x.shape[1], blocks.COLS)
     tiles = triton.cdiv(pixels, blocks.INNER)
-    splits, tiles_of_split = splits_of(tiles, max(pair.images, 1) * row_tiles * col_tiles, blocks.INNER)
+    splits, tiles_of_split = splits_of(tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
     parts, rows, pitch = pair.images * splits, row_tiles * blocks.ROWS, col_tiles * blocks.COLS
     memory = x.new_empty(parts * rows * (pitch + 1), dtype=pair.dtype)
     strides = view.image_stride, view.row_stride
