@@ -102,7 +102,7 @@ struct LevelDistance : SumOfSquares {
       : level(level),
         from_channels(level.student_channels()),
         to_channels(level.teacher_channels()),
-        block_pixels(block_pixels_of(max64(from_channels, to_channels))),
+        block_pixels(block_pixels_of(max64(from_channels, to_channels), level.student.images, level.pixels())),
         blocks_per_image(ceil_div(level.pixels(), block_pixels)),
         blocks(level.student.images * blocks_per_image),
         groups(min64(blocks, groups_of(partial_bytes()))),

@@ -86,7 +86,7 @@ struct StatisticsLevel {
 // functions of the shape alone.
 struct Strips {
   Strips(const StatisticsLevel& level, int64_t partial_bytes)
-      : block_rows(max64(1, block_pixels_of(level.channels()) / level.width)),
+      : block_rows(max64(1, block_pixels_of(level.channels(), level.view.images, level.view.pixels()) / level.width)),
         rows(level.weight == nullptr ? block_rows : round_up(block_rows, level.pool.ky)),
         per_image(ceil_div(level.height(), rows)),
         groups(max64(1, min64(per_image, groups_of(partial_bytes) / max64(1, level.view.images)))) {}

@@ -83,7 +83,7 @@ struct LevelResidual : SumOfSquares {
       : level(level),
         from(level.student.channels()),
         to(level.teacher.channels()),
-        block_pixels(block_pixels_of(max64(from, to))),
+        block_pixels(block_pixels_of(max64(from, to), level.student.images, level.student.pixels())),
         blocks(ceil_div(level.student.pixels(), block_pixels)),
         images(level.student.images),
         groups(max64(1, min64(blocks, groups_of(partial_bytes()) / max64(1, images)))),
