@@ -4,7 +4,8 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
-from typing import NamedTuple, Optional
+import contextlib
+from typing import Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["FrozenBatchNorm2d", "Moments", "is_frozen", "scale_and_shift", "synchronizes", "uses_batch_statistics"]
+__all__ = [
+    "FrozenBatchNorm2d",
+    "Moments",
+    "is_frozen",
+    "scale_and_shift",
+    "synchronizes",
+    "uses_batch_statistics",
+    "without_updates",
+]
+
+# A plain global, as in backends.py.
+_updates = True
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -70,6 +82,17 @@ def synchronizes(norm: nn.Module) -> bool:
     return distributed.is_initialized() and distributed.get_world_size(norm.process_group) > 1
 
 
+@contextlib.contextmanager
+def without_updates() -> Iterator[None]:
+    """Leave running statistics alone: what is computed inside has been computed before."""
+    global _updates
+    previous, _updates = _updates, False
+    try:
+        yield
+    finally:
+        _updates = previous
+
+
 def scale_and_shift(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tuple[Tensor, Tensor]:
     """``(C,), (C,)`` in the dtype of ``like``, with ``norm(u) = scale * u + shift``.
 
@@ -81,7 +104,7 @@ def scale_and_shift(norm: nn.Module, moments: Optional[Moments], like: Tensor) -
         like: a tensor of the wanted dtype.
 
     Raises:
-        ValueError: one value a channel in training.
+        ValueError: one value a channel where :func:`uses_batch_statistics`.
     """
     mean, variance = _statistics(norm, moments, like)
     scale = (variance + norm.eps).rsqrt()
@@ -101,9 +124,9 @@ def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tu
     if synchronizes(norm):
         mean, variance, count = _OverProcesses.apply(mean, variance, count, norm.process_group)
         count = int(count)
-    if norm.training and count == 1:
+    if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {[1, len(mean), 1, 1]}")
-    if norm.training and norm.running_mean is not None:
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
         _update_running_statistics(norm, mean.detach(), variance.detach(), count)
     return mean.to(like.dtype), variance.to(like.dtype)
 
@@ -153,13 +176,15 @@ def _update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, 
 
     An empty batch is counted, but leaves the statistics.
     """
-    norm.num_batches_tracked.add_(1)
+    if not _updates:
+        return
+    batches, momentum = norm.num_batches_tracked, norm.momentum
+    if batches is not None:
+        batches.add_(1)
     if count == 0:
         return
-    if norm.momentum is None:
-        momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-    else:
-        momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if batches is None else batches.to(norm.running_mean.dtype).reciprocal()
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     unbiased = variance * (count / (count - 1))
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)

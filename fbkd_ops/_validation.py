@@ -143,7 +143,10 @@ def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> 
     if not isinstance(weights, NonLocalWeights):
         raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
     check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
-    channels, inner = x.shape[1], weights.g_weight.shape[0]
+    channels, shape = x.shape[1], tuple(weights.g_weight.shape)
+    if not shape or shape[0] < 1:
+        raise ValueError(f"{name}.g_weight must have shape (c, {channels}) with c >= 1, got {shape}")
+    inner = shape[0]
     expected = {
         "g_weight": (inner, channels),
         "g_bias": (inner,),

@@ -352,12 +352,15 @@ def relation_loss(
         adaptation_bias: its bias, ``(Ct,)``.
         mode, stride, pool_order, use_scale: as in :func:`non_local`, for both blocks.
         student_norm, teacher_norm: the blocks' BatchNorms, or None, as in :func:`non_local`.
+        memory_efficient: keep nothing of a feature map's size for the backward pass, which then computes it again.
+            Else ``dot_product`` mode keeps one map, the other modes the responses of both blocks as well.
 
     Returns:
         A scalar. It grows with ``sqrt(N * H * W)``.
 
     Raises:
         TypeError, ValueError: as :func:`non_local`, and for N, H, W, devices or widths that do not agree.
+        RuntimeError: a forced backend that cannot serve the call; a second derivative.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 9, 7), torch.randn(2, 16, 9, 7)

@@ -151,7 +151,8 @@ def _softmax_attention(query: Tensor, key: Tensor, g: Tensor, settings: BlockSet
     """y of the two gaussian modes, ``(N, c, L)``: attention with a query a pixel and K keys."""
     scaled = settings.mode == "embedded_gaussian" and settings.use_scale
     scale = query.shape[1] ** -0.5 if scaled else 1.0
-    width = max(query.shape[1], g.shape[1])
+    # On a GPU the fused kernels read whole 16-byte vectors; PyTorch would fall back to one with a (L, K) matrix.
+    width = -(-max(query.shape[1], g.shape[1]) // 8) * 8
     query, key, value = (_as_heads(vectors, width) for vectors in (query, key, g))
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (N, 1, L, width)
     # The CPU's fused backward took 4.4 times as long with a transposed gradient.
@@ -179,7 +180,8 @@ def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, pair_weight: Tensor) -
     a = torch.matmul(w_theta, theta)  # (N, L)
     b, order = torch.matmul(w_phi, phi).sort(dim=1)  # (N, K)
     g = g.gather(2, order[:, None].expand(n, inner, cells))
-    first = torch.searchsorted(b.detach(), -a.detach(), right=True)  # (N, L), in 0..K
+    rising = b.detach().masked_fill(b.isnan(), float("inf"))  # NaN, which sorts last, counts for every pixel
+    first = torch.searchsorted(rising, -a.detach(), right=True)  # (N, L), in 0..K
     first = first[:, None].expand(n, inner, -1)
     g_sums = _suffix_sums(g).gather(2, first)  # (N, c, L)
     bg_sums = _suffix_sums(b[:, None] * g).gather(2, first)

@@ -39,7 +39,7 @@ class FBKDLoss(nn.Module):
             (``"paper"`` fits any number and needs it).
         preset: ``"two_stage"``, ``"one_stage"``, ``"mmrazor"`` or ``"paper"``.
         memory_efficient: whether forward keeps no feature map for backward, which then repeats the products over all
-            pixels; else it keeps up to two a level.
+            pixels; else it keeps up to two a level, and in modes other than ``dot_product`` both blocks' responses.
         **overrides: any field of :class:`fbkd_ops.LevelSettings`, one value or a list of one a level:
             ``spatial_temperature``, ``channel_temperature``, ``mask_rule``, ``use_channel_mask``,
             ``channel_mask_source``, ``feature_weight``, ``channel_weight``, ``spatial_weight``, ``relation_weight``,
@@ -248,8 +248,8 @@ class FBKDLevel(nn.Module):
         How many values a SyncBatchNorm of several processes has is known later only.
         """
         norm = None if self.student_non_local is None else self.student_non_local.norm
-        trains = uses_batch_statistics(norm) and norm.training and not synchronizes(norm)
-        if trains and student.shape[0] * student.shape[2] * student.shape[3] == 1:
+        own = uses_batch_statistics(norm) and not synchronizes(norm)
+        if own and student.shape[0] * student.shape[2] * student.shape[3] == 1:
             raise ValueError(
                 f"{name}: Expected more than 1 value per channel when training, got input size {tuple(student.shape)}; "
                 "use a larger batch, norm='none' or relation_weight=0 for this level"

@@ -1,11 +1,14 @@
 """The relation term ``|| NL_t(T) - B(NL_s(S)) ||`` of a pyramid, without z, the adapted relation or a pair matrix."""
 
+import contextlib
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import linear_non_local
+from ._batch_norm import without_updates
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
 from .autograd.relation_residual import RelationLevels, relation_residual
@@ -46,10 +49,8 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
         squares = _collapsed_squares(backend, [terms[index] for index in collapsed], memory_efficient)
         for index, value in zip(collapsed, squares):
             results[index] = value
-    return [
-        _response_squares(backend, term, memory_efficient) if value is None else value
-        for term, value in zip(terms, results)
-    ]
+    response_squares = _recomputed if memory_efficient else _response_squares
+    return [response_squares(backend, term) if value is None else value for term, value in zip(terms, results)]
 
 
 def _collapses(term: RelationTerm) -> bool:
@@ -62,13 +63,13 @@ def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient
         backend,
         [_accumulated_in(term.dtype, term.student) for term in terms],
         [term.student_block for term in terms],
-        [term.student_mean for term in terms],
+        [_known_in(term.dtype, term.student_mean) for term in terms],
     )
     teachers = collapse(
         backend,
         [_accumulated_in(term.dtype, term.teacher) for term in terms],
         [term.teacher_block for term in terms],
-        [term.teacher_mean for term in terms],
+        [_known_in(term.dtype, term.teacher_mean) for term in terms],
     )
     levels = [_affine_level(*level) for level in zip(terms, students, teachers)]
     return relation_residual(backend, RelationLevels(*map(list, zip(*levels))), memory_efficient)
@@ -77,6 +78,11 @@ def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient
 def _accumulated_in(dtype: torch.dtype, x: Tensor) -> Tensor:
     """A map whose statistics are made in ``dtype``: x itself, except beside a float64 map."""
     return x if accumulation_dtype(x) == dtype else x.to(dtype)
+
+
+def _known_in(dtype: torch.dtype, mean: Optional[Tensor]) -> Optional[Tensor]:
+    """A mean that is known already, unless it is less precise than ``dtype``."""
+    return mean if mean is not None and mean.dtype == dtype else None
 
 
 def _affine_level(
@@ -94,7 +100,17 @@ def _affine_level(
     return s, student_matrix, t, matrix, projection, offset
 
 
-def _response_squares(backend: str, term: RelationTerm, memory_efficient: bool) -> Tensor:
+def _recomputed(backend: str, term: RelationTerm) -> Tensor:
+    """:func:`_response_squares`, all of which the backward pass computes again. A compiler decides that by itself."""
+    if torch.compiler.is_compiling():
+        return _response_squares(backend, term)
+    contexts = lambda: (contextlib.nullcontext(), without_updates())  # noqa: E731
+    return checkpoint(
+        _response_squares, backend, term, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+
+
+def _response_squares(backend: str, term: RelationTerm) -> Tensor:
     """The residual ``t + U_t r_t - B s - B U_s r_s + v`` from the responses r of both sides, in plain PyTorch."""
     adaptation, bias = term.adaptation_weight.to(term.dtype), term.adaptation_bias.to(term.dtype)
     student, s = linear_non_local.to_affine(backend, term.student.to(term.dtype), term.student_block)
@@ -108,5 +124,4 @@ def _response_squares(backend: str, term: RelationTerm, memory_efficient: bool) 
         t.vectors,
         t.matrix,
         t.offset - torch.matmul(s.offset, adaptation.mT) - bias,  # (N, Ct)
-        memory_efficient=memory_efficient,
     )

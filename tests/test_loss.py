@@ -268,6 +268,21 @@ def test_mixed_dtypes_layouts_and_autocast(dtypes, channels_last):
         assert error < max(torch.finfo(dtypes[0]).eps, 5e-6), error
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_relation_of_features_of_different_precision_has_that_of_the_wider(dtypes, stride):
+    loss = randomise(FBKDLoss(8, num_levels=1, stride=stride).double())
+    student, teacher = pyramid(8, 1, dtypes[0]), pyramid(8, 1, dtypes[1], seed=1)
+    ours, truth = (
+        loss_of(s, t)["loss_fbkd_relation"]
+        for loss_of, s, t in (
+            (copy.deepcopy(loss), student, teacher),
+            (loss, [student[0].double()], [teacher[0].double()]),
+        )
+    )
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_half_precision_loss_module_accumulates_in_float32(backend):
     loss = randomise(FBKDLoss(4, num_levels=1).double())
@@ -447,4 +462,4 @@ print(peak() - before)
 def test_a_large_level_without_pooling_trains_in_linear_memory():
     """One 256x200x336 pair; a single (HW, HW) matrix would take 18 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
-    assert 50e6 < int(done.stdout) < 2e9
+    assert 50e6 < int(done.stdout) < 1e9

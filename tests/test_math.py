@@ -3,16 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import NO_CPU
 from helpers import randomise
 
 from fbkd_ops import NonLocalBlock2d, reference
-from fbkd_ops._batch_norm import Moments, scale_and_shift
+from fbkd_ops._batch_norm import Moments, _over_images, scale_and_shift
 from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
 from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
 from fbkd_ops.collapsed_non_local import _all_pairs, _pooled_pairs, collapse
-from fbkd_ops.linear_non_local import _concatenation
+from fbkd_ops.linear_non_local import Response, _concatenation, _moments
 
 BACKEND = "cpu"
+pytestmark = NO_CPU
 IMAGES, CHANNELS, INNER, HEIGHT, WIDTH = 3, 9, 4, 7, 8
 
 
@@ -75,9 +77,14 @@ def test_4_concatenation_from_suffix_sums():
 
 
 def test_5_variance_within_and_between_images():
-    u = features().flatten(2)  # (N, C, L)
-    between = u.mean(2) - u.mean((0, 2))
-    close(covariance(u).diagonal(dim1=1, dim2=2).mean(0) + between.square().mean(0), u.var((0, 2), correction=0))
+    response = Response(
+        features(channels=INNER).flatten(2), torch.randn(IMAGES, CHANNELS, INNER).double(), torch.ones(1)
+    )
+    u = response.matrix @ response.vectors + response.bias  # (N, C, L)
+    mean, variance, count = _over_images(_moments(response))
+    close(mean, u.mean((0, 2)))
+    close(variance, u.var((0, 2), correction=0))
+    assert count == IMAGES * HEIGHT * WIDTH
 
 
 def test_6_normalisation_is_a_scale_and_a_shift():

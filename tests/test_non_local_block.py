@@ -92,6 +92,9 @@ def test_one_value_a_channel_raises_as_batch_norm_does():
         block(torch.randn(1, 4, 1, 1))
     assert block.norm.num_batches_tracked == 0
     assert block.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
+    block.norm = nn.BatchNorm2d(4, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        block(torch.randn(1, 4, 1, 1))
     for norm in ("frozen", "none"):
         assert NonLocalBlock2d(4, 2, norm=norm)(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
 
@@ -306,6 +309,21 @@ def test_nested_pools_are_seen():
     block = NonLocalBlock2d(4, 2, stride=8, pool_order="nested")
     load_non_local(block, source)
     assert torch.equal(block.phi.weight, source.phi[0][0].weight)
+    with pytest.raises(ValueError, match="pool_order is 'single', the block has 'nested'"):
+        load_non_local(block, AuthorsBlock(4, 2, stride=8))
+
+
+def test_what_a_norm_has_beside_its_state_is_compared():
+    source = AuthorsBlock(4, 2)
+    source.W[1].eps, source.W[1].momentum = 1e-3, None
+    block = NonLocalBlock2d(4, 2)
+    with pytest.raises(ValueError, match="eps is 0.001, the block's norm has 1e-05; momentum is None, .* has 0.1"):
+        load_non_local(block, source)
+    block.norm.eps, block.norm.momentum = 1e-3, None
+    load_non_local(block, source)
+    frozen = NonLocalBlock2d(4, 2, norm="frozen")
+    frozen.norm.eps = 1e-3
+    load_non_local(frozen, source)
 
 
 @pytest.mark.parametrize(

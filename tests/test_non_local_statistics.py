@@ -250,6 +250,7 @@ def test_each_part_alone(backend, device):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
 
     (found,) = non_local_statistics(backend, [request_of([x, *leaves[1:]], pool)])
+    assert found.x is x  # so that nobody makes a gradient for it
     frozen = torch.autograd.grad((found.covariance, found.pooled), leaves[1:], directions[1:])
     for name, gradient in zip(("projection", "weight", "bias"), frozen):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
@@ -325,13 +326,12 @@ def test_bit_equal_for_any_number_of_threads(layout):
             assert_same_bits(results[0][2:], other[2:])
 
 
-@pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_autocast_changes_nothing(backend, device, enabled):
+def test_autocast_changes_nothing(backend, device):
     tensors, pool = draw_request((2, 5, 3, 4, 6, 8, 2), device=device)
     directions = [torch.randn_like(x) for x in run(tensors, pool, backend)]
     expected = run(tensors, pool, backend, directions)
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert_same_bits(expected, run(tensors, pool, backend, directions))
 
 

@@ -49,8 +49,8 @@ SMALL = [
     (2, 33, 17, 20, 5, 9),
 ]
 LARGE = [
-    (1, 2, 3, 2, 17, 241),  # 4097 pixels: a CPU block, and one more pixel
-    (1, 300, 40, None, 29, 31),  # a block of 873 pixels, and one of 26
+    (1, 2, 3, 2, 17, 241),  # CPU blocks of 2049 and 2048 pixels
+    (1, 300, 40, None, 43, 61),  # four blocks, of 656 and 655 pixels
     (3, 64, 48, 12, 70, 70),  # several blocks and groups an image
     (40, 3, 4, 2, 2, 2),  # more images than groups
     (2, 6, 1030, 5, 3, 50),  # more channels than a piece; pixels in two pieces of 128
@@ -314,16 +314,27 @@ PYRAMID = [
 ]
 
 
-@pytest.mark.parametrize("backend, device, of_levels", with_values(BACKENDS, [PYRAMID], [PYRAMID[1:4]], ["mixed"]))
-def test_levels_together_equal_levels_alone(backend, device, of_levels):
+# Levels of one accumulation dtype: those of a pyramid of which the CPU's forward pass makes the gradients.
+WIDE = [((torch.float32,) * 2, layouts, size) for _, layouts, size in PYRAMID]
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+@pytest.mark.parametrize(
+    "backend, device, of_levels",
+    with_values(BACKENDS, [PYRAMID, WIDE], [PYRAMID[1:4]], ["mixed", "float32"]),
+)
+def test_levels_together_equal_levels_alone(backend, device, of_levels, memory_efficient):
     levels = [leaves_of(draw_level(size, dtypes, device, layouts)) for dtypes, layouts, size in of_levels]
-    together = relation_residual(backend, RelationLevels(*map(list, zip(*(level for level, _ in levels)))), True)
+    together = relation_residual(
+        backend, RelationLevels(*map(list, zip(*(level for level, _ in levels)))), memory_efficient
+    )
+    factors = torch.arange(1, len(levels) + 1, dtype=together.dtype, device=device) / 4
+    gradients = iter(torch.autograd.grad(together, [leaf for _, leaves in levels for leaf in leaves], factors))
     for index, (level, leaves) in enumerate(levels):
-        (alone,) = relation_residual(backend, RelationLevels(*([x] for x in level)), True)
+        (alone,) = relation_residual(backend, RelationLevels(*([x] for x in level)), memory_efficient)
         assert_same_bits([together[index].to(alone.dtype)], [alone])
-        assert_same_bits(
-            torch.autograd.grad(together[index], leaves, retain_graph=True), torch.autograd.grad(alone, leaves)
-        )
+        expected = torch.autograd.grad(alone, leaves, factors[index].to(alone.dtype))
+        assert_same_bits([next(gradients) for _ in leaves], expected)
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)

@@ -283,7 +283,7 @@ def test_levels_with_and_without_a_feature_term(preset):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_levels_together_equal_losses_of_one_level(preset, dtype):
-    """Bit for bit, but for the relation term, which has no kernel."""
+    """Bit for bit."""
     loss = loss_of(preset, **OURS)
     students, teachers = (features(width, F32 if width is WIDTHS[1] else dtype) for width in WIDTHS)
     terms, grads, _ = run_loss(loss, students, teachers)

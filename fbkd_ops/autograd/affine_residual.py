@@ -11,10 +11,9 @@ __all__ = ["AffineResidual", "affine_residual"]
 
 
 class AffineResidual(torch.autograd.Function):
-    """``sum_n sum_i || t + U_n p - B s - V_n q + v_n ||**2`` with the residual kept for backward, or not.
+    """``sum_n sum_i || t + U_n p - B s - V_n q + v_n ||**2`` with the residual kept for backward.
 
-    ``p`` and ``q`` are the teacher's and the student's responses. Keeping the residual costs one feature map;
-    recomputing it in backward repeats every product of the forward.
+    ``p`` and ``q`` are the teacher's and the student's responses.
     """
 
     @staticmethod
@@ -28,33 +27,28 @@ class AffineResidual(torch.autograd.Function):
         teacher_vectors,  # p (N, ct, L)
         teacher_matrix,  # U (N, Ct, ct)
         offset,  # v (N, Ct)
-        keep,
     ):
-        arguments = (
-            student,
-            adaptation,
-            student_vectors,
-            student_matrix,
-            teacher,
-            teacher_vectors,
-            teacher_matrix,
-            offset,
+        residual = _residual(
+            student, adaptation, student_vectors, student_matrix, teacher, teacher_vectors, teacher_matrix, offset
         )
-        residual = _residual(*arguments)
-        ctx.save_for_backward(*arguments, *([residual] if keep else []))
+        ctx.save_for_backward(
+            student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix, residual
+        )
         return residual.square().sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        student, adaptation, student_vectors, student_matrix, _, teacher_vectors, teacher_matrix, _, *kept = (
+        student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix, residual = (
             ctx.saved_tensors
         )
         twice = 2 * grad
         with without_autocast(student):
-            residual = kept[0] if kept else _residual(*ctx.saved_tensors)
+            ds = None
+            if ctx.needs_input_grad[0]:
+                ds = bmm_in_layout((-twice * adaptation).mT.expand(residual.shape[0], -1, -1), residual, student)
             return (
-                bmm_in_layout((-twice * adaptation).mT.expand(residual.shape[0], -1, -1), residual, student),
+                ds,
                 torch.bmm(residual, student.mT).sum(0).mul_(-twice),
                 torch.bmm((-twice * student_matrix).mT, residual),
                 torch.bmm(residual, student_vectors.mT).mul_(-twice),
@@ -62,7 +56,6 @@ class AffineResidual(torch.autograd.Function):
                 torch.bmm((twice * teacher_matrix).mT, residual),
                 torch.bmm(residual, teacher_vectors.mT).mul_(twice),
                 residual.sum(2).mul_(twice),
-                None,
             )
 
 
@@ -75,6 +68,6 @@ def _residual(
     return residual.baddbmm_(student_matrix, student_vectors, alpha=-1)
 
 
-def affine_residual(*arguments: Tensor, memory_efficient: bool = False) -> Tensor:
+def affine_residual(*arguments: Tensor) -> Tensor:
     """:class:`AffineResidual` on its eight arguments; returns the scalar sum of squares."""
-    return AffineResidual.apply(*arguments, not memory_efficient)
+    return AffineResidual.apply(*arguments)

@@ -39,12 +39,14 @@ def non_local_statistics(backend: str, requests: list[StatisticsRequest]) -> lis
     """Means, covariances and max-pooled 1x1 convolutions of maps in one read of each.
 
     A gradient that reaches a returned map is added to in its own memory: it must come from an op that makes a new one.
+    A map without gradient is returned as it is, so that nobody makes one for it.
     """
     count = len(requests)
     columns = [list(column) for column in zip(*requests)]
     pools = tuple(side for pool in columns.pop() for side in pool)
     outputs = NonLocalStatisticsFunction.apply(backend, pools, *(tensor for column in columns for tensor in column))
     columns = [outputs[first : first + count] for first in range(0, len(outputs), count)]
+    columns[0] = [through if request.x.requires_grad else request.x for through, request in zip(columns[0], requests)]
     return [
         MapStatistics(*(output if present else None for output, present in zip(row, _outputs_of(request))))
         for row, request in zip(zip(*columns), requests)

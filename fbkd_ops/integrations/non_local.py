@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
@@ -29,8 +29,9 @@ def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
     """Copy the weights and BatchNorm buffers of another implementation's block into ``block``.
 
     ``source`` is mmcv's ``NonLocal2d``, MMRazor's ``NonLocal2dMaxpoolNstride`` or the ``NonLocalBlockND`` of FBKD's
-    authors (and its relatives with another pairwise function). Given a module, its pooling, and mode and scale where it
-    has such attributes, are compared with the block's; a state dict holds none of these.
+    authors (and its relatives with another pairwise function). Given a module, its pooling, eps and momentum of its
+    norm, and mode and scale where it has such attributes, are compared with the block's; a state dict holds none of
+    these.
 
     Args:
         block: of the same widths, with a norm where the source has one, and a last bias (``conv_out_bias``) where the
@@ -54,6 +55,7 @@ def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
     problems, state = [], source
     if isinstance(source, nn.Module):
         problems, state = differences(module_settings(source), block, "the block"), source.state_dict()
+        problems += differences(_norm_settings(source, block.norm), block.norm, "the block's norm")
     elif not isinstance(source, Mapping):
         raise TypeError(f"source must be a module or a state dict, got {type(source).__name__}")
     twice = [key for key, times in Counter(map(our_key, state)).items() if times > 1]
@@ -78,13 +80,19 @@ def module_settings(block: nn.Module) -> dict[str, Any]:
     """The settings of another implementation's block, under our names, as far as it tells them."""
     sides = _pool_sides(getattr(block, "g", nn.Identity()))
     settings = {"stride": math.prod(sides)}
-    if len(sides) > 1:
-        settings["pool_order"] = "nested"
+    if settings["stride"] > 2:
+        settings["pool_order"] = "nested" if len(sides) > 1 else "single"
     if hasattr(block, "mode"):
         settings["mode"] = block.mode
     if settings.get("mode") == "embedded_gaussian" and hasattr(block, "use_scale"):
         settings["use_scale"] = block.use_scale
     return settings
+
+
+def _norm_settings(block: nn.Module, ours: Optional[nn.Module]) -> dict[str, Any]:
+    """What another implementation's BatchNorm has beside its state, as far as our norm has it too."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return {name: getattr(norm, name) for norm in norms for name in ("eps", "momentum") if hasattr(ours, name)}
 
 
 def _pool_sides(projection: nn.Module) -> list[int]:
