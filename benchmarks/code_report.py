@@ -214,7 +214,7 @@ def _statistics_launches() -> Iterator[Callable[[], object]]:
         pooled, winners = ([torch.empty(shape, dtype=of) for shape in cells] for of in (sums, torch.int32))
         pools = [side for stride in strides for side in 4 * (stride,)]
         forward = maps, means, projections, weights, biases, pools
-        backward = maps, weights, maps, projections, inner, means, weights, winners, pooled, pools
+        backward = maps, weights, maps, means, projections, inner, means, weights, winners, pooled, pools
         yield lambda: non_local_statistics.non_local_statistics_forward(*forward)
         yield lambda: non_local_statistics.non_local_statistics_backward_(*backward)
 

@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
       "Tensor?[] bias, int[] pool) -> Tensor[]");
   m.def(
       "non_local_statistics_backward_(Tensor(a!)[] gradient, Tensor(b!)[] grad_weight, Tensor[] x, "
-      "Tensor?[] projection, Tensor?[] inner, Tensor?[] shift, Tensor?[] weight, Tensor[] winners, "
+      "Tensor?[] mean, Tensor?[] projection, Tensor?[] inner, Tensor?[] shift, Tensor?[] weight, Tensor[] winners, "
       "Tensor?[] grad_pooled, int[] pool) -> ()");
   m.def(
       "relation_residual_forward(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "

@@ -129,7 +129,7 @@ def precision_of(level, backend):
     """
     student, teacher = level[0], level[2]
     if backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2:
-        return student.dtype, torch.finfo(student.dtype).eps
+        return student.dtype, torch.finfo(student.dtype).eps / 4
     accumulation = accumulation_of(student.dtype, teacher.dtype)
     return accumulation, 16 * torch.finfo(accumulation).eps
 

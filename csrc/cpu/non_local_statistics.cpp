@@ -6,7 +6,6 @@
 
 #include <cmath>
 
-#include "memory.h"
 #include "pixel_blocks.h"
 
 namespace fbkd {
@@ -283,11 +282,43 @@ struct StatisticsBackward : ProductTiles {
         dense(level.view.rows_are_channels &&
               level.pool.ky * level.pool.kx < (gradient.dx == nullptr ? kGatherPixelsForWeight : kGatherPixels)),
         partials(static_cast<size_t>(count() * dweight_size())) {
-    if (level.weight == nullptr) return;
+    if (level.weight != nullptr) turn_weight();
+    if (affine()) find_offsets();
+  }
+
+  void turn_weight() {
     turned.resize(static_cast<size_t>(level.pooled * level.channels()));
     const A* weight = static_cast<const A*>(level.weight);
     for (int64_t c = 0; c < level.pooled; ++c)
       for (int64_t k = 0; k < level.channels(); ++k) turned[k * level.pooled + c] = weight[c * level.channels() + k];
+  }
+
+  // shift - projection^T inner mean
+  void find_offsets() {
+    const int64_t channels = level.channels();
+    offsets.resize(static_cast<size_t>(level.view.images * channels));
+    if (gradient.shift != nullptr) {
+      const A* shift = static_cast<const A*>(gradient.shift);
+      std::copy(shift, shift + offsets.size(), offsets.begin());
+    }
+    if (gradient.inner == nullptr) return;
+    std::vector<A> projected(static_cast<size_t>(level.rank)), centre(static_cast<size_t>(channels));
+    for (int64_t image = 0; image < level.view.images; ++image) {
+      const Matrix<A> mean = row_major(static_cast<const A*>(level.mean) + image * channels, channels, 1);
+      const Matrix<A> z = row_major(projected.data(), level.rank, 1);
+      matmul(z, inner_of(image), mean);
+      if (level.projection != nullptr) matmul(row_major(centre.data(), channels, 1), projection().transposed(), z);
+      const A* back = level.projection == nullptr ? z.data : centre.data();
+      add_scaled(&offsets[image * channels], A(-1), back, channels);
+    }
+  }
+
+  Matrix<A> inner_of(int64_t image) const {
+    const int64_t channels = level.channels();
+    return row_major(static_cast<const A*>(gradient.inner) + image * level.rank * channels, level.rank, channels);
+  }
+  Matrix<A> projection() const {
+    return row_major(static_cast<const A*>(level.projection), level.rank, level.channels());
   }
 
   std::unique_ptr<Tiles> second_stage() const override;
@@ -337,26 +368,21 @@ struct StatisticsBackward : ProductTiles {
       store_piece(level.type, gradient.dx, rows.offset(view, block.image, row), rows.cols, dx.data + row * rows.cols);
   }
 
-  // dx += projection^T inner x + shift
+  // dx += projection^T inner (x - mean) + shift
   void add_affine(const Block& block, const Matrix<A>& x, const Matrix<A>& dx, Workspace& space) const {
     const int64_t channels = level.channels();
-    if (gradient.inner != nullptr) {
-      const Matrix<A> inner =
-          row_major(static_cast<const A*>(gradient.inner) + block.image * level.rank * channels, level.rank, channels);
-      if (level.projection == nullptr) {
-        matmul_add(dx, inner, x);
-      } else {
-        const Matrix<A> z = row_major(reserve(space.projected, level.rank * block.size), level.rank, block.size);
-        matmul(z, inner, x);
-        matmul_add(dx, row_major(static_cast<const A*>(level.projection), level.rank, channels).transposed(), z);
-      }
+    if (gradient.inner != nullptr && level.projection == nullptr) {
+      matmul_add(dx, inner_of(block.image), x);
+    } else if (gradient.inner != nullptr) {
+      const Matrix<A> z = row_major(reserve(space.projected, level.rank * block.size), level.rank, block.size);
+      matmul(z, inner_of(block.image), x);
+      matmul_add(dx, projection().transposed(), z);
     }
-    if (gradient.shift == nullptr) return;
-    const A* shift = static_cast<const A*>(gradient.shift) + block.image * channels;
+    const A* offset = &offsets[block.image * channels];
     if (level.view.rows_are_channels)
-      for (int64_t k = 0; k < channels; ++k) add_constant(dx.data + k * dx.row_stride, shift[k], block.size);
+      for (int64_t k = 0; k < channels; ++k) add_constant(dx.data + k * dx.row_stride, offset[k], block.size);
     else
-      for (int64_t i = 0; i < block.size; ++i) add_scaled(dx.data + i * dx.col_stride, A(1), shift, channels);
+      for (int64_t i = 0; i < block.size; ++i) add_scaled(dx.data + i * dx.col_stride, A(1), offset, channels);
   }
 
   // The gradients of a strip's cells and where in it they go, (cells, p).
@@ -421,6 +447,7 @@ struct StatisticsBackward : ProductTiles {
   Strips strips;
   bool dense;
   std::vector<A> turned;    // (C, p), the weight transposed
+  std::vector<A> offsets;   // (images, C), of dx
   std::vector<A> partials;  // (images, groups, p, C), or (images, groups, C, p) where transposed()
 };
 
@@ -522,21 +549,23 @@ Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const Optional
 
 // Adds to every gradient, if there are any, and fills grad_weight where something is pooled.
 void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tensors& x,
-                 const OptionalTensors& projection, const OptionalTensors& inner, const OptionalTensors& shift,
-                 const OptionalTensors& weight, const Tensors& winners, const OptionalTensors& grad_pooled,
-                 const std::vector<int64_t>& pool) {
+                 const OptionalTensors& mean, const OptionalTensors& projection, const OptionalTensors& inner,
+                 const OptionalTensors& shift, const OptionalTensors& weight, const Tensors& winners,
+                 const OptionalTensors& grad_pooled, const std::vector<int64_t>& pool) {
   const char* op = "non_local_statistics_backward";
-  check_lengths(op, x.size(), pool, grad_weight, projection, inner, shift, weight, winners, grad_pooled);
+  check_lengths(op, x.size(), pool, grad_weight, mean, projection, inner, shift, weight, winners, grad_pooled);
   if (!gradient.empty()) check_length(gradient, x.size(), op, "gradient");
   std::vector<std::unique_ptr<ProductTiles>> levels;
   for (size_t index = 0; index < x.size(); ++index) {
     const Tensor& map = x[index];
-    const StatisticsLevel level = statistics_level(map, projection, weight, pool, index, op);
+    StatisticsLevel level = statistics_level(map, projection, weight, pool, index, op);
     const ScalarType type = accumulation_type(map.scalar_type());
     const int64_t images = map.size(0), cells = images * level.pooled * level.cells();
     StatisticsGradient wanted{};
     if (!gradient.empty()) wanted.dx = checked_gradient(gradient[index], map, level.view, op, "gradient");
     wanted.inner = checked_data(inner[index], type, images * level.rank * level.channels(), map, op, "inner");
+    level.mean = checked_data(mean[index], type, images * level.channels(), map, op, "mean");
+    STD_TORCH_CHECK(wanted.inner == nullptr || level.mean != nullptr || images == 0, op, ": inner needs a mean");
     wanted.shift = checked_data(shift[index], type, images * level.channels(), map, op, "shift");
     if (level.weight != nullptr) {
       wanted.winners = static_cast<const int32_t*>(checked_data(winners[index], ScalarType::Int, cells, map, op, "winners"));

@@ -98,13 +98,23 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         dmeans = [None if m is None else g for m, g in zip(means, dmeans)]
         dcovariances = [None if m is None else g for m, g in zip(means, dcovariances)]
         with without_autocast(maps[0]):
-            inner, shifts, dprojections = zip(*map(_affine, maps, means, projections, cross, dcovariances, dmeans))
+            inner, shifts, dprojections = zip(*map(_affine, maps, projections, cross, dcovariances, dmeans))
         dx = [_own_memory(g, x) for g, x in zip(incoming, maps)] if ctx.wants_x else []
         dpooled = [None if w is None or g is None else g.contiguous() for w, g in zip(weights, dpooled)]
         # Outputs that the op fills: torch.compile takes no op that changes some arguments and returns others.
         dweights = [x.new_empty(0) if w is None else torch.empty_like(w) for x, w in zip(maps, weights)]
         kernel("non_local_statistics_backward_", ctx.backend)(
-            dx, dweights, maps, projections, list(inner), list(shifts), weights, winners, dpooled, list(ctx.pools)
+            dx,
+            dweights,
+            maps,
+            means,
+            projections,
+            list(inner),
+            list(shifts),
+            weights,
+            winners,
+            dpooled,
+            list(ctx.pools),
         )
         dweights = [None if g is None else dw for g, dw in zip(dpooled, dweights)]
         dbiases = [None if g is None else g.sum((0, 2)) for g in dpooled]
@@ -113,13 +123,12 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
 
 def _affine(
     x: Tensor,
-    mean: Optional[Tensor],
     projection: Optional[Tensor],
     cross: Optional[Tensor],  # cov(projection x, x) (N, r, C)
     dcovariance: Optional[Tensor],
     dmean: Optional[Tensor],
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """``inner`` and ``shift`` of ``dx = projection^T inner x + shift``, and the projection's own gradient."""
+    """``inner`` and ``shift`` of ``dx = projection^T inner (x - mean) + shift``, and the projection's own gradient."""
     pixels = x.shape[2] * x.shape[3]
     shift = None if dmean is None else (dmean / pixels).contiguous()
     if dcovariance is None:
@@ -127,9 +136,6 @@ def _affine(
     symmetric = dcovariance + dcovariance.mT
     inner = symmetric / pixels
     inner = inner if projection is None else torch.matmul(inner, projection)  # (N, r, C)
-    centre = torch.bmm(inner, mean[:, :, None])  # (N, r, 1)
-    centre = centre if projection is None else torch.matmul(projection.mT, centre)
-    shift = -centre[:, :, 0] if shift is None else shift - centre[:, :, 0]
     return inner.contiguous(), shift, None if projection is None else torch.bmm(symmetric, cross).sum(0)
 
 
@@ -168,8 +174,8 @@ register(
 )
 register(
     "non_local_statistics_backward_",
-    "(Tensor(a!)[] gradient, Tensor(b!)[] grad_weight, Tensor[] x, Tensor?[] projection, Tensor?[] inner, "
-    "Tensor?[] shift, Tensor?[] weight, Tensor[] winners, Tensor?[] grad_pooled, int[] pool) -> ()",
+    "(Tensor(a!)[] gradient, Tensor(b!)[] grad_weight, Tensor[] x, Tensor?[] mean, Tensor?[] projection, "
+    "Tensor?[] inner, Tensor?[] shift, Tensor?[] weight, Tensor[] winners, Tensor?[] grad_pooled, int[] pool) -> ()",
     lambda *_: None,
     "non_local_statistics",
 )

@@ -593,6 +593,7 @@ def non_local_statistics_backward_(
     gradients: list[Tensor],  # (N, C, H, W), densely packed; an empty list: none is wanted
     grad_weights: list[Tensor],  # (p, C), to fill
     maps: list[Tensor],  # (N, C, H, W)
+    means: list[Optional[Tensor]],  # (N, C)
     projections: list[Optional[Tensor]],  # (r, C)
     inner: list[Optional[Tensor]],  # (N, r, C)
     shifts: list[Optional[Tensor]],  # (N, C)
@@ -601,13 +602,13 @@ def non_local_statistics_backward_(
     grad_pooled: list[Optional[Tensor]],  # (N, p, cells)
     pools: list[int],
 ) -> None:
-    """Adds to each gradient ``projection^T inner x + shift`` and, where a pooled value came from, ``weight^T`` times
-    that value's gradient; fills the weights' own gradients, where the pooled values have any."""
+    """Adds to each gradient ``projection^T inner (x - mean) + shift`` and, where a pooled value came from, ``weight^T``
+    times that value's gradient; fills the weights' own gradients, where the pooled values have any."""
     pools = _by_level(pools)
     operands = [_gradient_operand(x) for x in maps]
     if gradients:
         matrices = [_product(p, i) for p, i in zip(projections, inner)]
-        columns = gradients, maps, matrices, shifts, weights, winners, grad_pooled, pools
+        columns = gradients, maps, means, matrices, shifts, weights, winners, grad_pooled, pools
         _launch(add_map_gradients, [_gradient_level(*level) for level in zip(*columns)], _GRADIENT, operands)
     columns = grad_weights, maps, winners, grad_pooled, pools
     pooled = [_weight_levels(*level) for level in zip(*columns) if level[3] is not None]
@@ -624,9 +625,17 @@ def _product(projection: Optional[Tensor], inner: Optional[Tensor]) -> Optional[
         return torch.matmul(projection.mT, inner)
 
 
+def _offset(matrix: Tensor, mean: Tensor, shift: Optional[Tensor]) -> Tensor:
+    """``shift - matrix mean (N, C)``, of a matrix that is rounded already: the same one meets x."""
+    with without_autocast(matrix):
+        centre = torch.matmul(matrix.to(mean.dtype), mean[:, :, None])[:, :, 0]
+    return -centre if shift is None else shift - centre
+
+
 def _gradient_level(
     gradient: Tensor,
     x: Tensor,
+    mean: Optional[Tensor],
     matrix: Optional[Tensor],
     shift: Optional[Tensor],
     weight: Optional[Tensor],
@@ -635,6 +644,9 @@ def _gradient_level(
     pool: tuple[int, ...],
 ) -> Level:
     operand = _gradient_operand(x)
+    if matrix is not None:
+        matrix = matrix.to(operand)
+        shift = _offset(matrix, mean, shift)
     given = matrix is not None, shift is not None
     outputs, cells = (0, _cells(x, (1, 1, 1, 1))) if grad_pooled is None else (grad_pooled.shape[1], _cells(x, pool))
     factors = in_place_of_none((m if m is None else m.to(operand) for m in (matrix, weight)), x, operand)
