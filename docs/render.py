@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels
 
@@ -141,12 +141,22 @@ def by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], l
 
 def relation_summary() -> str:
     """What fbkd_ops is beside the others, one line a map."""
+    return comparisons(lambda result: True)
+
+
+def headline() -> str:
+    """The whole loss, and the relation term without pooling."""
+    return comparisons(lambda result: result["suite"] == "fbkd_loss" or set(result["case"]["strides"]) == {1})
+
+
+def comparisons(shown: Callable[[dict], bool]) -> str:
+    """fbkd_ops beside the others, one line for each map of the results that are shown."""
     report = result_of("cpu-relation.json")
     if report is None:
         return "Not yet measured."
-    lines = []
-    for suite in dict.fromkeys(result["suite"] for result in report["results"]):
-        by_map, states = by_map_and_state([result for result in report["results"] if result["suite"] == suite])
+    results, lines = [result for result in report["results"] if shown(result)], []
+    for suite in dict.fromkeys(result["suite"] for result in results):
+        by_map, states = by_map_and_state([result for result in results if result["suite"] == suite])
         for title, by_state in by_map.items():
             rows = [by_state[state]["peers"] for state in states if state in by_state]
             lines.append(f"- `{suite}`, {title}: {comparison(rows)}.")
@@ -174,6 +184,8 @@ def share_of(ours: Optional[float], other: Optional[float]) -> str:
     """``ours`` megabytes beside another's; nothing below 1 MB, what the system counts is no finer."""
     if ours is None or other is None or min(ours, other) < 1:
         return ""
+    if max(ours, other) < 1.1 * min(ours, other):
+        return " in as much memory"
     return f" in 1/{other / ours:.1f} of the memory" if ours < other else f" in {ours / other:.1f} times the memory"
 
 
@@ -281,6 +293,7 @@ BLOCKS = {
         microbench,
         relation,
         relation_summary,
+        headline,
         scaling,
         microbench_gpu,
         compiled_code,

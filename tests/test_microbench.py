@@ -353,6 +353,7 @@ def test_a_summary_has_ratios_of_speed_and_memory():
     assert render.comparison([warm, fresh]) == text
     assert render.comparison([{"fbkd_ops": {"status": "failed: y"}}]) == "`fbkd_ops` failed: y"
     assert render.share_of(90.0, 60.0) == " in 1.5 times the memory" and render.share_of(0.3, 60.0) == ""
+    assert render.share_of(63.0, 60.0) == render.share_of(60.0, 63.0) == " in as much memory"
 
 
 def test_a_process_that_dies_is_said(monkeypatch):
