@@ -210,6 +210,27 @@ def test_float16_with_a_factor_beyond_its_range(backend, device):
     torch.testing.assert_close(of_student, factor * expected[0], rtol=2e-3, atol=2e-3 * factor)
 
 
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_float16_with_a_gradient_that_only_its_factor_brings_into_range(backend, device):
+    level = draw_level(LEVEL, (torch.float16,) * 2, device)
+    level[1] *= 2.0**10
+    ours, truth = run(level, backend, scale=2.0**-13)[1].double(), literal(wide(level), torch.float64)[1]
+    assert truth.abs().max() > 2**16
+    assert rms(ours - truth / 2**13) <= 2e-3 * rms(truth / 2**13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_what_forward_keeps(backend, device, dtype):
+    """Nothing under memory_efficient; else, on the CPU, the gradients where they need no rounding, on a GPU e."""
+    level, _ = leaves_of(draw_level(LEVEL, (dtype, dtype), device))
+    for memory_efficient in (False, True):
+        node = relation_residual(backend, RelationLevels(*([x] for x in level)), memory_efficient).grad_fn
+        residuals = node.saved_tensors[len(level) :]
+        assert (node.ready is not None) == (backend == "cpu" and dtype == torch.float32 and not memory_efficient)
+        assert len(residuals) == (backend == "triton" and not memory_efficient)
+
+
 @pytest.mark.parametrize("layout", [channel_slice, channels_last_slice, batch_slice, permuted], ids=name_of)
 @pytest.mark.parametrize("backend, device", COMPILED)
 def test_slices_and_copies(backend, device, layout):
