@@ -17,11 +17,11 @@ from fbkd_ops.types import AttentionPool, NonLocalWeights
 SIZES_AND_STRIDES = [((6, 5), 1), ((9, 7), 2), ((8, 10), 3), ((3, 12), 8), ((1, 1), 4), ((1, 9), 2)]
 
 
-def relation_pair(mode, stride, norm="batch", seed=0, widths=(4, 6)):
+def relation_pair(mode, stride, norm="batch", seed=0, widths=(4, 6), inner=3):
     """Two randomised blocks and an adaptation, in float64."""
     blocks = [
         # Before a BatchNorm the last bias has gradient 0, and rounding only.
-        NonLocalBlock2d(width, 3, mode=mode, stride=stride, norm=norm, conv_out_bias=norm == "none")
+        NonLocalBlock2d(width, inner, mode=mode, stride=stride, norm=norm, conv_out_bias=norm == "none")
         for width in widths
     ]
     parts = torch.nn.ModuleList([*blocks, torch.nn.Conv2d(*widths, 1)]).double()
@@ -62,6 +62,17 @@ def test_relation_loss_equals_the_reference(mode, size, stride, norm):
     expected = run_relation(literal, student, teacher, reference.relation_loss, mode, stride)
     torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-11)
     assert results[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_narrow_blocks_equal_the_reference(mode, stride):
+    """So narrow that theirs is the cheaper of each pair of equal products."""
+    ours, literal = (relation_pair(mode, stride, widths=(8, 13), inner=2 - stride % 2) for _ in range(2))
+    student, teacher = (torch.randn(3, width, 5, 7, dtype=torch.float64) for width in (8, 13))
+    results = run_relation(ours, student, teacher, functional.relation_loss, mode, stride)
+    expected = run_relation(literal, student, teacher, reference.relation_loss, mode, stride)
+    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
