@@ -8,7 +8,7 @@ from cases import INTERPRETED, ON_CPU, ON_TRITON
 from helpers import randomise, rms, within_eager_error
 
 import fbkd_ops
-from fbkd_ops import NonLocalBlock2d, _extension, functional, reference
+from fbkd_ops import NonLocalBlock2d, _extension, functional, linear_non_local, reference
 from fbkd_ops.presets import CHOICES, MODES
 from fbkd_ops.types import AttentionPool, NonLocalWeights
 
@@ -195,6 +195,13 @@ def test_nan_reaches_the_result(mode, norm):
     literal = reference.non_local(x, block.weights(), mode=mode, stride=2, norm=block.norm)
     for z in (ours, literal):
         assert z[0].isnan().all() and z[1].isnan().all() == (norm == "batch")
+
+
+def test_a_nan_reaches_every_pixel_also_where_no_pair_counts():
+    """relu(NaN) is NaN, beside pairs whose relu is 0 for every pixel."""
+    phi = torch.tensor([[[-1.0, float("nan"), -2.0]]])
+    y = linear_non_local._concatenation(torch.zeros(1, 1, 5), phi, torch.ones(1, 1, 3), torch.ones(2))
+    assert y.isnan().all()
 
 
 def test_gradcheck_of_the_relation_loss():
