@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from . import functional, integrations, reference
 from .backends import use_backend
 from .distiller import Distiller
+from .feature_tap import FeatureTap, Layer
 from .loss import FBKDLoss
 from .non_local_block import NonLocalBlock2d
 from .presets import PRESETS, LevelSettings
@@ -14,6 +15,8 @@ __all__ = [
     "AttentionPool",
     "Distiller",
     "FBKDLoss",
+    "FeatureTap",
+    "Layer",
     "LevelSettings",
     "NonLocalBlock2d",
     "NonLocalWeights",

@@ -1,13 +1,22 @@
 """A student, its teacher and the loss between their features, as one module."""
 
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feature_tap import FeatureTap, Paths
+from ._numerics import accumulation_dtype
+from ._validation import Features, is_int
+from .balance import BalanceReport, balance_report
+from .feature_tap import FeatureTap, Layer, Layers, find_module, unwrapped
 
 __all__ = ["Distiller"]
+
+Levels = Optional[Sequence[Any]]
 
 
 class Distiller(nn.Module):
@@ -17,23 +26,37 @@ class Distiller(nn.Module):
     without gradient, and only up to the last tapped module. It moves with ``.to()`` but is in no ``parameters()``,
     no ``state_dict()`` and never in training mode. In eval mode the distiller is the student.
 
-    Both must make features of one size of the same arguments. A detector that resizes inside (all of torchvision's
-    do, and in training to a random one of several ``min_size``) needs a single ``min_size``, the same on both sides.
-
     Args:
-        student: a detector that returns a dict of losses, or one scalar loss, in training.
+        student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object whose
+            ``loss`` is one (Hugging Face).
         teacher: a trained detector.
         loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars.
-        student_layers: a module path whose output is the features (tensor, list, tuple or dict), or a list of paths
-            of modules that return one tensor each.
+        student_layers: where the features are: a module path or :class:`fbkd_ops.Layer` that gives a tensor, list,
+            tuple or dict, several that give one tensor each, in a list or dict, or a function of the model's output.
         teacher_layers: the same for the teacher; the student's by default.
+        teacher_entry: path of a module, in both, at which the teacher starts: its module is called with what the
+            student's was given. With ``"backbone"`` a torchvision teacher sees the student's images as they were
+            resized (at random) and padded.
+        student_levels: which of the features to use, by index or key, and in what order; all by default.
+        teacher_levels: the same for the teacher, to be matched with the student's by position.
+        resize: whether the teacher's maps are resized (bilinear) to the student's where their sizes differ, which is
+            an error otherwise.
+        start_step, stop_step: the training steps, counted from 0, from which on and before which the terms are added.
+            Outside of them the teacher does not run and the terms are 0.
+        warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to 1.
+        combine: makes what a training step returns of the student's output and the dict of terms, where the student
+            returns its losses in another form.
+
+    Attributes:
+        student: the very module that came in.
+        step: how many training forwards there were; it is kept in ``state_dict()``, and can be set.
 
     Raises:
-        ValueError: a module path that does not exist.
+        TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range.
 
     Example:
         >>> loss = FBKDLoss(256, num_levels=5)
-        >>> distiller = Distiller(student, teacher, loss, student_layers="backbone")
+        >>> distiller = Distiller(student, teacher, loss, student_layers="backbone", teacher_entry="backbone")
         >>> optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
         >>> losses = distiller(images, targets)  # the student's dict, with four more entries
         >>> sum(losses.values()).backward()
@@ -45,27 +68,56 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         loss: nn.Module,
         *,
-        student_layers: Paths,
-        teacher_layers: Optional[Paths] = None,
+        student_layers: Layers,
+        teacher_layers: Optional[Layers] = None,
+        teacher_entry: Optional[str] = None,
+        student_levels: Levels = None,
+        teacher_levels: Levels = None,
+        resize: bool = False,
+        start_step: int = 0,
+        stop_step: Optional[int] = None,
+        warmup_steps: int = 0,
+        combine: Optional[Callable[[Any, dict[str, Tensor]], Any]] = None,
     ):
         super().__init__()
         if student is teacher:
             raise ValueError("student and teacher must be two modules, got the same object twice")
+        _check_steps(start_step, stop_step, warmup_steps)
         self.student, self.loss = student, loss
         # In a tuple, so that nn.Module does not register the teacher.
         self._unregistered_teacher = (teacher.eval(),)
-        self._student_tap = FeatureTap(student, student_layers, "student_layers")
-        self._teacher_tap = FeatureTap(
-            teacher,
-            student_layers if teacher_layers is None else teacher_layers,
-            "teacher_layers",
-            stop_when_complete=True,
-        )
+        self._student_tap = _closed_tap(student, student_layers, "student_layers")
+        teacher_layers = student_layers if teacher_layers is None else teacher_layers
+        self._teacher_tap = _closed_tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
+        self._teacher_entry, self._entry_tap = teacher_entry, None
+        if teacher_entry is not None:
+            find_module(teacher, teacher_entry, "teacher_entry")
+            self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
+        self.student_levels, self.teacher_levels, self.resize = student_levels, teacher_levels, resize
+        self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
+        self.combine = _added if combine is None else combine
+        self._step, self._warned_of_training = 0, False
         self._terms: dict[str, Tensor] = {}
 
     @property
     def teacher(self) -> nn.Module:
         return self._unregistered_teacher[0]
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        _check_count(step, "step")
+        self._step = int(step)
+
+    @property
+    def weight(self) -> float:
+        """What the terms of the next training step are multiplied with, from 0 to 1."""
+        if self._step < self.start_step or (self.stop_step is not None and self._step >= self.stop_step):
+            return 0.0
+        return min(1.0, (self._step - self.start_step + 1) / max(self.warmup_steps, 1))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's losses with the FBKD terms added; in eval mode the student's output as it is.
@@ -74,48 +126,191 @@ class Distiller(nn.Module):
             *args, **kwargs: what the detectors take.
 
         Returns:
-            In training: the student's dict of losses with the terms as further entries, or its scalar loss plus the
-            sum of the terms.
+            In training: the student's dict or list of losses with the terms as further entries, its scalar loss plus
+            the sum of the terms, its output with that sum added to ``output.loss``, or what ``combine`` makes of it.
 
         Raises:
             RuntimeError: a tapped module that was not called, or called more than once.
-            TypeError: a student that returns neither a dict nor a scalar tensor in training.
+            TypeError: a student that returns its losses in another form in training.
             ValueError: features that do not fit the loss or each other, a term that the student has already.
+
+        Warns:
+            UserWarning: once, if somebody put the teacher into training mode.
         """
         if not self.training:
             return self.student(*args, **kwargs)
-        losses, student_features = self._student_tap.run(*args, **kwargs)
-        self.teacher.eval()
-        with torch.no_grad():
-            _, teacher_features = self._teacher_tap.run(*args, **kwargs)
-        terms = self.loss(student_features, teacher_features)
+        weight = self.weight
+        if weight == 0:
+            output, terms = self._run_student(args, kwargs), self._idle_terms()
+        else:
+            output, student_features, teacher_features = self.run(*args, **kwargs)
+            terms = self.loss(student_features, teacher_features)
+            if weight < 1:
+                terms = {name: weight * term for name, term in terms.items()}
+        self._step += 1
         self._terms = {name: term.detach() for name, term in terms.items()}
-        return _added(losses, terms)
+        return self.combine(output, terms)
+
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
+        """The student's output, and the features of the student and the teacher as they go into the loss.
+
+        Args:
+            *args, **kwargs: what the detectors take.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as for the call.
+        """
+        output = self._run_student(args, kwargs)
+        student_features = _chosen(self._student_tap.features(), self.student_levels, "student_levels")
+        teacher_features = _chosen(self._run_teacher(args, kwargs), self.teacher_levels, "teacher_levels")
+        if self.resize:
+            teacher_features = _resized(teacher_features, student_features)
+        return output, student_features, teacher_features
+
+    def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Also in steps without terms under the taps: a graph compiled without them would not have them later."""
+        with self._student_tap, self._entry_tap or contextlib.nullcontext():
+            return self.student(*args, **kwargs)
+
+    def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> Features:
+        module = self.teacher
+        if self._entry_tap is not None:
+            ((args, kwargs),) = self._entry_tap.caught()
+            module = find_module(module, self._teacher_entry, "teacher_entry")
+        self._check_teacher_mode()
+        with torch.no_grad(), self._teacher_tap:
+            module(*args, **kwargs)
+        return self._teacher_tap.features()
+
+    def _check_teacher_mode(self) -> None:
+        if not any(module.training for module in self.teacher.modules()):
+            return
+        if not self._warned_of_training:
+            self._warned_of_training = True
+            warnings.warn(
+                "the teacher was in training mode, in which its BatchNorm statistics would change and its dropout be "
+                "active; the distiller put it back into eval mode (said once)"
+            )
+        self.teacher.eval()
+
+    def _idle_terms(self) -> dict[str, Tensor]:
+        """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
+        names = getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
+        waits_for_own_forward = isinstance(self.loss, nn.parallel.DistributedDataParallel)
+        parameters = [] if waits_for_own_forward else [each for each in self.loss.parameters() if each.requires_grad]
+        zero = 0 * sum((parameter.sum() for parameter in parameters), torch.zeros(()))
+        return {name: zero for name in names}
 
     def terms(self) -> dict[str, Tensor]:
-        """The FBKD terms of the last training step, detached, for logging; empty before the first."""
+        """The terms of the last training step as they were added, detached, for logging; empty before the first."""
         return dict(self._terms)
+
+    def balance_report(self, *args: Any, **kwargs: Any) -> BalanceReport:
+        """How the terms compare to the detector's own losses on a batch: their sizes, and how hard they pull.
+
+        Args:
+            *args, **kwargs: what the detectors take in training.
+
+        Returns:
+            A :class:`BalanceReport`; print it for a table. Parameters, their gradients, buffers, random state and
+            ``step`` stay as they are. Terms count in full, whatever ``start_step`` and ``warmup_steps`` say. With
+            several processes all of them have to call it.
+
+        Example:
+            >>> distiller = Distiller(student, teacher, FBKDLoss(256, num_levels=5), student_layers="backbone")
+            >>> report = distiller.balance_report(images, targets)
+            >>> [row.name for row in report.own]
+            ['loss_box']
+        """
+        return balance_report(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "Distiller":
         super().train(mode)
         self.teacher.eval()
         return self
 
-    def _apply(self, fn, recurse: bool = True) -> "Distiller":
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self._step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
 
+def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap:
+    """A tap that is on its model during a step only, so that models are copied and saved without it."""
+    tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
+    tap.close()
+    return tap
+
+
+def _check_steps(start_step: int, stop_step: Optional[int], warmup_steps: int) -> None:
+    _check_count(start_step, "start_step")
+    _check_count(warmup_steps, "warmup_steps")
+    if stop_step is not None and (not is_int(stop_step) or stop_step < start_step):
+        raise ValueError(f"stop_step must be None or an int >= start_step ({start_step}), got {stop_step!r}")
+
+
+def _check_count(value: Any, name: str) -> None:
+    if not is_int(value) or value < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+
+
+def _chosen(features: Features, levels: Levels, name: str) -> Features:
+    """The features of ``levels``, in a list."""
+    if levels is None:
+        return features
+    present = list(features) if isinstance(features, Mapping) else range(-len(features), len(features))
+    for level in levels:
+        if level not in present:
+            there = list(features) if isinstance(features, Mapping) else f"{len(features)} levels"
+            raise ValueError(f"{name} names a level {level!r}, but the features have {there}")
+    return [features[level] for level in levels]
+
+
+def _resized(teacher: Features, student: Features) -> Features:
+    """The teacher's maps in the sizes of the student's, matched as the loss does it."""
+    if isinstance(teacher, Mapping) and isinstance(student, Mapping):
+        return {key: _resized_map(t, student[key]) if key in student else t for key, t in teacher.items()}
+    teachers = list(teacher.values()) if isinstance(teacher, Mapping) else list(teacher)
+    students = list(student.values()) if isinstance(student, Mapping) else list(student)
+    if len(teachers) != len(students):
+        return teacher
+    return [_resized_map(t, s) for t, s in zip(teachers, students)]
+
+
+def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
+    """``(N, Ct, Hs, Ws)``."""
+    size = student.shape[-2:]
+    if teacher.dim() != 4 or teacher.shape[-2:] == size:
+        return teacher
+    wide = teacher.to(accumulation_dtype(teacher))
+    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def _added(losses: Any, terms: dict[str, Tensor]) -> Any:
     """The student's losses with ``terms`` added, in the form the losses came in."""
+    if _is_scalar(getattr(losses, "loss", None)):
+        losses.loss = losses.loss + sum(terms.values())
+        return losses
     if isinstance(losses, dict):
         taken = sorted(set(losses) & set(terms))
         if taken:
             raise ValueError(f"the student's losses already have {', '.join(map(repr, taken))}")
         return {**losses, **terms}
-    if isinstance(losses, Tensor) and losses.dim() == 0:
+    if isinstance(losses, list) and losses and all(map(_is_scalar, losses)):
+        return [*losses, *terms.values()]
+    if _is_scalar(losses):
         return losses + sum(terms.values())
     raise TypeError(
-        "the student must return a dict of losses or a scalar tensor in training, "
-        f"got {type(losses).__name__}{tuple(losses.shape) if isinstance(losses, Tensor) else ''}"
+        "the student must return a dict or list of losses, a scalar tensor, or an object whose loss is one, in "
+        f"training, got {type(losses).__name__}{tuple(losses.shape) if isinstance(losses, Tensor) else ''}; "
+        "Distiller(..., combine=...) adds the terms to anything else"
     )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0

@@ -1,149 +1,321 @@
-"""Catch what modules of a model return, by module path."""
+"""Catch what modules of a model return, or what they are given, by module path."""
 
-from collections.abc import Sequence
-from typing import Any, Union
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from ._validation import Features
 
-__all__ = ["FeatureTap", "Paths"]
+__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "unwrapped"]
 
-Paths = Union[str, Sequence[str]]
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a feature is, for a :class:`FeatureTap` or a :class:`fbkd_ops.Distiller`.
+
+    Args:
+        path: a module path (``"backbone"``), ``""`` for the model itself. A number may count from the end of an
+            ``nn.Sequential`` or ``nn.ModuleList``: ``"model.-1"``.
+        inputs: whether to catch what the module is given instead of what it returns.
+        select: makes the features of what was caught; a tensor, list, tuple or dict are features as they are.
+
+    Example:
+        >>> detect_inputs = Layer("model.-1", inputs=True)  # the maps that a YOLO's head is given
+        >>> channels_first = Layer("backbone", select=lambda maps: [x.permute(0, 3, 1, 2) for x in maps])
+    """
+
+    path: str = ""
+    inputs: bool = False
+    select: Optional[Callable[[Any], Any]] = None
+
+
+Place = Union[str, Layer]
+Layers = Union[Place, Sequence[Place], Mapping[str, Place], Callable[[Any], Features]]
 
 
 class FeatureTap:
-    """Runs a model and hands out what some of its modules returned on the way.
+    """Catches features while a model runs.
 
-    The hooks are on the model during :meth:`run` only, so that it can be copied and saved as if there were no tap.
+    It listens from the start until :meth:`close`, or inside a ``with`` block of its own. Every forward of the model
+    begins anew, :meth:`features` hands out what was caught and forgets it. A copy or pickle of the tap comes with its
+    own model; a copy of the model alone has no tap. What a checkpoint computes again in a backward pass is not caught.
 
     Args:
-        model: any module; ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile`` are looked through.
-        paths: one module path (``"backbone"``) whose output is the features, be it a tensor, list, tuple or dict, or
-            several (``["neck.0", "neck.1"]``), each of which returns one tensor.
-        name: what an error calls the paths.
-        stop_when_complete: end the model's forward as soon as every path was seen. For a teacher, of which nothing
-            else is needed.
+        model: any module; ``DistributedDataParallel``, ``DataParallel``, ``torch.compile`` and averaged copies such as
+            ``AveragedModel`` are looked through.
+        layers: a module path or :class:`Layer` whose output is the features, be it a tensor, list, tuple or dict;
+            several in a list, or in a dict with a name for each, of which each gives one tensor; or a function that
+            takes the model's output and returns the features.
+        name: what an error calls the layers.
+        stop_when_complete: end the model's forward as soon as every layer was seen, by an exception that the tap's
+            ``with`` block keeps to itself. For a teacher, of which nothing else is needed. A compiled model runs
+            through.
 
     Raises:
-        TypeError: paths that are no strings.
-        ValueError: no path, the same one twice, or one that the model does not have.
+        TypeError: a model that is no module, layers of another type.
+        ValueError: no layer, the same one twice, or a path that the model does not have.
 
     Example:
-        >>> tap = FeatureTap(torchvision.models.resnet18(), ["layer3", "layer4"], "student_layers")
-        >>> output, features = tap.run(torch.randn(1, 3, 64, 64))
-        >>> [tuple(feature.shape) for feature in features]
+        >>> model = torchvision.models.resnet18()
+        >>> with FeatureTap(model, ["layer3", "layer4"]) as tap:
+        ...     output = model(torch.randn(1, 3, 64, 64))
+        >>> [tuple(feature.shape) for feature in tap.features()]
         [(1, 256, 4, 4), (1, 512, 2, 2)]
     """
 
-    def __init__(self, model: nn.Module, paths: Paths, name: str, stop_when_complete: bool = False):
-        self.model, self.name, self.stop_when_complete = model, name, stop_when_complete
-        self.is_single = isinstance(paths, str)
-        self.paths = _checked_paths(paths, name)
-        for path in self.paths:
-            _find(model, path, name)
+    def __init__(self, model: nn.Module, layers: Layers, *, name: str = "layers", stop_when_complete: bool = False):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model, self.name = model, name
+        self._layers = _checked_layers(layers, name)  # by name where they came in a dict, by number else
+        self._is_single = isinstance(layers, (str, Layer)) or callable(layers)
+        self._is_named = isinstance(layers, Mapping)
+        compiled = any(_is_inside_compiled(model, layer.path, name) for layer in self._layers.values())
+        self._recorder = _Recorder(len(self._layers), stop_when_complete and not compiled)
+        self._handles: list[Any] = []
+        self.open()
 
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features]:
-        """Call the model.
+    def open(self) -> None:
+        """Listen, if it does not already; what was caught before is forgotten."""
+        self._recorder.clear()
+        if self._handles:
+            return
+        root = unwrapped(self.model)
+        self._handles = [root.register_forward_pre_hook(self._recorder.restart, prepend=True)]
+        for index, layer in enumerate(self._layers.values()):
+            module, hook = find_module(self.model, layer.path, self.name), _Hook(self._recorder, index)
+            if layer.inputs:
+                handle = module.register_forward_pre_hook(hook.before, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(hook.after)
+            self._handles.append(handle)
 
-        Args:
-            *args, **kwargs: what the model takes.
+    def close(self) -> None:
+        """Take the hooks off the model; what was caught stays until it is handed out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
-        Returns:
-            The model's output, None where the forward was stopped, and the features.
+    def clear(self) -> None:
+        """Forget what was caught."""
+        self._recorder.clear()
+
+    def __enter__(self) -> "FeatureTap":
+        self.open()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        self.close()
+        return isinstance(error, _Complete) and error.recorder is self._recorder
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._recorder.is_live = True
+
+    def caught(self) -> list[Any]:
+        """What each layer returned or, as ``(args, kwargs)``, was given, in order; forgotten then.
 
         Raises:
             RuntimeError: a module that was not called, or called more than once.
-            TypeError: one of several paths that returned something other than a tensor.
         """
-        captures: dict[str, list[Any]] = {path: [] for path in self.paths}
-        handles = []
-        try:
-            for path in self.paths:
-                hook = self._hook(path, captures)
-                handles.append(_find(self.model, path, self.name).register_forward_hook(hook))
-            output = self.model(*args, **kwargs)
-        except _Complete:
-            output = None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return output, self._features(captures)
+        values, calls = self._recorder.values, self._recorder.calls
+        self._recorder.clear()
+        for layer, count in zip(self._layers.values(), calls):
+            if count != 1:
+                raise RuntimeError(f"{self.name}: {self._miscounted(layer, count)}")
+        return values
 
-    def _hook(self, path: str, captures: dict[str, list[Any]]):
-        def capture(module: nn.Module, inputs: tuple, output: Any) -> None:
-            captures[path].append(output)
-            if self.stop_when_complete and all(captures.values()):
-                raise _Complete
+    def _miscounted(self, layer: Layer, count: int) -> str:
+        called = f"module {layer.path!r}" if layer.path else "the model"
+        message = f"{called} was called {count} times in one forward, expected once"
+        if count == 0 and _is_inside_compiled(self.model, layer.path, self.name):
+            message += "; a graph compiled before the tap was there does not have it: torch.compiler.reset()"
+        return message
 
-        return capture
+    def features(self) -> Features:
+        """The features of the last forward; forgotten then.
 
-    def _features(self, captures: dict[str, list[Any]]) -> Features:
-        for path, outputs in captures.items():
-            if len(outputs) != 1:
-                raise RuntimeError(
-                    f"{self.name}: module {path!r} was called {len(outputs)} times in one forward, expected once"
+        Returns:
+            The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name.
+
+        Raises:
+            RuntimeError: a module that was not called, or called more than once.
+            TypeError: one of several layers that gave something other than a tensor, or a single one no features.
+        """
+        values = [_selected(layer, value) for layer, value in zip(self._layers.values(), self.caught())]
+        if self._is_single:
+            return _as_features(values[0], self.name)
+        for layer, value in zip(self._layers.values(), values):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{self.name}: module {layer.path!r} must give one tensor where several layers are given, "
+                    f"got {type(value).__name__}"
                 )
-        if not self.is_single:
-            return [_only_tensor(outputs[0], path, self.name) for path, outputs in captures.items()]
-        ((output,),) = captures.values()
-        return [output] if isinstance(output, Tensor) else output
+        return dict(zip(self._layers, values)) if self._is_named else values
 
 
 class _Complete(Exception):
-    """Every path was seen; the rest of the forward is skipped."""
+    """Every layer was seen; the rest of the forward is skipped."""
+
+    def __init__(self, recorder: "_Recorder"):
+        super().__init__("a FeatureTap ended the forward; run the model inside the tap's with block")
+        self.recorder = recorder
 
 
-def _checked_paths(paths: Paths, name: str) -> list[str]:
-    several = [paths] if isinstance(paths, str) else paths
-    if not isinstance(several, Sequence) or not all(isinstance(path, str) for path in several):
-        raise TypeError(f"{name} must be a module path or a list of module paths, got {paths!r}")
-    if not several:
-        raise ValueError(f"{name} is empty, expected at least one module path")
-    if len(set(several)) < len(several):
-        raise ValueError(f"{name} names a module path twice: {list(several)}")
-    return list(several)
+class _Recorder:
+    """The last value of each layer and how often it came. A copy is deaf until a copy of its tap takes it up."""
+
+    def __init__(self, count: int, stops: bool):
+        self.count, self.stops, self.is_live = count, stops, True
+        self.clear()
+
+    def clear(self) -> None:
+        self.values: list[Any] = [None] * self.count
+        self.calls = [0] * self.count
+
+    def restart(self, module: nn.Module, args: tuple) -> None:
+        if not _is_recomputation():
+            self.clear()
+
+    def add(self, index: int, value: Any) -> None:
+        if not self.is_live or _is_recomputation():
+            return
+        self.values[index] = value
+        self.calls[index] += 1
+        if self.stops and all(self.calls):
+            raise _Complete(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "stops": self.stops}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+        self.is_live = False
 
 
-def _only_tensor(output: Any, path: str, name: str) -> Tensor:
-    if not isinstance(output, Tensor):
+class _Hook:
+    """One layer's hook, before or after its module."""
+
+    def __init__(self, recorder: _Recorder, index: int):
+        self.recorder, self.index = recorder, index
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.recorder.add(self.index, (tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()}))
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.recorder.add(self.index, _kept(output))
+
+
+def _kept(value: Any) -> Any:
+    """A list or dict of its own: the model may change the one it has (a YOLO's head does)."""
+    return type(value)(value) if type(value) in (list, dict, OrderedDict) else value
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward is a checkpoint's, inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _selected(layer: Layer, value: Any) -> Any:
+    """The features in what was caught."""
+    if layer.inputs:
+        args, kwargs = value
+        value = (args[0] if len(args) == 1 else args) if args else kwargs
+    return layer.select(value) if layer.select is not None else value
+
+
+def _as_features(value: Any, name: str) -> Features:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple, Mapping)):
         raise TypeError(
-            f"{name}: module {path!r} must return one tensor where several paths are given, got {type(output).__name__}"
+            f"{name}: the features must be a tensor, list, tuple or dict, got {type(value).__name__}; "
+            "Layer(path, select=...) makes them of something else"
         )
-    return output
+    return value
 
 
-def _find(model: nn.Module, path: str, name: str) -> nn.Module:
-    model = _unwrapped(model)
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        present = _deepest_parent(model, path)
-        inside = f"inside {present!r}" if present else "at the top"
-        children = ", ".join(repr(child) for child, _ in model.get_submodule(present).named_children())
-        raise ValueError(
-            f"{name}: {type(model).__name__} has no module {path!r}; {inside} there are {children or 'no modules'}"
-        ) from None
+def _checked_layers(layers: Layers, name: str) -> dict[Any, Layer]:
+    if isinstance(layers, (str, Layer)):
+        places = {0: layers}
+    elif isinstance(layers, Mapping):
+        places = dict(layers)
+    elif isinstance(layers, Sequence):
+        places = dict(enumerate(layers))
+    elif callable(layers) and not isinstance(layers, nn.Module):
+        places = {0: Layer(select=layers)}
+    else:
+        places = {0: layers}
+    if not all(isinstance(place, (str, Layer)) for place in places.values()):
+        raise TypeError(
+            f"{name} must be a module path, a Layer, a list or dict of these, or a function of the model's output, "
+            f"got {layers!r}"
+        )
+    if not places:
+        raise ValueError(f"{name} is empty, expected at least one module path")
+    checked = {key: Layer(place) if isinstance(place, str) else place for key, place in places.items()}
+    if len(set(checked.values())) < len(checked):
+        raise ValueError(f"{name} names a module path twice: {[layer.path for layer in checked.values()]}")
+    return checked
 
 
-def _deepest_parent(model: nn.Module, path: str) -> str:
-    """The longest leading part of ``path`` that exists in the model."""
-    parts, present = path.split("."), ""
-    modules = dict(model.named_modules())
-    for end in range(1, len(parts)):
-        candidate = ".".join(parts[:end])
-        if candidate not in modules:
-            break
-        present = candidate
-    return present
+def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
+    """The module of ``model`` at ``path``; ``name`` is what an error calls the argument.
+
+    Raises:
+        ValueError: there is none; the message lists what is there.
+    """
+    return list(_way(model, path, name))[-1]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
+def _way(model: nn.Module, path: str, name: str) -> Iterator[nn.Module]:
+    """The model and every module on the way to ``path``."""
+    module = unwrapped(model)
+    yield module
+    parts = path.split(".") if path else []
+    for depth, part in enumerate(parts):
+        child = _child(module, part)
+        if child is None:
+            place = f"inside {'.'.join(parts[:depth])!r}" if depth else "at the top"
+            children = ", ".join(repr(child) for child, _ in module.named_children())
+            raise ValueError(
+                f"{name}: {type(unwrapped(model)).__name__} has no module {path!r}; {place} there are "
+                f"{children or 'no modules'}"
+            )
+        module = child
+        yield module
+
+
+def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
+    children = dict(module.named_children())
+    if part in children:
+        return children[part]
+    counts_from_end = part.startswith("-") and part[1:].isdigit() and isinstance(module, (nn.Sequential, nn.ModuleList))
+    if counts_from_end and int(part[1:]) <= len(module):
+        return module[int(part)]
+    inner = getattr(module, "_orig_mod", None)
+    return None if inner is None else _child(inner, part)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside data parallelism, ``torch.compile`` and averaged copies."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
+        children = dict(model.named_children())
+        if set(children) in ({"_orig_mod"}, {"module"}):
+            (model,) = children.values()
+        else:
             return model
-        model = inner
+
+
+def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
+    """Whether the module at ``path`` runs as part of a compiled graph."""
+    wrapped, around = model, []
+    while unwrapped(wrapped) is not wrapped:
+        around.append(wrapped)
+        (wrapped,) = wrapped.children()
+    around += list(_way(model, path, name))[:-1]
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)

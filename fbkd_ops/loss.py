@@ -12,6 +12,7 @@ from . import backends, reference
 from ._batch_norm import synchronizes, uses_batch_statistics
 from ._numerics import accumulation_dtype, root, without_autocast
 from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
+from ._watch import FiniteWatch, GradientWatch, UpdateWatch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
@@ -40,11 +41,19 @@ class FBKDLoss(nn.Module):
         preset: ``"two_stage"``, ``"one_stage"``, ``"mmrazor"`` or ``"paper"``.
         memory_efficient: whether forward keeps no feature map for backward, which then repeats the products over all
             pixels; else it keeps up to two a level, and in modes other than ``dot_product`` both blocks' responses.
+        synchronize: whether the sums under the roots run over the batches of all processes of
+            ``torch.distributed``'s default group. Under ``DistributedDataParallel`` the gradients are then those of
+            one process with the joined batch; else those of the mean of the processes' own losses.
         **overrides: any field of :class:`fbkd_ops.LevelSettings`, one value or a list of one a level:
             ``spatial_temperature``, ``channel_temperature``, ``mask_rule``, ``use_channel_mask``,
             ``channel_mask_source``, ``feature_weight``, ``channel_weight``, ``spatial_weight``, ``relation_weight``,
             ``inter_channels``, ``stride``, ``pool_order``, ``mode``, ``use_scale``, ``norm``, ``conv_out_bias``,
             ``pooled_terms``, ``normalize``.
+
+    Warns:
+        UserWarning: once each, in training outside compiled graphs: student features without a gradient, teacher
+            features with one, parameters that an optimizer left unchanged for ten backward passes, a level whose term
+            is not finite (on a GPU with the next call, so that nothing waits for it).
 
     Raises:
         ValueError: channels, levels, a preset or an override's value out of its range.
@@ -60,6 +69,8 @@ class FBKDLoss(nn.Module):
     Source: Zhang & Ma 2021 for the terms; ``fbkd_ops/presets.py`` for the constants and where they come from.
     """
 
+    term_names = tuple(f"loss_fbkd_{term}" for term in TERMS)
+
     def __init__(
         self,
         student_channels: Channels,
@@ -68,6 +79,7 @@ class FBKDLoss(nn.Module):
         num_levels: Optional[int] = None,
         preset: str = "two_stage",
         memory_efficient: bool = False,
+        synchronize: bool = False,
         **overrides: Any,
     ):
         super().__init__()
@@ -77,7 +89,8 @@ class FBKDLoss(nn.Module):
             _level_widths(student_channels, num_levels, "student_channels"),
             _level_widths(teacher_channels, num_levels, "teacher_channels"),
         )
-        self.preset, self.memory_efficient = preset, memory_efficient
+        self.preset, self.memory_efficient, self.synchronize = preset, memory_efficient, synchronize
+        self._gradient_watch, self._finite_watch, self._update_watch = GradientWatch(), FiniteWatch(), UpdateWatch()
         self.levels = nn.ModuleList()
         for index, (settings, (student, teacher)) in enumerate(
             zip(resolve_settings(preset, num_levels, overrides), widths)
@@ -132,13 +145,22 @@ class FBKDLoss(nn.Module):
         teachers = [teacher.detach() for _, _, _, teacher in pairs]
         with without_autocast(students[0]):
             backend = backends.resolve("relation_loss", students[0])
-            if backend == "reference":
-                return reference.fbkd_loss(students, teachers, self.levels)
-            return self._fused(backend, students, teachers)
+            squares = self._squares(backend, students, teachers)
+            terms = self._weighted(squares, students, teachers)
+        if self.training and not torch.compiler.is_compiling():
+            self._gradient_watch.see(students, [teacher for _, _, _, teacher in pairs])
+            self._update_watch.see(self, terms)
+        return terms
 
-    def _fused(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
-        """The terms, with one launch for all levels of each step that has kernels; ``backend`` of the relation term."""
-        dtype = accumulation_dtype(*students, *teachers)
+    def _squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[tuple[int, str], Tensor]:
+        """The sum under the root of each level's terms; ``backend`` of the relation term."""
+        if backend == "reference":
+            terms = [reference.level_terms(*level) for level in zip(students, teachers, self.levels)]
+            return {(index, term): value.square() for index, level in enumerate(terms) for term, value in level.items()}
+        return self._fused(backend, students, teachers)
+
+    def _fused(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[tuple[int, str], Tensor]:
+        """The sums, with one launch for all levels of each step that has kernels."""
         pools_t = attention_pools(teachers)
         students, pools_s, features = self._start(students, teachers, pools_t)
         having = [index for index, level in enumerate(self.levels) if level.relation_adaptation is not None]
@@ -147,21 +169,40 @@ class FBKDLoss(nn.Module):
             for index in having
         ]
         relations = dict(zip(having, relation_squares(backend, relations, self.memory_efficient)))
-        totals = {term: students[0].new_zeros((), dtype=dtype) for term in TERMS}
-        for index, (level, teacher) in enumerate(zip(self.levels, teachers)):
-            terms = level.pooled_terms(pools_s[index], pools_t[index])
+        squares = {}
+        for index, level in enumerate(self.levels):
+            pooled = level.pooled_squares(pools_s[index], pools_t[index])
+            squares |= {(index, term): value for term, value in pooled.items()}
             if index in features:
-                terms["feature"] = features[index]
+                squares[index, "feature"] = features[index]
             if index in relations:
-                terms["relation"] = root(relations[index])
-            for term, value in terms.items():
-                totals[term] = totals[term] + level.term_scale(term, teacher.shape) * value
-        return {f"loss_fbkd_{term}": total for term, total in totals.items()}
+                squares[index, "relation"] = relations[index]
+        return squares
+
+    def _weighted(
+        self, squares: dict[tuple[int, str], Tensor], students: list[Tensor], teachers: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The loss's terms from the sums of each level's."""
+        dtype = accumulation_dtype(*students, *teachers)
+        totals = {name: students[0].new_zeros((), dtype=dtype) for name in self.term_names}
+        if not squares:
+            return totals
+        sums = torch.stack([square.to(dtype) for square in squares.values()])  # (K,)
+        elements = [self.levels[index].elements(term, teachers[index].shape) for index, term in squares]
+        if self.synchronize:
+            sums, elements = _over_processes(sums, elements)
+        roots = root(sums)
+        if self.training and not torch.compiler.is_compiling():
+            self._finite_watch.see(roots, list(squares), students, teachers)
+        for (index, term), value, count in zip(squares, roots.unbind(), elements):
+            name = f"loss_fbkd_{term}"
+            totals[name] = totals[name] + self.levels[index].term_scale(term, count) * value
+        return totals
 
     def _start(
         self, students: list[Tensor], teachers: list[Tensor], pools_t: list[AttentionPool]
     ) -> tuple[list[Tensor], list[AttentionPool], dict[int, Tensor]]:
-        """The students and their means for the other terms to start from, and the feature term of each level."""
+        """The students and their means for the other terms to start from, and the feature term's sum of each level."""
         having = [index for index, level in enumerate(self.levels) if level.feature_adaptation is not None]
         lacking = [index for index in range(len(self.levels)) if index not in having]
         students, pools_s, features = list(students), [None] * len(students), {}
@@ -215,32 +256,32 @@ class FBKDLevel(nn.Module):
         self.student_non_local = _non_local_block(student_channels, settings) if has["relation"] else None
         self.teacher_non_local = _non_local_block(teacher_channels, settings) if has["relation"] else None
 
-    def pooled_terms(self, pool_s: AttentionPool, pool_t: AttentionPool) -> dict[str, Tensor]:
-        """The channel and the spatial term, where they have a weight, from the four means of both sides."""
+    def pooled_squares(self, pool_s: AttentionPool, pool_t: AttentionPool) -> dict[str, Tensor]:
+        """The channel and the spatial term squared, where they have a weight, from the four means of both sides."""
         terms = {}
         if self.channel_adaptation is not None:
             s, t = self._pooled(pool_s, "channel"), self._pooled(pool_t, "channel")  # (N, Cs), (N, Ct)
             dtype = accumulation_dtype(s, t)
-            terms["channel"] = _distance(t.to(dtype), self._adapted_channels(s.to(dtype)))
+            terms["channel"] = (t.to(dtype) - self._adapted_channels(s.to(dtype))).square().sum()
         if self.spatial_adaptation is not None:
             s, t = self._pooled(pool_s, "spatial"), self._pooled(pool_t, "spatial")  # (N, H, W)
             dtype = accumulation_dtype(s, t)
-            terms["spatial"] = _distance(t.to(dtype), _conv3x3(s.to(dtype), self.spatial_adaptation))
+            terms["spatial"] = (t.to(dtype) - _conv3x3(s.to(dtype), self.spatial_adaptation)).square().sum()
         return terms
 
-    def term_scale(self, term: str, shape: tuple[int, int, int, int]) -> float:
-        """What the term is multiplied with: its weight, over the root of its size under ``normalize="mean"``.
+    def elements(self, term: str, shape: tuple[int, int, int, int]) -> int:
+        """How many squares the term sums; ``shape`` is the teacher's ``(N, Ct, H, W)``."""
+        n, channels, height, width = shape
+        return {"channel": n * channels, "spatial": n * height * width}.get(term, n * channels * height * width)
 
-        Args:
-            term: one of the four terms' names.
-            shape: the teacher's ``(N, Ct, H, W)``.
-        """
+    def term_scale(self, term: str, elements: Union[int, Tensor]) -> Union[float, Tensor]:
+        """What the term is multiplied with: its weight, over the root of ``elements`` under ``normalize="mean"``."""
         weight = getattr(self.settings, f"{term}_weight")
         if self.settings.normalize == "none":
             return weight
-        n, channels, height, width = shape
-        elements = {"channel": n * channels, "spatial": n * height * width}
-        return weight / math.sqrt(max(elements.get(term, n * channels * height * width), 1))
+        if isinstance(elements, Tensor):
+            return weight * elements.clamp(min=1).rsqrt()
+        return weight / math.sqrt(max(elements, 1))
 
     def check_statistics(self, student: Tensor, name: str) -> None:
         """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated.
@@ -305,7 +346,7 @@ def _feature_terms(
     pools_t: list[AttentionPool],
     memory_efficient: bool,
 ) -> tuple[list[Tensor], list[AttentionPool], Tensor]:
-    """Students, their means and the feature terms ``(levels,)`` of levels that all have this term.
+    """Students, their means and the feature terms squared ``(levels,)`` of levels that all have this term.
 
     The students and the means are outputs of the feature term's op, for the other terms to start from: what flows
     back into them joins the term's own gradient as that is written.
@@ -327,9 +368,17 @@ def _feature_terms(
     backend = backends.resolve("adapted_masked_l2_loss", students[0])
     if backend == "reference":
         losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments)]
-        return students, attention_pools(students), torch.stack(losses)
+        return students, attention_pools(students), torch.stack(losses).square()
     squares, pools_s, students = student_pyramid(backend, arguments, pools_s, memory_efficient)
-    return students, pools_s, root(squares)
+    return students, pools_s, squares
+
+
+def _over_processes(sums: Tensor, elements: list[int]) -> tuple[Tensor, Tensor]:
+    """Sums and their numbers of elements ``(K,)`` over all processes; one alone has them already."""
+    counts = sums.new_tensor(elements)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums, counts
+    return torch.distributed.nn.functional.all_reduce(torch.cat([sums, counts])).chunk(2)
 
 
 def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -341,10 +390,6 @@ def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
     padded, weight = F.pad(x, (1, 1, 1, 1)), layer.weight[0, 0].to(x.dtype)
     shifted = [weight[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return sum(shifted, layer.bias.to(x.dtype))
-
-
-def _distance(teacher: Tensor, student: Tensor) -> Tensor:
-    return root((teacher - student).square().sum())
 
 
 def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:

@@ -22,7 +22,6 @@ __all__ = [
     "attention_mask",
     "attention_masks",
     "attention_pool",
-    "fbkd_loss",
     "level_terms",
     "masked_l2_loss",
     "max_pool",
@@ -299,17 +298,3 @@ def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor,
         mask_rule=settings.mask_rule,
     )
     return spatial, channel
-
-
-def fbkd_loss(students: list[Tensor], teachers: list[Tensor], levels) -> dict[str, Tensor]:
-    """The four weighted terms, each summed over the levels of an :class:`fbkd_ops.FBKDLoss`."""
-    dtype = accumulation_dtype(*students, *teachers)
-    totals = {
-        f"loss_fbkd_{term}": students[0].new_zeros((), dtype=dtype)
-        for term in ("feature", "channel", "spatial", "relation")
-    }
-    for student, teacher, level in zip(students, teachers, levels):
-        for term, value in level_terms(student, teacher, level).items():
-            scale = level.term_scale(term, teacher.shape)
-            totals[f"loss_fbkd_{term}"] = totals[f"loss_fbkd_{term}"] + scale * value
-    return totals

@@ -1,0 +1,128 @@
+"""What an ``FBKDLoss`` warns of once: features, terms and parameters with which nothing can be learned.
+
+None of it waits for a GPU, and none of it is part of a compiled graph. Copies and pickles of a watch start anew.
+"""
+
+import warnings
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FiniteWatch", "GradientWatch", "UpdateWatch"]
+
+
+class _Watch:
+    def __reduce__(self):
+        return type(self), ()
+
+
+class GradientWatch(_Watch):
+    """Warns of features that carry a gradient on the wrong side."""
+
+    def __init__(self):
+        self._warned_of_student = self._warned_of_teacher = False
+
+    def see(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not self._warned_of_student and not any(student.requires_grad for student in students):
+            self._warned_of_student = True
+            warnings.warn(
+                "student_features carry no gradient, so the student learns nothing from them: were they computed under "
+                "torch.no_grad(), inside a reentrant checkpoint, by a frozen student, or detached? (said once)"
+            )
+        if not self._warned_of_teacher and any(teacher.requires_grad for teacher in teachers):
+            self._warned_of_teacher = True
+            warnings.warn(
+                "teacher_features carry a gradient, which the loss does not use but whose graph takes memory: run the "
+                "teacher under torch.no_grad() and in eval mode (said once)"
+            )
+
+
+class FiniteWatch(_Watch):
+    """Warns of levels whose terms are NaN or infinite: on the CPU at once, on a GPU at one of the next calls."""
+
+    def __init__(self):
+        self._warned = False
+        self._pending: Optional[tuple[Tensor, torch.cuda.Event, list[str]]] = None
+
+    def see(self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]) -> None:
+        """Look at ``terms (K,)`` of the levels and kinds ``names``."""
+        if self._warned:
+            return
+        finite = terms.detach().isfinite()
+        if finite.device.type == "cpu":
+            self._report(finite, names, students, teachers)
+        elif finite.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._see_later(finite, names)
+
+    def _see_later(self, finite: Tensor, names: list[tuple[int, str]]) -> None:
+        """Report the last call's terms if they are on the CPU by now, and send these on their way if none are."""
+        if self._pending is not None:
+            arrived, event, arrived_names = self._pending
+            if not event.query():
+                return
+            self._report(arrived, arrived_names, [], [])
+        arriving = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        arriving.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (arriving, event, names)
+
+    def _report(
+        self, finite: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]
+    ) -> None:
+        if finite.all():
+            return
+        self._warned = True
+        broken: dict[int, list[str]] = {}
+        for (level, term), is_finite in zip(names, finite.tolist()):
+            if not is_finite:
+                broken.setdefault(level, []).append(term)
+        levels = "; ".join(
+            f"level {level}: {', '.join(terms)}{_origin(level, students, teachers)}" for level, terms in broken.items()
+        )
+        warnings.warn(f"terms of the FBKD loss are not finite: {levels} (said once)")
+
+
+def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
+    """Which side's features are to blame for a level, where they are at hand."""
+    sides = {"student": students, "teacher": teachers}
+    broken = [name for name, features in sides.items() if features and not features[level].isfinite().all()]
+    return f" (the {' and the '.join(broken)} features are not)" if broken else ""
+
+
+class UpdateWatch(_Watch):
+    """Warns of parameters whose version counter stands still while gradients reach them: no optimizer has them."""
+
+    PASSES = 10
+
+    def __init__(self):
+        self._passes = 0
+        self._versions: dict[str, int] = {}
+
+    def see(self, module: nn.Module, terms: dict[str, Tensor]) -> None:
+        """Count the backward pass of ``terms``, and compare the parameters of ``module`` then."""
+        if self._passes > self.PASSES:
+            return
+        used = next((term for term in terms.values() if term.requires_grad), None)
+        if used is not None:
+            used.register_hook(lambda _: self._count(module))
+
+    def _count(self, module: nn.Module) -> None:
+        versions = {name: weight._version for name, weight in module.named_parameters() if weight.requires_grad}
+        if self._passes == 0:
+            self._versions = versions
+        still = [name for name, version in self._versions.items() if versions.get(name) == version]
+        self._versions = {name: self._versions[name] for name in still}
+        self._passes += 1
+        if not still:
+            self._passes = self.PASSES + 1
+        elif self._passes == self.PASSES + 1:
+            warnings.warn(
+                f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in "
+                f"{self.PASSES} backward passes and never changed: give loss.parameters() (or "
+                "distiller.parameters()) to the optimizer. If gradients are accumulated over more passes than that, "
+                "nothing is wrong (said once)"
+            )
