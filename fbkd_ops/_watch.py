@@ -9,7 +9,14 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FiniteWatch", "GradientWatch", "UpdateWatch"]
+__all__ = ["FiniteWatch", "GradientWatch", "UpdateWatch", "can_watch"]
+
+
+def can_watch(tensor: Tensor) -> bool:
+    """Whether Python runs now as it does in every step: not while a graph is compiled or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 class _Watch:
@@ -54,7 +61,7 @@ class FiniteWatch(_Watch):
         finite = terms.detach().isfinite()
         if finite.device.type == "cpu":
             self._report(finite, names, students, teachers)
-        elif finite.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        elif finite.device.type == "cuda":
             self._see_later(finite, names)
 
     def _see_later(self, finite: Tensor, names: list[tuple[int, str]]) -> None:
@@ -94,13 +101,16 @@ def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
 
 
 class UpdateWatch(_Watch):
-    """Warns of parameters whose version counter stands still while gradients reach them: no optimizer has them."""
+    """Warns of parameters that stay as they are while gradients reach them: no optimizer has them.
+
+    Version counters tell it for free. Fused optimizers do not move them, so before the warning values are compared.
+    """
 
     PASSES = 10
 
     def __init__(self):
         self._passes = 0
-        self._versions: dict[str, int] = {}
+        self._first: dict[str, tuple[int, Tensor]] = {}
 
     def see(self, module: nn.Module, terms: dict[str, Tensor]) -> None:
         """Count the backward pass of ``terms``, and compare the parameters of ``module`` then."""
@@ -111,15 +121,21 @@ class UpdateWatch(_Watch):
             used.register_hook(lambda _: self._count(module))
 
     def _count(self, module: nn.Module) -> None:
-        versions = {name: weight._version for name, weight in module.named_parameters() if weight.requires_grad}
+        weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
         if self._passes == 0:
-            self._versions = versions
-        still = [name for name, version in self._versions.items() if versions.get(name) == version]
-        self._versions = {name: self._versions[name] for name in still}
+            self._first = {name: (weight._version, weight.sum()) for name, weight in weights.items()}
         self._passes += 1
-        if not still:
+        self._first = {
+            name: first for name, first in self._first.items() if name in weights and weights[name]._version == first[0]
+        }
+        if not self._first:
             self._passes = self.PASSES + 1
-        elif self._passes == self.PASSES + 1:
+        elif self._passes > self.PASSES:
+            self._warn([name for name, (_, value) in self._first.items() if torch.equal(weights[name].sum(), value)])
+            self._first = {}
+
+    def _warn(self, still: list[str]) -> None:
+        if still:
             warnings.warn(
                 f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in "
                 f"{self.PASSES} backward passes and never changed: give loss.parameters() (or "

@@ -12,7 +12,7 @@ from . import backends, reference
 from ._batch_norm import synchronizes, uses_batch_statistics
 from ._numerics import accumulation_dtype, root, without_autocast
 from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
-from ._watch import FiniteWatch, GradientWatch, UpdateWatch
+from ._watch import FiniteWatch, GradientWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
@@ -147,7 +147,7 @@ class FBKDLoss(nn.Module):
             backend = backends.resolve("relation_loss", students[0])
             squares = self._squares(backend, students, teachers)
             terms = self._weighted(squares, students, teachers)
-        if self.training and not torch.compiler.is_compiling():
+        if self.training and can_watch(students[0]):
             self._gradient_watch.see(students, [teacher for _, _, _, teacher in pairs])
             self._update_watch.see(self, terms)
         return terms
@@ -192,7 +192,7 @@ class FBKDLoss(nn.Module):
         if self.synchronize:
             sums, elements = _over_processes(sums, elements)
         roots = root(sums)
-        if self.training and not torch.compiler.is_compiling():
+        if self.training and can_watch(sums):
             self._finite_watch.see(roots, list(squares), students, teachers)
         for (index, term), value, count in zip(squares, roots.unbind(), elements):
             name = f"loss_fbkd_{term}"
