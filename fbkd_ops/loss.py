@@ -16,6 +16,7 @@ from ._watch import FiniteWatch, GradientWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
+from .autograd.sum_over_processes import SumOverProcessesFunction
 from .non_local_block import NonLocalBlock2d
 from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
 from .relation import RelationTerm, relation_squares
@@ -378,7 +379,7 @@ def _over_processes(sums: Tensor, elements: list[int]) -> tuple[Tensor, Tensor]:
     counts = sums.new_tensor(elements)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums, counts
-    return torch.distributed.nn.functional.all_reduce(torch.cat([sums, counts])).chunk(2)
+    return SumOverProcessesFunction.apply(torch.cat([sums, counts])).chunk(2)
 
 
 def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -1,0 +1,54 @@
+"""Distillation in several processes: where the loss goes, and what they share."""
+
+from typing import Any, TypeVar, Union
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .distiller import Distiller
+
+__all__ = ["data_parallel"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def data_parallel(
+    module: Module, *, sync_batch_norm: bool = False, **options: Any
+) -> Union[Module, DistributedDataParallel]:
+    """``module`` in ``DistributedDataParallel``, or as it is where no process group is initialized.
+
+    Wrap the whole :class:`fbkd_ops.Distiller` where you call it yourself: student and loss are then one unit, and every
+    parameter is used in every step, also before ``start_step``, so ``find_unused_parameters`` is not needed. Where a
+    framework wraps the student itself, give the wrapped student to the distiller and wrap the loss alone:
+    ``Distiller(wrapped_student, teacher, data_parallel(loss), ...)``. The teacher is never wrapped.
+
+    Args:
+        module: a distiller or a loss, on its device already.
+        sync_batch_norm: whether the non-local blocks' BatchNorms use the statistics of all processes' batches (the
+            student's own norms stay as they are).
+        **options: for ``DistributedDataParallel``.
+
+    Returns:
+        The wrapped module; its gradients are means over processes, as those of any module there. They are exactly those
+        of one process with the mean of the losses of each part of the batch if the blocks' norms are synchronized,
+        frozen or absent, and those of the joined batch with ``FBKDLoss(..., synchronize=True)`` besides.
+
+    Raises:
+        TypeError: something that is no module.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, FBKDLoss(256, num_levels=5), student_layers="backbone")
+        >>> parallel = data_parallel(distiller, sync_batch_norm=True)
+        >>> losses = parallel(images, targets)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a Distiller or a loss, got {type(module).__name__}")
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return module
+    device = next(module.parameters()).device
+    parallel = DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device], **options)
+    if sync_batch_norm:
+        # Not before: on the CPU, where PyTorch's own SyncBatchNorm does not run, the wrapper would refuse it.
+        nn.SyncBatchNorm.convert_sync_batchnorm(module.loss if isinstance(module, Distiller) else module)
+    return parallel

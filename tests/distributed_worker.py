@@ -1,0 +1,109 @@
+"""One of the processes that tests/test_distributed.py starts with torchrun; each leaves what it saw in a file.
+
+It is also imported by the test, which makes the same models in a single process.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from detectors import Detector
+from helpers import randomise
+from torch import nn
+
+from fbkd_ops import Distiller, FBKDLoss
+from fbkd_ops.distributed import data_parallel
+
+WORLD = 2
+STEPS = 3
+SIZES = (8, 10)  # each process pads its images to another size
+TARGETS = torch.tensor(1.0, dtype=torch.float64)
+
+
+def batch(rank: int, step: int, same_size: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    size = SIZES[0] if same_size else SIZES[rank]
+    return torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def make(norm: str = "batch", synchronize: bool = False, normalize: str = "none", **schedule) -> Distiller:
+    torch.manual_seed(0)
+    student, teacher = Detector(4), Detector(6)
+    student.dropout.p = 0.0
+    loss = FBKDLoss(4, 6, num_levels=2, stride=2, norm=norm, normalize=normalize, synchronize=synchronize)
+    return Distiller(student, teacher, randomise(loss), student_layers="backbone", **schedule).double()
+
+
+CASES = {
+    "frozen": dict(norm="frozen"),
+    "no norm": dict(norm="none"),
+    "schedule": dict(norm="frozen", start_step=1, stop_step=2),
+    "mean": dict(norm="frozen", normalize="mean"),
+    "joined": dict(norm="none", synchronize=True),
+    "joined mean": dict(norm="none", synchronize=True, normalize="mean"),
+    "joined batch norm": dict(synchronize=True),
+}
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.replace("module.", ""): parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def run_case(case: dict, rank: int, wrap) -> dict:
+    distiller = wrap(make(**case))
+    optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.05), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = distiller(batch(rank, step, case.get("synchronize", False)), TARGETS)
+        sum(losses.values()).backward()
+        seen.append({"losses": {name: value.item() for name, value in losses.items()}, "grads": gradients(distiller)})
+        optimizer.step()
+    return seen
+
+
+def whole(distiller: Distiller) -> nn.Module:
+    return data_parallel(distiller, sync_batch_norm=True)
+
+
+def apart(distiller: Distiller) -> nn.Module:
+    """The student wrapped by somebody else."""
+    student = nn.parallel.DistributedDataParallel(distiller.student)
+    return Distiller(student, distiller.teacher, data_parallel(distiller.loss), student_layers="backbone")
+
+
+def sharded(distiller: Distiller) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for part in (distiller.student.backbone, distiller.loss, distiller):
+        fully_shard(part, mesh=mesh)
+    return distiller
+
+
+def run_sharded(rank: int) -> list[dict]:
+    distiller = sharded(make(norm="frozen"))
+    optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.05), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = distiller(batch(rank, step), TARGETS)
+        sum(losses.values()).backward()
+        grads = {name: parameter.grad.full_tensor() for name, parameter in distiller.named_parameters()}
+        seen.append({"losses": {name: value.item() for name, value in losses.items()}, "grads": grads})
+        optimizer.step()
+    return seen
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    seen = {name: run_case(case, rank, whole) for name, case in CASES.items()}
+    seen["apart"] = run_case(CASES["frozen"], rank, apart)
+    seen["sharded"] = run_sharded(rank)
+    torch.save(seen, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,96 @@
+"""Two torchrun processes with a part of the batch each, against one process that has both parts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_worker import CASES, STEPS, TARGETS, WORLD, batch, gradients, make
+
+from fbkd_ops import FBKDLoss
+from fbkd_ops.distributed import data_parallel
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+
+HERE = Path(__file__).parent
+TOLERANCE = dict(rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> list[dict]:
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, HERE / "distributed_worker.py", folder],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def assert_same(expected: dict, ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(rank[name], gradient, **TOLERANCE, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["frozen", "no norm", "schedule", "mean", "apart", "sharded"])
+def test_gradients_are_those_of_the_mean_of_both_parts_losses(name, seen):
+    """Without find_unused_parameters, of which DistributedDataParallel complains in the second step."""
+    distiller = make(**CASES.get(name, CASES["frozen"]))
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank in range(WORLD):
+            distiller.step = step
+            losses = distiller(batch(rank, step), TARGETS)
+            assert seen[rank][name][step]["losses"] == pytest.approx({k: v.item() for k, v in losses.items()}, 1e-10)
+            (sum(losses.values()) / WORLD).backward()
+        assert_same(gradients(distiller), [rank[name][step]["grads"] for rank in seen])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["joined", "joined mean", "joined batch norm"])
+def test_synchronized_sums_are_those_of_the_joined_batch(name, seen):
+    distiller = make(**CASES[name])
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = [batch(rank, step, same_size=True) for rank in range(WORLD)]
+        losses = distiller(torch.cat(parts), TARGETS)
+        for rank in seen:
+            for term in FBKDLoss.term_names:
+                assert rank[name][step]["losses"][term] == pytest.approx(losses[term].item(), 1e-10)
+        # The detector's own losses are means over a part; theirs is another mean than that of the joined batch.
+        own = sum(sum(distiller.student(part, TARGETS).values()) for part in parts) / WORLD
+        (own + sum(losses[term] for term in FBKDLoss.term_names)).backward()
+        assert_same(gradients(distiller), [rank[name][step]["grads"] for rank in seen])
+        optimizer.step()
+
+
+def test_the_two_losses_differ(seen):
+    """A root of the sum over both parts is no mean of the roots."""
+    apart, joined = (seen[0][name][0]["losses"]["loss_fbkd_feature"] for name in ("no norm", "joined"))
+    assert abs(apart - joined) > 0.1 * joined
+
+
+def test_without_processes_everything_stays_as_it_is():
+    distiller = make(synchronize=True)
+    assert data_parallel(distiller, sync_batch_norm=True) is distiller
+    losses = distiller(batch(0, 0), TARGETS)
+    expected = make(synchronize=False)(batch(0, 0), TARGETS)
+    torch.testing.assert_close(losses, expected, **TOLERANCE)
+
+
+def test_something_that_is_no_module_is_named():
+    with pytest.raises(TypeError, match="module must be a Distiller or a loss, got dict"):
+        data_parallel({})
