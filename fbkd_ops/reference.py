@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._batch_norm import uses_batch_statistics
 from ._numerics import accumulation_dtype, root
 from .types import AttentionPool, NonLocalWeights
 
@@ -166,10 +167,11 @@ def _normalized(u: Tensor, norm: nn.Module) -> Tensor:
     tensors = dict(norm.named_parameters()) | dict(norm.named_buffers())
     cast = {name: value.to(u.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     out = torch.func.functional_call(norm, cast, (u,))
-    with torch.no_grad():
-        for name, buffer in norm.named_buffers():
-            if not torch.equal(cast[name], buffer.to(cast[name].dtype)):
-                buffer.copy_(cast[name])
+    if uses_batch_statistics(norm):
+        with torch.no_grad():
+            for name, buffer in norm.named_buffers():
+                if cast[name] is not buffer:
+                    buffer.copy_(cast[name])
     return out
 
 

@@ -18,7 +18,10 @@ def attention_pools(features: list[Tensor]) -> list[AttentionPool]:
     backend = backends.resolve("attention_pool", features[0])
     if backend == "reference":
         return [reference.attention_pool(x) for x in features]
-    return pools_of(AttentionPoolFunction.apply(backend, *features))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+        return pools_of(AttentionPoolFunction.apply(backend, *features))
+    # Without a gradient not through the Function: torch.compile hands it a wrong context for two levels (torch 2.14).
+    return pools_of(kernel("attention_pool_forward", backend)([in_place_layout(x) for x in features]))
 
 
 def pools_of(means: tuple[Tensor, ...]) -> list[AttentionPool]:
