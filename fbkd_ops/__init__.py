@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, integrations, reference
+from . import functional, integrations, reference, visualize
 from .backends import use_backend
 from .distiller import Distiller
 from .feature_tap import FeatureTap, Layer
@@ -25,4 +25,5 @@ __all__ = [
     "integrations",
     "reference",
     "use_backend",
+    "visualize",
 ]

@@ -198,28 +198,29 @@ def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
     return levels
 
 
-def paired_levels(student: Features, teacher: Features) -> list[tuple[str, Tensor, str, Tensor]]:
+def paired_levels(
+    student: Features, teacher: Features, teacher_name: str = "teacher_features"
+) -> list[tuple[str, Tensor, str, Tensor]]:
     """``(student label, student map, teacher label, teacher map)`` of every level, checked against each other.
 
     Two dicts are matched by key in the student's order, everything else by position.
     """
     students = feature_levels(student, "student_features")
-    teachers = feature_levels(teacher, "teacher_features")
+    teachers = feature_levels(teacher, teacher_name)
     if len(students) != len(teachers):
         raise ValueError(
-            "student_features and teacher_features must have the same number of levels, "
+            f"student_features and {teacher_name} must have the same number of levels, "
             f"got {len(students)} and {len(teachers)}"
         )
     if isinstance(student, Mapping) and isinstance(teacher, Mapping):
         if set(student) != set(teacher):
             raise ValueError(
-                "student_features and teacher_features must have the same keys, "
-                f"got {list(student)} and {list(teacher)}"
+                f"student_features and {teacher_name} must have the same keys, got {list(student)} and {list(teacher)}"
             )
-        teachers = {f"teacher_features[{key!r}]": teacher[key] for key in student}
+        teachers = {f"{teacher_name}[{key!r}]": teacher[key] for key in student}
     pairs = [(*s, *t) for s, t in zip(students.items(), teachers.items())]
-    for student_name, s, teacher_name, t in pairs:
-        check_pair(s, t, student_name, teacher_name)
+    for student_label, s, teacher_label, t in pairs:
+        check_pair(s, t, student_label, teacher_label)
     return pairs
 
 

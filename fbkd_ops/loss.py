@@ -217,21 +217,30 @@ class FBKDLoss(nn.Module):
                 students[index], pools_s[index], features[index] = outputs
         return students, pools_s, features
 
-    def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
+    def check_levels(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
+        """Refuse features of other levels, widths or devices than the loss was made for.
+
+        Args:
+            pairs: what :func:`fbkd_ops._validation.paired_levels` returns.
+        """
         if len(pairs) != len(self.levels):
             raise ValueError(
                 f"student_features must have {len(self.levels)} levels, as the loss was made with, got {len(pairs)}"
             )
         for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs):
-            level.check_statistics(student, student_name)
-            if level.relation_adaptation is not None:
-                warn_of_clamping(level.settings.stride, student)
             check_channels(student, level.student_channels, student_name)
             check_channels(teacher, level.teacher_channels, teacher_name)
             check_same_device(student, pairs[0][1], student_name, pairs[0][0])
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_same_device(pairs[0][1], parameter, pairs[0][0], "the loss's parameters")
+
+    def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
+        self.check_levels(pairs)
+        for level, (name, student, _, _) in zip(self.levels, pairs):
+            level.check_statistics(student, name)
+            if level.relation_adaptation is not None:
+                warn_of_clamping(level.settings.stride, student)
 
 
 class FBKDLevel(nn.Module):

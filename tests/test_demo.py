@@ -15,7 +15,7 @@ for module in ("torchvision", "pycocotools", "sklearn", "matplotlib", "rich", "t
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from examples.demo import cli, digits, report  # noqa: E402
-from examples.demo.attention import save_attention, spatial_maps  # noqa: E402
+from examples.demo.attention import LEVELS_SHOWN, draw_attention, most_crowded  # noqa: E402
 from examples.demo.data import DataError, Images  # noqa: E402
 from examples.demo.detectors import STUDENT, TEACHER, build_detector  # noqa: E402
 from examples.demo.digits import CLASSES, draw_scene, load_digit_scenes  # noqa: E402
@@ -407,23 +407,25 @@ def test_distilling_trains_the_student_and_leaves_the_teacher():
     assert moved == {"student", "loss"}
 
 
-def test_picture_shows_the_loss_own_maps_and_mask(tmp_path):
+def test_picture_shows_the_loss_own_maps_and_mask():
     """Against the definitions: means of absolute values, and the two softmaxes' average."""
     images = load_digit_scenes(64, 1, 3).val
-    kinds = ((TEACHER, 0), (STUDENT, 0), (STUDENT, 1))
-    teacher, student, plain = (build_detector(config, 10, 64, seed) for config, seed in kinds)
-    loss = build_distiller(student, teacher, [images[0][0]], "two_stage", 1.0).loss
-    detectors = {"plain": plain, "distilled": student, "teacher": teacher}
-    levels = spatial_maps(detectors, loss, images[0][0])
-    assert [tuple(level["teacher"].shape) for level in levels] == [(16, 16), (8, 8), (4, 4), (2, 2)]
-    for key, level in zip("012", levels):
-        for name, detector in detectors.items():
-            expected = features(detector, [images[0][0]])[key][0].abs().mean(0)
-            torch.testing.assert_close(level[name], expected)
-        halves = [(level[name] / 0.5).flatten().softmax(0).view_as(level[name]) for name in ("distilled", "teacher")]
-        torch.testing.assert_close(level["mask"], sum(halves) * level["mask"].numel() / 2)
-    save_attention(tmp_path / "picture.png", detectors, loss, images, CLASSES)
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    kinds = ((STUDENT, 1), (STUDENT, 0), (TEACHER, 0))
+    plain, student, teacher = (build_detector(config, 10, 64, seed) for config, seed in kinds)
+    image, target = images[most_crowded(images)]
+    loss = build_distiller(student, teacher, [image], "two_stage", 1.0).loss
+    figure = draw_attention({"plain": plain, "distilled": student, "teacher": teacher}, loss, images, CLASSES)
+    panels = [axes for axes in figure.axes if axes.images]
+    columns = ["image", "plain student", "distilled student", "teacher", "mask"]
+    assert [axes.get_title() for axes in panels[:5]] == columns and len(panels) == LEVELS_SHOWN * len(columns)
+    assert [text.get_text() for text in panels[0].texts] == [CLASSES[label - 1] for label in target["labels"]]
+    for key in range(LEVELS_SHOWN):
+        drawn = [torch.tensor(axes.images[1].get_array().filled()) for axes in panels[5 * key + 1 : 5 * key + 5]]
+        assert panels[5 * key].get_ylabel() == f"level {key}, stride {4 * 2**key}"
+        for values, detector in zip(drawn, (plain, student, teacher)):
+            torch.testing.assert_close(values, features(detector, [image])[str(key)][0].abs().mean(0))
+        halves = [(values / 0.5).flatten().softmax(0).view_as(values) for values in drawn[1:3]]
+        torch.testing.assert_close(drawn[3], sum(halves) * drawn[3].numel() / 2)
 
 
 # Command line

@@ -21,6 +21,7 @@ MODULES = [
     "distiller",
     "feature_tap",
     "backends",
+    "visualize",
     "integrations.mmrazor",
     "integrations.non_local",
 ]
@@ -88,6 +89,7 @@ def test_docstring_examples(name):
 def test_public_names_have_an_example():
     """Every public function and class of the API shows how it is called."""
     public = [getattr(fbkd_ops.functional, name) for name in fbkd_ops.functional.__all__]
+    public += [getattr(fbkd_ops.visualize, name) for name in fbkd_ops.visualize.__all__]
     public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.Distiller, fbkd_ops.use_backend]
     missing = [item.__name__ for item in public if "Example" not in (item.__doc__ or "")]
     assert not missing

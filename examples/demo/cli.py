@@ -17,7 +17,7 @@ from torch import nn
 from fbkd_ops import PRESETS
 
 from . import report
-from .attention import save_attention
+from .attention import draw_attention
 from .data import DataError, DetectionData, Track
 from .detectors import STUDENT, TEACHER, DetectorConfig, build_detector, count_parameters
 from .digits import load_digit_scenes
@@ -118,7 +118,8 @@ class Demo:
         distiller = build_distiller(distilled, teacher, samples, options.preset, options.strength)
         helped = self._finish("distilled", "distilled student", distiller, distilled, options.steps)
         detectors = {"plain": plain, "distilled": distilled, "teacher": teacher}
-        save_attention(options.output / "attention.png", detectors, distiller.loss, self.data.val, self.data.classes)
+        figure = draw_attention(detectors, distiller.loss, self.data.val, self.data.classes)
+        figure.savefig(options.output / "attention.png", dpi=130)
         self._report([taught, alone, helped])
 
     def _load_data(self) -> DetectionData:
