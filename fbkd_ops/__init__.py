@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, integrations, reference, visualize
+from . import distributed, functional, integrations, reference, visualize
 from .backends import use_backend
 from .distiller import Distiller
 from .feature_tap import FeatureTap, Layer
@@ -21,6 +21,7 @@ __all__ = [
     "NonLocalBlock2d",
     "NonLocalWeights",
     "PRESETS",
+    "distributed",
     "functional",
     "integrations",
     "reference",

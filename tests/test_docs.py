@@ -19,6 +19,7 @@ MODULES = [
     "loss",
     "non_local_block",
     "distiller",
+    "distributed",
     "feature_tap",
     "backends",
     "visualize",
@@ -90,7 +91,8 @@ def test_public_names_have_an_example():
     """Every public function and class of the API shows how it is called."""
     public = [getattr(fbkd_ops.functional, name) for name in fbkd_ops.functional.__all__]
     public += [getattr(fbkd_ops.visualize, name) for name in fbkd_ops.visualize.__all__]
-    public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.Distiller, fbkd_ops.use_backend]
+    public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.use_backend]
+    public += [fbkd_ops.Distiller, fbkd_ops.FeatureTap, fbkd_ops.Layer, fbkd_ops.distributed.data_parallel]
     missing = [item.__name__ for item in public if "Example" not in (item.__doc__ or "")]
     assert not missing
 
@@ -108,6 +110,16 @@ def test_the_readmes_training_loop_runs(tmp_path, monkeypatch):
     names = dict(torch=torch, student=Pyramid(), teacher=teacher, device="cpu", loader=[(IMAGES, TARGETS)] * 2)
     exec(code, names)
     assert set(torch.load("student.pth")) == set(teacher.state_dict())
+
+
+def test_the_training_guide_runs(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert len(names["features"]) == 3 and names["distiller"].step == 1
+    assert set(torch.load("student.pth")) == set(names["student"].state_dict())
 
 
 def test_links_in_the_documentation_exist():
