@@ -224,10 +224,7 @@ class Distiller(nn.Module):
         """
         return balance_report(self, *args, **kwargs)
 
-    def train(self, mode: bool = True) -> "Distiller":
-        super().train(mode)
-        self.teacher.eval()
-        return self
+
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self._step}
