@@ -44,9 +44,13 @@ CASES = {
     "joined batch norm": dict(synchronize=True),
 }
 
+APART = dict(norm="frozen", stop_step=2)
+
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name.replace("module.", ""): parameter.grad.clone() for name, parameter in module.named_parameters()}
+    """Zeros where there is none."""
+    named = {name.replace("module.", ""): parameter for name, parameter in module.named_parameters()}
+    return {name: torch.zeros_like(x) if x.grad is None else x.grad.clone() for name, x in named.items()}
 
 
 def run_case(case: dict, rank: int, wrap) -> dict:
@@ -66,9 +70,9 @@ def whole(distiller: Distiller) -> nn.Module:
 
 
 def apart(distiller: Distiller) -> nn.Module:
-    """The student wrapped by somebody else."""
-    student = nn.parallel.DistributedDataParallel(distiller.student)
-    return Distiller(student, distiller.teacher, data_parallel(distiller.loss), student_layers="backbone")
+    """The student wrapped by somebody else; in the last step the loss is not used."""
+    student, loss = nn.parallel.DistributedDataParallel(distiller.student), data_parallel(distiller.loss)
+    return Distiller(student, distiller.teacher, loss, student_layers="backbone", stop_step=distiller.stop_step)
 
 
 def sharded(distiller: Distiller) -> nn.Module:
@@ -99,7 +103,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     seen = {name: run_case(case, rank, whole) for name, case in CASES.items()}
-    seen["apart"] = run_case(CASES["frozen"], rank, apart)
+    seen["apart"] = run_case(APART, rank, apart)
     seen["sharded"] = run_sharded(rank)
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

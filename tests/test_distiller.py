@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from fbkd_ops import Distiller, FBKDLoss, Layer
 
-IMAGES, TARGETS = torch.randn(2, 3, 8, 8), torch.tensor(1.0)
+IMAGES = 10 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.tensor(1.0)
 
 
 def without_dropout(distiller):
@@ -30,7 +31,7 @@ def expected_terms(distiller, student_features, teacher_features):
 
 def assert_terms(losses, expected, scale=1.0):
     for name, term in expected.items():
-        torch.testing.assert_close(losses[name].detach(), scale * term, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(losses[name].detach(), scale * term, rtol=1e-6, atol=0)
 
 
 def test_adds_the_terms_to_the_students_own_losses():
@@ -187,17 +188,20 @@ def test_the_teacher_starts_at_its_entry_with_what_the_students_was_given():
 
 
 def test_levels_are_chosen_by_key_and_by_index():
-    loss = FBKDLoss(4, 6, num_levels=1)
-    by_key = Distiller(
-        Detector(4), Detector(6), loss, student_layers="backbone", student_levels=["coarse"], teacher_levels=["coarse"]
-    )
-    layers = ["backbone.stem", "backbone.down"]
+    """And come in the order in which they are named."""
+    by_key = make_distiller(student_levels=["coarse", "fine"], teacher_levels=["coarse", "fine"])
     by_index = Distiller(
-        by_key.student, by_key.teacher, loss, student_layers=layers, student_levels=[-1], teacher_levels=[1]
+        by_key.student,
+        by_key.teacher,
+        by_key.loss,
+        student_layers=["backbone.stem", "backbone.down"],
+        teacher_layers="backbone",
+        student_levels=[-1, 0],
+        teacher_levels=["coarse", "fine"],
     )
-    expected = expected_terms(
-        by_key, [by_key.student.backbone(IMAGES)["coarse"]], [by_key.teacher.backbone(IMAGES)["coarse"]]
-    )
+    by_key.student.backbone.stem.register_forward_hook(lambda module, inputs, output: output.relu())
+    sides = (model.backbone(IMAGES) for model in (by_key.student, by_key.teacher))
+    expected = expected_terms(by_key, *([maps["coarse"], maps["fine"]] for maps in sides))
     assert_terms(by_key(IMAGES, TARGETS), expected)
     assert_terms(by_index(IMAGES, TARGETS), expected)
 
@@ -215,7 +219,7 @@ def test_other_numbers_of_levels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resize_brings_the_teacher_to_the_students_size(layers, dtype):
     distiller = make_distiller(layers=layers, teacher_layers="backbone", resize=True)
-    small = torch.randn(2, 3, 5, 7)
+    small = 10 * torch.randn(2, 3, 20, 14)
     distiller.teacher.to(dtype)
     distiller.teacher.backbone.register_forward_pre_hook(lambda module, inputs: small.to(dtype))
     losses = distiller(IMAGES, TARGETS)
@@ -228,7 +232,18 @@ def test_resize_brings_the_teacher_to_the_students_size(layers, dtype):
     ]
     assert_terms(losses, expected_terms(distiller, student_maps, resized))
     distiller.resize = False
-    with pytest.raises(ValueError, match="(8, 8)"):
+    with pytest.raises(ValueError, match=r"must agree in N, H and W, got \(2, 4, 8, 8\) and \(2, 6, 20, 14\)"):
+        distiller(IMAGES, TARGETS)
+
+
+@pytest.mark.parametrize("wrong", [lambda maps: [each[0] for each in maps], lambda maps: maps[:1]])
+def test_features_that_cannot_be_resized_are_named_by_the_loss(wrong):
+    distiller = make_distiller(
+        layers=["backbone.stem", "backbone.down"],
+        teacher_layers=Layer("backbone", select=lambda maps: wrong(list(maps.values()))),
+        resize=True,
+    )
+    with pytest.raises(ValueError, match="must have shape|same number of levels"):
         distiller(IMAGES, TARGETS)
 
 
@@ -477,6 +492,12 @@ class Pair(Detector):
         return images.mean(), images
 
 
+class Vectors(Detector):
+    def forward(self, images, targets=None):
+        self.backbone(images)
+        return [images.mean(dim=(1, 2, 3))]
+
+
 class Vector(Detector):
     def forward(self, images, targets=None):
         self.backbone(images)
@@ -489,6 +510,7 @@ class Vector(Detector):
         (Twice(4), RuntimeError, "student_layers: module 'backbone' was called 2 times in one forward, expected once"),
         (Never(4), RuntimeError, "student_layers: module 'backbone' was called 0 times"),
         (Pair(4), TypeError, "must return a dict or list of losses, a scalar tensor, .* got tuple; .*combine="),
+        (Vectors(4), TypeError, "must return a dict or list of losses, a scalar tensor, .* got list"),
         (Vector(4), TypeError, r"must return a dict or list of losses, a scalar tensor, .* got Tensor\(2,\)"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import CASES, STEPS, TARGETS, WORLD, batch, gradients, make
+from distributed_worker import APART, CASES, STEPS, TARGETS, WORLD, batch, gradients, make
 
 from fbkd_ops import FBKDLoss
 from fbkd_ops.distributed import data_parallel
@@ -46,7 +46,7 @@ def assert_same(expected: dict, ranks: list[dict]) -> None:
 @pytest.mark.parametrize("name", ["frozen", "no norm", "schedule", "mean", "apart", "sharded"])
 def test_gradients_are_those_of_the_mean_of_both_parts_losses(name, seen):
     """Without find_unused_parameters, of which DistributedDataParallel complains in the second step."""
-    distiller = make(**CASES.get(name, CASES["frozen"]))
+    distiller = make(**(APART if name == "apart" else CASES.get(name, CASES["frozen"])))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
     for step in range(STEPS):
         optimizer.zero_grad()
