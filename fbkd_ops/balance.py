@@ -49,7 +49,8 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
     modes = [(module, module.training) for module in student.modules()]
     with torch.random.fork_rng(), _kept_buffers(student), torch.enable_grad():
         try:
-            student.train()
+            if not student.training:
+                student.train()
             output, features_s, features_t = distiller.run(*args, **kwargs)
         finally:
             for module, mode in modes:

@@ -196,9 +196,8 @@ class Distiller(nn.Module):
     def _idle_terms(self) -> dict[str, Tensor]:
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
         names = getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
-        waits_for_own_forward = isinstance(self.loss, nn.parallel.DistributedDataParallel)
-        parameters = [] if waits_for_own_forward else [each for each in self.loss.parameters() if each.requires_grad]
-        zero = 0 * sum((parameter.sum() for parameter in parameters), torch.zeros(()))
+        used = [parameter.sum() for parameter in self.loss.parameters() if parameter.requires_grad]
+        zero = 0 * sum(used, torch.zeros(()))
         return {name: zero for name in names}
 
     def terms(self) -> dict[str, Tensor]:
@@ -223,8 +222,6 @@ class Distiller(nn.Module):
             ['loss_box']
         """
         return balance_report(self, *args, **kwargs)
-
-
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self._step}

@@ -314,6 +314,26 @@ def test_wider_features_than_parameters_update_the_statistics(backend):
         assert not torch.equal(buffer, before[name])
 
 
+def test_narrow_features_leave_wider_frozen_statistics_alone():
+    """The literal formula casts the buffers to float32; what it casts back would be rounded."""
+    loss = randomise(FBKDLoss(4, num_levels=1).double()).eval()
+    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    with fbkd_ops.use_backend("reference"):
+        loss([torch.randn(2, 4, 8, 8)], [torch.randn(2, 4, 8, 8)])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_no_image_gives_zero_terms(normalize, synchronize):
+    loss = FBKDLoss(4, num_levels=1, normalize=normalize, synchronize=synchronize)
+    student = torch.randn(0, 4, 8, 8, requires_grad=True)
+    terms = loss([student], [torch.randn(0, 4, 8, 8)])
+    sum(terms.values()).backward()
+    assert all(term == 0 for term in terms.values())
+    assert not any(parameter.grad.any() for parameter in loss.parameters())
+
+
 @pytest.mark.parametrize("mode,backend", [("dot_product", "inductor"), ("concatenation", "aot_eager")])
 def test_compiles_into_one_graph_for_any_size(mode, backend):
     """In training, so with BatchNorm's updates; the second size must not compile anew into static shapes or fail."""
