@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -106,17 +107,22 @@ class Suite:
 
     ``op`` is the name in ``fbkd_ops.backends.OPS``. Differentiable inputs are those that require a gradient.
     ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
-    with, ``reference`` the literal formula, which also takes float64 inputs in any case. ``cases`` are what is measured
-    unless something else is asked for, ``strides`` a case's pooling factors by its shape.
+    with, ``reference`` the literal formula, which also takes float64 inputs in any case. An implementation that is a
+    module is differentiated by its own parameters. ``cases`` are what is measured unless something else is asked for,
+    ``strides`` a case's pooling factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` is the
+    suite in which the implementations of the same names are compared with the literal formula instead; ``states`` are
+    those of the CPU's memory to measure in, if not the usual ones.
     """
 
     op: str
     inputs: Callable[[Case], list[Tensor]]
     implementations: dict[str, Callable[[Case], Implementation]]
-    cost: Callable[[Case], Cost]
+    cost: Optional[Callable[[Case], Cost]]
     cases: tuple[Case, ...]
     strides: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = lambda shape: ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
+    checked_as: Optional["Suite"] = None
+    states: Optional[tuple[str, ...]] = None
 
     @property
     def baseline(self) -> str:

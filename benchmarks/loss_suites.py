@@ -1,8 +1,10 @@
-"""The suites of whole losses: ``relation``, one level's relation term, and ``fbkd_loss``, all terms of a pyramid.
+"""The suites with non-local blocks: ``non_local``, one block by itself, ``relation``, one level's relation term, and
+``fbkd_loss``, all terms of a pyramid.
 
-Their inputs are the students' maps, the teachers' and the parameters of ``FBKDLoss`` in its order. An implementation is
-a module that is called with those parameters in place of its own. BatchNorm is in training mode, and its parameters are
-random: where they are 0, as at first, a non-local block is the identity.
+Their inputs are the students' maps, the teachers' and the parameters of ``FBKDLoss`` in its order; a block's are its
+map and its parameters. An implementation is a module that is called with those parameters in place of its own.
+BatchNorm is in training mode, and its parameters are random: where they are 0, as at first, a non-local block is the
+identity.
 """
 
 from collections.abc import Callable
@@ -16,9 +18,10 @@ import fbkd_ops
 from benchmarks import mmrazor
 from benchmarks.cases import LEVELS, TOLERANCES, Case, Cost, Implementation, Suite, forced
 from fbkd_ops.integrations.mmrazor import load_connectors
+from fbkd_ops.integrations.non_local import load_non_local
 from fbkd_ops.presets import PRESETS
 
-__all__ = ["FBKD_LOSS", "RELATION"]
+__all__ = ["FBKD_LOSS", "NON_LOCAL", "RELATION", "STRIDES", "loss_of", "their_loss_of"]
 
 STRIDES = PRESETS["mmrazor"]["stride"]  # of P2..P5
 # Of each pooling factor: the ratio of the inner width; without pooling as at P2 and P3.
@@ -66,7 +69,7 @@ class Total(nn.Module):
         return sum(self.loss(students, teachers).values())
 
 
-def _loss(case: Case, memory_efficient: bool = False) -> fbkd_ops.FBKDLoss:
+def loss_of(case: Case, memory_efficient: bool = False) -> fbkd_ops.FBKDLoss:
     levels = dict(
         num_levels=len(case.strides),
         stride=list(case.strides),
@@ -77,7 +80,7 @@ def _loss(case: Case, memory_efficient: bool = False) -> fbkd_ops.FBKDLoss:
     )
 
 
-def _their_loss(case: Case) -> mmrazor.Loss:
+def their_loss_of(case: Case) -> mmrazor.Loss:
     reductions = [round(1 / RATIOS[stride]) for stride in case.strides]
     return mmrazor.Loss(case.shape[1], case.strides, reductions).to(case.device)
 
@@ -96,16 +99,21 @@ def _inputs(part: type[nn.Module]) -> Callable[[Case], list[Tensor]]:
 
     def inputs(case: Case) -> list[Tensor]:
         students, teachers = ([(8 * x).round() / 8 for x in case.pyramid(seed)] for seed in (0, 1))
-        generator = torch.Generator().manual_seed(3)
-        parameters = []
-        for parameter in part(_loss(case)).parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                values = values / parameter[0].numel() ** 0.5
-            parameters.append(((64 * values).round() / 64).to(case.device, _parameter_dtype(case)))
-        return [*(x.requires_grad_() for x in students), *teachers, *(x.requires_grad_() for x in parameters)]
+        parameters = _grid_parameters(part(loss_of(case)), case)
+        return [*(x.requires_grad_() for x in students), *teachers, *parameters]
 
     return inputs
+
+
+def _grid_parameters(module: nn.Module, case: Case) -> list[Tensor]:
+    """Random values for the parameters of ``module``, on the grid."""
+    generator, values = torch.Generator().manual_seed(3), []
+    for parameter in module.parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            value = value / parameter[0].numel() ** 0.5
+        values.append(((64 * value).round() / 64).to(case.device, _parameter_dtype(case)).requires_grad_())
+    return values
 
 
 def _called(module: nn.Module, names: list[str], levels: int, dtype: Optional[torch.dtype] = None) -> Implementation:
@@ -123,7 +131,7 @@ def _called(module: nn.Module, names: list[str], levels: int, dtype: Optional[to
 
 def _ours(part: type[nn.Module], backend: str, memory_efficient: bool = False) -> Callable[[Case], Implementation]:
     def made(case: Case) -> Implementation:
-        module = part(_loss(case, memory_efficient))
+        module = part(loss_of(case, memory_efficient))
         names = [name for name, _ in module.named_parameters()]
         function = _called(module, names, len(case.strides))
         return function if backend == "auto" else forced(function, backend)
@@ -135,7 +143,7 @@ def _theirs(part: type[nn.Module], their_part: Callable[[mmrazor.Loss], nn.Modul
     """MMRazor's, with its parameters in the order of ours."""
 
     def made(case: Case) -> Implementation:
-        ours, theirs = _loss(case), _their_loss(case)
+        ours, theirs = loss_of(case), their_loss_of(case)
         module = their_part(theirs)
         names = _counterparts(part(ours), module, lambda: load_connectors(ours, theirs.student, theirs.teacher))
         dtype = _parameter_dtype(case)
@@ -180,7 +188,7 @@ def _cost(part: type[nn.Module], adaptations: int) -> Callable[[Case], Cost]:
             product = 2 * channels * channels * n * height * width
             flops = [flops[0] + levels[0] + adaptations * product, flops[1] + levels[1] + 2 * adaptations * product]
         maps = case.pixels * case.shape[1] * getattr(torch, case.dtype).itemsize
-        parameters = 4 * sum(parameter.numel() for parameter in part(_loss(case)).parameters())
+        parameters = 4 * sum(parameter.numel() for parameter in part(loss_of(case)).parameters())
         return Cost(2 * maps + parameters, 3 * maps + 2 * parameters, *flops)
 
     return cost
@@ -202,12 +210,73 @@ def _relation_flops(channels: int, inner: int, pixels: int, cells: int) -> tuple
     return forward, pixels * (covariance + its_gradients) + cells * (6 * wide + 4 * narrow)
 
 
+def _student_block(case: Case) -> fbkd_ops.NonLocalBlock2d:
+    """The student's of the case's only level."""
+    return loss_of(case).levels[0].student_non_local
+
+
+def _block_inputs(case: Case) -> list[Tensor]:
+    x = (8 * case.features(0)).round() / 8
+    return [x.requires_grad_(), *_grid_parameters(_student_block(case), case)]
+
+
+def _called_block(block: nn.Module, names: list[str], dtype: Optional[torch.dtype] = None) -> Implementation:
+    """``block`` as a function of x and the parameters ``names``; ``dtype`` is the only one that it takes."""
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(block, dict(zip(names, parameters, strict=True)), (x if dtype is None else x.to(dtype),))
+
+    return function
+
+
+def _our_block(backend: str) -> Callable[[Case], Implementation]:
+    def made(case: Case) -> Implementation:
+        block = _student_block(case)
+        function = _called_block(block, [name for name, _ in block.named_parameters()])
+        return function if backend == "auto" else forced(function, backend)
+
+    return made
+
+
+def _their_block(case: Case) -> Implementation:
+    """MMRazor's, with its parameters in the order of ours."""
+    ours, theirs = _student_block(case), their_loss_of(case).student[0].student_non_local
+    names = _counterparts(ours, theirs, lambda: load_non_local(ours, theirs))
+    return _called_block(theirs.to(_parameter_dtype(case)), names, _parameter_dtype(case))
+
+
+def _block_cost(case: Case) -> Cost:
+    """Forward reads x and writes z; backward reads x and dz and writes dx. The products are one side's of the relation
+    term's, and the affine map that makes z of x, in its low-rank form."""
+    (stride,), (n, channels, height, width) = case.strides, case.shape
+    inner, pixels = max(1, int(channels * RATIOS[stride])), n * height * width
+    cells = n * max(1, height // stride) * max(1, width // stride)
+    wide, narrow, square = 2 * channels * inner, 2 * inner * inner, 2 * channels * channels
+    low_rank = min(square, 2 * wide)
+    forward = pixels * ((square if cells == pixels else 2 * wide + low_rank) + low_rank) + cells * narrow
+    backward = pixels * (2 * low_rank + low_rank) + (0 if cells == pixels else cells * (3 * wide + 2 * narrow))
+    parameters = 4 * sum(parameter.numel() for parameter in _student_block(case).parameters())
+    return Cost(2 * case.map_bytes + parameters, 3 * case.map_bytes + 2 * parameters, forward, backward)
+
+
 def _relation_strides(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
     """The preset's at that level; of a map of another size as at P2."""
     level = list(LEVELS.values()).index(shape) if shape in LEVELS.values() else 0
     return (STRIDES[min(level, len(STRIDES) - 1)],)
 
 
+NON_LOCAL = Suite(
+    "non_local",
+    _block_inputs,
+    {"mmrazor": _their_block, "reference": _our_block("reference"), "fbkd_ops": _our_block("auto")},
+    _block_cost,
+    cases=(
+        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(("P2", "P4"), (STRIDES[0], STRIDES[2]))),
+        *(Case(LEVELS[level], strides=(1,)) for level in ("P4", "P3")),
+    ),
+    strides=_relation_strides,
+    tolerances=LOSS_TOLERANCES,
+)
 RELATION = Suite(
     "relation_loss",
     _inputs(RelationTerm),

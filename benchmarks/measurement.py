@@ -4,24 +4,27 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import memory
 from benchmarks.cases import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
 from benchmarks.suites import SUITES, outputs_of, peers_of
-from benchmarks.timing import interleaved, ratios, summary
+from benchmarks.timing import interleaved, one_call, ratios, summary
 
 __all__ = ["DOES_NOT_FIT", "OURS", "Job", "measure"]
 
 DOES_NOT_FIT = "does not fit in memory"
 PASSES = ("forward", "step")
+MOST_SETS = 8
+LARGE_BYTES, LARGE_SIDE = 1 << 30, 8192  # of a GPU's ceilings
 OURS = "fbkd_ops"
 
 
@@ -37,11 +40,12 @@ class Job:
 
 
 class Runner:
-    """A peer on its inputs: ``forward`` without gradients, ``step`` forward and backward."""
+    """A peer on one set of inputs: ``forward`` without gradients, ``step`` forward and backward."""
 
     def __init__(self, function: Callable, arguments: list[Tensor]):
         self.function, self.arguments = function, arguments
-        self.leaves = [x for x in arguments if x.requires_grad]
+        own = function.parameters() if isinstance(function, nn.Module) else ()
+        self.leaves = [x for x in (*arguments, *own) if x.requires_grad]
         self.grads = None
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -63,33 +67,50 @@ def measure(job: Job) -> dict:
     peers = peers_of(suite, case.device)
     missing = {name: f"{job.suite} has none on {case.device}" for name in job.peers if name not in peers}
     peers = {name: peers[name] for name in job.peers if name in peers}
-    status = missing | {name: _wrong(suite, make, case.small) for name, make in peers.items()}
+    status = missing | _wrongs(suite, peers, case)
+    cost = suite.cost(case) if suite.cost else None
     result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
     try:
-        arguments = suite.inputs(case)
-        ceilings = _ceilings(case, suite.cost(case))
+        sets = _input_sets(suite, case)
+        ceilings = _ceilings(case, cost)
         for ceiling in ceilings.values():
-            ceiling()
+            ceiling.call()
     except (RuntimeError, MemoryError) as error:
         status = {name: problem or _reason(error) for name, problem in status.items()}
         return result | {"peers": {name: {"status": status[name]} for name in job.peers}}
-    runners = {name: Runner(peers[name](case), arguments) for name, problem in status.items() if not problem}
-    status |= {name: _attempt(runner) for name, runner in runners.items()}
+    functions = {name: peers[name](case) for name, problem in status.items() if not problem}
+    runners = {name: [Runner(function, arguments) for arguments in sets] for name, function in functions.items()}
+    status |= {name: _attempt(runner[0]) for name, runner in runners.items()}
     runners = {name: runner for name, runner in runners.items() if not status[name]}
     rows = {name: {"status": status[name] or "ok"} for name in job.peers}
-    for name, runner in runners.items():
-        rows[name] |= _memory_of(runner, job)
-    calls = {(name, which): getattr(runner, which) for name, runner in runners.items() for which in PASSES}
-    times = interleaved(ceilings | calls, job.rounds, case.device, job.seconds)
-    rates = _rates(case, {name: times[name] for name in ceilings})
+    calls = {}
+    for name, of_sets in runners.items():
+        rows[name] |= _memory_of(of_sets[0], job)
+        for which in PASSES:
+            calls[name, which], rows[name][f"{which}_graph"] = one_call(
+                [getattr(x, which) for x in of_sets], case.device
+            )
+    times = interleaved(
+        {name: each.call for name, each in ceilings.items()} | calls, job.rounds, case.device, job.seconds
+    )
+    times |= {key: [value / len(sets) for value in times[key]] for key in calls}
+    rates = _rates(ceilings, times)
     for name in runners:
         for which in PASSES:
             beside = {other: times.get((other, which)) for other in (suite.baseline, OURS)}
-            least = _least(suite.cost(case), rates, which)
+            least = _least(cost, rates, which) if cost else None
             rows[name][which] = _figures(times[name, which], beside[suite.baseline], beside[OURS], least)
     if case.device == "cpu":
-        rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"])
-    return result | {"rounds": len(times["sum"]), "ceilings": rates, "peers": rows}
+        rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
+    return result | {"input_sets": len(sets), "rounds": len(times["sum"]), "ceilings": rates, "peers": rows}
+
+
+def _wrongs(suite: Suite, peers: dict[str, Callable[[Case], Implementation]], case: Case) -> dict[str, str]:
+    """What is wrong with each peer, checked in the suite's own terms or, by name, in those of another suite."""
+    if suite.checked_as is None:
+        return {name: _wrong(suite, make, case.small) for name, make in peers.items()}
+    makers = peers_of(suite.checked_as, case.device)
+    return {name: _wrong(suite.checked_as, makers[name], case.small) if name in makers else "" for name in peers}
 
 
 def _wrong(suite: Suite, make: Callable[[Case], Implementation], case: Case) -> str:
@@ -142,7 +163,7 @@ def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
     facts = {}
     if job.state == "warm":
         memory.settle(runner.step)
-    else:
+    elif job.state == "fresh" or job.case.device == "cuda":
         extra = memory.peak_extra_bytes(runner.step, job.case.device)
         facts["peak_extra_mb"] = None if extra is None else extra / 1e6
     if job.case.device == "cpu":
@@ -150,34 +171,63 @@ def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
     return facts
 
 
-def _ceilings(case: Case, cost: Cost) -> dict[str, Callable[[], object]]:
-    """What the machine can do with a map of this size (the first of a pyramid): reading it, copying it, and, where the
-    suite has matrix products, one with a square matrix of the channels' width.
+class Ceiling(NamedTuple):
+    """Something that the machine does as fast as it can."""
 
-    Reading and copying treat the map's memory as float32, whose sum needs no conversion.
+    call: Callable[[], object]
+    unit: str  # of its rate
+    size: float  # what one call does, in 1e-6 of that unit's bytes or operations a millisecond
+
+
+def _input_sets(suite: Suite, case: Case) -> list[list[Tensor]]:
+    """On a GPU enough sets of the inputs that a set has left its cache before it comes again; on the CPU one."""
+    sets = [suite.inputs(case)]
+    if case.device != "cuda":
+        return sets
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    size = sum(x.nbytes for x in sets[0])
+    count = min(MOST_SETS, 1 + math.ceil(2 * cache / size))
+    return sets + [suite.inputs(case) for _ in range(count - 1)]
+
+
+def _ceilings(case: Case, cost: Optional[Cost]) -> dict[str, Ceiling]:
+    """What the machine can do with a map of this size (the first of a pyramid): reading it, copying it, and, where the
+    suite has matrix products, one with a square matrix of the channels' width. On a GPU memory and matrices are large.
+
+    Reading and copying treat the memory as float32, whose sum needs no conversion.
     """
-    features = case.features(0)
-    words = torch.zeros(max(1, case.map_bytes // 4), device=case.device)
+    size = max(case.map_bytes, LARGE_BYTES if case.device == "cuda" else 4) // 4 * 4
+    words = torch.zeros(size // 4, device=case.device)
     target = torch.empty_like(words)
-    ceilings = {"sum": words.sum, "copy": lambda: target.copy_(words), "copy_to_new": words.clone}
-    if cost.forward_flops:
-        matrix = features.flatten(2) if case.layout == "contiguous" else features.permute(0, 2, 3, 1).flatten(1, 2).mT
-        weight = torch.randn(case.shape[1], case.shape[1]).to(features).expand(case.shape[0], -1, -1)
-        product = torch.empty_like(matrix)
-        ceilings["matmul"] = lambda: torch.matmul(weight, matrix, out=product)
+    ceilings = {
+        "sum": Ceiling(words.sum, "gb_s", size / 1e6),
+        "copy": Ceiling(lambda: target.copy_(words), "gb_s", 2 * size / 1e6),
+        "copy_to_new": Ceiling(words.clone, "gb_s", 2 * size / 1e6),
+    }
+    if cost is not None and cost.forward_flops:
+        ceilings["matmul"] = _matmul(case)
     return ceilings
 
 
-def _rates(case: Case, times: dict[str, list[float]]) -> dict[str, float]:
+def _matmul(case: Case) -> Ceiling:
+    if case.device == "cuda":
+        left, right = (
+            torch.randn(LARGE_SIDE, LARGE_SIDE, device="cuda").to(getattr(torch, case.dtype)) for _ in range(2)
+        )
+    else:
+        features = case.features(0)
+        right = features.flatten(2) if case.layout == "contiguous" else features.permute(0, 2, 3, 1).flatten(1, 2).mT
+        left = torch.randn(case.shape[1], case.shape[1]).to(features).expand(case.shape[0], -1, -1)
+    product = torch.empty_like(right)
+    flops = 2 * left.shape[-1] * right.numel()
+    return Ceiling(lambda: torch.matmul(left, right, out=product), "gflop_s", flops / 1e6)
+
+
+def _rates(ceilings: dict[str, Ceiling], times: dict[Any, list[float]]) -> dict[str, float]:
     """GB/s of reading, copying and copying into newly allocated memory (read + written); GFLOP/s of the product."""
-    moved = 4 * max(1, case.map_bytes // 4) / 1e6
-    median = {name: summary(values)["median"] for name, values in times.items()}
-    rates = {"sum_gb_s": moved / median["sum"]}
-    rates |= {f"{name}_gb_s": 2 * moved / median[name] for name in ("copy", "copy_to_new")}
-    if "matmul" in median:
-        n, channels, height, width = case.shape
-        rates["matmul_gflop_s"] = 2 * n * channels * channels * height * width / 1e6 / median["matmul"]
-    return rates
+    return {
+        f"{name}_{ceiling.unit}": ceiling.size / summary(times[name])["median"] for name, ceiling in ceilings.items()
+    }
 
 
 def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, float]:
@@ -197,15 +247,15 @@ def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, floa
 
 
 def _figures(
-    times: list[float], eager: Optional[list[float]], ours: Optional[list[float]], least: tuple[float, float]
+    times: list[float], eager: Optional[list[float]], ours: Optional[list[float]], least: Optional[tuple[float, float]]
 ) -> dict:
     """``eager`` and ``ours`` are the times of the baseline and of fbkd_ops in the same rounds."""
     ms = summary(times)
-    size, least_ms = least
+    size, least_ms = least or (None, None)
     return {
         "ms": ms,
-        "gb_s": size / 1e6 / ms["median"],
-        "ceiling_percent": 100 * least_ms / ms["median"],
+        "gb_s": size and size / 1e6 / ms["median"],
+        "ceiling_percent": least_ms and 100 * least_ms / ms["median"],
         "speed_vs_eager": ratios(times, eager) if eager else None,
         "speed_of_fbkd_ops": ratios(ours, times) if ours else None,
     }

@@ -87,7 +87,8 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     for name in options.suite:
         asked = options.peers or peers_of(SUITES[name], options.device)
         peers = list(dict.fromkeys([*asked, OURS]))
-        for case, state in itertools.product(cases_of(SUITES[name], options), states_of(options.device)):
+        states = SUITES[name].states or states_of(options.device)
+        for case, state in itertools.product(cases_of(SUITES[name], options), states):
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
 
 
@@ -117,8 +118,10 @@ def spread(figure: Optional[dict], digits: int) -> str:
 def cells(row: dict) -> list[str]:
     passes = [row[which] for which in ("forward", "step")]
     timings = [text for p in passes for text in (spread(p["ms"], 2), spread(p["speed_vs_eager"], 1))]
-    rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
-    shares = " / ".join(f"{p['ceiling_percent']:.0f}" for p in passes)
+    rates, shares = "–", "–"
+    if passes[0]["gb_s"] is not None:
+        rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
+        shares = " / ".join(f"{p['ceiling_percent']:.0f}" for p in passes)
     peak = row.get("peak_extra_mb")
     return [*timings, rates, shares, "–" if peak is None else f"{peak:.0f}"]
 

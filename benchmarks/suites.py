@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import LEVELS, Case, Cost, Implementation, Suite, forced
-from benchmarks.loss_suites import FBKD_LOSS, RELATION
+from benchmarks.loss_suites import FBKD_LOSS, NON_LOCAL, RELATION
+from benchmarks.train_step import TRAIN_STEP
 from fbkd_ops import backends, functional, reference
 
 __all__ = ["PEERS", "SUITES", "outputs_of", "peers_of"]
 
 FORCED = ("cuda", "triton")
 OURS = ("fbkd_ops", "fbkd_ops:memory_efficient", *(f"fbkd_ops:{backend}" for backend in FORCED))
-PEERS = ("eager", "mmrazor", "compile", "reference", *OURS)
+PEERS = ("eager", "no_distillation", "mmrazor", "compile", "reference", *OURS)
 
 
 def outputs_of(result: Union[Tensor, Iterable[Tensor]]) -> tuple[Tensor, ...]:
@@ -28,7 +29,7 @@ def outputs_of(result: Union[Tensor, Iterable[Tensor]]) -> tuple[Tensor, ...]:
 def peers_of(suite: Suite, device: str) -> dict[str, Callable[[Case], Implementation]]:
     """What makes the suite's implementations that run on a device, in the order of PEERS."""
     makers = dict(suite.implementations)
-    makers["compile"] = lambda case: torch.compile(suite.implementations[suite.baseline](case), dynamic=False)
+    makers.setdefault("compile", lambda case: torch.compile(makers[suite.baseline](case), dynamic=False))
     if device == "cuda":
         for backend in FORCED:
             if backend in backends.OPS[suite.op]:
@@ -154,6 +155,8 @@ SUITES = {
         functional.adapted_masked_l2_loss,
         _adapted_cost,
     ),
+    "non_local": NON_LOCAL,
     "relation": RELATION,
     "fbkd_loss": FBKD_LOSS,
+    "train_step": TRAIN_STEP,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["interleaved", "ratios", "summary"]
+__all__ = ["interleaved", "one_call", "ratios", "summary"]
 
 LEAST_ROUNDS = 3
 
@@ -28,6 +28,34 @@ def interleaved(
         for name, function in functions.items():
             times[name].append(once(function))
     return times
+
+
+def one_call(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], object], bool]:
+    """All of ``calls`` as one, and whether that is a CUDA graph, in which the time between launches does not count.
+
+    What cannot be captured is called as it is.
+    """
+    together = calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+    if device != "cuda":
+        return together, False
+    try:
+        return _captured(together), True
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return together, False
+
+
+def _captured(function: Callable[[], object]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def _cpu_ms(function: Callable[[], object]) -> float:

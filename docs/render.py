@@ -218,8 +218,8 @@ def peer_cells(found: list[dict], count: int) -> list[str]:
         [f"{row['forward']['ms']['median']:.2f}" for row in found],
         [f"{step['ms']['median']:.2f}" for step in steps],
         [f"{step['speed_vs_eager']['median']:.1f}" if step["speed_vs_eager"] else "–" for step in steps],
-        [f"{step['gb_s']:.1f}" for step in steps],
-        [f"{step['ceiling_percent']:.0f}" for step in steps],
+        ["–" if step["gb_s"] is None else f"{step['gb_s']:.1f}" for step in steps],
+        ["–" if step["ceiling_percent"] is None else f"{step['ceiling_percent']:.0f}" for step in steps],
         ["–" if peak is None else f"{peak:.0f}"],
     ]
     return [" / ".join(cell) for cell in cells]

@@ -27,6 +27,8 @@ from benchmarks import (  # noqa: E402
 TOOL = Path(microbench.__file__)
 PLAIN = ["eager", "reference", "fbkd_ops"]
 LOSSES = ["relation", "fbkd_loss"]
+BESIDE_MMRAZOR = ["non_local", *LOSSES]
+CHECKED = [name for name, suite in suites.SUITES.items() if suite.checked_as is None]
 ARGUMENTS = ["--shapes", "2,4,6,5", "--rounds", "1", "--threads", "1", "--peers", *PLAIN]
 
 
@@ -65,12 +67,12 @@ def test_the_tool_measures_in_processes_of_its_own(tmp_path):
 
 
 def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
-    text, report = run(capsys, tmp_path / "figures.json")
+    text, report = run(capsys, tmp_path / "figures.json", "--suite", *CHECKED)
     jobs = [(result["suite"], result["state"]) for result in report["results"]]
-    assert jobs == [(suite, state) for suite in suites.SUITES for state in memory.states_of("cpu")]
+    assert jobs == [(suite, state) for suite in CHECKED for state in memory.states_of("cpu")]
     for result in report["results"]:
         assert list(result["peers"]) == PLAIN
-        has_eager = result["suite"] not in LOSSES
+        has_eager = result["suite"] not in BESIDE_MMRAZOR
         if not has_eager:
             assert result["peers"].pop("eager") == {"status": f"{result['suite']} has none on cpu"}
         for row in result["peers"].values():
@@ -81,7 +83,32 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
         if has_eager:
             assert result["peers"]["eager"]["step"]["speed_vs_eager"]["median"] == 1
         assert result["ceilings"]["copy_gb_s"] > 0
-        assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] in ["adapted_masked_l2", *LOSSES])
+        assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] in ["adapted_masked_l2", *BESIDE_MMRAZOR])
+
+
+def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
+    peers = ["no_distillation", "fbkd_ops"]
+    arguments = ["--suite", "train_step", "--shapes", "2,256,16,16", "--peers", *peers]
+    text, report = run(capsys, tmp_path / "figures.json", *arguments)
+    (result,) = report["results"]
+    assert result["state"] == "default"
+    for name in peers:
+        row = result["peers"][name]
+        assert row["status"] == "ok" and row["step"]["ms"]["median"] > row["forward"]["ms"]["median"] > 0
+        assert row["step"]["gb_s"] is None and row["step"]["ceiling_percent"] is None
+        assert row["step"]["speed_vs_eager"]["median"] > 0
+        assert "peak_extra_mb" not in row
+
+
+def test_a_whole_steps_loss_is_checked_as_the_loss():
+    broken = dict(loss_suites.FBKD_LOSS.implementations)
+    broken["fbkd_ops"] = lambda case: lambda *tensors: 2 * broken["reference"](case)(*tensors)
+    checked_as = dataclasses.replace(loss_suites.FBKD_LOSS, implementations=broken)
+    suite = dataclasses.replace(suites.SUITES["train_step"], checked_as=checked_as)
+    wrong = measurement._wrongs(suite, dict.fromkeys(["no_distillation", "fbkd_ops"]), suite.cases[0])
+    assert wrong["no_distillation"] == "" and wrong["fbkd_ops"].startswith("WRONG")
 
 
 def test_torch_compile_is_a_peer():
@@ -98,7 +125,7 @@ def small_case(suite, dtype="float32", layout="contiguous"):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("name", suites.SUITES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_every_peer_is_right(name, layout, dtype):
     """In all dtypes and layouts: the tolerances do not reject a correct implementation."""
     suite = suites.SUITES[name]
@@ -110,7 +137,7 @@ def test_every_peer_is_right(name, layout, dtype):
 
 @pytest.mark.skipif(mmrazor.versions().get("mmrazor") != mmrazor.VERSION, reason="MMRazor 1.0.0 is not installed")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", BESIDE_MMRAZOR)
 def test_mmrazor_is_right(name, dtype):
     suite = suites.SUITES[name]
     assert suite.baseline == "mmrazor"
@@ -133,7 +160,7 @@ def test_projections_are_exact_in_float32(channels):
     suite = suites.SUITES["relation"]
     case = cases.Case((1, channels, 9, 7), strides=(4,))
     student, teacher, *parameters = suite.inputs(case)
-    names = [name for name, _ in loss_suites.RelationTerm(loss_suites._loss(case)).named_parameters()]
+    names = [name for name, _ in loss_suites.RelationTerm(loss_suites.loss_of(case)).named_parameters()]
     named = dict(zip(names, parameters, strict=True))
     for side, x in (("student", student), ("teacher", teacher)):
         for layer in ("phi", "g"):
@@ -309,10 +336,35 @@ def test_the_products_of_the_relation_are_counted():
     assert whole.backward_flops - relation.backward_flops == 2 * product
 
 
-def test_the_rate_of_products_is_that_of_the_product_that_was_timed():
-    times = {"sum": [1.0], "copy": [1.0], "copy_to_new": [1.0], "matmul": [2.0]}
-    rates = measurement._rates(cases.Case((2, 4, 6, 5)), times)
-    assert rates["matmul_gflop_s"] == 2 * 4 * 4 * 60 / 1e6 / 2.0
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_the_rates_are_those_of_what_was_timed(layout):
+    case, cost = cases.Case((2, 4, 6, 5), layout=layout), cases.Cost(1, 1, 1, 1)
+    ceilings = measurement._ceilings(case, cost)
+    rates = measurement._rates(ceilings, {"sum": [1.0], "copy": [1.0], "copy_to_new": [4.0], "matmul": [2.0]})
+    moved = 4 * 2 * 4 * 6 * 5 / 1e6
+    assert rates["sum_gb_s"] == moved and rates["copy_gb_s"] == 2 * moved
+    assert rates["copy_to_new_gb_s"] == 2 * moved / 4
+    assert rates["matmul_gflop_s"] == pytest.approx(2 * 4 * 4 * 60 / 1e6 / 2.0)
+
+
+def test_one_call_makes_all_calls():
+    """A GPU's inputs come in several sets, and a call is timed over all of them."""
+    seen = []
+    together, is_graph = timing.one_call([lambda: seen.append("a"), lambda: seen.append("b")], "cpu")
+    together()
+    assert seen == ["a", "b"] and not is_graph
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_are_replayed_from_a_graph():
+    x = torch.zeros(4, device="cuda")
+    together, is_graph = timing.one_call([lambda: x.add_(1), lambda: x.mul_(2)], "cuda")
+    assert is_graph
+    x.zero_()
+    together()
+    assert x.tolist() == [2.0] * 4
+    not_captured, is_graph = timing.one_call([lambda: x.sum().item()], "cuda")
+    assert not is_graph and not_captured() is not None
 
 
 def result_without_pooling(sizes, ms, status="ok", strides=(1,)):

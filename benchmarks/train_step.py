@@ -1,0 +1,107 @@
+"""The suite ``train_step``: a whole step of a detector, forward and backward, without and with distillation.
+
+torchvision's Faster R-CNN with a ResNet-50 learns from one with a ResNet-101, both at random weights. All peers run the
+same detector and the same teacher; only the loss between their features differs. That loss is checked in the suite
+``fbkd_loss``; a detector's own result is random (it samples proposals) and is not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fbkd_ops
+from benchmarks.cases import LEVELS, Case, Implementation, Suite
+from benchmarks.loss_suites import FBKD_LOSS, STRIDES, loss_of, their_loss_of
+
+__all__ = ["TRAIN_STEP"]
+
+CLASSES, BOXES, PIXELS = 91, 8, 4  # an image has 4 times the height and width of its finest level
+LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counterpart in the preset
+
+
+def _detector(case: Case, depth: int) -> nn.Module:
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    height, width = (PIXELS * side for side in case.shape[2:])
+    backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=5)
+    size = dict(min_size=min(height, width), max_size=max(height, width))
+    return FasterRCNN(backbone, num_classes=CLASSES, **size).to(case.device)
+
+
+def _images(case: Case) -> list[Tensor]:
+    n, _, height, width = case.shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(n, 3, PIXELS * height, PIXELS * width, generator=generator)
+    return list(images.to(case.device))
+
+
+def _targets(images: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
+    """Boxes of a quarter of each side in a row from the top left corner to the bottom right one."""
+    targets = []
+    for image in images:
+        height, width = image.shape[1:]
+        corners = torch.linspace(0, 0.75, BOXES, device=image.device)[:, None]
+        scale = torch.tensor([width, height] * 2, device=image.device)
+        boxes = torch.cat([corners, corners, corners + 0.25, corners + 0.25], dim=1) * scale
+        targets.append({"boxes": boxes, "labels": torch.arange(1, BOXES + 1, device=image.device)})
+    return targets
+
+
+class Step(nn.Module):
+    """The sum of all losses of a step; ``detector`` is a student alone or in a distiller."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector.train()
+
+    def forward(self, *images: Tensor) -> Tensor:
+        return sum(self.detector(list(images), _targets(images)).values())
+
+
+class TheirTerms(nn.Module):
+    """MMRazor's scalar loss as a distiller takes it."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, students: list[Tensor], teachers: list[Tensor]) -> dict[str, Tensor]:
+        return {"loss_mmrazor": self.loss(students, teachers)}
+
+
+def _alone(case: Case) -> Implementation:
+    return Step(_detector(case, 50))
+
+
+def _distilled(make_loss: Callable[[Case], nn.Module]) -> Callable[[Case], Implementation]:
+    def made(case: Case) -> Implementation:
+        places: dict[str, Any] = dict(student_layers="backbone", teacher_entry="backbone")
+        levels = dict(student_levels=LEVEL_NAMES, teacher_levels=LEVEL_NAMES)
+        models = _detector(case, 50), _detector(case, 101)
+        return Step(fbkd_ops.Distiller(*models, make_loss(case), **places, **levels))
+
+    return made
+
+
+def _compiled(case: Case) -> nn.Module:
+    return TheirTerms(torch.compile(their_loss_of(case), dynamic=False))
+
+
+TRAIN_STEP = Suite(
+    "relation_loss",
+    _images,
+    {
+        "no_distillation": _alone,
+        "mmrazor": _distilled(lambda case: TheirTerms(their_loss_of(case))),
+        "compile": _distilled(_compiled),
+        "fbkd_ops": _distilled(loss_of),
+    },
+    cost=None,
+    cases=(Case((1, LEVELS["P2"][1], 80, 128), strides=STRIDES),),
+    strides=lambda shape: STRIDES,
+    checked_as=FBKD_LOSS,
+    states=("default",),
+)
