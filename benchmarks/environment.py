@@ -1,6 +1,7 @@
 """Where a figure was measured."""
 
 import datetime
+import hashlib
 import os
 import platform
 import re
@@ -12,9 +13,10 @@ import torch
 
 from benchmarks import mmrazor
 
-__all__ = ["ROOT", "environment", "modified", "revision"]
+__all__ = ["ROOT", "environment", "modified", "revision", "sources"]
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -32,6 +34,7 @@ def environment(device: str, threads: int) -> dict:
         "peers": mmrazor.versions(),
         "revision": revision(),
         "modified": modified(),
+        "sources": sources(device),
     }
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -47,6 +50,17 @@ def modified() -> Optional[bool]:
     """Whether the tree differs from that commit, results and documentation apart."""
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
     return None if changes is None else bool(changes)
+
+
+def sources(device: str) -> str:
+    """A digest of the device's kernels: a result with another one is older than they are."""
+    digest = hashlib.sha256()
+    for pattern in KERNELS[device]:
+        for path in sorted(ROOT.glob(pattern)):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
+                    digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> Optional[str]:

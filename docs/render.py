@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Callable, Optional
 
-from fbkd_ops.presets import PRESETS, TERMS, default_num_levels
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.environment import sources  # noqa: E402
+from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGE, CHANNELS = (800, 1344), 256
 PYRAMID = {"P2": 4, "P3": 8, "P4": 16, "P5": 32, "P6": 64}
@@ -115,6 +118,8 @@ def machine(facts: dict) -> str:
     if facts["huge_pages"]:
         parts.append(f"huge pages `{facts['huge_pages']}`")
     tree = f"revision {facts['revision'] or 'unknown'}" + (" with changes" if facts["modified"] else "")
+    if "sources" in facts and facts["sources"] != sources("cuda" if "gpu" in facts else "cpu"):
+        tree += ", before the last change of the kernels"
     return ", ".join([*parts, tree, facts["date"]])
 
 

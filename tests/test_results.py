@@ -1,0 +1,43 @@
+"""Committed results: what they measured, and whether the kernels have changed since."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+
+from benchmarks import environment  # noqa: E402
+
+
+def facts_of(path: Path) -> dict:
+    return json.loads(path.read_text()).get("environment", {})
+
+
+RESULTS = [path for path in sorted(environment.ROOT.glob("benchmarks/results/**/*.json")) if facts_of(path)]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(environment.ROOT)))
+def test_a_result_names_what_it_measured(path):
+    facts = facts_of(path)
+    assert facts["revision"] and facts["modified"] is False
+    if "sources" not in facts:
+        pytest.skip("made before results named the kernels' sources")
+    device = "cuda" if "gpu" in facts else "cpu"
+    if facts["sources"] != environment.sources(device):
+        pytest.xfail(f"older than the {device} kernels: measured at {facts['revision']}, measure again")
+
+
+def test_the_digest_changes_with_the_kernels(tmp_path, monkeypatch):
+    for folder in ("csrc/cpu", "csrc/cuda", "fbkd_ops/kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "op.cpp").write_text("1")
+    (tmp_path / "csrc" / "op.h").write_text("1")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    before = {device: environment.sources(device) for device in environment.KERNELS}
+    changes = [("csrc/cpu/op.cpp", {"cpu"}), ("fbkd_ops/kernels/op.cpp", {"cuda"}), ("csrc/op.h", {"cpu", "cuda"})]
+    for name, devices in changes:
+        (tmp_path / name).write_text("2")
+        after = {device: environment.sources(device) for device in environment.KERNELS}
+        assert {device for device in after if after[device] != before[device]} == devices
+        before = after
