@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import mmrazor
 
-__all__ = ["ROOT", "environment", "modified", "revision", "sources"]
+__all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sources"]
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
@@ -37,7 +37,7 @@ def environment(device: str, threads: int) -> dict:
         "sources": sources(device),
     }
     if device == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver_version()}
     return facts
 
 
@@ -63,9 +63,19 @@ def sources(device: str) -> str:
     return digest.hexdigest()[:12]
 
 
+def driver_version() -> Optional[str]:
+    """Of the GPU's driver; None where nvidia-smi does not tell."""
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0] if answer else None
+
+
 def _git(*arguments: str) -> Optional[str]:
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> Optional[str]:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

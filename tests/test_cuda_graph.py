@@ -8,7 +8,7 @@ from helpers import randomise
 
 from fbkd_ops import FBKDLoss
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 
 
 def pyramid(channels, requires_grad=False):

@@ -10,8 +10,6 @@ from helpers import randomise
 
 from fbkd_ops import FBKDLoss, use_backend
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def make_loss(**overrides):
     return randomise(FBKDLoss(4, num_levels=2, stride=1, **overrides))
@@ -99,7 +97,7 @@ def test_a_mask_that_is_not_finite_shows_in_its_term():
     assert "level 0: " in message and "feature" in message and "features are not" not in message
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_terms_are_reported_with_a_later_call():
     loss = make_loss().cuda()
     broken = maps(device="cuda")
