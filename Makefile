@@ -1,4 +1,5 @@
 # make venv | test | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make gpu builds, tests, measures and profiles on this machine's GPU. STAGES, OUT, DEADLINE: make gpu STAGES="test bench"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test demo info docs clean
+.PHONY: venv test gpu demo info docs clean
 
 venv: $(STAMP)
 
@@ -22,6 +23,11 @@ $(STAMP): $(BUILD_INPUTS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
+gpu:
+	PYTHON="$(or $(wildcard $(BIN)/python),$(PYTHON))" STAGES="$(STAGES)" OUT="$(OUT)" DEADLINE="$(DEADLINE)" \
+		scripts/gpu_check.sh $(ARGS)
 
 demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)

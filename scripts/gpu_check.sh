@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Builds, tests, measures and profiles the package on this machine's GPU. Variables: PYTHON, OUT, STAGES, DEADLINE.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec "${PYTHON:-python3}" -m scripts.gpu "$@"
