@@ -275,7 +275,7 @@ STAGES = {
         Stage("sanitizer", sanitizer, 40, 120),
         Stage("opcheck", tests_of(OP_CHECKS), 30, 100),
         Stage("graph", tests_of(GRAPHS), 20, 60),
-        Stage("bench", bench, 40, 120),
+        Stage("bench", bench, 40, 160),
         Stage("ncu", ncu, 30, 100),
     )
 }
