@@ -209,6 +209,14 @@ def answer(monkeypatch):
     return prepare
 
 
+def test_commands_find_the_source_tree_first_and_are_logged(on_gpu, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    (done,) = on_gpu.run([python("import os; print(os.getcwd(), os.environ['PYTHONPATH'])")], 60)
+    assert done.output == f"{ROOT} {ROOT}{os.pathsep}/elsewhere\n"
+    log = (on_gpu.out / "log.txt").read_text()
+    assert log.startswith(f"$ {sys.executable} -c ") and log.endswith(f"{done.output}\n[done]\n\n")
+
+
 INFO = "cpu library   loaded\ncuda library  {}\n"
 
 

@@ -30,7 +30,7 @@ from scripts.gpu.stages import ROOT, STAGES, THREADS, TOLD, Context, Outcome, St
 __all__ = ["Report", "check", "main", "parse", "shown"]
 
 DEADLINE = 520.0  # seconds
-COLUMNS = "{:<10} {:<9} {:>7}  {}"
+COLUMNS = "{:<10} {:<11} {:>7}  {}"
 SHOWN_FIGURES = 100  # characters
 
 

@@ -64,8 +64,9 @@ class Context:
 
     def run(self, commands: list[list[str]], seconds: float, variables: Optional[dict] = None) -> list[Done]:
         """Run commands side by side in the source tree; their output goes to the log."""
-        variables = {"OMP_NUM_THREADS": str(THREADS)} | (variables or {})
-        results = run_together(commands, seconds, ROOT, variables | {"PYTHONPATH": str(ROOT)})
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join(paths)}
+        results = run_together(commands, seconds, ROOT, common | (variables or {}))
         for done in results:
             self.log(f"$ {shlex.join(done.command)}\n{done.output[-KEPT_OUTPUT:]}\n[{done.problem or 'done'}]\n\n")
         return results
