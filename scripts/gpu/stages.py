@@ -29,7 +29,7 @@ SHARDS = min(8, os.cpu_count() or 1)
 THREADS = 2  # of the CPU, in each process
 TOLD = 40  # failing tests that are named
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
-SUITES = ("attention_pool", "masked_l2", "adapted_masked_l2", "fbkd_loss", "relation")
+SUITES = ("attention_pool", "masked_l2", "adapted_masked_l2", "fbkd_loss", "relation", "non_local")
 PROFILED = [("cuda", "bfloat16"), ("triton", "bfloat16"), ("cuda", "float32"), ("triton", "float32")]
 
 
