@@ -223,11 +223,12 @@ class Distiller(nn.Module):
         """
         return balance_report(self, *args, **kwargs)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self._step}
+    def get_extra_state(self) -> Tensor:
+        """The step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
+        return torch.tensor(self._step)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         self.teacher._apply(fn, recurse)

@@ -101,6 +101,16 @@ def test_the_teacher_is_in_no_parameters_and_no_checkpoint():
     assert list(distiller.student.state_dict()) == list(Detector(4).state_dict())
 
 
+def test_the_checkpoint_has_tensors_only():
+    """Hugging Face's safetensors and Detectron2's fvcore refuse anything else."""
+    distiller, other = make_distiller(), make_distiller()
+    distiller.step = 7
+    state = distiller.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    other.load_state_dict(state)
+    assert other.step == 7 and isinstance(other.step, int)
+
+
 def test_the_student_is_the_same_object():
     student = Detector(4)
     assert Distiller(student, Detector(4), FBKDLoss(4, num_levels=2), student_layers="backbone").student is student
