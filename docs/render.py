@@ -5,6 +5,7 @@ file is out of date.
 """
 
 import argparse
+import ast
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from benchmarks.environment import sources  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
 IMAGE, CHANNELS = (800, 1344), 256
 PYRAMID = {"P2": 4, "P3": 8, "P4": 16, "P5": 32, "P6": 64}
 
@@ -289,6 +291,35 @@ def passes() -> str:
     return table(header, rows)
 
 
+def frameworks() -> str:
+    """A row for each file in examples/frameworks."""
+    header = ["framework", "tap", "lines", "example", "test"]
+    return table(header, [framework_row(path) for path in framework_examples()])
+
+
+def framework_examples() -> list[Path]:
+    return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
+
+
+def framework_row(path: Path) -> list[str]:
+    """What an example's docstring says of it, how long it is, and the test of its name."""
+    source = path.read_text()
+    first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
+    tap = re.search(r"^Tap: (.+)$", rest, re.MULTILINE)
+    if not first or tap is None:
+        raise SystemExit(f"{path.name}: expected a docstring with a first line and a line 'Tap: ...'")
+    test = TESTS / f"test_{path.name}"
+    if not test.exists():
+        raise SystemExit(f"{path.name}: expected a test {test.relative_to(ROOT)}")
+    links = [f"[{each.name}]({each.relative_to(ROOT)})" for each in (path, test)]
+    return [first.rstrip("."), tap.group(1), str(code_lines(source)), *links]
+
+
+def code_lines(source: str) -> int:
+    """Lines that are not blank."""
+    return sum(bool(line.strip()) for line in source.splitlines())
+
+
 BLOCKS = {
     block.__name__: block
     for block in (
@@ -303,6 +334,7 @@ BLOCKS = {
         microbench_gpu,
         compiled_code,
         passes,
+        frameworks,
     )
 }
 

@@ -1,0 +1,1 @@
+"""The distiller in detection frameworks: one file each, to copy from."""

@@ -1,0 +1,29 @@
+"""PyTorch Lightning, a module that holds the distiller.
+
+Tap: `backbone`
+"""
+
+import lightning
+import torch
+
+from fbkd_ops import Distiller
+
+
+class Distillation(lightning.LightningModule):
+    def __init__(self, student, teacher, loss, lr=0.01):
+        super().__init__()
+        self.distiller = Distiller(student, teacher, loss, student_layers="backbone", teacher_entry="backbone")
+        self.distiller.train()  # Lightning leaves every module in the mode that it came in
+        self.lr = lr
+
+    def forward(self, images):
+        return self.distiller(images)  # in eval mode the plain student
+
+    def training_step(self, batch, index):
+        images, targets = batch
+        losses = self.distiller(images, targets)
+        self.log_dict(self.distiller.terms(), batch_size=len(images))
+        return sum(losses.values())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.distiller.parameters(), self.lr, momentum=0.9)  # the student's and the loss's

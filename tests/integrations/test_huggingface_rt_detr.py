@@ -1,0 +1,78 @@
+"""Hugging Face's RT-DETR as its example distils it."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")  # the matcher of its loss
+
+from contract import Calls, check_predictions, check_step, check_terms  # noqa: E402
+from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig  # noqa: E402
+
+from examples.frameworks import huggingface_rt_detr as example  # noqa: E402
+
+
+def rt_detr(width):
+    trunk = dict(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
+    encoder = dict(encoder_hidden_dim=width, encoder_ffn_dim=32, encoder_attention_heads=2)
+    decoder = dict(d_model=width, decoder_ffn_dim=32, decoder_attention_heads=2, decoder_layers=2, num_queries=10)
+    config = RTDetrConfig(
+        backbone_config=RTDetrResNetConfig(**trunk, out_indices=[2, 3, 4]),
+        encoder_in_channels=[16, 24, 32],
+        decoder_in_channels=[width] * 3,
+        num_labels=3,
+        num_denoising=4,
+        **encoder,
+        **decoder,
+    )
+    return RTDetrForObjectDetection(config)
+
+
+def batch():
+    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])}
+    return {"pixel_values": torch.rand(2, 3, 64, 64), "labels": [label, label]}
+
+
+@pytest.fixture
+def distiller():
+    return example.make_distiller(rt_detr(16), rt_detr(32))
+
+
+def test_rt_detr_terms_in_the_outputs_loss(distiller):
+    inputs, encoder, own = batch(), Calls(distiller.student.model.encoder), []
+    distiller.student.register_forward_hook(lambda module, inputs, output: own.append(output.loss))
+    output = check_terms(
+        distiller,
+        lambda: distiller(**inputs),
+        lambda teacher: (encoder[-1][1].last_hidden_state, teacher(**inputs).encoder_last_hidden_state),
+    )
+    assert [tuple(level.shape) for level in output.encoder_last_hidden_state] == [
+        (2, 16, 8, 8),
+        (2, 16, 4, 4),
+        (2, 16, 2, 2),
+    ]
+    torch.testing.assert_close(output.loss, own[0] + sum(distiller.terms().values()))
+    assert torch.isfinite(output.loss) and output["loss"] is output.loss
+
+
+def test_rt_detr_step(distiller):
+    inputs = batch()
+    check_step(
+        distiller,
+        lambda: example.train(distiller, [inputs], lr=0.01),
+        [distiller.teacher.model.decoder],
+        lambda: distiller.teacher(**inputs),
+    )
+
+
+def test_rt_detr_from_eval_mode(distiller):
+    """As `from_pretrained` gives it."""
+    distiller.student.eval()
+    example.train(distiller, [batch()])
+    assert all(module.training for module in distiller.student.modules())
+
+
+def test_rt_detr_predictions(distiller):
+    pixels = batch()["pixel_values"]
+    check_predictions(distiller, lambda model: model(pixel_values=pixels).logits)
+    assert distiller(pixel_values=pixels).loss is None

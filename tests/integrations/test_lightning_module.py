@@ -1,0 +1,86 @@
+"""Lightning with the example's module: what is logged, saved, resumed and moved."""
+
+import pytest
+import torch
+
+lightning = pytest.importorskip("lightning")
+
+from contract import Calls, check_predictions, check_step, check_terms  # noqa: E402
+from detectors import TERMS, Detector  # noqa: E402
+from helpers import randomise  # noqa: E402
+
+from examples.frameworks import lightning_module as example  # noqa: E402
+from fbkd_ops import FBKDLoss  # noqa: E402
+
+IMAGES, TARGETS = torch.randn(4, 2, 3, 8, 8), torch.tensor(1.0)
+
+
+def make_module():
+    torch.manual_seed(0)
+    module = example.Distillation(Detector(4), Detector(6), randomise(FBKDLoss(4, 6, num_levels=2)), lr=0.1)
+    module.distiller.student.dropout.p = 0.0
+    return module
+
+
+def fit(module, images, epochs=1, checkpoint=None, precision=None):
+    """One step with each of ``images`` an epoch."""
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, precision=precision, **quiet)
+    batches = [(image, TARGETS) for image in images]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, ckpt_path=checkpoint)
+    return trainer
+
+
+def test_lightning_logs_the_terms():
+    module = make_module()
+    backbone = Calls(module.distiller.student.backbone)
+    trainer = check_terms(
+        module.distiller,
+        lambda: fit(module, IMAGES[:1]),
+        lambda teacher: (backbone[-1][1], teacher.backbone(IMAGES[0])),
+    )
+    assert set(trainer.callback_metrics) == TERMS
+    torch.testing.assert_close(dict(trainer.callback_metrics), module.distiller.terms())
+
+
+def test_lightning_predictions_and_step():
+    module = make_module()
+    distiller = module.distiller
+    check_predictions(distiller, lambda model: model(IMAGES[0]))
+    module.train()
+    check_step(
+        distiller, lambda: fit(module, IMAGES[:1]), [distiller.teacher.head], lambda: distiller.teacher(IMAGES[0])
+    )
+    torch.testing.assert_close(module.eval()(IMAGES[0]), distiller.student(IMAGES[0]))
+
+
+def test_lightning_trains_a_student_that_came_in_eval_mode():
+    module = example.Distillation(Detector(4).eval(), Detector(6), FBKDLoss(4, 6, num_levels=2))
+    fit(module, IMAGES[:1])
+    assert set(module.distiller.terms()) == TERMS
+    assert all(each.training for each in module.distiller.student.modules())
+
+
+def test_lightning_resumes_without_the_teacher_in_its_checkpoint(tmp_path):
+    whole, first, second = make_module(), make_module(), make_module()
+    fit(whole, IMAGES[:2], epochs=2)
+    fit(first, IMAGES[:2]).save_checkpoint(tmp_path / "first.ckpt")
+    saved = torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"]
+    assert {".".join(key.split(".")[:2]) for key in saved} == {
+        "distiller.student",
+        "distiller.loss",
+        "distiller._extra_state",
+    }
+    randomise(second.distiller.student, seed=1)
+    fit(second, IMAGES[:2], epochs=2, checkpoint=tmp_path / "first.ckpt")
+    assert second.distiller.step == 4
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_lightning_moves_the_teacher_along():
+    module = make_module()
+    fit(module, IMAGES[:1], precision="64-true")
+    assert next(module.distiller.teacher.parameters()).dtype == torch.float64
+    assert module.distiller.terms()["loss_fbkd_feature"].dtype == torch.float64
