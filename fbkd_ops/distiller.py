@@ -96,7 +96,7 @@ class Distiller(nn.Module):
         self.student_levels, self.teacher_levels, self.resize = student_levels, teacher_levels, resize
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
         self.combine = _added if combine is None else combine
-        self._step, self._warned_of_training = 0, False
+        self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._terms: dict[str, Tensor] = {}
 
     @property
@@ -135,10 +135,11 @@ class Distiller(nn.Module):
             ValueError: features that do not fit the loss or each other, a term that the student has already.
 
         Warns:
-            UserWarning: once, if somebody put the teacher into training mode.
+            UserWarning: once each, if somebody put the teacher into training mode, or left the student in eval mode.
         """
         if not self.training:
             return self.student(*args, **kwargs)
+        self._check_student_mode()
         weight = self.weight
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
@@ -192,6 +193,15 @@ class Distiller(nn.Module):
                 "active; the distiller put it back into eval mode (said once)"
             )
         self.teacher.eval()
+
+    def _check_student_mode(self) -> None:
+        if self.student.training or self._warned_of_eval:
+            return
+        self._warned_of_eval = True
+        warnings.warn(
+            "the student is in eval mode while the distiller is in training mode, so it may return no losses, and its "
+            "BatchNorm and dropout are as in evaluation; distiller.train() puts both into training mode (said once)"
+        )
 
     def _idle_terms(self) -> dict[str, Tensor]:
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""

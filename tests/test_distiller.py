@@ -146,6 +146,20 @@ def test_a_teacher_in_training_mode_is_put_back_with_one_warning():
     assert len([each for each in caught if "training mode" in str(each.message)]) == 1
 
 
+def test_a_student_in_eval_mode_is_warned_of_once():
+    """As Hugging Face's ``from_pretrained`` gives it; a detector has no losses then."""
+    distiller = make_distiller()
+    distiller.student.eval()
+    with pytest.warns(UserWarning, match=r"the student is in eval mode .* distiller.train\(\)") as caught:
+        for _ in range(2):
+            with pytest.raises(TypeError, match="must return a dict or list of losses"):
+                distiller(IMAGES, TARGETS)
+    assert len([each for each in caught if "eval mode" in str(each.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TERMS <= set(distiller.train()(IMAGES, TARGETS))
+
+
 def test_the_teacher_runs_without_gradient():
     distiller, modes = make_distiller(), []
     distiller.teacher.backbone.register_forward_pre_hook(lambda module, inputs: modes.append(torch.is_grad_enabled()))
