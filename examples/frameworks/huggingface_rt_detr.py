@@ -6,6 +6,7 @@ Tap: the output's `encoder_last_hidden_state`; of the teacher `model.encoder`
 from operator import attrgetter
 
 import torch
+from transformers import Trainer, TrainingArguments
 
 from fbkd_ops import Distiller, FBKDLoss, Layer
 
@@ -18,7 +19,12 @@ def make_distiller(student, teacher):
     return Distiller(student, teacher, loss, student_layers=of_student, teacher_layers=of_teacher)
 
 
-def train(distiller, loader, lr=1e-4):
+def make_trainer(distiller, dataset, collate, **arguments):
+    arguments = TrainingArguments(remove_unused_columns=False, label_names=["labels"], **arguments)
+    return Trainer(distiller, arguments, train_dataset=dataset, data_collator=collate)
+
+
+def train(distiller, loader, lr=1e-4):  # without a Trainer
     optimizer = torch.optim.AdamW(distiller.parameters(), lr)  # the student's and the loss's
     distiller.train()  # from_pretrained gives models in eval mode
     for batch in loader:  # pixel_values and labels, of the image processor

@@ -72,6 +72,32 @@ def test_rt_detr_from_eval_mode(distiller):
     assert all(module.training for module in distiller.student.modules())
 
 
+def collate(images):
+    return {"pixel_values": torch.stack([image for image, _ in images]), "labels": [label for _, label in images]}
+
+
+def test_rt_detr_in_a_trainer_that_resumes(distiller, tmp_path):
+    pytest.importorskip("accelerate")
+    inputs = batch()
+    dataset = list(zip(inputs["pixel_values"], inputs["labels"])) * 2
+    quiet = dict(report_to=[], disable_tqdm=True, use_cpu=True)
+    arguments = dict(output_dir=tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, **quiet)
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    distiller.student.eval()
+    example.make_trainer(distiller, dataset, collate, **arguments).train()
+    assert distiller.step == 4 and distiller.student.training and not distiller.teacher.training
+    after = distiller.state_dict()
+    for side in ("student.", "loss."):
+        assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith(side))
+
+    resumed = example.make_distiller(rt_detr(16), distiller.teacher)
+    trainer = example.make_trainer(resumed, dataset, collate, **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.step == 4 and trainer.state.global_step == 4
+    for name, value in distiller.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=lambda text: f"{name}: {text}")
+
+
 def test_rt_detr_predictions(distiller):
     pixels = batch()["pixel_values"]
     check_predictions(distiller, lambda model: model(pixel_values=pixels).logits)
