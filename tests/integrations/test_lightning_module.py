@@ -12,7 +12,7 @@ from helpers import randomise  # noqa: E402
 from examples.frameworks import lightning_module as example  # noqa: E402
 from fbkd_ops import FBKDLoss  # noqa: E402
 
-IMAGES, TARGETS = torch.randn(4, 2, 3, 8, 8), torch.tensor(1.0)
+IMAGES, TARGETS = torch.randn(4, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(1.0)
 
 
 def make_module():
