@@ -16,7 +16,7 @@ venv: $(STAMP)
 $(STAMP): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) ninja pybind11 "setuptools>=77"
-	$(BIN)/python -m pip install --no-build-isolation --verbose -e ".[test,demo]" > $(VENV)/build.log 2>&1 \
+	$(BIN)/python -m pip install --no-build-isolation --verbose -e ".[test]" > $(VENV)/build.log 2>&1 \
 		|| (tail -n 60 $(VENV)/build.log; exit 1)
 	grep -oE "fbkd_ops: (building|leaving|nvcc) .*" $(VENV)/build.log
 	touch $@
