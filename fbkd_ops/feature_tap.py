@@ -120,13 +120,19 @@ class FeatureTap:
         """What each layer returned or, as ``(args, kwargs)``, was given, in order; forgotten then.
 
         Raises:
-            RuntimeError: a module that was not called, or called more than once.
+            RuntimeError: a module that was not called, or called more than once; values that were changed in place
+                since they were caught.
         """
-        values, calls = self._recorder.values, self._recorder.calls
+        values, calls, versions = self._recorder.values, self._recorder.calls, self._recorder.versions
         self._recorder.clear()
-        for layer, count in zip(self._layers.values(), calls):
+        for layer, count, value, version in zip(self._layers.values(), calls, values, versions):
             if count != 1:
                 raise RuntimeError(f"{self.name}: {self._miscounted(layer, count)}")
+            if version is not None and version != _versions(value):
+                raise RuntimeError(
+                    f"{self.name}: what was caught at {layer.path!r} was changed in place after that, by an in-place "
+                    "activation or sum, say; tap the module that changes it, or let it not do so in place"
+                )
         return values
 
     def _miscounted(self, layer: Layer, count: int) -> str:
@@ -143,7 +149,8 @@ class FeatureTap:
             The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name.
 
         Raises:
-            RuntimeError: a module that was not called, or called more than once.
+            RuntimeError: a module that was not called, or called more than once; values that were changed in place
+                since they were caught.
             TypeError: one of several layers that gave something other than a tensor, or a single one no features.
         """
         values = [_selected(layer, value) for layer, value in zip(self._layers.values(), self.caught())]
@@ -175,6 +182,7 @@ class _Recorder:
 
     def clear(self) -> None:
         self.values: list[Any] = [None] * self.count
+        self.versions: list[Optional[list[int]]] = [None] * self.count
         self.calls = [0] * self.count
 
     def restart(self, module: nn.Module, args: tuple) -> None:
@@ -185,6 +193,7 @@ class _Recorder:
         if not self.is_live or _is_recomputation():
             return
         self.values[index] = value
+        self.versions[index] = None if torch.compiler.is_compiling() else _versions(value)
         self.calls[index] += 1
         if self.stops and all(self.calls):
             raise _Complete(self)
@@ -213,6 +222,14 @@ class _Hook:
 def _kept(value: Any) -> Any:
     """A list or dict of its own: the model may change the one it has (a YOLO's head does)."""
     return type(value)(value) if type(value) in (list, dict, OrderedDict) else value
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor in a tensor, list, tuple or dict was changed in place."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [value._version]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [version for part in parts for version in _versions(part)]
 
 
 def _is_recomputation() -> bool:

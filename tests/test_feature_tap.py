@@ -192,6 +192,37 @@ def hooks_of(model):
     return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
 
 
+class InPlace(nn.Module):
+    """An in-place activation behind its layers, and a list whose second map it adds to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.pair, self.act = nn.Conv2d(3, 4, 1), Pairing(), nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        x, y = self.pair(self.first(images))
+        y += 1
+        return self.act(x)
+
+
+class Pairing(nn.Module):
+    def forward(self, x):
+        return [x * 2, x * 3]
+
+
+@pytest.mark.parametrize("layer", ["first", "pair", Layer("act", inputs=True)])
+def test_what_is_changed_in_place_later_is_an_error(layer):
+    """The student's features would be others than the teacher's, whose forward ends at the tap."""
+    model = InPlace()
+    if layer == "first":
+        model.pair.register_forward_pre_hook(lambda module, inputs: (inputs[0].relu_(),))
+    with pytest.raises(RuntimeError, match="was changed in place after that"):
+        caught(model, layer)
+    assert caught(model, "act")[0]
+    with torch.inference_mode():
+        assert caught(Counting(), "backbone")[0]
+
+
 def test_close_takes_the_hooks_away_and_keeps_what_was_caught():
     model = Counting()
     with FeatureTap(model, ["backbone.stem", Layer("head", inputs=True)]) as tap:
