@@ -16,7 +16,10 @@ def can_watch(tensor: Tensor) -> bool:
     """Whether Python runs now as it does in every step: not while a graph is compiled or captured."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    if tensor.device.type != "cuda":
+        return True
+    with torch.cuda.device(tensor.device):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 class _Watch:
@@ -74,7 +77,7 @@ class FiniteWatch(_Watch):
         arriving = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         arriving.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(finite.device))
         self._pending = (arriving, event, names)
 
     def _report(
@@ -103,7 +106,8 @@ def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
 class UpdateWatch(_Watch):
     """Warns of parameters that stay as they are while gradients reach them: no optimizer has them.
 
-    Version counters tell it for free. Fused optimizers do not move them, so before the warning values are compared.
+    Version counters tell it for free. Fused optimizers do not move them: where a value moved without its counter there
+    is such a one, and a parameter that stayed may have had a gradient of 0.
     """
 
     PASSES = 10
@@ -123,7 +127,7 @@ class UpdateWatch(_Watch):
     def _count(self, module: nn.Module) -> None:
         weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
         if self._passes == 0:
-            self._first = {name: (weight._version, weight.sum()) for name, weight in weights.items()}
+            self._first = {name: (weight._version, weight.clone()) for name, weight in weights.items()}
         self._passes += 1
         self._first = {
             name: first for name, first in self._first.items() if name in weights and weights[name]._version == first[0]
@@ -131,14 +135,13 @@ class UpdateWatch(_Watch):
         if not self._first:
             self._passes = self.PASSES + 1
         elif self._passes > self.PASSES:
-            self._warn([name for name, (_, value) in self._first.items() if torch.equal(weights[name].sum(), value)])
+            if all(torch.equal(weights[name], value) for name, (_, value) in self._first.items()):
+                self._warn(list(self._first))
             self._first = {}
 
     def _warn(self, still: list[str]) -> None:
-        if still:
-            warnings.warn(
-                f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in "
-                f"{self.PASSES} backward passes and never changed: give loss.parameters() (or "
-                "distiller.parameters()) to the optimizer. If gradients are accumulated over more passes than that, "
-                "nothing is wrong (said once)"
-            )
+        warnings.warn(
+            f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in {self.PASSES} "
+            "backward passes and never changed: give loss.parameters() (or distiller.parameters()) to the optimizer. "
+            "If gradients are accumulated over more passes than that, nothing is wrong (said once)"
+        )

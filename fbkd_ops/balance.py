@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .feature_tap import unwrapped
 
-__all__ = ["BalanceReport", "BalanceRow", "balance_report"]
+__all__ = ["BalanceReport", "BalanceRow", "balance_report", "is_sharded"]
 
 
 class BalanceRow(NamedTuple):
@@ -45,6 +45,8 @@ class BalanceReport(NamedTuple):
 
 def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
     """The report of :meth:`fbkd_ops.Distiller.balance_report`, which says what it leaves alone."""
+    if any(map(is_sharded, distiller.parameters())):
+        raise NotImplementedError("balance_report needs whole parameters: call it before fully_shard")
     student, loss = unwrapped(distiller.student), copy.deepcopy(unwrapped(distiller.loss))
     modes = [(module, module.training) for module in student.modules()]
     with torch.random.fork_rng(), _kept_buffers(student), torch.enable_grad():
@@ -65,25 +67,33 @@ def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list
     return BalanceReport(
         [_row(name, value, shared) for name, value in own.items()],
         [_row(name, value, shared) for name, value in terms.items()],
-        _row("all own losses", sum(own.values()), shared),
+        _row("all own losses", sum(own.values(), torch.zeros(())), shared),
         _row("all distillation terms", total, shared),
     )
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 has made it a DTensor; not every build of PyTorch has the class."""
+    return hasattr(parameter, "to_local")
+
+
 def own_losses(output: Any) -> dict[str, Tensor]:
-    """The scalar losses in what a detector returned in training, by name."""
+    """The losses in what a detector returned in training, by name: what has no gradient (an accuracy) is none."""
     if isinstance(getattr(output, "loss", None), Tensor):
         return {"loss": output.loss}
     if isinstance(output, Mapping):
-        # MMDetection has lists of losses, one a level.
-        return {name: _total(value) for name, value in output.items() if isinstance(value, (Tensor, list, tuple))}
-    if isinstance(output, (list, tuple)):
-        return {f"loss {index}": _total(value) for index, value in enumerate(output)}
-    return {"loss": _total(output)}
+        entries = output.items()
+    elif isinstance(output, (list, tuple)):
+        entries = [(f"loss {index}", value) for index, value in enumerate(output)]
+    else:
+        entries = [("loss", output)]
+    totals = {name: _total(value) for name, value in entries if isinstance(value, (Tensor, list, tuple))}
+    return {name: total for name, total in totals.items() if total.requires_grad}
 
 
 def _total(value: Any) -> Tensor:
-    return sum(part.sum() for part in (value if isinstance(value, (list, tuple)) else [value]))
+    """MMDetection has lists of losses, one a level."""
+    return sum((part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros(()))
 
 
 def _row(name: str, value: Tensor, parameters: list[Tensor]) -> BalanceRow:

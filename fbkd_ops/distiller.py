@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ._numerics import accumulation_dtype
 from ._validation import Features, is_int
-from .balance import BalanceReport, balance_report
-from .feature_tap import FeatureTap, Layer, Layers, find_module, unwrapped
+from .balance import BalanceReport, balance_report, is_sharded
+from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
 
-__all__ = ["Distiller"]
+__all__ = ["Distiller", "Levels", "chosen_levels"]
 
 Levels = Optional[Sequence[Any]]
 
@@ -80,9 +80,10 @@ class Distiller(nn.Module):
         combine: Optional[Callable[[Any, dict[str, Tensor]], Any]] = None,
     ):
         super().__init__()
-        if student is teacher:
-            raise ValueError("student and teacher must be two modules, got the same object twice")
+        _check_modules(student, teacher, loss)
         _check_steps(start_step, stop_step, warmup_steps)
+        _check_levels(student_levels, "student_levels")
+        _check_levels(teacher_levels, "teacher_levels")
         self.student, self.loss = student, loss
         # In a tuple, so that nn.Module does not register the teacher.
         self._unregistered_teacher = (teacher.eval(),)
@@ -143,9 +144,12 @@ class Distiller(nn.Module):
         weight = self.weight
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
+            self._student_tap.clear()
+            if self._entry_tap is not None:
+                self._entry_tap.clear()
         else:
             output, student_features, teacher_features = self.run(*args, **kwargs)
-            terms = self.loss(student_features, teacher_features)
+            terms = _checked_terms(self.loss(student_features, teacher_features))
             if weight < 1:
                 terms = {name: weight * term for name, term in terms.items()}
         self._step += 1
@@ -161,9 +165,18 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: as for the call.
         """
+        given = kept_arguments(args, kwargs)
+        before = versions(given)
         output = self._run_student(args, kwargs)
-        student_features = _chosen(self._student_tap.features(), self.student_levels, "student_levels")
-        teacher_features = _chosen(self._run_teacher(args, kwargs), self.teacher_levels, "teacher_levels")
+        student_features = chosen_levels(self._student_tap.features(), self.student_levels, "student_levels")
+        if self._entry_tap is not None:
+            (given,) = self._entry_tap.caught()
+        elif versions(given) != before:
+            raise RuntimeError(
+                "the student changed its inputs in place, so the teacher would not see the same: give a teacher_entry "
+                "after that change, or make the student work on copies"
+            )
+        teacher_features = chosen_levels(self._run_teacher(*given), self.teacher_levels, "teacher_levels")
         if self.resize:
             teacher_features = _resized(teacher_features, student_features)
         return output, student_features, teacher_features
@@ -175,8 +188,7 @@ class Distiller(nn.Module):
 
     def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> Features:
         module = self.teacher
-        if self._entry_tap is not None:
-            ((args, kwargs),) = self._entry_tap.caught()
+        if self._teacher_entry is not None:
             module = find_module(module, self._teacher_entry, "teacher_entry")
         self._check_teacher_mode()
         with torch.no_grad(), self._teacher_tap:
@@ -205,10 +217,19 @@ class Distiller(nn.Module):
 
     def _idle_terms(self) -> dict[str, Tensor]:
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
-        names = getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
-        used = [parameter.sum() for parameter in self.loss.parameters() if parameter.requires_grad]
+        names = list(self._terms) or getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
+        used = [_local(parameter).sum() for parameter in self.loss.parameters() if parameter.requires_grad]
         zero = 0 * sum(used, torch.zeros(()))
         return {name: zero for name in names}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_taken = name == "teacher" or (name == "student" and "student" in self._modules)
+        if is_taken and value is not getattr(self, name, None):
+            raise AttributeError(
+                f"the {name} of a Distiller cannot be replaced, its taps are on it: make a new Distiller"
+            )
+        if not is_taken:
+            super().__setattr__(name, value)
 
     def terms(self) -> dict[str, Tensor]:
         """The terms of the last training step as they were added, detached, for logging; empty before the first."""
@@ -252,6 +273,30 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
     return tap
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """This process' part of a parameter that FSDP2 has sharded."""
+    return parameter.to_local() if is_sharded(parameter) else parameter
+
+
+def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
+    for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+    if unwrapped(student) is unwrapped(teacher):
+        raise ValueError("student and teacher must be two modules, got the same object twice")
+
+
+def _check_levels(levels: Any, name: str) -> None:
+    if levels is not None and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+        raise TypeError(f"{name} must be a list of indices or keys, got {levels!r}")
+
+
+def _checked_terms(terms: Any) -> dict[str, Tensor]:
+    if not isinstance(terms, Mapping) or not all(map(_is_scalar, terms.values())):
+        raise TypeError(f"loss must return a dict of scalar tensors, got {type(terms).__name__}")
+    return dict(terms)
+
+
 def _check_steps(start_step: int, stop_step: Optional[int], warmup_steps: int) -> None:
     _check_count(start_step, "start_step")
     _check_count(warmup_steps, "warmup_steps")
@@ -264,7 +309,7 @@ def _check_count(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be an int >= 0, got {value!r}")
 
 
-def _chosen(features: Features, levels: Levels, name: str) -> Features:
+def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
     """The features of ``levels``, in a list."""
     if levels is None:
         return features
@@ -289,8 +334,9 @@ def _resized(teacher: Features, student: Features) -> Features:
 
 def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
     """``(N, Ct, Hs, Ws)``."""
-    size = student.shape[-2:]
-    if teacher.dim() != 4 or teacher.shape[-2:] == size:
+    are_maps = all(isinstance(each, Tensor) and each.dim() == 4 for each in (teacher, student))
+    size = student.shape[-2:] if are_maps else None
+    if not are_maps or teacher.shape[-2:] == size:
         return teacher
     wide = teacher.to(accumulation_dtype(teacher))
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -298,7 +344,7 @@ def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
 
 def _added(losses: Any, terms: dict[str, Tensor]) -> Any:
     """The student's losses with ``terms`` added, in the form the losses came in."""
-    if _is_scalar(getattr(losses, "loss", None)):
+    if _is_scalar(getattr(losses, "loss", None)) and not isinstance(losses, tuple):
         losses.loss = losses.loss + sum(terms.values())
         return losses
     if isinstance(losses, dict):

@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def data_parallel(
     module: Module, *, sync_batch_norm: bool = False, **options: Any
 ) -> Union[Module, DistributedDataParallel]:
-    """``module`` in ``DistributedDataParallel``, or as it is where no process group is initialized.
+    """``module`` in ``DistributedDataParallel``, or as it is where there is no process group or nothing to learn.
 
     Wrap the whole :class:`fbkd_ops.Distiller` where you call it yourself: student and loss are then one unit, and every
     parameter is used in every step, also before ``start_step``, so ``find_unused_parameters`` is not needed. Where a
@@ -46,7 +46,10 @@ def data_parallel(
         raise TypeError(f"module must be a Distiller or a loss, got {type(module).__name__}")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return module
-    device = next(module.parameters()).device
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        return module
+    device = parameter.device
     parallel = DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device], **options)
     if sync_batch_norm:
         # Not before: on the CPU, where PyTorch's own SyncBatchNorm does not run, the wrapper would refuse it.

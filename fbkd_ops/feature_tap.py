@@ -7,10 +7,11 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ._validation import Features
 
-__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "unwrapped"]
+__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "kept_arguments", "unwrapped", "versions"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Layer:
     select: Optional[Callable[[Any], Any]] = None
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
 Place = Union[str, Layer]
 Layers = Union[Place, Sequence[Place], Mapping[str, Place], Callable[[Any], Features]]
 
@@ -42,18 +45,19 @@ class FeatureTap:
 
     It listens from the start until :meth:`close`, or inside a ``with`` block of its own. Every forward of the model
     begins anew, :meth:`features` hands out what was caught and forgets it. A copy or pickle of the tap comes with its
-    own model; a copy of the model alone has no tap. What a checkpoint computes again in a backward pass is not caught.
+    own model; a copy of the model alone catches nothing. What a checkpoint computes again in a backward pass is not
+    caught.
 
     Args:
-        model: any module; ``DistributedDataParallel``, ``DataParallel``, ``torch.compile`` and averaged copies such as
-            ``AveragedModel`` are looked through.
+        model: any module; ``DistributedDataParallel``, ``torch.compile``, ``AveragedModel`` and ``DataParallel`` (on
+            one device) are looked through.
         layers: a module path or :class:`Layer` whose output is the features, be it a tensor, list, tuple or dict;
             several in a list, or in a dict with a name for each, of which each gives one tensor; or a function that
             takes the model's output and returns the features.
         name: what an error calls the layers.
         stop_when_complete: end the model's forward as soon as every layer was seen, by an exception that the tap's
-            ``with`` block keeps to itself. For a teacher, of which nothing else is needed. A compiled model runs
-            through.
+            ``with`` block keeps to itself. For a teacher, of which nothing else is needed; a second call of a module
+            is not seen then. A compiled model runs through.
 
     Raises:
         TypeError: a model that is no module, layers of another type.
@@ -110,7 +114,10 @@ class FeatureTap:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
         self.close()
-        return isinstance(error, _Complete) and error.recorder is self._recorder
+        is_end = isinstance(error, _Complete) and error.recorder is self._recorder
+        if error is not None and not is_end:
+            self.clear()
+        return is_end
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -123,12 +130,12 @@ class FeatureTap:
             RuntimeError: a module that was not called, or called more than once; values that were changed in place
                 since they were caught.
         """
-        values, calls, versions = self._recorder.values, self._recorder.calls, self._recorder.versions
+        values, calls, at_call = self._recorder.values, self._recorder.calls, self._recorder.versions
         self._recorder.clear()
-        for layer, count, value, version in zip(self._layers.values(), calls, values, versions):
+        for layer, count, value, version in zip(self._layers.values(), calls, values, at_call):
             if count != 1:
                 raise RuntimeError(f"{self.name}: {self._miscounted(layer, count)}")
-            if version is not None and version != _versions(value):
+            if version is not None and version != versions(value):
                 raise RuntimeError(
                     f"{self.name}: what was caught at {layer.path!r} was changed in place after that, by an in-place "
                     "activation or sum, say; tap the module that changes it, or let it not do so in place"
@@ -186,6 +193,10 @@ class _Recorder:
         self.calls = [0] * self.count
 
     def restart(self, module: nn.Module, args: tuple) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "a FeatureTap would mix up the replicas of DataParallel on several devices: use DistributedDataParallel"
+            )
         if not _is_recomputation():
             self.clear()
 
@@ -193,7 +204,7 @@ class _Recorder:
         if not self.is_live or _is_recomputation():
             return
         self.values[index] = value
-        self.versions[index] = None if torch.compiler.is_compiling() else _versions(value)
+        self.versions[index] = None if torch.compiler.is_compiling() else versions(value)
         self.calls[index] += 1
         if self.stops and all(self.calls):
             raise _Complete(self)
@@ -213,10 +224,15 @@ class _Hook:
         self.recorder, self.index = recorder, index
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.recorder.add(self.index, (tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()}))
+        self.recorder.add(self.index, kept_arguments(args, kwargs))
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.recorder.add(self.index, _kept(output))
+
+
+def kept_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call, of which the callee may change lists and dicts."""
+    return tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()}
 
 
 def _kept(value: Any) -> Any:
@@ -224,12 +240,12 @@ def _kept(value: Any) -> Any:
     return type(value)(value) if type(value) in (list, dict, OrderedDict) else value
 
 
-def _versions(value: Any) -> list[int]:
+def versions(value: Any) -> list[int]:
     """How often each tensor in a tensor, list, tuple or dict was changed in place."""
     if isinstance(value, Tensor):
         return [] if value.is_inference() else [value._version]
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [version for part in parts for version in _versions(part)]
+    return [version for part in parts for version in versions(part)]
 
 
 def _is_recomputation() -> bool:
@@ -321,9 +337,10 @@ def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside data parallelism, ``torch.compile`` and averaged copies."""
     while True:
-        children = dict(model.named_children())
-        if set(children) in ({"_orig_mod"}, {"module"}):
-            (model,) = children.values()
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, _WRAPPERS):
+            model = model.module
         else:
             return model
 
@@ -333,6 +350,6 @@ def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
     wrapped, around = model, []
     while unwrapped(wrapped) is not wrapped:
         around.append(wrapped)
-        (wrapped,) = wrapped.children()
+        wrapped = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module
     around += list(_way(model, path, name))[:-1]
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)

@@ -86,7 +86,7 @@ def sharded(distiller: Distiller) -> nn.Module:
 
 
 def run_sharded(rank: int) -> list[dict]:
-    distiller = sharded(make(norm="frozen"))
+    distiller = sharded(make(**CASES["schedule"]))
     optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.05), []
     for step in range(STEPS):
         optimizer.zero_grad()

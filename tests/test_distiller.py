@@ -544,6 +544,110 @@ def test_misuse_is_named(student, error, message):
         distiller(IMAGES, TARGETS)
 
 
+class Popping(Detector):
+    def forward(self, batch):
+        return super().forward(batch.pop("images"), batch["targets"])
+
+
+def test_the_teacher_sees_what_the_student_took_out_of_its_batch():
+    distiller = make_distiller()
+    distiller = Distiller(Popping(4), Popping(6), distiller.loss, student_layers="backbone")
+    batch = {"images": IMAGES, "targets": TARGETS}
+    losses = distiller(batch)
+    features = (model.backbone(IMAGES) for model in (distiller.student, distiller.teacher))
+    assert_terms(losses, expected_terms(distiller, *features))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_that_the_student_changes_in_place_are_an_error(nested):
+    class Normalizing(Detector):
+        def forward(self, images, targets=None):
+            return super().forward(images[0]["image"].sub_(0.5) if nested else images.sub_(0.5), targets)
+
+    distiller = make_distiller()
+    arguments = dict(student_layers="backbone")
+    batch = [{"image": IMAGES.clone()}] if nested else IMAGES.clone()
+    with pytest.raises(RuntimeError, match="the student changed its inputs in place"):
+        Distiller(Normalizing(4), Normalizing(6), distiller.loss, **arguments)(batch, TARGETS)
+    if not nested:
+        with_entry = Distiller(Normalizing(4), Normalizing(6), distiller.loss, teacher_entry="backbone", **arguments)
+        assert TERMS <= set(with_entry(batch, TARGETS))
+
+
+def test_steps_without_terms_keep_no_features():
+    distiller = make_distiller(start_step=5, teacher_entry="backbone")
+    distiller(IMAGES, TARGETS)
+    assert distiller._student_tap._recorder.values == distiller._entry_tap._recorder.values == [None]
+
+
+def test_student_and_teacher_cannot_be_replaced():
+    distiller = make_distiller()
+    for name in ("student", "teacher"):
+        with pytest.raises(AttributeError, match=f"the {name} of a Distiller cannot be replaced"):
+            setattr(distiller, name, Detector(4))
+        setattr(distiller, name, getattr(distiller, name))
+    assert {key.split(".")[0] for key in distiller.state_dict()} == {"student", "loss", "_extra_state"}
+
+
+@pytest.mark.parametrize(
+    "position,name", [(0, "student must be a torch.nn.Module, got NoneType"), (1, "teacher must"), (2, "loss must be")]
+)
+def test_something_that_is_no_module_is_named(position, name):
+    modules = [Detector(4), Detector(4), FBKDLoss(4, num_levels=2)]
+    modules[position] = None
+    with pytest.raises(TypeError, match=name):
+        Distiller(*modules, student_layers="backbone")
+
+
+@pytest.mark.parametrize("levels", [0, "fine"])
+def test_levels_that_are_no_list_are_named(levels):
+    with pytest.raises(TypeError, match=f"student_levels must be a list of indices or keys, got {levels!r}"):
+        make_distiller(student_levels=levels)
+
+
+class Mimic(nn.Module):
+    """A loss of somebody else's."""
+
+    def __init__(self, form="dict"):
+        super().__init__()
+        self.weight, self.form = nn.Parameter(torch.ones(())), form
+
+    def forward(self, students, teachers):
+        loss = self.weight * students["fine"].mean()
+        return {"loss_mimic": loss} if self.form == "dict" else loss
+
+
+def test_another_loss_keeps_its_name_in_steps_without_it():
+    distiller = Distiller(Detector(4), Detector(4), Mimic(), student_layers="backbone", stop_step=1)
+    names = [set(distiller(IMAGES, TARGETS)) for _ in range(2)]
+    assert names[0] == names[1] == {"loss_box", "loss_cls", "loss_mimic"}
+
+
+def test_a_loss_that_returns_no_dict_is_named():
+    distiller = Distiller(Detector(4), Detector(4), Mimic("scalar"), student_layers="backbone")
+    with pytest.raises(TypeError, match="loss must return a dict of scalar tensors, got Tensor"):
+        distiller(IMAGES, TARGETS)
+
+
+def test_a_compiled_student_is_no_teacher_of_itself():
+    model = Detector(4)
+    with pytest.raises(ValueError, match="two modules"):
+        Distiller(model, torch.compile(model, backend="eager"), FBKDLoss(4, num_levels=2), student_layers="backbone")
+
+
+def test_a_report_counts_what_has_a_gradient():
+    class WithAccuracy(Detector):
+        def forward(self, images, targets=None):
+            losses = super().forward(images, targets)
+            return {**losses, "acc": torch.tensor(97.0), "levels": [losses["loss_box"], losses["loss_cls"]]}
+
+    distiller = make_distiller()
+    distiller = Distiller(WithAccuracy(4), distiller.teacher, distiller.loss, student_layers="backbone")
+    report = distiller.balance_report(IMAGES, TARGETS)
+    assert [row.name for row in report.own] == ["loss_box", "loss_cls", "levels"]
+    assert report.own_total.value == pytest.approx(2 * (report.own[0].value + report.own[1].value), rel=1e-5)
+
+
 def test_a_failed_step_leaves_no_stale_features():
     """The student fails after its backbone was seen."""
     distiller = make_distiller()

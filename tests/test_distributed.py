@@ -46,7 +46,7 @@ def assert_same(expected: dict, ranks: list[dict]) -> None:
 @pytest.mark.parametrize("name", ["frozen", "no norm", "schedule", "mean", "apart", "sharded"])
 def test_gradients_are_those_of_the_mean_of_both_parts_losses(name, seen):
     """Without find_unused_parameters, of which DistributedDataParallel complains in the second step."""
-    distiller = make(**(APART if name == "apart" else CASES.get(name, CASES["frozen"])))
+    distiller = make(**(CASES | {"apart": APART, "sharded": CASES["schedule"]})[name])
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -89,6 +89,11 @@ def test_without_processes_everything_stays_as_it_is():
     losses = distiller(batch(0, 0), TARGETS)
     expected = make(synchronize=False)(batch(0, 0), TARGETS)
     torch.testing.assert_close(losses, expected, **TOLERANCE)
+
+
+def test_a_loss_without_parameters_stays_as_it_is():
+    loss = torch.nn.Identity()
+    assert data_parallel(loss) is loss
 
 
 def test_something_that_is_no_module_is_named():

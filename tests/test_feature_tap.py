@@ -210,6 +210,36 @@ class Pairing(nn.Module):
         return [x * 2, x * 3]
 
 
+def test_a_parent_that_calls_its_child_module_is_no_wrapper():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = Counting()
+
+        def forward(self, images):
+            return [self.module(images) * 2]
+
+    model = Parent()
+    assert list(caught(model, "module.backbone")[0]) == ["fine", "coarse"]
+    features, output = caught(model, lambda output: output)
+    assert features[0] is output[0]
+
+
+def test_replicas_are_refused():
+    """DataParallel on several devices runs copies of the model that share its hooks."""
+    model = Counting()
+    with FeatureTap(model, "backbone"), pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model._replicate_for_data_parallel()(images())
+
+
+def test_an_error_forgets_what_was_caught():
+    model = Counting()
+    model.head.register_forward_pre_hook(lambda module, inputs: [][0])
+    with pytest.raises(IndexError), FeatureTap(model, "backbone") as tap:
+        model(images())
+    assert tap._recorder.values == [None]
+
+
 @pytest.mark.parametrize("layer", ["first", "pair", Layer("act", inputs=True)])
 def test_what_is_changed_in_place_later_is_an_error(layer):
     """The student's features would be others than the teacher's, whose forward ends at the tap."""
