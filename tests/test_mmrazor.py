@@ -1,11 +1,15 @@
-"""Loading MMRazor's connectors: what is refused, and that nothing is copied then. Values: test_oracle.py."""
+"""Loading MMRazor's connectors and the authors' layers: what is refused, and that nothing is copied then.
+
+Values: test_oracle.py.
+"""
 
 import pytest
 import torch
+from helpers import randomise
 from torch import nn
 
 from fbkd_ops import FBKDLoss
-from fbkd_ops.integrations.mmrazor import load_connectors
+from fbkd_ops.integrations.mmrazor import load_authors, load_checkpoint, load_connectors
 
 
 class ConvModule(nn.Module):
@@ -161,3 +165,156 @@ def test_missing_and_surplus_keys_are_listed():
 def test_the_number_of_connectors_is_checked():
     with pytest.raises(ValueError, match="teacher_connectors must have one entry a level, expected 1, got 2"):
         load_connectors(one_level(), [StudentConnector()], [TeacherConnector()] * 2)
+
+
+def checkpoint(levels=2, student="loss_s{}_sfeat", teacher="loss_s{}_tfeat", prefix="distiller.connectors."):
+    """The state dict of an algorithm with random connectors, and of other parts."""
+    state = {"architecture.head.weight": torch.zeros(1), "distiller.distill_losses.loss_s0.weight": torch.zeros(1)}
+    for level in range(levels):
+        for name, connector in ((student, StudentConnector()), (teacher, TeacherConnector())):
+            connector = randomise(connector, seed=level)
+            state |= connector.state_dict(prefix=f"{prefix}{name.format(level)}.")
+    return state
+
+
+def two_levels():
+    return randomise(FBKDLoss(4, num_levels=2, preset="mmrazor", stride=16, inter_channels=1), seed=9)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_checkpoints_connectors_are_copied(is_nested):
+    loss, state = two_levels(), checkpoint()
+    load_checkpoint(loss, {"state_dict": state, "meta": {}} if is_nested else state)
+    expected = two_levels()
+    connectors = [[m(i) for i in range(2)] for m in (student_connector, teacher_connector)]
+    load_connectors(expected, *connectors)
+    assert all(torch.equal(value, loss.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+def student_connector(seed):
+    return randomise(StudentConnector(), seed=seed)
+
+
+def teacher_connector(seed):
+    return randomise(TeacherConnector(), seed=seed)
+
+
+@pytest.mark.parametrize("student,teacher", [("s_{}", "t_{}"), (["s_0", "s_1"], ["t_0", "t_1"])])
+def test_names_and_prefix_of_a_checkpoints_connectors(student, teacher):
+    loss, expected = two_levels(), two_levels()
+    load_checkpoint(expected, checkpoint())
+    state = checkpoint(student="s_{}", teacher="t_{}", prefix="module.connectors.")
+    load_checkpoint(loss, state, student_names=student, teacher_names=teacher, prefix="module.connectors.")
+    assert all(torch.equal(value, loss.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (("loss", {}), TypeError, "loss must be an FBKDLoss, got str"),
+        ((None, []), TypeError, "checkpoint must be a state dict, or a dict that has one, got list"),
+        (
+            (None, checkpoint(1)),
+            ValueError,
+            "checkpoint has no connectors loss_s1_sfeat, loss_s1_tfeat, under 'distiller.connectors.' are "
+            "loss_s0_sfeat, loss_s0_tfeat",
+        ),
+        ((None, {}), ValueError, "has no connectors loss_s0_sfeat, .*, under 'distiller.connectors.' are none"),
+        ((None, checkpoint(3)), ValueError, "checkpoint has a connector loss_s2_sfeat, the loss has 2 levels"),
+        ((None, {}, ["a"]), ValueError, "student_names must have one entry a level, expected 2, got 1"),
+        ((None, {}, 3), TypeError, "student_names must be a pattern or a list of names, got int"),
+    ],
+)
+def test_other_checkpoints_are_refused(arguments, error, message):
+    loss, state, *names = arguments
+    with pytest.raises(error, match=message):
+        load_checkpoint(loss or two_levels(), state, **dict(zip(["student_names"], names)))
+
+
+def test_a_checkpoint_with_a_key_too_few_changes_nothing():
+    loss, state = two_levels(), checkpoint()
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    del state["distiller.connectors.loss_s1_sfeat.adaptation_layers.bias"]
+    with pytest.raises(ValueError, match="level 1: the connectors do not fit .* missing feature_adaptation.bias"):
+        load_checkpoint(loss, state)
+    assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
+
+
+class AuthorsBlock(nn.Module):
+    """Names of the authors' block, whose first level pools."""
+
+    def __init__(self, channels, inner, stride):
+        super().__init__()
+
+        def projection():
+            layer = nn.Conv2d(channels, inner, 1)
+            return nn.Sequential(layer, nn.MaxPool2d((stride, stride))) if stride > 1 else layer
+
+        self.g, self.phi, self.theta = projection(), projection(), nn.Conv2d(channels, inner, 1)
+        self.W = nn.Sequential(nn.Conv2d(inner, channels, 1), nn.BatchNorm2d(channels))
+
+
+class AuthorsDetector(nn.Module):
+    """Names of the authors' two-stage detector: a list a layer, with an entry a level."""
+
+    def __init__(self, channels=4, inner=(1, 2), strides=(8, 1)):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        levels = range(len(strides))
+        self.adaptation_layers = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in levels)
+        self.channel_wise_adaptation = nn.ModuleList(nn.Linear(channels, channels) for _ in levels)
+        self.spatial_wise_adaptation = nn.ModuleList(nn.Conv2d(1, 1, 3, padding=1) for _ in levels)
+        self.non_local_adaptation = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in levels)
+        self.student_non_local = nn.ModuleList(AuthorsBlock(channels, *level) for level in zip(inner, strides))
+        self.teacher_non_local = nn.ModuleList(AuthorsBlock(channels, *level) for level in zip(inner, strides))
+
+
+def loss_of_authors():
+    return FBKDLoss(4, num_levels=2, preset="two_stage", stride=[8, 1], inter_channels=[1, 2])
+
+
+@pytest.mark.parametrize("prefix,is_nested", [("", False), ("module.", True)])
+def test_the_authors_layers_are_copied(prefix, is_nested):
+    loss, detector = randomise(loss_of_authors(), seed=9), randomise(AuthorsDetector())
+    state = detector.state_dict(prefix=prefix)
+    state["unrelated.adaptation_layers.0.weight"] = torch.zeros(1)
+    load_authors(loss, {"state_dict": state} if is_nested else state, prefix=prefix)
+    level, other = loss.levels[0], loss.levels[1]
+    pairs = [
+        (level.feature_adaptation.weight, detector.adaptation_layers[0].weight),
+        (other.feature_adaptation.bias, detector.adaptation_layers[1].bias),
+        (other.channel_adaptation.weight, detector.channel_wise_adaptation[1].weight),
+        (level.spatial_adaptation.weight, detector.spatial_wise_adaptation[0].weight),
+        (other.relation_adaptation.weight, detector.non_local_adaptation[1].weight),
+        (level.student_non_local.g.weight, detector.student_non_local[0].g[0].weight),
+        (other.student_non_local.g.weight, detector.student_non_local[1].g.weight),
+        (other.teacher_non_local.phi.bias, detector.teacher_non_local[1].phi.bias),
+        (level.teacher_non_local.theta.weight, detector.teacher_non_local[0].theta.weight),
+        (level.teacher_non_local.out.bias, detector.teacher_non_local[0].W[0].bias),
+        (other.student_non_local.norm.running_mean, detector.student_non_local[1].W[1].running_mean),
+    ]
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    copied = sum(value.numel() for key, value in detector.state_dict().items() if not key.startswith("head."))
+    assert sum(value.numel() for value in loss.state_dict().values()) == copied
+
+
+def test_authors_layers_that_do_not_fit_are_listed():
+    loss, state = randomise(loss_of_authors(), seed=9), AuthorsDetector().state_dict()
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    del state["adaptation_layers.1.bias"], state["student_non_local.0.g.0.weight"]
+    state["teacher_non_local.2.theta.weight"] = torch.zeros(1)
+    state["channel_wise_adaptation.0.weight"] = torch.zeros(3, 4)
+    with pytest.raises(ValueError) as caught:
+        load_authors(loss, state)
+    message = str(caught.value)
+    assert "missing levels.0.student_non_local.g.weight, levels.1.feature_adaptation.bias" in message
+    assert "surplus levels.2.teacher_non_local.theta.weight" in message
+    assert "levels.0.channel_adaptation.weight must have shape (4, 4), got (3, 4)" in message
+    assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
+
+
+def test_a_state_dict_without_authors_layers_is_refused():
+    with pytest.raises(ValueError, match="do not fit the loss: missing levels.0"):
+        load_authors(loss_of_authors(), {"head.weight": torch.zeros(1)})
+    with pytest.raises(TypeError, match="loss must be an FBKDLoss, got Linear"):
+        load_authors(nn.Linear(1, 1), {})

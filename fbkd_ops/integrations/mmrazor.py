@@ -1,16 +1,17 @@
-"""Weights of MMRazor 1.0.0's FBKD connectors in an ``FBKDLoss(preset="mmrazor")``."""
+"""Weights of MMRazor 1.0.0's FBKD connectors, and of the authors' detectors, in an ``FBKDLoss``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
 from ..loss import FBKDLevel, FBKDLoss
 from .non_local import differences, module_settings, our_key, state_problems
 
-__all__ = ["load_connectors"]
+__all__ = ["load_authors", "load_checkpoint", "load_connectors"]
 
 Connector = Union[nn.Module, Mapping[str, Tensor]]
+Names = Union[str, Sequence[str]]
 
 _STUDENT_LAYERS = {
     "adaptation_layers": "feature_adaptation",
@@ -18,6 +19,7 @@ _STUDENT_LAYERS = {
     "spatial_wise_adaptation": "spatial_adaptation",
     "non_local_adaptation": "relation_adaptation",
 }
+_BLOCKS = ("student_non_local", "teacher_non_local")
 
 
 def load_connectors(
@@ -57,6 +59,121 @@ def load_connectors(
         states.append(state)
     for level, state in zip(loss.levels, states):
         level.load_state_dict(state)
+
+
+def load_checkpoint(
+    loss: FBKDLoss,
+    checkpoint: Mapping[str, Any],
+    *,
+    student_names: Names = "loss_s{}_sfeat",
+    teacher_names: Names = "loss_s{}_tfeat",
+    prefix: str = "distiller.connectors.",
+) -> None:
+    """Copy the connectors in a checkpoint of an MMRazor algorithm into ``loss``; other weights in it are ignored.
+
+    Args:
+        loss: ``FBKDLoss(channels, preset="mmrazor")``, with as many levels as there are connectors a side.
+        checkpoint: the state dict of a ``SingleTeacherDistill`` with FBKD connectors, or what the runner saved, which
+            has it under ``"state_dict"``.
+        student_names, teacher_names: the connectors' names in the config, one a level, or a pattern with the level's
+            number in ``{}``; those of MMRazor's own config by default.
+        prefix: what stands before a connector's name.
+
+    Raises:
+        TypeError: a loss that is no FBKDLoss, a checkpoint that is no mapping.
+        ValueError: another number of names than levels, connectors that are not there (all are listed) or, with a
+            pattern, of a further level, and what :func:`load_connectors` refuses. Nothing is copied then.
+
+    Example:
+        >>> loss = FBKDLoss(256, preset="mmrazor")
+        >>> load_checkpoint(loss, torch.load("epoch_12.pth"))  # doctest: +SKIP
+
+    Source: MMRazor 1.0.0, ``configs/distill/mmdet/fbkd``.
+    """
+    state = _checked_state(loss, checkpoint)
+    names = [
+        _level_names(student_names, len(loss.levels), "student_names"),
+        _level_names(teacher_names, len(loss.levels), "teacher_names"),
+    ]
+    sides = [[_below(state, f"{prefix}{name}.") for name in side] for side in names]
+    missing = [name for side, found in zip(names, sides) for name, connector in zip(side, found) if not connector]
+    if missing:
+        there = sorted({key.partition(".")[0] for key in _below(state, prefix)})
+        raise ValueError(
+            f"checkpoint has no connectors {', '.join(missing)}, under {prefix!r} are {', '.join(there) or 'none'}"
+        )
+    for pattern in (student_names, teacher_names):
+        further = pattern.format(len(loss.levels)) if isinstance(pattern, str) else None
+        if further and _below(state, f"{prefix}{further}."):
+            raise ValueError(f"checkpoint has a connector {further}, the loss has {len(loss.levels)} levels")
+    load_connectors(loss, *sides)
+
+
+def load_authors(loss: FBKDLoss, checkpoint: Mapping[str, Any], prefix: str = "") -> None:
+    """Copy the distillation layers of a detector of FBKD's authors into ``loss``; its other weights are ignored.
+
+    Their two-stage and one-stage detectors have one list a layer with an entry a level: ``adaptation_layers``,
+    ``channel_wise_adaptation``, ``spatial_wise_adaptation``, ``non_local_adaptation``, ``student_non_local`` and
+    ``teacher_non_local``. A state dict holds no pooling, temperatures or weights of the terms: take the preset.
+
+    Args:
+        loss: ``FBKDLoss(256, preset="two_stage")`` or ``"one_stage"``, with the detector's levels.
+        checkpoint: the detector's state dict, or a checkpoint that has it under ``"state_dict"``.
+        prefix: what stands before the six names, as ``"module."``.
+
+    Raises:
+        TypeError: a loss that is no FBKDLoss, a checkpoint that is no mapping.
+        ValueError: missing or surplus entries of the six lists, shapes that do not fit; all are listed, and nothing is
+            copied then.
+
+    Example:
+        >>> loss = FBKDLoss(256, preset="two_stage")
+        >>> load_authors(loss, torch.load("epoch_24.pth"))  # doctest: +SKIP
+
+    Source: github.com/ArchipLab-LinfengZhang/Object-Detection-Knowledge-Distillation-ICLR2021.
+    """
+    state = {}
+    for key, value in _checked_state(loss, checkpoint).items():
+        ours = _our_key_of_authors(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if ours is not None:
+            state[ours] = value
+    problems = state_problems(loss.state_dict(), state)
+    if problems:
+        raise ValueError(f"the detector's distillation layers do not fit the loss: {'; '.join(problems)}")
+    loss.load_state_dict(state)
+
+
+def _checked_state(loss: Any, checkpoint: Any) -> Mapping[str, Tensor]:
+    """The state dict in a checkpoint."""
+    if not isinstance(loss, FBKDLoss):
+        raise TypeError(f"loss must be an FBKDLoss, got {type(loss).__name__}")
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"checkpoint must be a state dict, or a dict that has one, got {type(checkpoint).__name__}")
+    inner = checkpoint.get("state_dict")
+    return inner if isinstance(inner, Mapping) else checkpoint
+
+
+def _level_names(names: Any, levels: int, argument: str) -> list[str]:
+    if isinstance(names, str):
+        return [names.format(level) for level in range(levels)]
+    if not isinstance(names, Sequence):
+        raise TypeError(f"{argument} must be a pattern or a list of names, got {type(names).__name__}")
+    if len(names) != levels:
+        raise ValueError(f"{argument} must have one entry a level, expected {levels}, got {len(names)}")
+    return list(names)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _our_key_of_authors(key: str) -> Optional[str]:
+    """Our name of ``student_non_local.0.g.weight`` and its like; None for a key of another part of the detector."""
+    name, _, rest = key.partition(".")
+    level, _, entry = rest.partition(".")
+    if name in _BLOCKS:
+        return f"levels.{level}.{name}.{our_key(entry)}"
+    return f"levels.{level}.{_STUDENT_LAYERS[name]}.{entry}" if name in _STUDENT_LAYERS else None
 
 
 def _check_count(connectors: Any, expected: int, name: str) -> None:

@@ -1,0 +1,177 @@
+"""FBKD in Ultralytics' own trainer, for its YOLO detectors."""
+
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.modules import Detect
+from ultralytics.utils import RANK
+
+from ..feature_tap import FeatureTap, Layer, unwrapped
+from ..loss import FBKDLoss
+
+__all__ = ["FBKDTrainer"]
+
+WEIGHTS = "fbkd.pt"
+HEAD_INPUTS = Layer("model.-1", inputs=True)
+
+Teacher = Union[str, Path, YOLO, nn.Module]
+
+
+class FBKDTrainer(DetectionTrainer):
+    """Ultralytics' trainer of detectors with the FBKD terms between the maps that the two ``Detect`` heads are given.
+
+    The terms join the student's losses in each training batch, times the batch's size as those are, and stand beside
+    them in the progress line and in ``results.csv`` (where ``val/`` columns of theirs, if the version has such, are 0).
+    The learned layers of the loss are in the optimizer but, unlike the student's, not in Ultralytics' gradient
+    clipping. They are saved as ``weights/fbkd.pt`` beside the checkpoints, which stay those of the student alone and
+    load without this package; a resumed run reads them, as does Ultralytics' recovery from a loss that is NaN.
+
+    Under ``amp`` the terms are computed in float32. A gradient that overflows makes the trainer's ``GradScaler`` skip
+    the step for the student and the loss alike.
+
+    Args:
+        teacher: a checkpoint (``"yolo11m.pt"``), a YAML, a ``YOLO`` or its model; it is frozen and may have other
+            widths than the student, and as many levels.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`, ``preset="one_stage"`` by default; the widths are read off the
+            heads.
+        *args, **arguments: what ``DetectionTrainer`` takes.
+
+    Attributes:
+        teacher: the teacher's model, once training started.
+        fbkd: the :class:`fbkd_ops.FBKDLoss`, once training started.
+
+    Raises:
+        NotImplementedError: several devices; the trainer's worker processes would know of no teacher.
+        TypeError: a teacher of another type, a model whose last module is no ``Detect``.
+        FileNotFoundError: a run to be resumed whose ``fbkd.pt`` is gone.
+
+    Example:
+        >>> trainer = functools.partial(FBKDTrainer, teacher="yolo11m.pt")
+        >>> YOLO("yolo11n.pt").train(trainer=trainer, data="coco8.yaml")
+
+    Seen to train with Ultralytics 8.3.40 to 8.4.190; not yet measured on a GPU.
+    """
+
+    def __init__(self, *args: Any, teacher: Teacher, loss: Optional[dict[str, Any]] = None, **arguments: Any):
+        if not isinstance(teacher, (str, Path, YOLO, nn.Module)):
+            raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
+        self.teacher, self.loss_arguments = teacher, {"preset": "one_stage", **(loss or {})}
+        self._student_tap, self._criterion = None, None
+        super().__init__(*args, **arguments)
+        _check_one_device(self.args.device)
+
+    def setup_model(self) -> Any:
+        checkpoint = super().setup_model()
+        self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
+        widths = _widths(self.model, "student"), _widths(self.teacher, "teacher")
+        self.fbkd = FBKDLoss(*widths, **self.loss_arguments).to(self.device)
+        if self.resume:
+            self._load_loss(Path(self.args.model).with_name(WEIGHTS))
+        self._teacher_tap = FeatureTap(self.teacher, HEAD_INPUTS, name="teacher", stop_when_complete=True)
+        self._teacher_tap.close()
+        return checkpoint
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **arguments: Any) -> torch.optim.Optimizer:
+        """One for the student, under the names that Ultralytics knows its layers by, and the loss."""
+        both = nn.Module()
+        both.model, both.fbkd = unwrapped(model).model, self.fbkd
+        return super().build_optimizer(both, *args, **arguments)
+
+    def run_callbacks(self, event: str) -> None:
+        if event == "on_train_start" and self.loss_names:  # else the trainer takes them from the first losses
+            self.loss_names = (*self.loss_names, *map(_short, self.fbkd.term_names))
+        elif event == "on_train_batch_start":
+            self._listen()
+        super().run_callbacks(event)
+
+    def train(self) -> Any:
+        try:
+            return super().train()
+        finally:
+            self._stop_listening()
+
+    def validate(self) -> Any:
+        # Losses in a tensor are added up in one of the same shape, and a validator has those of the student.
+        if isinstance(self.loss_items, Tensor):
+            self.loss_items = self.loss_items[: -len(self.fbkd.term_names)]
+        return super().validate()
+
+    def save_model(self) -> Any:
+        saved = super().save_model()
+        torch.save(self.fbkd.state_dict(), self.wdir / WEIGHTS)
+        return saved
+
+    def _listen(self) -> None:
+        """Until the batch's losses; models are copied and saved in between batches, without hooks and as they were."""
+        if self._student_tap is not None:  # the last batch did not come to its losses
+            self._stop_listening()
+        model = unwrapped(self.model)
+        self._criterion = getattr(model, "criterion", None) or model.init_criterion()
+        model.criterion = self._losses
+        self._student_tap = FeatureTap(self.model, HEAD_INPUTS, name="student")
+
+    def _stop_listening(self) -> None:
+        if self._student_tap is not None:
+            self._student_tap.close()
+            unwrapped(self.model).criterion = self._criterion
+            self._student_tap = None
+
+    def _losses(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The criterion of one training batch: the student's own loss with the terms, and all of them for the log."""
+        student_features = self._student_tap.features()
+        self._stop_listening()
+        loss, items = self._criterion(predictions, batch)
+        with torch.no_grad(), self._teacher_tap:
+            self.teacher(batch["img"])
+        terms = self.fbkd(student_features, self._teacher_tap.features())
+        loss = loss.sum() + len(batch["img"]) * sum(terms.values())
+        return loss, _joined(items, {_short(name): term.detach() for name, term in terms.items()})
+
+    def _handle_nan_recovery(self, *args: Any) -> bool:
+        has_recovered = super()._handle_nan_recovery(*args)
+        if has_recovered:
+            self._load_loss(self.wdir / WEIGHTS)
+        return has_recovered
+
+    def _load_loss(self, path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: the loss's weights, which FBKDTrainer saved with the checkpoint"
+            )
+        self.fbkd.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
+
+
+def _short(name: str) -> str:
+    """A term's name in the progress line, whose columns are narrow."""
+    return name.removeprefix("loss_fbkd_")
+
+
+def _joined(items: Any, terms: dict[str, Tensor]) -> Any:
+    """The student's logged losses, a dict or in earlier versions a tensor, with the terms behind them."""
+    if isinstance(items, dict):
+        return {**items, **terms}
+    return torch.cat([items, torch.stack(list(terms.values())).to(items)])
+
+
+def _check_one_device(device: Any) -> None:
+    several = isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
+    if several or RANK != -1:
+        raise NotImplementedError(f"FBKDTrainer trains on one device, got device={device!r}, RANK={RANK}")
+
+
+def _model_of(teacher: Teacher) -> nn.Module:
+    if isinstance(teacher, (str, Path)):
+        teacher = YOLO(teacher)
+    return teacher.model if isinstance(teacher, YOLO) else teacher
+
+
+def _widths(model: nn.Module, name: str) -> list[int]:
+    """Channels of the maps that the head is given."""
+    head = unwrapped(model).model[-1]
+    if not isinstance(head, Detect):
+        raise TypeError(f"{name}: the last module must be a Detect head, got {type(head).__name__}")
+    return [branch[0].conv.in_channels for branch in head.cv2]

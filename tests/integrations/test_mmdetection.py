@@ -1,0 +1,187 @@
+"""FBKDDetector under MMEngine's Runner."""
+
+import copy
+
+import pytest
+import torch
+from detectors import TERMS
+from helpers import randomise
+from openmmlab import batch, import_mmcv_ops, register_samples, retinanet, snapshot, training, unchanged
+from process_state import kept
+
+for module in ("mmdet", "mmengine"):
+    pytest.importorskip(module)
+
+LOSS = dict(preset="one_stage")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def framework():
+    import_mmcv_ops()
+    import mmdet.models
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet")
+    register_samples()
+    with kept():
+        yield mmdet.models
+
+
+@pytest.fixture(autouse=True)
+def whole_checkpoints(monkeypatch):
+    """MMEngine 0.10.7 loads what it saved with the default of torch before 2.6."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+
+def build(config: dict):
+    from mmdet.registry import MODELS
+
+    return MODELS.build(config)
+
+
+def detector(**settings):
+    from fbkd_ops.integrations.mmdet import FBKDDetector
+
+    arguments = dict(student=retinanet(18), teacher=retinanet(34, 24), loss=LOSS) | settings
+    return FBKDDetector(**arguments).train()
+
+
+@pytest.fixture(scope="module")
+def teacher_ckpt(framework, tmp_path_factory):
+    teacher = randomise(build(retinanet(34, 24)))
+    path = str(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+    torch.save(dict(state_dict=teacher.state_dict()), path)
+    return path
+
+
+def runner(folder, teacher_ckpt, **more):
+    from mmengine.runner import Runner
+
+    import fbkd_ops.integrations.mmdet  # noqa: F401
+
+    model = dict(
+        type="FBKDDetector", student=retinanet(18), teacher=retinanet(34, 24), teacher_ckpt=teacher_ckpt, loss=LOSS
+    )
+    return Runner(model=model, default_scope="mmdet", **training(folder, **more))
+
+
+def test_losses_are_the_students_and_the_terms_of_the_necks_outputs():
+    model = detector()
+    randomise(model.loss)
+    data = batch(model)
+    own = model.student(**data, mode="loss")
+    losses = model(**data, mode="loss")
+    assert set(losses) == set(own) | TERMS
+    with torch.no_grad():
+        features = model.student.extract_feat(data["inputs"]), model.teacher.extract_feat(data["inputs"])
+        terms = model.loss(*features)
+    assert [feature.shape[1] for feature in (features[0][0], features[1][0])] == [16, 24]
+    for name, term in terms.items():
+        assert term > 0
+        torch.testing.assert_close(losses[name], term)
+    for name, values in own.items():
+        torch.testing.assert_close(losses[name], values)
+    total, _ = model.parse_losses(losses)
+    torch.testing.assert_close(total, model.parse_losses(own)[0] + sum(terms.values()))
+    total.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+def test_the_example_trains(tmp_path, teacher_ckpt):
+    from mmengine.config import Config
+    from mmengine.runner import load_checkpoint
+
+    from examples.frameworks.mmdetection import train
+
+    student = Config(dict(model=retinanet(18), default_scope="mmdet"))
+    student.merge_from_dict(training(tmp_path))
+    trained = train(student, Config(dict(model=retinanet(34, 24))), teacher_ckpt)
+    model = trained.model
+    saved = torch.load(teacher_ckpt, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[key]) for key, value in model.teacher.state_dict().items())
+    assert {f"train/{name}" for name in TERMS} < set(trained.message_hub.log_scalars)
+    checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+    assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"student", "loss", "_extra_state"}
+    plain = build(retinanet(18))
+    load_checkpoint(plain, str(tmp_path / "epoch_2.pth"), revise_keys=[(r"^student\.", "")], logger="silent")
+    assert all(torch.equal(value, model.student.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+def test_a_run_changes_the_student_and_the_loss_only(tmp_path, teacher_ckpt):
+    run = runner(tmp_path, teacher_ckpt)
+    model = run.model
+    run._init_model_weights()
+    randomise(model.loss)
+    before = {name: snapshot(part) for name, part in model.named_children() if name in ("student", "loss")}
+    teacher = copy.deepcopy(model.teacher.state_dict())
+    run.train()
+    assert model.step == 4
+    assert not unchanged(model.student, before["student"])
+    assert not unchanged(model.loss, before["loss"])
+    assert all(torch.equal(value, teacher[key]) for key, value in model.teacher.state_dict().items())
+    assert not any(module.training for module in model.teacher.modules())
+
+
+def test_a_run_is_resumed(tmp_path, teacher_ckpt):
+    first = runner(tmp_path, teacher_ckpt)
+    first.train()
+    second = runner(tmp_path, teacher_ckpt, epochs=3, resume=True)
+    second.load_or_resume()
+    assert all(torch.equal(v, first.model.state_dict()[k]) for k, v in second.model.state_dict().items())
+    assert second.model.step == 4
+    second.train()
+    assert second.epoch == 3 and second.model.step == 6
+
+
+@pytest.mark.parametrize("begin_epoch", [0, 1])
+def test_the_averaged_copy_of_emahook_shares_the_teacher(tmp_path, teacher_ckpt, begin_epoch):
+    run = runner(tmp_path, teacher_ckpt, custom_hooks=[dict(type="EMAHook", begin_epoch=begin_epoch)])
+    run.train()
+    (averaged,) = [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
+    assert averaged.teacher is run.model.teacher
+    assert averaged.student is not run.model.student
+    checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+    key = "loss.levels.0.feature_adaptation.weight"
+    assert torch.equal(checkpoint["state_dict"][key], averaged.state_dict()[key])
+    assert not torch.equal(checkpoint["state_dict"][key], run.model.state_dict()[key])
+    averaged.train()
+    assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
+
+
+def test_other_modes_are_the_students():
+    model = detector()
+    data = batch(model)
+    for is_training in (True, False):
+        model.train(is_training)
+        torch.testing.assert_close(model(**data), model.student(**data))
+    assert set(model(**data, mode="loss")) == set(model.student(**data, mode="loss"))
+
+
+def test_settings_of_the_distiller_pass_through():
+    model = detector(layers="backbone", student_levels=[1, 2], teacher_levels=[1, 2], start_step=1)
+    assert [level.student_channels for level in model.loss.levels] == [128, 256]
+    randomise(model.loss)
+    data = batch(model)
+    first, second = (model(**data, mode="loss") for _ in range(2))
+    assert all(first[name] == 0 and second[name] > 0 for name in TERMS)
+
+
+def test_initialisation_leaves_weights_that_came_from_elsewhere(teacher_ckpt):
+    model = detector(student=build(retinanet(18)), teacher_ckpt=teacher_ckpt)
+    kept = copy.deepcopy(model.student.state_dict()), torch.load(teacher_ckpt, weights_only=True)["state_dict"]
+    model.init_weights()
+    for part, before in zip((model.student, model.teacher), kept):
+        assert all(torch.equal(value, before[key]) for key, value in part.state_dict().items())
+    fresh = detector()
+    before = copy.deepcopy(fresh.teacher.state_dict())
+    fresh.init_weights()
+    assert not torch.equal(before["neck.lateral_convs.0.conv.weight"], fresh.teacher.neck.lateral_convs[0].conv.weight)
+
+
+def test_a_teachers_checkpoint_must_fit(tmp_path, teacher_ckpt):
+    state = torch.load(teacher_ckpt, weights_only=True)["state_dict"]
+    del state["bbox_head.retina_cls.bias"]
+    torch.save(dict(state_dict=state), tmp_path / "part.pth")
+    with pytest.raises(RuntimeError, match="missing keys in source state_dict: bbox_head.retina_cls.bias"):
+        detector(teacher_ckpt=str(tmp_path / "part.pth"))

@@ -1,0 +1,304 @@
+"""FBKDTrainer in Ultralytics' own training loop."""
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("ultralytics")
+
+TERMS = ("feature", "channel", "spatial", "relation")
+SETTINGS = dict(
+    imgsz=64,
+    batch=4,
+    nbs=4,
+    epochs=2,
+    warmup_epochs=0,
+    optimizer="SGD",
+    device="cpu",
+    workers=0,
+    plots=False,
+    verbose=False,
+)
+PAIRS = {"yolov8n.yaml": "yolov8m.yaml", "yolo11n.yaml": "yolo11m.yaml"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def framework(tmp_path_factory):
+    from process_state import kept
+
+    with kept():
+        os.environ.update(YOLO_CONFIG_DIR=str(tmp_path_factory.mktemp("settings")), YOLO_OFFLINE="true")
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Six images of a coloured rectangle or two, in YOLO's format."""
+    folder, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    for index in range(6):
+        picture, lines = np.full((64, 64, 3), 40, np.uint8), []
+        for label in range(2):
+            width, height = generator.integers(16, 30, 2)
+            x, y = generator.integers(0, 34, 2)
+            picture[y : y + height, x : x + width, label] = 255
+            box = np.array([x + width / 2, y + height / 2, width, height]) / 64
+            lines.append(" ".join(map(str, (label, *box))))
+        Image.fromarray(picture).save(folder / "images" / f"{index}.png")
+        (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
+    text = f"path: {folder}\ntrain: images\nval: images\nnames: [red, green]\n"
+    (folder / "data.yaml").write_text(text)
+    return str(folder / "data.yaml")
+
+
+class Observer:
+    """Recomputes the terms of every batch from what hooks of its own saw before the heads."""
+
+    def __init__(self):
+        self.seen, self.expected, self.logged, self.totals = {}, [], [], []
+
+    def callbacks(self) -> dict:
+        return dict(on_train_start=self.start, on_train_batch_start=self.before, on_train_batch_end=self.after)
+
+    def start(self, trainer):
+        self.student, self.teacher = ({k: v.clone() for k, v in m.state_dict().items()} for m in models(trainer))
+        for side, model in zip(("student", "teacher"), models(trainer)):
+            model.model[-1].register_forward_pre_hook(functools.partial(self.keep, side))
+        with torch.no_grad():
+            for level in trainer.fbkd.levels:  # at the zero initialisation the blocks behind it do not learn
+                for block in (level.student_non_local, level.teacher_non_local):
+                    block.norm.weight.fill_(1.0)
+        self.loss = {k: v.clone() for k, v in trainer.fbkd.state_dict().items()}
+
+    def keep(self, side, head, args):
+        self.seen[side] = [feature.detach() for feature in args[0]]
+
+    def before(self, trainer):
+        self.copy = copy.deepcopy(trainer.fbkd)
+
+    def after(self, trainer):
+        with torch.no_grad():
+            terms = self.copy(self.seen["student"], self.seen["teacher"])
+        self.expected.append([float(term) for term in terms.values()])
+        items = trainer.loss_items
+        items = items if isinstance(items, dict) else dict(zip(trainer.loss_names, items))
+        self.logged.append([float(items[name]) for name in TERMS])
+        self.totals.append(
+            (float(trainer.loss.detach()), sum(map(float, items.values())), len(self.seen["student"][0]))
+        )
+
+
+def models(trainer) -> tuple:
+    return trainer.model, trainer.teacher
+
+
+def train(student, data, folder, callbacks=None, **settings):
+    """As the example does, with callbacks."""
+    from examples.frameworks import ultralytics_yolo
+
+    class Watched(ultralytics_yolo.YOLO):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for event, callback in (callbacks or {}).items():
+                self.add_callback(event, callback)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ultralytics_yolo, "YOLO", Watched)
+        arguments = dict(SETTINGS, data=data, student=student, teacher=PAIRS[student], project=str(folder), name="run")
+        return ultralytics_yolo.train(**arguments | settings).trainer
+
+
+@pytest.fixture(scope="module", params=list(PAIRS))
+def run(request, data, tmp_path_factory):
+    """A finished training run and what was seen of it."""
+    torch.manual_seed(0)
+    observer = Observer()
+    trainer = train(request.param, data, tmp_path_factory.mktemp("runs"), observer.callbacks())
+    return trainer, observer
+
+
+def test_the_terms_are_those_of_the_heads_inputs(run):
+    trainer, observer = run
+    assert len(observer.logged) == 4
+    np.testing.assert_allclose(observer.logged, observer.expected, rtol=1e-5)
+    assert np.min(observer.logged) > 0
+    widths = [[feature.shape[1] for feature in observer.seen[side]] for side in ("student", "teacher")]
+    assert widths[0] != widths[1]
+    levels = trainer.fbkd.levels
+    assert widths == [[level.student_channels for level in levels], [level.teacher_channels for level in levels]]
+
+
+def test_the_terms_weigh_as_the_students_losses(run):
+    for total, items, batch in run[1].totals:
+        assert total == pytest.approx(batch * items, rel=1e-4)
+
+
+def test_student_and_loss_change_and_the_teacher_does_not(run):
+    trainer, observer = run
+    teacher = trainer.teacher.state_dict()
+    assert all(torch.equal(value, teacher[key]) for key, value in observer.teacher.items())
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+    for before, module in ((observer.student, trainer.model), (observer.loss, trainer.fbkd)):
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        same = [name for name, parameter in trained if torch.equal(parameter, before[name])]
+        assert len(same) < 0.1 * len(trained), same
+
+
+def test_the_log_has_the_terms(run):
+    trainer, _ = run
+    assert tuple(trainer.loss_names)[-4:] == TERMS
+    header = (trainer.save_dir / "results.csv").read_text().splitlines()[0]
+    assert all(f"train/{name}" in header for name in TERMS)
+    assert trainer.progress_string().split()[-6:-2] == list(TERMS)
+
+
+LOAD = """
+import sys, zipfile
+sys.modules["fbkd_ops"] = None
+import torch
+from ultralytics import YOLO
+for path in sys.argv[1:]:
+    with zipfile.ZipFile(path) as archive:
+        (pickle,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        assert b"fbkd" not in archive.read(pickle).lower()
+    model = YOLO(path)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+    model.predict(torch.zeros(1, 3, 64, 64), verbose=False)
+    print("loaded")
+"""
+
+
+def loads_without_the_package(*paths) -> bool:
+    command = [sys.executable, "-c", LOAD, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(paths[0]).parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.count("loaded") == len(paths)
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt(trainer):
+    if trainer.epoch == 1:
+        raise Interruption
+
+
+def resume(last, callbacks):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    model = YOLO(last)
+    for event, callback in callbacks.items():
+        model.add_callback(event, callback)
+    model.train(resume=True, trainer=functools.partial(FBKDTrainer, teacher=PAIRS["yolo11n.yaml"]))
+    return model.trainer
+
+
+def has_hooks(model) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_run_is_resumed_and_its_checkpoints_are_plain(data, tmp_path):
+    kept, seen = {}, {}
+
+    def keep(trainer):
+        kept.update({key: value.clone() for key, value in trainer.fbkd.state_dict().items()})
+        assert not has_hooks(trainer.model)
+        interrupt(trainer)
+
+    def look(trainer):
+        seen["equal"] = all(torch.equal(kept[key], value) for key, value in trainer.fbkd.state_dict().items())
+        state = trainer.optimizer.state[trainer.fbkd.levels[0].feature_adaptation.weight]
+        seen["momentum"] = float(state["momentum_buffer"].abs().sum())
+        seen["epoch"] = trainer.start_epoch
+
+    with pytest.raises(Interruption):
+        train("yolo11n.yaml", data, tmp_path, dict(on_fit_epoch_end=keep), epochs=3)
+    weights = tmp_path / "run" / "weights"
+    assert loads_without_the_package(weights / "last.pt", weights / "best.pt")
+    (weights / "fbkd.pt").rename(weights / "elsewhere.pt")
+    with pytest.raises(FileNotFoundError, match="fbkd.pt is missing: the loss's weights"):
+        resume(weights / "last.pt", {})
+    (weights / "elsewhere.pt").rename(weights / "fbkd.pt")
+    trainer = resume(weights / "last.pt", dict(on_train_start=look))
+    assert seen["equal"] and seen["momentum"] > 0 and seen["epoch"] == 2
+    assert trainer.epoch == 2
+    assert not all(torch.equal(kept[key], value) for key, value in trainer.fbkd.state_dict().items())
+    assert loads_without_the_package(weights / "last.pt", weights / "best.pt")
+
+
+def test_a_loss_that_is_nan_takes_the_loss_back_too(data, tmp_path):
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    if not hasattr(DetectionTrainer, "_handle_nan_recovery"):
+        pytest.skip("this version has no recovery")
+    spoilt = []
+
+    def spoil(trainer):
+        if trainer.epoch == 1 and not spoilt:
+            spoilt.append(trainer.loss)
+            trainer.loss = torch.tensor(float("nan"))
+            with torch.no_grad():
+                trainer.fbkd.levels[0].feature_adaptation.weight.fill_(float("nan"))
+
+    trainer = train("yolov8n.yaml", data, tmp_path, dict(on_train_epoch_end=spoil))
+    assert spoilt
+    assert all(value.isfinite().all() for value in trainer.fbkd.state_dict().values())
+    assert loads_without_the_package(trainer.last)
+
+
+def test_a_batch_without_losses_leaves_the_model_as_it_was(data, tmp_path):
+    """An error between a batch's start and its losses, as when memory is out."""
+    caught = []
+
+    def fail(trainer):
+        caught.append(trainer.model)
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        train("yolov8n.yaml", data, tmp_path, dict(on_train_batch_start=fail))
+    (model,) = caught
+    assert not has_hooks(model)
+    assert type(model.criterion).__module__.startswith("ultralytics.")
+
+
+def test_an_end_to_end_head_keeps_its_own_criterion(data, tmp_path):
+    """YOLO26's criterion is updated after each epoch."""
+    PAIRS["yolo26n.yaml"] = "yolo11s.yaml"
+    try:
+        trainer = train("yolo26n.yaml", data, tmp_path, epochs=1)
+    except FileNotFoundError:
+        pytest.skip("this version has no YOLO26")
+    assert type(trainer.model.criterion).__module__.startswith("ultralytics.")
+    assert tuple(trainer.loss_names)[-4:] == TERMS
+
+
+@pytest.mark.parametrize("device", ["0,1", [0, 1]])
+def test_several_devices_are_refused(data, tmp_path, monkeypatch, device):
+    import ultralytics.engine.trainer as engine
+
+    monkeypatch.setattr(engine, "select_device", lambda *args, **arguments: torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="FBKDTrainer trains on one device, got device='?.?0, ?1"):
+        train("yolov8n.yaml", data, tmp_path, device=device)
+
+
+def test_other_models_are_refused(data):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer, _widths
+
+    with pytest.raises(TypeError, match="teacher must be a checkpoint, a YAML, a YOLO or its model, got int"):
+        FBKDTrainer(teacher=3)
+    model = types.SimpleNamespace(model=[torch.nn.Identity()], named_children=lambda: [])
+    with pytest.raises(TypeError, match="teacher: the last module must be a Detect head, got Identity"):
+        _widths(model, "teacher")
