@@ -130,7 +130,8 @@ def load_authors(loss: FBKDLoss, checkpoint: Mapping[str, Any], prefix: str = ""
         >>> loss = FBKDLoss(256, preset="two_stage")
         >>> load_authors(loss, torch.load("epoch_24.pth"))  # doctest: +SKIP
 
-    Source: github.com/ArchipLab-LinfengZhang/Object-Detection-Knowledge-Distillation-ICLR2021.
+    Source: public descendants of github.com/ArchipLab-LinfengZhang/Object-Detection-Knowledge-Distillation-ICLR2021,
+    which holds no code itself.
     """
     state = {}
     for key, value in _checked_state(loss, checkpoint).items():
