@@ -61,6 +61,8 @@ class FBKDTrainer(DetectionTrainer):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
         self.teacher, self.loss_arguments = teacher, {"preset": "one_stage", **(loss or {})}
         self._student_tap, self._criterion = None, None
+        overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
+        _check_one_device((overrides or {}).get("device"))  # here, as a machine with one GPU refuses it in other words
         super().__init__(*args, **arguments)
         _check_one_device(self.args.device)
 

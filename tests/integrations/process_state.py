@@ -11,9 +11,11 @@ import torch
 def kept():
     """Environment, patched functions, print options, determinism and threads; one thread inside, as maps are tiny."""
     import cv2
+    from PIL import Image
 
     environment, options = dict(os.environ), np.get_printoptions()
     patched = [(torch, "save"), (torch, "load"), (cv2, "imread"), (cv2, "imwrite"), (cv2, "imshow")]
+    patched.append((Image, "open"))
     functions = [getattr(module, name) for module, name in patched]
     threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
     is_deterministic = torch.are_deterministic_algorithms_enabled()

@@ -9,7 +9,7 @@ from helpers import randomise
 from openmmlab import batch, import_mmcv_ops, register_samples, retinanet, snapshot, training, unchanged
 from process_state import kept
 
-for module in ("mmdet", "mmengine"):
+for module in ("mmdet", "mmengine", "mmcv"):
     pytest.importorskip(module)
 
 LOSS = dict(preset="one_stage")

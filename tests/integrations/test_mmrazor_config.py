@@ -22,7 +22,7 @@ from process_state import kept
 
 from fbkd_ops.integrations.mmrazor import load_checkpoint
 
-for module in ("mmrazor", "mmdet", "mmengine"):
+for module in ("mmrazor", "mmdet", "mmengine", "mmcv"):
     pytest.importorskip(module)
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "frameworks" / "mmrazor_config.py"
