@@ -153,7 +153,7 @@ def relation(x, stride):
 CLAMPING = {
     "non_local": lambda x: functional.non_local(x, NonLocalBlock2d(4).weights(), stride=4),
     "relation_loss": lambda x: relation(x, 4),
-    "FBKDLoss": lambda x: FBKDLoss(4, num_levels=1, stride=4)([x], [x]),
+    "FBKDLoss": lambda x: FBKDLoss(4, num_levels=1, stride=4)([x.clone().requires_grad_()], [x]),
 }
 
 
