@@ -79,7 +79,8 @@ class Case:
         """
         n, channels, height, width = self.shape
         if self.strides:
-            return replace(self, shape=(2, min(max(channels, 32), 512), 39, 53))
+            factor = 2 ** max(0, len(self.strides) - 4)
+            return replace(self, shape=(2, min(max(channels, 32), 512), 39 * factor, 53 * factor))
         return replace(self, shape=(min(n, 2), min(channels, 512), min(height, 19), min(width, 28)))
 
     def features(self, seed: int, level: int = 0) -> Tensor:
@@ -109,9 +110,10 @@ class Suite:
     ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
     with, ``reference`` the literal formula, which also takes float64 inputs in any case. An implementation that is a
     module is differentiated by its own parameters. ``cases`` are what is measured unless something else is asked for,
-    ``strides`` a case's pooling factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` is the
-    suite in which the implementations of the same names are compared with the literal formula instead; ``states`` are
-    those of the CPU's memory to measure in, if not the usual ones.
+    ``brief`` those of a run of minutes, by default the same; ``strides`` a case's pooling factors by its shape. A suite
+    without ``cost`` has no ceiling. ``checked_as`` is the suite in which the implementations of the same names are
+    compared with the literal formula instead; ``states`` are those of the CPU's memory to measure in, if not the usual
+    ones.
     """
 
     op: str
@@ -123,6 +125,7 @@ class Suite:
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
     checked_as: Optional["Suite"] = None
     states: Optional[tuple[str, ...]] = None
+    brief: tuple[Case, ...] = ()
 
     @property
     def baseline(self) -> str:

@@ -276,6 +276,7 @@ NON_LOCAL = Suite(
     ),
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
+    brief=(Case(LEVELS["P4"], strides=(1,)),),
 )
 RELATION = Suite(
     "relation_loss",
@@ -288,6 +289,10 @@ RELATION = Suite(
     ),
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
+    brief=(
+        Case(LEVELS["P4"], strides=(STRIDES[2],)),
+        *(Case(LEVELS[level], strides=(1,)) for level in ("P6", "P5", "P4")),
+    ),
 )
 FBKD_LOSS = Suite(
     "adapted_masked_l2_loss",

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from benchmarks import memory
 from benchmarks.cases import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
+from benchmarks.series import OURS
 from benchmarks.suites import SUITES, outputs_of, peers_of
 from benchmarks.timing import interleaved, one_call, ratios, summary
 
-__all__ = ["DOES_NOT_FIT", "OURS", "Job", "measure"]
+__all__ = ["DOES_NOT_FIT", "Job", "measure"]
 
 DOES_NOT_FIT = "does not fit in memory"
 PASSES = ("forward", "step")
 MOST_SETS = 8
 LARGE_BYTES, LARGE_SIDE = 1 << 30, 8192  # of a GPU's ceilings
-OURS = "fbkd_ops"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def measure(job: Job) -> dict:
     status = missing | _wrongs(suite, peers, case)
     cost = suite.cost(case) if suite.cost else None
     result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
+    result["cost"] = asdict(cost) if cost else None
     try:
         sets = _input_sets(suite, case)
         ceilings = _ceilings(case, cost)

@@ -1,15 +1,14 @@
 """Times, memory and traffic of the ops beside plain PyTorch, torch.compile and what the machine can do.
 
-    python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--json FILE]
+    python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--json FILE] [--plot FOLDER]
 
 One table for each suite, map and state of memory; docs/performance.md says what the columns mean. Each is measured
-in a process of its own. Without --shapes, --dtype, --layout and --pooling a suite's own maps are taken.
+in a process of its own. Without --shapes, --dtype, --layout, --pooling and --sweep a suite's own maps are taken.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -23,13 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from benchmarks import plots, sweep  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.environment import ROOT, environment  # noqa: E402
-from benchmarks.measurement import DOES_NOT_FIT, OURS, Job  # noqa: E402
+from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
+from benchmarks.series import OURS, is_pooled, is_slower, series, slower, slower_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
+FASTER = " *"  # behind a time that fbkd_ops does not reach
 COLUMNS = ("forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "peak extra MB")
 
 
@@ -45,7 +47,7 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="all by default")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=15)
@@ -57,8 +59,17 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
     parser.add_argument("--pooling", nargs="+", choices=POOLINGS, help="in the suites that have non-local blocks")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="beside fbkd_ops; all that a suite has by default")
+    parser.add_argument("--brief", action="store_true", help="fewer of the suites' own maps")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        choices=sweep.DIMENSIONS,
+        help=f"one size at a time away from a base case, in the suites {' and '.join(sweep.SUITES)}",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here, after each table")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures here, at the end")
     options = parser.parse_args(arguments)
+    check_cases(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
     for name in ("threads", "rounds"):
@@ -67,20 +78,42 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     return options
 
 
+def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in the suites, and refuse what cannot be asked for together."""
+    options.suite = options.suite or list(sweep.SUITES if options.sweep else SUITES)
+    wrong = [name for name in options.suite if name not in sweep.SUITES]
+    if options.sweep and wrong:
+        parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(wrong)}")
+    if options.sweep and options.shapes:
+        parser.error("--sweep has shapes of its own: expected no --shapes beside it")
+    if options.brief and not own_maps(options):
+        parser.error(
+            "--brief takes the suites' own maps: expected none of --shapes, --dtype, --layout, --pooling, --sweep"
+        )
+
+
+def own_maps(options: argparse.Namespace) -> bool:
+    return not (options.shapes or options.dtype or options.layout or options.pooling or options.sweep)
+
+
 def cases_of(suite: Suite, options: argparse.Namespace) -> list[Case]:
-    if not (options.shapes or options.dtype or options.layout or options.pooling):
-        return [replace(case, device=options.device) for case in suite.cases]
+    if own_maps(options):
+        own = (options.brief and suite.brief) or suite.cases
+        return [replace(case, device=options.device) for case in own]
     cases = []
-    for shape, dtype, layout, pooling in itertools.product(
-        options.shapes or [LEVELS["P2"]],
-        options.dtype or ["float32"],
-        options.layout or ["contiguous"],
-        options.pooling or POOLINGS[:1],
+    for dtype, layout, pooling in itertools.product(
+        options.dtype or ["float32"], options.layout or ["contiguous"], options.pooling or POOLINGS[:1]
     ):
-        strides = suite.strides(shape)
-        strides = strides if pooling == "preset" else (1,) * len(strides)
-        cases.append(Case(shape, dtype, layout, options.device, strides))
-    return list(dict.fromkeys(cases))  # without non-local blocks poolings do not differ
+        for case in shaped(suite, options, dtype=dtype, layout=layout, device=options.device):
+            cases.append(case if pooling == "preset" else replace(case, strides=(1,) * len(case.strides)))
+    return list(dict.fromkeys(cases))  # without non-local blocks poolings do not differ; a sweep's base comes often
+
+
+def shaped(suite: Suite, options: argparse.Namespace, **facts) -> list[Case]:
+    """A case for each shape that is asked for, with the preset's pooling; ``facts`` are its other fields."""
+    if options.sweep:
+        return [case for dimension in options.sweep for case in sweep.cases(suite, dimension, **facts)]
+    return [Case(shape, strides=suite.strides(shape), **facts) for shape in options.shapes or [LEVELS["P2"]]]
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
@@ -115,9 +148,10 @@ def spread(figure: Optional[dict], digits: int) -> str:
     return f"{median} ({low}–{high})"
 
 
-def cells(row: dict) -> list[str]:
+def cells(peer: str, row: dict) -> list[str]:
     passes = [row[which] for which in ("forward", "step")]
-    timings = [text for p in passes for text in (spread(p["ms"], 2), spread(p["speed_vs_eager"], 1))]
+    times = [spread(p["ms"], 2) + (FASTER if is_slower(peer, p) else "") for p in passes]
+    timings = [text for time, p in zip(times, passes) for text in (time, spread(p["speed_vs_eager"], 1))]
     rates, shares = "–", "–"
     if passes[0]["gb_s"] is not None:
         rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
@@ -150,25 +184,20 @@ def table_of(result: dict):
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for name, row in result["peers"].items():
-        shown = cells(row) if row["status"] == "ok" else [row["status"]]
+        shown = cells(name, row) if row["status"] == "ok" else [row["status"]]
         table.add_row(name, *shown)
-    if "ceilings" in result:
-        table.caption = "ceilings: " + ceilings_text(result)
+    captions = ["ceilings: " + ceilings_text(result)] if "ceilings" in result else []
+    if slower([result]):
+        captions.append(f"{FASTER.strip()} faster than {OURS}")
+    table.caption = "\n".join(captions) or None
     return table
 
 
 def scaling(results: list[dict]) -> list[dict]:
     """How time grows with the map, without pooling: each pair of neighbouring sizes in the same suite and state."""
-    series = {}
-    for result in results:
-        case = result["case"]
-        if set(case["strides"]) == {1} and "rounds" in result:
-            key = (result["suite"], result["state"], case["dtype"], case["layout"], *case["shape"][:2])
-            series.setdefault(key, []).append((math.prod(case["shape"][2:]), result))
     rows = []
-    for group in series.values():
-        ordered = sorted(group, key=lambda entry: entry[0])
-        for (pixels, small), (more_pixels, large) in zip(ordered, ordered[1:]):
+    for group in series([result for result in results if result["case"]["strides"] and not is_pooled(result)], "H·W"):
+        for (pixels, small), (more_pixels, large) in zip(group, group[1:]):
             sizes = ["x".join(map(str, result["case"]["shape"][2:])) for result in (small, large)]
             row = {"suite": small["suite"], "state": small["state"], "sizes": sizes, "pixels": more_pixels / pixels}
             rows.append(row | {"time": _growth(small["peers"], large["peers"])})
@@ -199,19 +228,29 @@ def save(path: Optional[Path], report: dict) -> None:
         partial.replace(path)
 
 
+def draw(options: argparse.Namespace, report: dict, output) -> None:
+    if options.plot:
+        name = options.json.stem if options.json else f"{options.device}-microbench"
+        for line in plots.draw(report, options.plot, name):
+            output.print(line)
+
+
 def main(arguments: Optional[list[str]] = None) -> None:
     options = parse(arguments)
     output = console()
+    if options.plot:
+        plots.require_matplotlib()
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
-    report |= {"results": [], "scaling": []}
+    report |= {"results": [], "scaling": [], "slower": []}
     try:
         for job in jobs_of(options):
             report["results"].append(measured(job))
-            report["scaling"] = scaling(report["results"])
+            report |= {"scaling": scaling(report["results"]), "slower": slower(report["results"])}
             save(options.json, report)
             output.print(table_of(report["results"][-1]))
     except KeyboardInterrupt:
+        draw(options, report, output)
         sys.exit(f"interrupted after {len(report['results'])} tables")
     for row in report["scaling"]:
         growth = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["time"].items())
@@ -219,7 +258,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
             f"{row['suite']}, {row['state']} memory, {' to '.join(row['sizes'])}, "
             f"{row['pixels']:.1f} times the pixels: time × {growth or '–'}"
         )
-    save(options.json, report | {"complete": True})
+    report["complete"] = True
+    save(options.json, report)
+    draw(options, report, output)
+    for line in slower_text(report["slower"]):
+        output.print(line)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What results of benchmarks/microbench.py say together: series of sizes, and where fbkd_ops is slower than a peer."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+__all__ = ["DIMENSIONS", "LEVELS", "OURS", "exponent", "is_pooled", "is_slower", "series", "slower", "slower_text"]
+
+OURS = "fbkd_ops"
+AXES = {"H·W": (2, 3), "N": (0,), "C": (1,)}  # of a case's shape
+LEVELS = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
+DIMENSIONS = (*AXES, LEVELS)
+PASSES = {"forward": "forward", "step": "forward + backward"}
+LESS_WORK = "no_distillation"  # no peer to be faster than: it computes no loss
+
+
+def is_pooled(result: dict) -> bool:
+    """Whether a suite with non-local blocks pools at some level; of the others False."""
+    return any(stride > 1 for stride in result["case"].get("strides", ()))
+
+
+def series(results: Iterable[dict], dimension: str) -> list[list[tuple[int, dict]]]:
+    """Measured results that differ in nothing but one of DIMENSIONS: each with its size, ascending."""
+    groups = {}
+    for result in results:
+        if "rounds" in result:
+            case = result["case"]
+            size, others = size_of(case, dimension)
+            key = (result["suite"], result["state"], case["dtype"], case["layout"], others)
+            groups.setdefault(key, []).append((size, result))
+    return [sorted(group, key=lambda entry: entry[0]) for group in groups.values()]
+
+
+def size_of(case: dict, dimension: str) -> tuple[int, tuple]:
+    """A case's size along one of DIMENSIONS, and what has to be the same for another case to be compared with it.
+
+    Pyramids with more levels or fewer begin with the same factor: the preset's, or 1 without pooling.
+    """
+    shape, strides = tuple(case["shape"]), tuple(case.get("strides", ()))
+    if dimension == LEVELS:
+        return len(strides), (shape, strides[:1])
+    axes = AXES[dimension]
+    others = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+    return math.prod(shape[axis] for axis in axes), (others, strides)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The k of the power law size**k that fits best: least squares between the logarithms."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
+
+
+def is_slower(peer: str, figures: dict) -> bool:
+    """Whether fbkd_ops was slower than somebody else's implementation in the median round of a pass."""
+    speed = figures.get("speed_of_fbkd_ops")
+    return not peer.startswith(OURS) and peer != LESS_WORK and speed is not None and speed["median"] < 1
+
+
+def slower(results: Iterable[dict]) -> list[dict]:
+    """Every pass of every peer that fbkd_ops was slower than; ``speed`` below 1 says by how much."""
+    rows = []
+    for result in results:
+        place = {"suite": result["suite"], "case": result["case"]["title"], "state": result["state"]}
+        for peer, row in result["peers"].items():
+            for which in PASSES:
+                if which in row and is_slower(peer, row[which]):
+                    speed = row[which]["speed_of_fbkd_ops"]["median"]
+                    rows.append({"peer": peer, **place, "pass": which, "speed": speed})
+    return rows
+
+
+def slower_text(rows: Iterable[dict]) -> list[str]:
+    """A line a peer: ``slower than eager at: ...``."""
+    places = {}
+    for row in rows:
+        text = f"{row['suite']} {row['case']}, {row['state']} memory, {PASSES[row['pass']]} ({row['speed']:.2f})"
+        places.setdefault(row["peer"], []).append(text)
+    return [f"slower than {peer} at: {'; '.join(texts)}" for peer, texts in places.items()]
