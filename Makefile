@@ -1,4 +1,4 @@
-# make venv | test | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make venv | test | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make gpu builds, tests, measures and profiles on this machine's GPU. STAGES, OUT, DEADLINE: make gpu STAGES="test bench"
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test gpu demo info docs clean
+BENCH_OUT ?= build/bench
+
+.PHONY: venv test bench gpu demo info docs clean
 
 venv: $(STAMP)
 
@@ -23,6 +25,11 @@ $(STAMP): $(BUILD_INPUTS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# A run of minutes on the CPU: table, JSON and plots under BENCH_OUT.
+bench: venv
+	$(BIN)/python -m pip install --quiet -e ".[bench]" --no-build-isolation --no-deps
+	$(BIN)/python benchmarks/microbench.py --brief --seconds 1 --json $(BENCH_OUT)/cpu-microbench.json --plot $(BENCH_OUT) $(ARGS)
 
 # Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
 gpu:

@@ -302,4 +302,5 @@ FBKD_LOSS = Suite(
     cases=(Case(LEVELS["P2"], strides=STRIDES),),
     strides=lambda shape: STRIDES,
     tolerances=LOSS_TOLERANCES,
+    brief=(Case(LEVELS["P4"], strides=STRIDES),),
 )

@@ -230,7 +230,7 @@ def draw_bars(report: dict) -> "Figure":
     handles = [patch(colour(peer), 1, peer) for peer in distinct(bar.peer for bar in shown)]
     if len(states) > 1:
         handles += [patch("#444444", 1 if state == states[0] else FRESH_ALPHA, f"{state} memory") for state in states]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     return captioned(figure, caption(report, "Median, whiskers: 20th and 80th percentile of the rounds."))
 
 
