@@ -1,15 +1,15 @@
 # make venv | test | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make bench writes its JSON and plots to BENCH_OUT.
 # make gpu builds, tests, measures and profiles on this machine's GPU. STAGES, OUT, DEADLINE: make gpu STAGES="test bench"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
+BENCH_OUT ?= build/bench
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
-
-BENCH_OUT ?= build/bench
 
 .PHONY: venv test bench gpu demo info docs clean
 
@@ -26,9 +26,7 @@ $(STAMP): $(BUILD_INPUTS)
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
-# A run of minutes on the CPU: table, JSON and plots under BENCH_OUT.
 bench: venv
-	$(BIN)/python -m pip install --quiet -e ".[bench]" --no-build-isolation --no-deps
 	$(BIN)/python benchmarks/microbench.py --brief --seconds 1 --json $(BENCH_OUT)/cpu-microbench.json --plot $(BENCH_OUT) $(ARGS)
 
 # Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
