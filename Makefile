@@ -1,10 +1,11 @@
 # make venv | test | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
-# make bench writes its JSON and plots to BENCH_OUT.
+# make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
 # make gpu builds, tests, measures and profiles on this machine's GPU. STAGES, OUT, DEADLINE: make gpu STAGES="test bench"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
+DEVICE ?= cpu
 BENCH_OUT ?= build/bench
 
 BIN := $(VENV)/bin
@@ -27,7 +28,8 @@ test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: venv
-	$(BIN)/python benchmarks/microbench.py --brief --seconds 1 --json $(BENCH_OUT)/cpu-microbench.json --plot $(BENCH_OUT) $(ARGS)
+	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief --seconds 1 \
+		--json $(BENCH_OUT)/$(DEVICE)-microbench.json --plot $(BENCH_OUT) $(ARGS)
 
 # Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
 gpu:

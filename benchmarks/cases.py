@@ -24,6 +24,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Largest error of an element, relative to its size and the RMS of its tensor: well above every correct
 # implementation's rounding, well below any mistake in a formula.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
+# Elements of a map, and pixels of all levels of one with non-local blocks, whose literal formula is quadratic in them.
+MOST_CHECKED, MOST_CHECKED_PIXELS = 1 << 25, 16_000
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Implementation = Callable[..., Iterable[Tensor]]
@@ -71,17 +73,30 @@ class Case:
         return sum(n * height * width for n, _, height, width in self.shapes)
 
     @property
-    def small(self) -> "Case":
-        """The map on which results are checked: as many channels unless those are very many, fewer pixels.
+    def checked(self) -> "Case":
+        """The map on which results are checked: this one, unless it is too large for that or says too little.
 
-        With non-local blocks its size gives several cells at every level, ragged ones among them, and it has neither
-        one image nor an inner width of 1: BatchNorm makes some of their gradients vanish.
+        Another one has as many channels, unless those are very many. With non-local blocks it has several cells at
+        every level, ragged ones among them, and neither one image nor an inner width of 1: BatchNorm makes some of
+        their gradients vanish.
         """
         n, channels, height, width = self.shape
-        if self.strides:
-            factor = 2 ** max(0, len(self.strides) - 4)
-            return replace(self, shape=(2, min(max(channels, 32), 512), 39 * factor, 53 * factor))
-        return replace(self, shape=(min(n, 2), min(channels, 512), min(height, 19), min(width, 28)))
+        if not self.strides:
+            fits = math.prod(self.shape) <= MOST_CHECKED and channels <= 512
+            smaller = (min(n, 2), min(channels, 512), min(height, 19), min(width, 28))
+            return self if fits else replace(self, shape=smaller)
+        if self._says_enough and self.pixels <= MOST_CHECKED_PIXELS:
+            return self
+        factor = 2 ** max(0, len(self.strides) - 4)
+        return replace(self, shape=(2, min(max(channels, 32), 512), 39 * factor, 53 * factor))
+
+    @property
+    def _says_enough(self) -> bool:
+        cells = [
+            max(1, height // stride) * max(1, width // stride)
+            for (_, _, height, width), stride in zip(self.shapes, self.strides)
+        ]
+        return self.shape[0] > 1 and 32 <= self.shape[1] <= 512 and min(cells) > 1
 
     def features(self, seed: int, level: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed + 100 * level)
@@ -110,10 +125,11 @@ class Suite:
     ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
     with, ``reference`` the literal formula, which also takes float64 inputs in any case. An implementation that is a
     module is differentiated by its own parameters. ``cases`` are what is measured unless something else is asked for,
-    ``brief`` those of a run of minutes, by default the same; ``strides`` a case's pooling factors by its shape. A suite
-    without ``cost`` has no ceiling. ``checked_as`` is the suite in which the implementations of the same names are
-    compared with the literal formula instead; ``states`` are those of the CPU's memory to measure in, if not the usual
-    ones.
+    ``brief`` and ``brief_peers`` what a run of minutes has instead, if not the same; ``strides`` a case's pooling
+    factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` names the suite in which the
+    implementations of the same names are compared with the literal formula instead, and each backend by itself is
+    measured; ``states`` are those of the CPU's memory to measure in, if not the usual ones. A CUDA graph holds the
+    calls of a ``capturable`` suite: none of them waits for the device.
     """
 
     op: str
@@ -123,9 +139,11 @@ class Suite:
     cases: tuple[Case, ...]
     strides: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = lambda shape: ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
-    checked_as: Optional["Suite"] = None
+    checked_as: str = ""
     states: Optional[tuple[str, ...]] = None
+    capturable: bool = True
     brief: tuple[Case, ...] = ()
+    brief_peers: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:

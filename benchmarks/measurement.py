@@ -3,11 +3,12 @@
 ``python -m benchmarks.measurement`` reads a job as JSON from its input and writes the result as JSON's last line.
 """
 
+import functools
 import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -37,6 +38,12 @@ class Job:
     threads: int
     rounds: int
     seconds: float
+    checked: dict[str, str] = field(default_factory=dict)  # peers whose results are known, and what is wrong with them
+
+    @property
+    def check(self) -> tuple[str, Case]:
+        """Jobs that have this in common compare the same results with the literal formula."""
+        return SUITES[self.suite].checked_as or self.suite, self.case.checked
 
 
 class Runner:
@@ -62,15 +69,20 @@ class Runner:
 
 
 def measure(job: Job) -> dict:
-    """Everything that is known of a job's peers: ``status`` is "ok" or says why there are no figures."""
+    """Everything that is known of a job's peers: ``status`` is "ok" or says why there are no figures.
+
+    ``checked`` is what the comparison with the literal formula found wrong with each, nothing if it is right.
+    """
     suite, case = SUITES[job.suite], job.case
     peers = peers_of(suite, case.device)
     missing = {name: f"{job.suite} has none on {case.device}" for name in job.peers if name not in peers}
     peers = {name: peers[name] for name in job.peers if name in peers}
-    status = missing | _wrongs(suite, peers, case)
+    wrongs = {name: job.checked[name] for name in peers if name in job.checked}
+    wrongs |= _wrongs(suite, [name for name in peers if name not in wrongs], case)
+    status = missing | wrongs
     cost = suite.cost(case) if suite.cost else None
     result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
-    result["cost"] = asdict(cost) if cost else None
+    result |= {"cost": asdict(cost) if cost else None, "checked": wrongs}
     try:
         sets = _input_sets(suite, case)
         ceilings = _ceilings(case, cost)
@@ -79,18 +91,19 @@ def measure(job: Job) -> dict:
     except (RuntimeError, MemoryError) as error:
         status = {name: problem or _reason(error) for name, problem in status.items()}
         return result | {"peers": {name: {"status": status[name]} for name in job.peers}}
-    functions = {name: peers[name](case) for name, problem in status.items() if not problem}
-    runners = {name: [Runner(function, arguments) for arguments in sets] for name, function in functions.items()}
-    status |= {name: _attempt(runner[0]) for name, runner in runners.items()}
-    runners = {name: runner for name, runner in runners.items() if not status[name]}
+    runners = {}
+    for name in [name for name, problem in status.items() if not problem]:
+        try:
+            runners[name] = _ready(peers[name](case), sets)
+        except Exception as error:
+            status[name] = _reason(error)
     rows = {name: {"status": status[name] or "ok"} for name in job.peers}
     calls = {}
     for name, of_sets in runners.items():
         rows[name] |= _memory_of(of_sets[0], job)
         for which in PASSES:
-            calls[name, which], rows[name][f"{which}_graph"] = one_call(
-                [getattr(x, which) for x in of_sets], case.device
-            )
+            together = [getattr(x, which) for x in of_sets]
+            calls[name, which], rows[name][f"{which}_graph"] = one_call(together, case.device, suite.capturable)
     times = interleaved(
         {name: each.call for name, each in ceilings.items()} | calls, job.rounds, case.device, job.seconds
     )
@@ -106,29 +119,51 @@ def measure(job: Job) -> dict:
     return result | {"input_sets": len(sets), "rounds": len(times["sum"]), "ceilings": rates, "peers": rows}
 
 
-def _wrongs(suite: Suite, peers: dict[str, Callable[[Case], Implementation]], case: Case) -> dict[str, str]:
+def _wrongs(suite: Suite, peers: list[str], case: Case) -> dict[str, str]:
     """What is wrong with each peer, checked in the suite's own terms or, by name, in those of another suite."""
-    if suite.checked_as is None:
-        return {name: _wrong(suite, make, case.small) for name, make in peers.items()}
-    makers = peers_of(suite.checked_as, case.device)
-    return {name: _wrong(suite.checked_as, makers[name], case.small) if name in makers else "" for name in peers}
+    judge = SUITES[suite.checked_as] if suite.checked_as else suite
+    makers = peers_of(judge, case.device)
+    truth = Truth(judge, case.checked)
+    return {name: _wrong(truth, makers[name]) if name in makers else "" for name in peers}
 
 
-def _wrong(suite: Suite, make: Callable[[Case], Implementation], case: Case) -> str:
+class Truth:
+    """The literal formula in float64, once for all that are compared with it."""
+
+    def __init__(self, suite: Suite, case: Case):
+        self.suite, self.case = suite, case
+        self._steps = {}
+
+    @functools.cached_property
+    def runner(self) -> Runner:
+        exact = [x.detach().double().requires_grad_(x.requires_grad) for x in self.suite.inputs(self.case)]
+        return Runner(self.suite.implementations["reference"](self.case), exact)
+
+    @functools.cached_property
+    def forward(self) -> tuple[Tensor, ...]:
+        return self.runner.forward()
+
+    def step(self, grads: list[Tensor]) -> tuple[Tensor, ...]:
+        """From the same gradients of the outputs; those of all peers are alike but for their dtype."""
+        dtypes = tuple(grad.dtype for grad in grads)
+        if dtypes not in self._steps:
+            self.runner.grads = [grad.double() for grad in grads]
+            self._steps[dtypes] = self.runner.step()
+        return self._steps[dtypes]
+
+
+def _wrong(truth: Truth, make: Callable[[Case], Implementation]) -> str:
     """How a peer's outputs or gradients differ from the literal formula's in float64; empty if they do not."""
-    arguments = suite.inputs(case)
-    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in arguments]
-    truth = Runner(suite.implementations["reference"](case), exact)
+    tolerance = truth.suite.tolerances[truth.case.dtype]
     try:
-        runner = Runner(make(case), arguments)
-        problem = _difference(runner.forward(), truth.forward(), suite.tolerances[case.dtype])
+        runner = Runner(make(truth.case), truth.suite.inputs(truth.case))
+        problem = _difference(runner.forward(), truth.forward, tolerance)
         if problem:
             return f"WRONG without gradients: {problem}"
         results = runner.step()
     except Exception as error:
         return _reason(error)
-    truth.grads = [grad.double() for grad in runner.grads]
-    problem = _difference(results, truth.step(), suite.tolerances[case.dtype])
+    problem = _difference(results, truth.step(runner.grads), tolerance)
     return f"WRONG with gradients: {problem}" if problem else ""
 
 
@@ -142,14 +177,12 @@ def _difference(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], tolerance: 
     return ""
 
 
-def _attempt(runner: Runner) -> str:
-    """Call a peer as it will be timed; why that fails, or nothing. The step comes first: it needs the most memory."""
-    try:
-        for which in (*reversed(PASSES), *PASSES):
-            getattr(runner, which)()
-    except Exception as error:
-        return _reason(error)
-    return ""
+def _ready(function: Implementation, sets: list[list[Tensor]]) -> list[Runner]:
+    """A peer on each set of inputs, called as it will be timed. The step comes first: it needs the most memory."""
+    runners = [Runner(function, arguments) for arguments in sets]
+    for which in (*reversed(PASSES), *PASSES):
+        getattr(runners[0], which)()
+    return runners
 
 
 def _reason(error: Exception) -> str:

@@ -118,7 +118,8 @@ def shaped(suite: Suite, options: argparse.Namespace, **facts) -> list[Case]:
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     for name in options.suite:
-        asked = options.peers or peers_of(SUITES[name], options.device)
+        brief = SUITES[name].brief_peers if options.brief else ()
+        asked = options.peers or brief or peers_of(SUITES[name], options.device)
         peers = list(dict.fromkeys([*asked, OURS]))
         states = SUITES[name].states or states_of(options.device)
         for case, state in itertools.product(cases_of(SUITES[name], options), states):
@@ -243,9 +244,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
     report |= {"results": [], "scaling": [], "slower": []}
+    checked = {}
     try:
         for job in jobs_of(options):
-            report["results"].append(measured(job))
+            known = checked.setdefault(job.check, {})
+            result = measured(replace(job, checked=known))
+            known |= result.pop("checked", {})
+            report["results"].append(result)
             report |= {"scaling": scaling(report["results"]), "slower": slower(report["results"])}
             save(options.json, report)
             output.print(table_of(report["results"][-1]))

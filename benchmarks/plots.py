@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
-from benchmarks.series import DIMENSIONS, LEVELS, OURS, exponent, is_pooled, series
+from benchmarks.series import DIMENSIONS, LEAST_SIZES, LEVELS, OURS, exponent, read_report, series, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ COLOURS = {
     "fbkd_ops:triton": "#000000",
 }
 MARKERS = "osD^vP*X"  # of suites
-FRESH_ALPHA = 0.45  # of the bars of fresh memory
+ALPHAS = {"fresh": 0.45}  # of the bars, by the state of memory; 1 in any other
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fbkd_ops"}
 DPI, WIDTH, ROW_HEIGHT = 110, 9.0, 2.9
 CAPTION_COLUMNS = 150
@@ -142,10 +142,7 @@ def roofs(results: Iterable[dict]) -> list[Roof]:
 
 
 def growths(results: list[dict]) -> list[Growth]:
-    """Time in the state that a loop settles in (warm), memory in the one that it is read in, along each dimension.
-
-    A series without pooling is shown from 2 sizes on, any other from 3.
-    """
+    """Time in the state that a loop settles in (warm), memory in the one that it is read in, along each dimension."""
     states, found = {result["state"] for result in results}, []
     settled = [result for result in results if result["state"] == max(states)]
     quantities = {
@@ -155,10 +152,8 @@ def growths(results: list[dict]) -> list[Growth]:
     for dimension, (quantity, (shown, value)) in itertools.product(DIMENSIONS, quantities.items()):
         for group in series(shown, dimension):
             peers = along(group, value)
-            first = group[0][1]
-            unpooled = bool(first["case"].get("strides")) and not is_pooled(first)
-            if any(len(sizes) >= (2 if unpooled else 3) for sizes, _ in peers.values()):
-                found.append(Growth(title_of(first, dimension), dimension, quantity, peers))
+            if any(len(sizes) >= LEAST_SIZES for sizes, _ in peers.values()):
+                found.append(Growth(title_of(group[0][1], dimension), dimension, quantity, peers))
     return found
 
 
@@ -172,18 +167,6 @@ def along(group: list[tuple[int, dict]], value: Callable[[dict], Optional[float]
                 sizes.append(size)
                 values.append(value(row))
     return peers
-
-
-def title_of(result: dict, dimension: str) -> str:
-    """What a series has in common."""
-    case = result["case"]
-    n, channels, height, width = case["shape"]
-    sizes = {"N": f"N={n}", "C": f"C={channels}", "H·W": f"{height}×{width}"}
-    factors = ", ".join(map(str, case.get("strides", ())))
-    words = [result["suite"], *(text for name, text in sizes.items() if name != dimension)]
-    if factors and dimension != LEVELS:
-        words.append(f"pooled by {factors}" if is_pooled(result) else "without pooling")
-    return ", ".join([*words, *(x for x in (case["dtype"], case["layout"]) if x not in ("float32", "contiguous"))])
 
 
 def left_out(results: Iterable[dict]) -> list[str]:
@@ -208,6 +191,10 @@ def caption(report: dict, note: str) -> str:
     return "\n".join(part for line in lines for part in textwrap.wrap(line, CAPTION_COLUMNS))
 
 
+def alpha_of(state: str) -> float:
+    return ALPHAS.get(state, 1)
+
+
 def colour(peer: str) -> str:
     return COLOURS.get(peer, "#666666")
 
@@ -229,7 +216,9 @@ def draw_bars(report: dict) -> "Figure":
     axes[-1, 0].set_xlabel("times as fast as the peer is fbkd_ops, forward + backward; left of 1 fbkd_ops is slower")
     handles = [patch(colour(peer), 1, peer) for peer in distinct(bar.peer for bar in shown)]
     if len(states) > 1:
-        handles += [patch("#444444", 1 if state == states[0] else FRESH_ALPHA, f"{state} memory") for state in states]
+        for alpha in distinct(map(alpha_of, states)):
+            alike = " or ".join(state for state in states if alpha_of(state) == alpha)
+            handles.append(patch("#444444", alpha, f"{alike} memory"))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     return captioned(figure, caption(report, "Median, whiskers: 20th and 80th percentile of the rounds."))
 
@@ -241,8 +230,7 @@ def bar_panel(ax: "Axes", group: list[Bar], states: list[str]) -> None:
         same.sort(key=lambda bar: ([*COLOURS, bar.peer].index(bar.peer), states.index(bar.state)))
         ticks[place + (len(same) - 1) / 2] = name
         for bar in same:
-            alpha = 1 if bar.state == states[0] else FRESH_ALPHA
-            ax.barh(place, bar.value - 1, left=1, height=0.9, color=colour(bar.peer), alpha=alpha)
+            ax.barh(place, bar.value - 1, left=1, height=0.9, color=colour(bar.peer), alpha=alpha_of(bar.state))
             ax.plot([bar.low, bar.high], [place, place], color="black", linewidth=0.8)
             ax.annotate(
                 f"{bar.value:.2g}" if bar.value < 10 else f"{bar.value:.0f}",
@@ -396,7 +384,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "speedup": Kind(bars, draw_bars, "figures of a peer beside fbkd_ops"),
-    "growth": Kind(growths, draw_growths, "2 sizes without pooling, or 3 of the same"),
+    "growth": Kind(growths, draw_growths, "2 sizes of one series"),
     "roofline": Kind(roof_points, draw_roofline, "a suite with products, and its cost in the result"),
 }
 
@@ -459,10 +447,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     options = parser.parse_args(arguments)
     for path in options.results:
         try:
-            report = json.loads(path.read_text())
-            report["results"], report["environment"], report["complete"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"RESULT.json: expected a result of benchmarks/microbench.py, got {path} ({error!r})")
+            report = read_report(path)
+        except ValueError as error:
+            parser.error(f"RESULT.json: {error}")
         print("\n".join(draw(report, options.out, path.stem)))
 
 

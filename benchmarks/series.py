@@ -1,17 +1,48 @@
 """What results of benchmarks/microbench.py say together: series of sizes, and where fbkd_ops is slower than a peer."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-__all__ = ["DIMENSIONS", "LEVELS", "OURS", "exponent", "is_pooled", "is_slower", "series", "slower", "slower_text"]
+__all__ = [
+    "DIMENSIONS",
+    "LEAST_SIZES",
+    "LEVELS",
+    "OURS",
+    "PASSES",
+    "exponent",
+    "is_pooled",
+    "is_slower",
+    "read_report",
+    "series",
+    "slower",
+    "slower_text",
+    "title_of",
+]
 
 OURS = "fbkd_ops"
 AXES = {"H·W": (2, 3), "N": (0,), "C": (1,)}  # of a case's shape
 LEVELS = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
 DIMENSIONS = (*AXES, LEVELS)
+LEAST_SIZES = 2  # of a series that is shown
 PASSES = {"forward": "forward", "step": "forward + backward"}
 LESS_WORK = "no_distillation"  # no peer to be faster than: it computes no loss
+
+
+def read_report(path: Path) -> dict:
+    """A result of benchmarks/microbench.py.
+
+    Raises:
+        ValueError: the file cannot be read or is something else.
+    """
+    try:
+        report = json.loads(path.read_text())
+        report["results"], report["environment"], report["complete"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a result of benchmarks/microbench.py, got {path} ({error!r})") from error
+    return report
 
 
 def is_pooled(result: dict) -> bool:
@@ -42,6 +73,18 @@ def size_of(case: dict, dimension: str) -> tuple[int, tuple]:
     axes = AXES[dimension]
     others = tuple(size for axis, size in enumerate(shape) if axis not in axes)
     return math.prod(shape[axis] for axis in axes), (others, strides)
+
+
+def title_of(result: dict, dimension: str) -> str:
+    """What a series has in common."""
+    case = result["case"]
+    n, channels, height, width = case["shape"]
+    sizes = {"N": f"N={n}", "C": f"C={channels}", "H·W": f"{height}×{width}"}
+    factors = ", ".join(map(str, case.get("strides", ())))
+    words = [result["suite"], *(text for name, text in sizes.items() if name != dimension)]
+    if factors and dimension != LEVELS:
+        words.append(f"pooled by {factors}" if is_pooled(result) else "without pooling")
+    return ", ".join([*words, *(x for x in (case["dtype"], case["layout"]) if x not in ("float32", "contiguous"))])
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -30,13 +30,15 @@ def interleaved(
     return times
 
 
-def one_call(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], object], bool]:
+def one_call(
+    calls: list[Callable[[], object]], device: str, capturable: bool = True
+) -> tuple[Callable[[], object], bool]:
     """All of ``calls`` as one, and whether that is a CUDA graph, in which the time between launches does not count.
 
     What cannot be captured is called as it is.
     """
     together = calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
-    if device != "cuda":
+    if device != "cuda" or not capturable:
         return together, False
     try:
         return _captured(together), True

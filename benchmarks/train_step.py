@@ -2,7 +2,8 @@
 
 torchvision's Faster R-CNN with a ResNet-50 learns from one with a ResNet-101, both at random weights. All peers run the
 same detector and the same teacher; only the loss between their features differs. That loss is checked in the suite
-``fbkd_loss``; a detector's own result is random (it samples proposals) and is not.
+``fbkd_loss``; a detector's own result is random (it samples proposals) and is not. In 16 bits a step runs under
+autocast.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fbkd_ops
-from benchmarks.cases import LEVELS, Case, Implementation, Suite
-from benchmarks.loss_suites import FBKD_LOSS, STRIDES, loss_of, their_loss_of
+from benchmarks.cases import LAYOUTS, LEVELS, Case, Implementation, Suite
+from benchmarks.loss_suites import STRIDES, loss_of, their_loss_of
+from benchmarks.mmrazor import NotInstalledError
 
 __all__ = ["TRAIN_STEP"]
 
@@ -22,13 +24,17 @@ LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counter
 
 
 def _detector(case: Case, depth: int) -> nn.Module:
-    from torchvision.models.detection import FasterRCNN
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    try:
+        from torchvision.models.detection import FasterRCNN
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    except ModuleNotFoundError as error:
+        raise NotInstalledError("not installed: pip install torchvision") from error
 
     height, width = (PIXELS * side for side in case.shape[2:])
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=5)
     size = dict(min_size=min(height, width), max_size=max(height, width))
-    return FasterRCNN(backbone, num_classes=CLASSES, **size).to(case.device)
+    detector = FasterRCNN(backbone, num_classes=CLASSES, **size)
+    return detector.to(case.device, memory_format=LAYOUTS[case.layout])
 
 
 def _images(case: Case) -> list[Tensor]:
@@ -53,12 +59,14 @@ def _targets(images: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
 class Step(nn.Module):
     """The sum of all losses of a step; ``detector`` is a student alone or in a distiller."""
 
-    def __init__(self, detector: nn.Module):
+    def __init__(self, detector: nn.Module, case: Case):
         super().__init__()
-        self.detector = detector.train()
+        self.detector, self.device = detector.train(), case.device
+        self.dtype = getattr(torch, case.dtype)
 
     def forward(self, *images: Tensor) -> Tensor:
-        return sum(self.detector(list(images), _targets(images)).values())
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype.itemsize == 2):
+            return sum(self.detector(list(images), _targets(images)).values())
 
 
 class TheirTerms(nn.Module):
@@ -73,7 +81,7 @@ class TheirTerms(nn.Module):
 
 
 def _alone(case: Case) -> Implementation:
-    return Step(_detector(case, 50))
+    return Step(_detector(case, 50), case)
 
 
 def _distilled(make_loss: Callable[[Case], nn.Module]) -> Callable[[Case], Implementation]:
@@ -81,7 +89,7 @@ def _distilled(make_loss: Callable[[Case], nn.Module]) -> Callable[[Case], Imple
         places: dict[str, Any] = dict(student_layers="backbone", teacher_entry="backbone")
         levels = dict(student_levels=LEVEL_NAMES, teacher_levels=LEVEL_NAMES)
         models = _detector(case, 50), _detector(case, 101)
-        return Step(fbkd_ops.Distiller(*models, make_loss(case), **places, **levels))
+        return Step(fbkd_ops.Distiller(*models, make_loss(case), **places, **levels), case)
 
     return made
 
@@ -101,7 +109,10 @@ TRAIN_STEP = Suite(
     },
     cost=None,
     cases=(Case((1, LEVELS["P2"][1], 80, 128), strides=STRIDES),),
+    brief=(Case((1, LEVELS["P2"][1], 64, 96), strides=STRIDES),),
+    brief_peers=("no_distillation", "mmrazor", "fbkd_ops"),
     strides=lambda shape: STRIDES,
-    checked_as=FBKD_LOSS,
-    states=("default",),
+    checked_as="fbkd_loss",
+    states=("default", "fresh"),
+    capturable=False,
 )

@@ -177,6 +177,10 @@ def benchmark(status="ok", complete=True):
 def test_benchmark_figures_and_failures():
     figures = {"ms": 1.5, "gb_s": 2000.0, "ceiling_percent": 80.0, "times_as_fast": 3.0}
     assert parsers.step_times(benchmark()) == {"attention_pool, P2 float32 contiguous": figures}
+    without_cost = benchmark()
+    without_cost["results"][0]["peers"]["fbkd_ops"]["step"] |= {"gb_s": None, "ceiling_percent": None}
+    (figures,) = parsers.step_times(without_cost).values()
+    assert figures == {"ms": 1.5, "gb_s": None, "ceiling_percent": None, "times_as_fast": 3.0}
     assert parsers.failed_rows(benchmark()) == []
     (failed,) = parsers.failed_rows(benchmark("WRONG with gradients: off"))
     assert failed == "attention_pool, P2 float32 contiguous, fbkd_ops:cuda: WRONG with gradients: off"
@@ -364,7 +368,10 @@ def test_ncu_leaves_the_clocks_alone(on_gpu, answer, monkeypatch):
         assert command[command.index("--clock-control") + 1] == "none"
         assert command[command.index("--metrics") + 1].split(",") == list(parsers.NCU_METRICS.values())
     assert sum(call.seconds for call in calls) == 100
-    assert len((on_gpu.out / "ncu.csv").read_text().splitlines()) == 1 + 3 * 3
+    launches = json.loads((on_gpu.out / "ncu.json").read_text())
+    assert len(launches) == 3 * 3
+    expected = {"backend": "cuda", "dtype": "bfloat16", "kernel": "sum_tiles", "dram_percent": None}
+    assert launches[2] == expected | {"warps_percent": 40.0, "us": 12.5}
 
 
 def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, monkeypatch):
@@ -549,7 +556,7 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     assert figures["ncu"]["cpu float32"]["sum_tiles"]["us"] == 12.5
     assert figures["bench"]["complete"] and figures["build"]["cpu"] == "loaded"
     files = [path.name for path in (tmp_path / "out").iterdir()]
-    assert sorted(files) == ["log.txt", "microbench.json", "ncu.csv", "summary.json"]
+    assert sorted(files) == ["log.txt", "microbench.json", "ncu.json", "summary.json"]
     lines = capsys.readouterr().out.splitlines()
     rows = lines[lines.index(next(line for line in lines if line.startswith("stage "))) + 1 :]
     assert [row.split()[:2] for row in rows[:-1]] == [[name, "ok"] for name in stages.STAGES]

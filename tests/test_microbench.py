@@ -1,7 +1,6 @@
 """The measuring tools: what is checked, reported and survived. No test depends on a time."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from benchmarks import (  # noqa: E402
     microbench,
     mmrazor,
     suites,
+    sweep,
     timing,
 )
 
@@ -28,7 +28,7 @@ TOOL = Path(microbench.__file__)
 PLAIN = ["eager", "reference", "fbkd_ops"]
 LOSSES = ["relation", "fbkd_loss"]
 BESIDE_MMRAZOR = ["non_local", *LOSSES]
-CHECKED = [name for name, suite in suites.SUITES.items() if suite.checked_as is None]
+CHECKED = [name for name, suite in suites.SUITES.items() if not suite.checked_as]
 ARGUMENTS = ["--shapes", "2,4,6,5", "--rounds", "1", "--threads", "1", "--peers", *PLAIN]
 
 
@@ -44,6 +44,11 @@ def replace(monkeypatch, name, **functions):
     suite = suites.SUITES[name]
     changed = dataclasses.replace(suite, implementations=suite.implementations | makers)
     monkeypatch.setitem(suites.SUITES, name, changed)
+
+
+def wrong_of(suite, peer, case):
+    truth = measurement.Truth(suites.SUITES[suite], case)
+    return measurement._wrong(truth, suites.peers_of(truth.suite, "cpu")[peer])
 
 
 def run(capsys, path, *arguments):
@@ -90,37 +95,65 @@ def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys,
     pytest.importorskip("torchvision")
     monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
     peers = ["no_distillation", "fbkd_ops"]
-    arguments = ["--suite", "train_step", "--shapes", "2,256,16,16", "--peers", *peers]
+    arguments = ["--suite", "train_step", "--shapes", "1,256,16,16", "--peers", *peers]
     text, report = run(capsys, tmp_path / "figures.json", *arguments)
-    (result,) = report["results"]
-    assert result["state"] == "default"
-    for name in peers:
-        row = result["peers"][name]
-        assert row["status"] == "ok" and row["step"]["ms"]["median"] > row["forward"]["ms"]["median"] > 0
-        assert row["step"]["gb_s"] is None and row["step"]["ceiling_percent"] is None
-        assert row["step"]["speed_vs_eager"]["median"] > 0
-        assert "peak_extra_mb" not in row
+    assert [result["state"] for result in report["results"]] == ["default", "fresh"]
+    for result in report["results"]:
+        for name in peers:
+            row = result["peers"][name]
+            assert row["status"] == "ok" and row["step"]["ms"]["median"] > row["forward"]["ms"]["median"] > 0
+            assert row["step"]["gb_s"] is None and row["step"]["ceiling_percent"] is None
+            assert row["step"]["speed_vs_eager"]["median"] > 0
+            assert ("peak_extra_mb" in row) == (result["state"] == "fresh")
 
 
-def test_a_whole_steps_loss_is_checked_as_the_loss():
+def test_a_whole_steps_loss_is_checked_as_the_loss(monkeypatch):
     broken = dict(loss_suites.FBKD_LOSS.implementations)
     broken["fbkd_ops"] = lambda case: lambda *tensors: 2 * broken["reference"](case)(*tensors)
-    checked_as = dataclasses.replace(loss_suites.FBKD_LOSS, implementations=broken)
-    suite = dataclasses.replace(suites.SUITES["train_step"], checked_as=checked_as)
-    wrong = measurement._wrongs(suite, dict.fromkeys(["no_distillation", "fbkd_ops"]), suite.cases[0])
+    monkeypatch.setitem(suites.SUITES, "fbkd_loss", dataclasses.replace(loss_suites.FBKD_LOSS, implementations=broken))
+    suite = suites.SUITES["train_step"]
+    wrong = measurement._wrongs(suite, ["no_distillation", "fbkd_ops"], suite.cases[0])
     assert wrong["no_distillation"] == "" and wrong["fbkd_ops"].startswith("WRONG")
+
+
+def test_a_whole_step_follows_dtype_and_layout(monkeypatch):
+    """16 bits under autocast, as in training; the features are in the layout that is asked for."""
+    pytest.importorskip("torchvision")
+    made = suites.SUITES["train_step"].implementations["fbkd_ops"]
+    for dtype, layout in (("float32", "contiguous"), ("bfloat16", "channels_last")):
+        case = cases.Case((1, 256, 16, 24), dtype, layout, strides=loss_suites.STRIDES)
+        step, seen = made(case), []
+        step.detector.loss.register_forward_pre_hook(lambda module, maps, seen=seen: seen.extend(maps[0]))
+        total = step(*suites.SUITES["train_step"].inputs(case))
+        assert total.isfinite() and seen[0].dtype == getattr(torch, dtype)
+        assert seen[0].is_contiguous(memory_format=cases.LAYOUTS[layout])
+
+
+def test_a_whole_step_needs_torchvision(inside, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
+    monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
+    text, report = run(capsys, tmp_path / "figures.json", "--suite", "train_step", "--peers", "fbkd_ops")
+    assert {result["peers"]["fbkd_ops"]["status"] for result in report["results"]} == {
+        "not installed: pip install torchvision"
+    }
+
+
+def test_a_whole_step_has_no_backends_of_its_own():
+    """An op's backends are measured in the op's suite."""
+    peers = list(suites.peers_of(suites.SUITES["train_step"], "cuda"))
+    assert peers == ["no_distillation", "mmrazor", "compile", "fbkd_ops"]
+    assert "fbkd_ops:triton" in suites.peers_of(suites.SUITES["relation"], "cuda")
 
 
 def test_torch_compile_is_a_peer():
     case = cases.Case((1, 4, 3, 5))
-    peers = suites.peers_of(suites.SUITES["masked_l2"], "cpu")
-    assert measurement._wrong(suites.SUITES["masked_l2"], peers["compile"], case) == ""
+    assert wrong_of("masked_l2", "compile", case) == ""
 
 
 def small_case(suite, dtype="float32", layout="contiguous"):
     shape = (2, 24, 9, 7)
     case = cases.Case(shape, dtype, layout, strides=suite.strides(shape))
-    return case.small if case.strides else case
+    return case.checked if case.strides else case
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -131,7 +164,7 @@ def test_every_peer_is_right(name, layout, dtype):
     suite = suites.SUITES[name]
     for peer in suite.implementations:
         if peer != "mmrazor":
-            wrong = measurement._wrong(suite, suites.peers_of(suite, "cpu")[peer], small_case(suite, dtype, layout))
+            wrong = wrong_of(name, peer, small_case(suite, dtype, layout))
             assert wrong == "", peer
 
 
@@ -141,7 +174,7 @@ def test_every_peer_is_right(name, layout, dtype):
 def test_mmrazor_is_right(name, dtype):
     suite = suites.SUITES[name]
     assert suite.baseline == "mmrazor"
-    assert measurement._wrong(suite, suites.peers_of(suite, "cpu")["mmrazor"], small_case(suite, dtype)) == ""
+    assert wrong_of(name, "mmrazor", small_case(suite, dtype)) == ""
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -179,6 +212,40 @@ def test_an_error_of_two_percent_is_found_in_every_gradient_of_a_loss(name):
         changed = [0.98 * x if place == index else x for place, x in enumerate(results)]
         found = measurement._difference(changed, [x.double() for x in results], suite.tolerances["float32"])
         assert found.startswith(f"tensor {index} is off by")
+
+
+def test_results_are_compared_once_for_a_suite_and_a_map(inside, monkeypatch, capsys, tmp_path):
+    """In the other states of memory and on other maps that are checked on the same one what was found holds."""
+    seen = []
+
+    def wrong(suite, peers, case):
+        seen.extend((name, case.shape) for name in peers)
+        return {name: "WRONG" if name == "eager" else "" for name in peers}
+
+    monkeypatch.setattr(measurement, "_wrongs", wrong)
+    run(capsys, tmp_path / "own.json", "--suite", "masked_l2")
+    assert seen == [(name, (2, 4, 6, 5)) for name in PLAIN]
+    seen.clear()
+    shapes = [",".join(map(str, shape)) for shape in ((1, 4, 6, 5), (1, 4, 5, 6))]
+    _, report = run(capsys, tmp_path / "two.json", "--suite", "relation", "masked_l2", "--shapes", *shapes)
+    assert seen == [(name, (1, 4, 6, 5)) for name in PLAIN[1:]] + [
+        (name, shape) for shape in ((1, 4, 6, 5), (1, 4, 5, 6)) for name in PLAIN
+    ]
+    assert all("checked" not in result for result in report["results"])
+    status = [result["peers"]["eager"]["status"] for result in report["results"] if result["suite"] == "masked_l2"]
+    assert status == ["WRONG"] * 2 * len(memory.states_of("cpu"))
+
+
+def test_results_are_checked_on_the_map_itself_unless_it_is_large():
+    small, large = cases.Case((2, 64, 20, 30)), cases.Case((8, 1024, 200, 336))
+    assert small.checked is small and cases.Case(cases.LEVELS["P2"]).checked.shape == cases.LEVELS["P2"]
+    assert large.checked.shape == (2, 512, 19, 28)
+    levels = cases.Case((2, 256, 50, 84), strides=(16, 8, 4, 4))
+    assert levels.checked is levels
+    # One image, a single cell at the last level, too few channels, too many pixels.
+    for shape in ((1, 256, 50, 84), (2, 256, 16, 16), (2, 16, 50, 84), (2, 256, 200, 336)):
+        other = dataclasses.replace(levels, shape=shape).checked
+        assert other.shape == (2, max(32, shape[1]), 39, 53) and other.strides == levels.strides
 
 
 def without_mmrazor(monkeypatch, versions):
@@ -301,6 +368,40 @@ def test_maps_are_what_is_asked_for(arguments, titles):
     assert [case.title for case in microbench.cases_of(suites.SUITES[options.suite[0]], options)] == titles
 
 
+def test_a_brief_run_has_every_suite_on_fewer_maps():
+    whole, brief = (list(microbench.jobs_of(microbench.parse(arguments))) for arguments in ([], ["--brief"]))
+    assert {job.suite for job in brief} == set(suites.SUITES) and len(brief) < len(whole)
+    assert brief[-1].peers == ["no_distillation", "mmrazor", "fbkd_ops"] and "compile" in whole[-1].peers
+    (asked, *_) = microbench.jobs_of(microbench.parse(["--brief", "--suite", "train_step", "--peers", "compile"]))
+    assert asked.peers == ["compile", "fbkd_ops"]
+
+
+def test_a_sweep_has_its_base_once():
+    options = microbench.parse(["--sweep", "N", "image", "C", "levels"])
+    titles = {name: [case.title for case in microbench.cases_of(suites.SUITES[name], options)] for name in sweep.SUITES}
+    counts = {name: len(found) for name, found in titles.items()}
+    assert counts == {"relation": 6 + 3 + 4, "fbkd_loss": 6 + 3 + 4 + 5}
+    assert all(len(set(found)) == len(found) for found in titles.values())
+
+
+def test_the_table_says_where_a_peer_is_faster(inside, monkeypatch, capsys, tmp_path):
+    def twice_as_slow(functions, *_):
+        return {name: [2.0 if name[0] == "fbkd_ops" else 1.0] for name in functions}
+
+    monkeypatch.setattr(measurement, "interleaved", twice_as_slow)
+    text, report = run(capsys, tmp_path / "figures.json", "--suite", "masked_l2")
+    assert "* faster than fbkd_ops" in text and text.count(") *") == 2 * 2 * len(memory.states_of("cpu"))
+    assert "slower than eager at: masked_l2 2x4x6x5" in " ".join(text.split())
+    assert {row["pass"] for row in report["slower"]} == {"forward", "step"}
+
+
+def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    text, _ = run(capsys, tmp_path / "figures.json", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["figures-speedup.png"]
+    assert "no roofline plot" in text
+
+
 def test_the_relation_is_measured_at_every_level_and_without_pooling():
     titles = [case.title for case in suites.SUITES["relation"].cases]
     assert titles == [
@@ -355,6 +456,12 @@ def test_one_call_makes_all_calls():
     assert seen == ["a", "b"] and not is_graph
 
 
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    monkeypatch.setattr(timing, "_captured", lambda function: pytest.fail("captured"))
+    _, is_graph = timing.one_call([lambda: None], "cuda", capturable=False)
+    assert not is_graph and not suites.SUITES["train_step"].capturable
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_calls_are_replayed_from_a_graph():
     x = torch.zeros(4, device="cuda")
@@ -389,23 +496,6 @@ def test_growth_is_read_from_neighbouring_sizes():
         "time": {"fbkd_ops": 5.0},
     }
     assert second["pixels"] == 4.0 and second["time"] == {}
-
-
-def test_a_summary_has_ratios_of_speed_and_memory():
-    spec = importlib.util.spec_from_file_location("render", TOOL.parents[1] / "docs" / "render.py")
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
-
-    def row(speed, **rest):
-        return {"status": "ok", "step": {"speed_of_fbkd_ops": {"median": speed}}} | rest
-
-    warm = {"mmrazor": row(30.0), "compile": {"status": "failed: x"}, "fbkd_ops": row(1.0)}
-    fresh = warm | {"mmrazor": row(40.0, peak_extra_mb=900.0), "fbkd_ops": row(1.0, peak_extra_mb=60.0)}
-    text = "30.0 / 40.0 times as fast as `mmrazor` in 1/15.0 of the memory, `compile` failed: x"
-    assert render.comparison([warm, fresh]) == text
-    assert render.comparison([{"fbkd_ops": {"status": "failed: y"}}]) == "`fbkd_ops` failed: y"
-    assert render.share_of(90.0, 60.0) == " in 1.5 times the memory" and render.share_of(0.3, 60.0) == ""
-    assert render.share_of(63.0, 60.0) == render.share_of(60.0, 63.0) == " in as much memory"
 
 
 def test_a_process_that_dies_is_said(monkeypatch):
@@ -443,6 +533,10 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
         (["--dtype", "int8"], list(cases.DTYPES)),
         (["--pooling", "some"], ["preset", "none"]),
         (["--rounds", "0"], ["--rounds must be at least 1"]),
+        (["--sweep", "depth"], list(sweep.DIMENSIONS)),
+        (["--sweep", "N", "--suite", "masked_l2"], ["expected suites among relation, fbkd_loss, got masked_l2"]),
+        (["--sweep", "N", "--shapes", "P2"], ["expected no --shapes"]),
+        (["--brief", "--dtype", "float32"], ["expected none of --shapes, --dtype"]),
     ],
 )
 def test_unknown_choices_are_answered_with_the_known_ones(arguments, listed, capsys):

@@ -164,12 +164,17 @@ def step_times(report: dict, name: str = "fbkd_ops") -> dict[str, dict]:
             step = row["step"]
             speed = (step.get("speed_vs_eager") or {}).get("median")
             figures[_title(result)] = {
-                "ms": round(step["ms"]["median"], 4),
-                "gb_s": round(step["gb_s"], 1),
-                "ceiling_percent": round(step["ceiling_percent"], 1),
-                "times_as_fast": None if speed is None else round(speed, 2),
+                "ms": _rounded(step["ms"]["median"], 4),
+                "gb_s": _rounded(step["gb_s"], 1),
+                "ceiling_percent": _rounded(step["ceiling_percent"], 1),
+                "times_as_fast": _rounded(speed, 2),
             }
     return figures
+
+
+def _rounded(value: Optional[float], digits: int) -> Optional[float]:
+    """A suite without a cost has no rate and no ceiling."""
+    return None if value is None else round(value, digits)
 
 
 def failed_rows(report: dict) -> list[str]:

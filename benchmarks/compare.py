@@ -1,0 +1,90 @@
+"""Two results of benchmarks/microbench.py side by side: how far the speed of fbkd_ops beside each peer has moved.
+
+    python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
+
+Times of two runs differ with whatever else a machine did; ratios within a round do not. Ends with 1 where a ratio moved
+by more than ``--percent``, either way.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from benchmarks.microbench import console
+from benchmarks.series import OURS, PASSES, read_report
+
+__all__ = ["Change", "changes", "main"]
+
+
+class Change(NamedTuple):
+    """How many times as fast as a peer fbkd_ops was, before and after."""
+
+    suite: str
+    map: str
+    state: str
+    peer: str
+    which: str
+    before: float
+    after: float
+
+    @property
+    def percent(self) -> float:
+        """The same for a ratio and its inverse: 50 from 2 to 3, from 3 to 2, and from 1/2 to 1/3."""
+        return 100 * (max(self.before, self.after) / min(self.before, self.after) - 1)
+
+
+def changes(before: dict, after: dict) -> list[Change]:
+    """Of every ratio that both reports have."""
+    earlier = dict(_ratios(before))
+    return [Change(*place, earlier[place], ratio) for place, ratio in _ratios(after) if place in earlier]
+
+
+def _ratios(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
+    for result in report["results"]:
+        for peer, row in result["peers"].items():
+            for which in PASSES:
+                speed = row.get(which, {}).get("speed_of_fbkd_ops")
+                if speed and peer != OURS:
+                    yield (result["suite"], result["case"]["title"], result["state"], peer, which), speed["median"]
+
+
+def table_of(found: list[Change]):
+    from rich.table import Table
+
+    table = Table()
+    for column in ("suite", "map", "memory", f"{OURS} beside", "", "before", "after", "% apart"):
+        table.add_column(column)
+    for change in sorted(found, key=lambda change: -change.percent):
+        ratios = (f"{ratio:.2f}" for ratio in (change.before, change.after))
+        table.add_row(*change[:4], PASSES[change.which], *ratios, f"{change.percent:.0f}")
+    return table
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("before", "after"):
+        parser.add_argument(name, type=Path, metavar=f"{name.upper()}.json", help="of benchmarks/microbench.py")
+    parser.add_argument("--percent", type=float, default=15.0, help="name the ratios that moved by more; 15 by default")
+    options = parser.parse_args(arguments)
+    try:
+        found = changes(read_report(options.before), read_report(options.after))
+    except ValueError as error:
+        parser.error(str(error))
+    if not found:
+        parser.error("BEFORE.json and AFTER.json have no ratio in common")
+    output, apart = console(), [change.percent for change in found]
+    moved = [change for change in found if change.percent > options.percent]
+    if moved:
+        output.print(table_of(moved))
+    output.print(
+        f"{len(found)} ratios: median {statistics.median(apart):.0f} % apart, at most {max(apart):.0f} %; "
+        f"{len(moved)} by more than {options.percent:g} %"
+    )
+    return 1 if moved else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
