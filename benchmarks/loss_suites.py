@@ -265,6 +265,9 @@ def _relation_strides(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
     return (STRIDES[min(level, len(STRIDES) - 1)],)
 
 
+BRIEF_PEERS = ("mmrazor", "compile", "fbkd_ops")
+
+
 def _images(n: int, level: str) -> tuple[int, int, int, int]:
     return (n, *LEVELS[level][1:])
 
@@ -281,6 +284,7 @@ NON_LOCAL = Suite(
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
     brief=(Case(_images(2, "P4"), strides=(1,)),),
+    brief_peers=BRIEF_PEERS,
 )
 RELATION = Suite(
     "relation_loss",
@@ -294,6 +298,7 @@ RELATION = Suite(
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
     brief=tuple(Case(_images(2, level), strides=(1,)) for level in ("P6", "P4")),
+    brief_peers=BRIEF_PEERS,
 )
 FBKD_LOSS = Suite(
     "adapted_masked_l2_loss",
@@ -304,4 +309,5 @@ FBKD_LOSS = Suite(
     strides=lambda shape: STRIDES,
     tolerances=LOSS_TOLERANCES,
     brief=(Case(_images(2, "P4"), strides=STRIDES),),
+    brief_peers=BRIEF_PEERS,
 )

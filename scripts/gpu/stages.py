@@ -268,7 +268,7 @@ STAGES = {
         Stage("sanitizer", sanitizer, 40, 120),
         Stage("opcheck", tests_of(OP_CHECKS), 30, 100),
         Stage("graph", tests_of(GRAPHS), 20, 60),
-        Stage("bench", bench, 40, 400),
+        Stage("bench", bench, 40, 500),
         Stage("ncu", ncu, 60, 100),
     )
 }
