@@ -28,7 +28,7 @@ test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: venv
-	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief --seconds 1 \
+	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief \
 		--json $(BENCH_OUT)/$(DEVICE)-microbench.json --plot $(BENCH_OUT) $(ARGS)
 
 # Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.

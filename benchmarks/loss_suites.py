@@ -277,7 +277,7 @@ NON_LOCAL = Suite(
     _block_cost,
     cases=(
         *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(("P2", "P4"), (STRIDES[0], STRIDES[2]))),
-        *(Case(LEVELS[level], strides=(1,)) for level in ("P4", "P3")),
+        Case(LEVELS["P4"], strides=(1,)),
     ),
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -26,6 +27,7 @@ __all__ = ["DOES_NOT_FIT", "Job", "measure"]
 DOES_NOT_FIT = "does not fit in memory"
 PASSES = ("forward", "step")
 MOST_SETS = 8
+QUICK = 1.0  # seconds
 LARGE_BYTES, LARGE_SIDE = 1 << 30, 8192  # of a GPU's ceilings
 
 
@@ -180,8 +182,12 @@ def _difference(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], tolerance: 
 def _ready(function: Implementation, sets: list[list[Tensor]]) -> list[Runner]:
     """A peer on each set of inputs, called as it will be timed. The step comes first: it needs the most memory."""
     runners = [Runner(function, arguments) for arguments in sets]
-    for which in (*reversed(PASSES), *PASSES):
-        getattr(runners[0], which)()
+    begin = time.perf_counter()
+    runners[0].step()
+    runners[0].forward()
+    if time.perf_counter() - begin < QUICK:  # where what only a first call does would matter
+        runners[0].forward()
+        runners[0].step()
     return runners
 
 
@@ -195,13 +201,18 @@ def _reason(error: Exception) -> str:
 
 def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
     facts = {}
-    if job.state == "warm":
-        memory.settle(runner.step)
-    elif job.state == "fresh" or job.case.device == "cuda":
+
+    def step() -> None:
+        """With the peak of its memory, where that can be told."""
         extra = memory.peak_extra_bytes(runner.step, job.case.device)
         facts["peak_extra_mb"] = None if extra is None else extra / 1e6
-    if job.case.device == "cpu":
-        facts["step_page_faults"] = memory.page_faults(runner.step)
+
+    if job.case.device == "cuda":
+        step()
+    elif job.state == "warm":
+        facts["step_page_faults"] = memory.settle(runner.step)
+    else:
+        facts["step_page_faults"] = memory.page_faults(step if job.state == "fresh" else runner.step)
     return facts
 
 

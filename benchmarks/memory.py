@@ -64,11 +64,16 @@ def page_faults(function: Callable[[], object]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def settle(function: Callable[[], object], calls: int = 8) -> None:
-    """Call until no new page is needed: in the warm state a heap grows over a few calls before it serves them all."""
+def settle(function: Callable[[], object], calls: int = 8) -> int:
+    """Call until no new page is needed: in the warm state a heap grows over a few calls before it serves them all.
+
+    Returns the page faults of the last call.
+    """
     for _ in range(calls):
-        if page_faults(function) == 0:
+        faults = page_faults(function)
+        if faults == 0:
             break
+    return faults
 
 
 def available_bytes() -> int:

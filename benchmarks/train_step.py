@@ -109,7 +109,7 @@ TRAIN_STEP = Suite(
     },
     cost=None,
     cases=(Case((1, LEVELS["P2"][1], 80, 128), strides=STRIDES),),
-    brief=(Case((1, LEVELS["P2"][1], 64, 96), strides=STRIDES),),
+    brief=(Case((1, LEVELS["P2"][1], 48, 64), strides=STRIDES),),
     brief_peers=("no_distillation", "mmrazor", "fbkd_ops"),
     strides=lambda shape: STRIDES,
     checked_as="fbkd_loss",
