@@ -2,8 +2,9 @@
 
     python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
 
-Times of two runs differ with whatever else a machine did; ratios within a round do not. Ends with 1 where a ratio moved
-by more than ``--percent``, either way.
+Times of two runs differ with whatever else a machine did, ratios within a round less. Those do where the machine's own
+rates moved against each other, and the last lines say how far these did. Ends with 1 where a ratio moved by more than
+``--percent``, either way.
 """
 
 import argparse
@@ -16,7 +17,14 @@ from typing import NamedTuple, Optional
 from benchmarks.microbench import console
 from benchmarks.series import OURS, PASSES, read_report
 
-__all__ = ["Change", "changes", "main"]
+__all__ = ["Change", "ceilings", "changes", "main"]
+
+CEILINGS = {
+    "sum_gb_s": "sum",
+    "copy_gb_s": "copy",
+    "copy_to_new_gb_s": "copy into new memory",
+    "matmul_gflop_s": "matrix product",
+}
 
 
 class Change(NamedTuple):
@@ -51,6 +59,22 @@ def _ratios(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
                     yield (result["suite"], result["case"]["title"], result["state"], peer, which), speed["median"]
 
 
+def ceilings(before: dict, after: dict) -> dict[str, dict[str, float]]:
+    """By state of memory: how many times as fast as before the machine was at each, the median of all maps."""
+    earlier, found = dict(_rates(before)), {}
+    for (*place, name), rate in _rates(after):
+        if (*place, name) in earlier:
+            found.setdefault(place[-1], {}).setdefault(name, []).append(rate / earlier[(*place, name)])
+    return {state: {name: statistics.median(all) for name, all in rates.items()} for state, rates in found.items()}
+
+
+def _rates(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
+    for result in report["results"]:
+        for name, text in CEILINGS.items():
+            if name in result.get("ceilings", {}):
+                yield (result["suite"], result["case"]["title"], result["state"], text), result["ceilings"][name]
+
+
 def table_of(found: list[Change]):
     from rich.table import Table
 
@@ -70,9 +94,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--percent", type=float, default=15.0, help="name the ratios that moved by more; 15 by default")
     options = parser.parse_args(arguments)
     try:
-        found = changes(read_report(options.before), read_report(options.after))
+        reports = read_report(options.before), read_report(options.after)
     except ValueError as error:
         parser.error(str(error))
+    found = changes(*reports)
     if not found:
         parser.error("BEFORE.json and AFTER.json have no ratio in common")
     output, apart = console(), [change.percent for change in found]
@@ -83,6 +108,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         f"{len(found)} ratios: median {statistics.median(apart):.0f} % apart, at most {max(apart):.0f} %; "
         f"{len(moved)} by more than {options.percent:g} %"
     )
+    for state, rates in ceilings(*reports).items():
+        output.print(f"{state} memory: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in rates.items()))
     return 1 if moved else 0
 
 

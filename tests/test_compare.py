@@ -20,6 +20,14 @@ def test_ratios_that_both_have_are_compared():
     assert forward.which == "forward" and step.percent == pytest.approx(10)
 
 
+def test_the_machines_own_rates_are_compared():
+    slower = result({"fbkd_ops": 1.0})
+    slower["ceilings"] = {"sum_gb_s": 5.0, "copy_to_new_gb_s": 6.0, "copy_to_new_page_faults": 9}
+    rates = compare.ceilings(BEFORE, report([slower, result({"fbkd_ops": 1.0}, state="fresh")]))
+    assert rates["warm"] == {"sum": 0.5, "copy into new memory": 1.2}
+    assert set(rates["fresh"].values()) == {1.0} and len(rates["fresh"]) == 4
+
+
 def test_slower_and_faster_count_alike():
     places = ["relation", "a map", "warm", "mmrazor", "step"]
     apart = [compare.Change(*places, before, after).percent for before, after in [(2, 3), (3, 2), (0.5, 0.75), (1, 1)]]
@@ -38,7 +46,9 @@ def files(tmp_path):
 def test_what_moved_is_named_and_the_status_says_so(files, capsys):
     before, after, _ = files
     assert compare.main([before, after]) == 0
-    assert capsys.readouterr().out == "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %\n"
+    summary, machine = capsys.readouterr().out.splitlines()
+    assert summary == "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %"
+    assert machine == "warm memory: sum × 1.00, copy × 1.00, copy into new memory × 1.00, matrix product × 1.00"
     assert compare.main([before, after, "--percent", "5"]) == 1
     text = capsys.readouterr().out
     assert "2 by more than 5 %" in text and text.count("mmrazor") == 2 and "3.00" in text and "3.30" in text
