@@ -1,6 +1,7 @@
 """Committed results: what they measured, and whether the kernels have changed since."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,32 @@ from benchmarks import environment  # noqa: E402
 
 
 def facts_of(path: Path) -> dict:
-    return json.loads(path.read_text()).get("environment", {})
+    content = json.loads(path.read_text())
+    return content.get("environment", {}) if isinstance(content, dict) else {}
 
 
-RESULTS = [path for path in sorted(environment.ROOT.glob("benchmarks/results/**/*.json")) if facts_of(path)]
+FOLDER = environment.ROOT / "benchmarks" / "results"
+RESULTS = [path for path in sorted(FOLDER.glob("**/*.json")) if facts_of(path)]
+
+
+def test_committed_results_are_json_named_by_their_machine():
+    done = subprocess.run(["git", "ls-files", "."], cwd=FOLDER, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    names = done.stdout.split()
+    assert names and all(name.endswith(".json") for name in names)
+    for path in RESULTS:
+        gpu = facts_of(path).get("gpu")
+        if gpu:
+            assert path.parent.name.startswith("-".join(gpu.lower().split()[:2]))
+        else:
+            assert path.parent == FOLDER and path.name.startswith("cpu-")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(environment.ROOT)))
 def test_a_result_names_what_it_measured(path):
     facts = facts_of(path)
     assert facts["revision"] and facts["modified"] is False
-    if "sources" not in facts:
-        pytest.skip("made before results named the kernels' sources")
     device = "cuda" if "gpu" in facts else "cpu"
     if facts["sources"] != environment.sources(device):
         pytest.xfail(f"older than the {device} kernels: measured at {facts['revision']}, measure again")
