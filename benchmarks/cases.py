@@ -63,6 +63,11 @@ class Case:
         return " ".join([*words, self.dtype, self.layout])
 
     @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Beside 16-bit features the parameters are float32, as in training."""
+        return torch.promote_types(getattr(torch, self.dtype), torch.float32)
+
+    @property
     def map_bytes(self) -> int:
         """Of the first map."""
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
@@ -77,8 +82,8 @@ class Case:
         """The map on which results are checked: this one, unless it is too large for that or says too little.
 
         Another one has as many channels, unless those are very many. With non-local blocks it has several cells at
-        every level, ragged ones among them, and neither one image nor an inner width of 1: BatchNorm makes some of
-        their gradients vanish.
+        each of up to five levels, ragged ones among them, and neither one image nor an inner width of 1: BatchNorm
+        makes some of their gradients vanish.
         """
         n, channels, height, width = self.shape
         if not self.strides:
@@ -87,7 +92,7 @@ class Case:
             return self if fits else replace(self, shape=smaller)
         if self._says_enough and self.pixels <= MOST_CHECKED_PIXELS:
             return self
-        factor = 2 ** max(0, len(self.strides) - 4)
+        factor = min(4, 2 ** max(0, len(self.strides) - 3))
         return replace(self, shape=(2, min(max(channels, 32), 512), 39 * factor, 53 * factor))
 
     @property
@@ -128,8 +133,8 @@ class Suite:
     ``brief`` and ``brief_peers`` what a run of minutes has instead, if not the same; ``strides`` a case's pooling
     factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` names the suite in which the
     implementations of the same names are compared with the literal formula instead, and each backend by itself is
-    measured; ``states`` are those of the CPU's memory to measure in, if not the usual ones. A CUDA graph holds the
-    calls of a ``capturable`` suite: none of them waits for the device.
+    measured; ``states`` are those of the CPU's memory to measure in. A CUDA graph holds the calls of a ``capturable``
+    suite: none of them waits for the device.
     """
 
     op: str
@@ -140,7 +145,7 @@ class Suite:
     strides: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = lambda shape: ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
     checked_as: str = ""
-    states: Optional[tuple[str, ...]] = None
+    states: tuple[str, ...] = ("fresh", "warm")
     capturable: bool = True
     brief: tuple[Case, ...] = ()
     brief_peers: tuple[str, ...] = ()

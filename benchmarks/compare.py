@@ -50,6 +50,11 @@ def changes(before: dict, after: dict) -> list[Change]:
     return [Change(*place, earlier[place], ratio) for place, ratio in _ratios(after) if place in earlier]
 
 
+def alone(before: dict, after: dict) -> int:
+    """How many ratios only one report has."""
+    return len(dict(_ratios(before)).keys() ^ dict(_ratios(after)).keys())
+
+
 def _ratios(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
     for result in report["results"]:
         for peer, row in result["peers"].items():
@@ -106,7 +111,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         output.print(table_of(moved))
     output.print(
         f"{len(found)} ratios: median {statistics.median(apart):.0f} % apart, at most {max(apart):.0f} %; "
-        f"{len(moved)} by more than {options.percent:g} %"
+        f"{len(moved)} by more than {options.percent:g} %; {alone(*reports)} more in one run only"
     )
     for state, rates in ceilings(*reports).items():
         output.print(f"{state} memory: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in rates.items()))

@@ -85,11 +85,6 @@ def their_loss_of(case: Case) -> mmrazor.Loss:
     return mmrazor.Loss(case.shape[1], case.strides, reductions).to(case.device)
 
 
-def _parameter_dtype(case: Case) -> torch.dtype:
-    """Beside 16-bit features the parameters are float32, as in training."""
-    return torch.promote_types(getattr(torch, case.dtype), torch.float32)
-
-
 def _inputs(part: type[nn.Module]) -> Callable[[Case], list[Tensor]]:
     """Students, teachers and parameters.
 
@@ -112,7 +107,7 @@ def _grid_parameters(module: nn.Module, case: Case) -> list[Tensor]:
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
             value = value / parameter[0].numel() ** 0.5
-        values.append(((64 * value).round() / 64).to(case.device, _parameter_dtype(case)).requires_grad_())
+        values.append(((64 * value).round() / 64).to(case.device, case.parameter_dtype).requires_grad_())
     return values
 
 
@@ -146,7 +141,7 @@ def _theirs(part: type[nn.Module], their_part: Callable[[mmrazor.Loss], nn.Modul
         ours, theirs = loss_of(case), their_loss_of(case)
         module = their_part(theirs)
         names = _counterparts(part(ours), module, lambda: load_connectors(ours, theirs.student, theirs.teacher))
-        dtype = _parameter_dtype(case)
+        dtype = case.parameter_dtype
         return _called(module.to(dtype), names, len(case.strides), dtype)
 
     return made
@@ -242,7 +237,7 @@ def _their_block(case: Case) -> Implementation:
     """MMRazor's, with its parameters in the order of ours."""
     ours, theirs = _student_block(case), their_loss_of(case).student[0].student_non_local
     names = _counterparts(ours, theirs, lambda: load_non_local(ours, theirs))
-    return _called_block(theirs.to(_parameter_dtype(case)), names, _parameter_dtype(case))
+    return _called_block(theirs.to(case.parameter_dtype), names, case.parameter_dtype)
 
 
 def _block_cost(case: Case) -> Cost:
@@ -253,8 +248,11 @@ def _block_cost(case: Case) -> Cost:
     cells = n * max(1, height // stride) * max(1, width // stride)
     wide, narrow, square = 2 * channels * inner, 2 * inner * inner, 2 * channels * channels
     low_rank = min(square, 2 * wide)
-    forward = pixels * ((square if cells == pixels else 2 * wide + low_rank) + low_rank) + cells * narrow
-    backward = pixels * (2 * low_rank + low_rank) + (0 if cells == pixels else cells * (3 * wide + 2 * narrow))
+    if cells == pixels:
+        forward, backward = pixels * (square + low_rank), pixels * 3 * low_rank
+    else:
+        forward = pixels * (2 * wide + 2 * low_rank) + cells * narrow
+        backward = pixels * 3 * low_rank + cells * (3 * wide + 2 * narrow)
     parameters = 4 * sum(parameter.numel() for parameter in _student_block(case).parameters())
     return Cost(2 * case.map_bytes + parameters, 3 * case.map_bytes + 2 * parameters, forward, backward)
 

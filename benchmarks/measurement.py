@@ -20,13 +20,13 @@ from benchmarks.cases import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
 from benchmarks.series import OURS
 from benchmarks.suites import SUITES, outputs_of, peers_of
-from benchmarks.timing import interleaved, one_call, ratios, summary
+from benchmarks.timing import calls_of, interleaved, ratios, summary
 
 __all__ = ["DOES_NOT_FIT", "Job", "measure"]
 
 DOES_NOT_FIT = "does not fit in memory"
 PASSES = ("forward", "step")
-MOST_SETS = 8
+MOST_SETS = 32
 QUICK = 1.0  # seconds
 LARGE_BYTES, LARGE_SIDE = 1 << 30, 8192  # of a GPU's ceilings
 
@@ -82,43 +82,40 @@ def measure(job: Job) -> dict:
     wrongs = {name: job.checked[name] for name in peers if name in job.checked}
     wrongs |= _wrongs(suite, [name for name in peers if name not in wrongs], case)
     status = missing | wrongs
+    if suite.checked_as:
+        torch.backends.cudnn.allow_tf32 = True  # a whole model as users run it
     cost = suite.cost(case) if suite.cost else None
     result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
     result |= {"cost": asdict(cost) if cost else None, "checked": wrongs}
     try:
         sets = _input_sets(suite, case)
-        ceilings = _ceilings(case, cost)
+        ceilings = _ceilings(case, cost) if cost else {}
         for ceiling in ceilings.values():
             ceiling.call()
     except (RuntimeError, MemoryError) as error:
         status = {name: problem or _reason(error) for name, problem in status.items()}
         return result | {"peers": {name: {"status": status[name]} for name in job.peers}}
-    runners = {}
+    runners, rows = {}, {}
     for name in [name for name, problem in status.items() if not problem]:
         try:
             runners[name] = _ready(peers[name](case), sets)
+            rows[name] = {"status": "ok"} | _memory_of(runners[name][0], job)
         except Exception as error:
+            runners.pop(name, None)
             status[name] = _reason(error)
-    rows = {name: {"status": status[name] or "ok"} for name in job.peers}
-    calls = {}
-    for name, of_sets in runners.items():
-        rows[name] |= _memory_of(of_sets[0], job)
-        for which in PASSES:
-            together = [getattr(x, which) for x in of_sets]
-            calls[name, which], rows[name][f"{which}_graph"] = one_call(together, case.device, suite.capturable)
-    times = interleaved(
-        {name: each.call for name, each in ceilings.items()} | calls, job.rounds, case.device, job.seconds
-    )
-    times |= {key: [value / len(sets) for value in times[key]] for key in calls}
+    rows = {name: rows.get(name) or {"status": status[name]} for name in job.peers}
+    times, graphs = _times(runners, ceilings, job)
     rates = _rates(ceilings, times)
     for name in runners:
         for which in PASSES:
             beside = {other: times.get((other, which)) for other in (suite.baseline, OURS)}
             least = _least(cost, rates, which) if cost else None
             rows[name][which] = _figures(times[name, which], beside[suite.baseline], beside[OURS], least)
-    if case.device == "cpu":
+    if ceilings and case.device == "cpu":
         rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
-    return result | {"input_sets": len(sets), "rounds": len(times["sum"]), "ceilings": rates, "peers": rows}
+    result |= {"ceilings": rates} if ceilings else {}
+    rounds = max(map(len, times.values()), default=0)
+    return result | {"input_sets": len(sets), "graphs": graphs, "rounds": rounds, "peers": rows}
 
 
 def _wrongs(suite: Suite, peers: list[str], case: Case) -> dict[str, str]:
@@ -199,6 +196,20 @@ def _reason(error: Exception) -> str:
     return DOES_NOT_FIT if full or "bad_alloc" in text else f"failed: {type(error).__name__}: {text.splitlines()[0]}"
 
 
+def _times(runners: dict[str, list[Runner]], ceilings: dict[str, "Ceiling"], job: Job) -> tuple[dict, dict[str, bool]]:
+    """Milliseconds of each round: of ceilings by name, of a pass by peer and pass and for one set of inputs. Beside
+    them, by pass, whether CUDA graphs were timed."""
+    calls, graphs = {}, {}
+    for which in PASSES:
+        of_sets = {name: [getattr(runner, which) for runner in each] for name, each in runners.items()}
+        made, graphs[which] = calls_of(of_sets, job.case.device, SUITES[job.suite].capturable)
+        calls |= {(name, which): call for name, call in made.items()}
+    everything = {name: ceiling.call for name, ceiling in ceilings.items()} | calls
+    times = interleaved(everything, job.rounds, job.case.device, job.seconds)
+    counts = {(name, which): len(each) for name, each in runners.items() for which in PASSES}
+    return {key: [value / counts.get(key, 1) for value in found] for key, found in times.items()}, graphs
+
+
 def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
     facts = {}
 
@@ -225,9 +236,12 @@ class Ceiling(NamedTuple):
 
 
 def _input_sets(suite: Suite, case: Case) -> list[list[Tensor]]:
-    """On a GPU enough sets of the inputs that a set has left its cache before it comes again; on the CPU one."""
+    """On a GPU sets of the inputs, up to MOST_SETS: so many that a set has left the cache before it comes again.
+
+    One on the CPU, and of a suite that takes its time between kernels anyway.
+    """
     sets = [suite.inputs(case)]
-    if case.device != "cuda":
+    if case.device != "cuda" or not suite.capturable:
         return sets
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     size = sum(x.nbytes for x in sets[0])
@@ -311,6 +325,7 @@ def main() -> None:
     case = Case(**job["case"] | {name: tuple(job["case"][name]) for name in ("shape", "strides")})
     job = Job(**job | {"case": case})
     torch.set_num_threads(job.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for all; PyTorch's default is TF32 in convolutions
     if case.device == "cpu":
         memory.limit_to_available()
     print("\n" + json.dumps(measure(job)))

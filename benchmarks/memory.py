@@ -11,7 +11,7 @@ process has from its start on:
 import gc
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Optional
 
@@ -22,15 +22,15 @@ __all__ = ["STATES", "available_bytes", "limit_to_available", "page_faults", "pe
 STATES = {
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(64 << 10)},
     "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 60)},
-    "default": {},
+    "default": {},  # the allocator as it comes; on a GPU the only one
 }
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def states_of(device: str) -> list[str]:
+def states_of(device: str, asked: Iterable[str] = ("fresh", "warm")) -> list[str]:
     """The states to measure in. PyTorch keeps CUDA memory itself; other C libraries have other settings."""
     known = device == "cpu" and platform.libc_ver()[0] == "glibc"
-    return ["fresh", "warm"] if known else ["default"]
+    return list(asked) if known else ["default"]
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str) -> Optional[int]:

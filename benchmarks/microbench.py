@@ -24,14 +24,13 @@ import torch  # noqa: E402
 
 from benchmarks import plots, sweep  # noqa: E402
 from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
-from benchmarks.environment import ROOT, environment  # noqa: E402
+from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.series import OURS, is_pooled, is_slower, series, slower, slower_text  # noqa: E402
+from benchmarks.series import FASTER, OURS, is_pooled, is_slower, series, slower, slower_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
-FASTER = " *"  # behind a time that fbkd_ops does not reach
 COLUMNS = ("forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "peak extra MB")
 
 
@@ -121,7 +120,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
         brief = SUITES[name].brief_peers if options.brief else ()
         asked = options.peers or brief or peers_of(SUITES[name], options.device)
         peers = list(dict.fromkeys([*asked, OURS]))
-        states = SUITES[name].states or states_of(options.device)
+        states = states_of(options.device, SUITES[name].states)
         for case, state in itertools.product(cases_of(SUITES[name], options), states):
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
 
@@ -187,6 +186,8 @@ def table_of(result: dict):
     for name, row in result["peers"].items():
         shown = cells(name, row) if row["status"] == "ok" else [row["status"]]
         table.add_row(name, *shown)
+    if result["case"]["device"] == "cuda" and not all(result.get("graphs", {}).values()):
+        table.title += " · not all in CUDA graphs"
     captions = ["ceilings: " + ceilings_text(result)] if "ceilings" in result else []
     if slower([result]):
         captions.append(f"{FASTER.strip()} faster than {OURS}")
@@ -245,6 +246,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
     report |= {"results": [], "scaling": [], "slower": []}
     checked = {}
+    save(options.json, report)
     try:
         for job in jobs_of(options):
             known = checked.setdefault(job.check, {})
@@ -264,6 +266,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
             f"{row['pixels']:.1f} times the pixels: time × {growth or '–'}"
         )
     report["complete"] = True
+    if revision() != report["environment"]["revision"]:
+        report["environment"]["modified"] = True  # of a mixture
     save(options.json, report)
     draw(options, report, output)
     for line in slower_text(report["slower"]):

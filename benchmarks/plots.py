@@ -18,7 +18,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
-from benchmarks.series import DIMENSIONS, LEAST_SIZES, LEVELS, OURS, exponent, read_report, series, title_of
+from benchmarks.series import (
+    DIMENSIONS,
+    LEAST_SIZES,
+    LEVELS,
+    OURS,
+    PASSES,
+    exponent,
+    read_report,
+    series,
+    states_in,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "bars", "draw", "growths", "is_stale", "pictures", "require_matplotlib", "roof_points", "roofs"]
 
-PASSES = {"forward": "forward", "step": "forward + backward"}
 COLOURS = {
     "eager": "#56b4e9",
     "no_distillation": "#666666",
@@ -143,8 +153,8 @@ def roofs(results: Iterable[dict]) -> list[Roof]:
 
 def growths(results: list[dict]) -> list[Growth]:
     """Time in the state that a loop settles in (warm), memory in the one that it is read in, along each dimension."""
-    states, found = {result["state"] for result in results}, []
-    settled = [result for result in results if result["state"] == max(states)]
+    found = []
+    settled = [result for result in results if result["state"] == states_in(results)[0]]
     quantities = {
         "ms": (settled, lambda row: row["step"]["ms"]["median"]),
         "MB": (results, lambda row: row.get("peak_extra_mb")),
@@ -152,7 +162,7 @@ def growths(results: list[dict]) -> list[Growth]:
     for dimension, (quantity, (shown, value)) in itertools.product(DIMENSIONS, quantities.items()):
         for group in series(shown, dimension):
             peers = along(group, value)
-            if any(len(sizes) >= LEAST_SIZES for sizes, _ in peers.values()):
+            if any(len(set(sizes)) >= LEAST_SIZES for sizes, _ in peers.values()):
                 found.append(Growth(title_of(group[0][1], dimension), dimension, quantity, peers))
     return found
 
@@ -162,7 +172,7 @@ def along(group: list[tuple[int, dict]], value: Callable[[dict], Optional[float]
     peers = {}
     for size, result in group:
         for peer, row in rows_of(result).items():
-            if value(row):
+            if (value(row) or 0) > 0:
                 sizes, values = peers.setdefault(peer, ([], []))
                 sizes.append(size)
                 values.append(value(row))
@@ -209,7 +219,7 @@ def draw_bars(report: dict) -> "Figure":
     suites = {suite: [bar for bar in shown if bar.suite == suite] for suite in distinct(bar.suite for bar in shown)}
     heights = [len(group) + 2 * len({bar.map for bar in group}) for group in suites.values()]
     figure, axes = panels(len(suites), 1, 1.2 + 0.115 * sum(heights), heights, sharex=True)
-    states = sorted({bar.state for bar in shown}, reverse=True)
+    states = states_in(report["results"])
     for ax, (suite, group) in zip(axes[:, 0], suites.items()):
         bar_panel(ax, group, states)
         ax.set_title(suite, loc="left", fontweight="bold")
@@ -266,14 +276,14 @@ def draw_growths(report: dict) -> "Figure":
             growth_panel(ax, found[0])
             ax.set_ylabel(name)
         row[0].set_title(title[0], loc="left", fontweight="bold")
-    state = max({result["state"] for result in report["results"]})
+    state = states_in(report["results"])[0]
     note = f"Time in {state} memory. k: least-squares slope, time or memory ∝ size^k."
     return captioned(figure, caption(report, note))
 
 
 def growth_panel(ax: "Axes", growth: Growth) -> None:
     for peer, (sizes, values) in growth.peers.items():
-        slope = f": k = {exponent(sizes, values):.2f}" if len(sizes) > 1 and growth.dimension != LEVELS else ""
+        slope = f": k = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 and growth.dimension != LEVELS else ""
         ours = peer == OURS
         style = dict(color=colour(peer), linewidth=2 if ours else 1.2, zorder=3 if ours else 2)
         ax.plot(sizes, values, marker="o", markersize=4, label=f"{peer}{slope}", **style)
@@ -295,7 +305,7 @@ def draw_roofline(report: dict) -> "Figure":
     dtypes, suites = distinct(point.dtype for point in points), distinct(point.suite for point in points)
     figure, axes = panels(len(dtypes), 2, 1.2 + 3.2 * len(dtypes), sharex=True, sharey=True)
     markers = dict(zip(suites, itertools.cycle(MARKERS)))
-    states = sorted({point.state for point in points}, reverse=True)
+    states = states_in(with_products(report["results"]))
     for (dtype, which), ax in zip(itertools.product(dtypes, PASSES), axes.flat):
         inside = [point for point in points if (point.dtype, point.which) == (dtype, which)]
         roof_panel(ax, [roof for roof in found if (roof.dtype, roof.which) == (dtype, which)], points)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 __all__ = [
     "DIMENSIONS",
+    "FASTER",
     "LEAST_SIZES",
     "LEVELS",
     "OURS",
@@ -19,6 +20,7 @@ __all__ = [
     "series",
     "slower",
     "slower_text",
+    "states_in",
     "title_of",
 ]
 
@@ -27,6 +29,8 @@ AXES = {"H·W": (2, 3), "N": (0,), "C": (1,)}  # of a case's shape
 LEVELS = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
 DIMENSIONS = (*AXES, LEVELS)
 LEAST_SIZES = 2  # of a series that is shown
+STATES = ("warm", "default", "fresh")  # of memory, in the order in which they are shown
+FASTER = " *"  # behind a time that fbkd_ops does not reach
 PASSES = {"forward": "forward", "step": "forward + backward"}
 LESS_WORK = "no_distillation"  # no peer to be faster than: it computes no loss
 
@@ -82,14 +86,21 @@ def title_of(result: dict, dimension: str) -> str:
     sizes = {"N": f"N={n}", "C": f"C={channels}", "H·W": f"{height}×{width}"}
     factors = ", ".join(map(str, case.get("strides", ())))
     words = [result["suite"], *(text for name, text in sizes.items() if name != dimension)]
-    if factors and dimension != LEVELS:
-        words.append(f"pooled by {factors}" if is_pooled(result) else "without pooling")
+    if factors:
+        pooled = f"pooled by {factors}" if dimension != LEVELS else "pooled"
+        words.append(pooled if is_pooled(result) else "without pooling")
     return ", ".join([*words, *(x for x in (case["dtype"], case["layout"]) if x not in ("float32", "contiguous"))])
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The k of the power law size**k that fits best: least squares between the logarithms."""
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
+
+
+def states_in(results: Iterable[dict]) -> list[str]:
+    """The states of memory that results were measured in, in the order of STATES."""
+    found = {result["state"] for result in results}
+    return [state for state in STATES if state in found]
 
 
 def is_slower(peer: str, figures: dict) -> bool:

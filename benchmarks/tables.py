@@ -4,7 +4,17 @@ from collections.abc import Iterable, Sequence
 from typing import Optional
 
 from benchmarks.environment import sources
-from benchmarks.series import DIMENSIONS, LEAST_SIZES, OURS, PASSES, is_slower, series, title_of
+from benchmarks.series import (
+    DIMENSIONS,
+    FASTER,
+    LEAST_SIZES,
+    OURS,
+    PASSES,
+    is_slower,
+    series,
+    states_in,
+    title_of,
+)
 
 __all__ = [
     "code_tables",
@@ -18,7 +28,6 @@ __all__ = [
     "table",
 ]
 
-FASTER = " *"  # behind a time that fbkd_ops does not reach
 CEILINGS = {
     "sum_gb_s": "sum GB/s",
     "copy_gb_s": "copy GB/s",
@@ -76,17 +85,16 @@ def _suite_table(results: list[dict]) -> str:
 
 
 def _by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """One suite's results, and the states in the order in which they are shown: warm before fresh."""
+    """One suite's results, and the states in the order in which they are shown."""
     by_map = {}
     for result in results:
         by_map.setdefault(result["case"]["title"], {})[result["state"]] = result
-    return by_map, sorted({result["state"] for result in results}, reverse=True)
+    return by_map, states_in(results)
 
 
 def _peer_cells(peer: str, found: list[dict], count: int) -> list[str]:
     """A peer's figures, one for each state of memory, or why it has none."""
-    problem = next((row["status"] for row in found if row["status"] != "ok"), "")
-    if problem:
+    if problem := _problem(found):
         return [problem, *[""] * (count - 1)]
     steps = [row["step"] for row in found]
     peak = _peak_of(found)
@@ -101,6 +109,11 @@ def _peer_cells(peer: str, found: list[dict], count: int) -> list[str]:
     return [" / ".join(cell) for cell in cells]
 
 
+def _problem(rows: Iterable[dict]) -> str:
+    """Why a peer has no figures in one of the states; empty if it has them in all."""
+    return next((row["status"] for row in rows if row["status"] != "ok"), "")
+
+
 def _time(peer: str, figures: dict) -> str:
     return f"{figures['ms']['median']:.2f}" + (FASTER if is_slower(peer, figures) else "")
 
@@ -108,7 +121,7 @@ def _time(peer: str, figures: dict) -> str:
 def _ceilings_table(results: list[dict]) -> str:
     rows = []
     for result in results:
-        if "ceilings" in result:
+        if "ceilings" in result and result["cost"]:
             rates = [f"{result['ceilings'][key]:.0f}" if key in result["ceilings"] else "" for key in CEILINGS]
             rows.append([result["suite"], result["case"]["title"], result["state"], *rates, str(result["rounds"])])
     return table(["suite", "map", "memory", *CEILINGS.values(), "rounds"], rows) if rows else ""
@@ -120,21 +133,21 @@ def comparisons(results: list[dict]) -> str:
     for suite in dict.fromkeys(result["suite"] for result in results):
         by_map, states = _by_map_and_state([result for result in results if result["suite"] == suite])
         for title, by_state in by_map.items():
-            rows = [by_state[state]["peers"] for state in states if state in by_state]
-            lines.append(f"- `{suite}`, {title}: {comparison(rows)}.")
+            measured = [state for state in states if state in by_state]
+            memory = f", {' / '.join(measured)} memory" if measured != ["default"] else ""
+            lines.append(f"- `{suite}`, {title}{memory}: {comparison([by_state[x]['peers'] for x in measured])}.")
     return "\n".join(lines)
 
 
 def comparison(states: list[dict]) -> str:
     """fbkd_ops beside each other peer; ``states`` are the rows of one map in each state of memory."""
     ours = [peers[OURS] for peers in states]
-    if any(row["status"] != "ok" for row in ours):
-        return f"`{OURS}` {ours[0]['status']}"
+    if problem := _problem(ours):
+        return f"`{OURS}` {problem}"
     parts = []
     for name in states[0]:
         rows = [peers[name] for peers in states]
-        problem = next((row["status"] for row in rows if row["status"] != "ok"), "")
-        if problem:
+        if problem := _problem(rows):
             parts.append(f"`{name}` {problem}")
         elif name != OURS:
             speeds = " / ".join(f"{_speed(row):.1f}" for row in rows)
@@ -174,8 +187,7 @@ def scaling_table(rows: list[dict]) -> str:
 def sweep_table(results: list[dict]) -> str:
     """Series in which one size changes: fbkd_ops' time and memory, and how many times as fast it is as others."""
     peers = list(dict.fromkeys(peer for result in results for peer in result["peers"] if peer != OURS))
-    states = sorted({result["state"] for result in results}, reverse=True)
-    rows = []
+    states, rows = states_in(results), []
     for dimension in DIMENSIONS:
         for title, by_size in _sizes(results, dimension).items():
             for index, (size, by_state) in enumerate(sorted(by_size.items())):
@@ -191,7 +203,7 @@ def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str,
     """By what a series has in common, size and state of memory: the results of a dimension."""
     found = {}
     for group in series(results, dimension):
-        if len(group) >= LEAST_SIZES:
+        if len({size for size, _ in group}) >= LEAST_SIZES:
             by_size = found.setdefault(title_of(group[0][1], dimension), {})
             for size, result in group:
                 by_size.setdefault(size, {})[result["state"]] = result
@@ -201,12 +213,12 @@ def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str,
 def _sweep_cells(states: list[dict], peers: Sequence[str]) -> list[str]:
     """Of one size, in each state of memory: fbkd_ops' figures, then those of its peers."""
     ours = [rows[OURS] for rows in states]
-    if any(row["status"] != "ok" for row in ours):
-        return [ours[0]["status"], *[""] * (1 + 2 * len(peers))]
+    if problem := _problem(ours):
+        return [problem, *[""] * (1 + 2 * len(peers))]
     cells = [" / ".join(f"{row['step']['ms']['median']:.1f}" for row in ours), _megabytes(ours)]
     for peer in peers:
         rows = [rows.get(peer, {"status": "–"}) for rows in states]
-        problem = next((row["status"] for row in rows if row["status"] != "ok"), "")
+        problem = _problem(rows)
         cells += [problem, ""] if problem else [" / ".join(_marked_speed(peer, row) for row in rows), _megabytes(rows)]
     return cells
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["interleaved", "one_call", "ratios", "summary"]
+__all__ = ["calls_of", "interleaved", "ratios", "summary"]
 
 LEAST_ROUNDS = 3
 
@@ -30,24 +30,32 @@ def interleaved(
     return times
 
 
-def one_call(
-    calls: list[Callable[[], object]], device: str, capturable: bool = True
-) -> tuple[Callable[[], object], bool]:
-    """All of ``calls`` as one, and whether that is a CUDA graph, in which the time between launches does not count.
+def calls_of(
+    peers: dict[str, list[Callable[[], object]]], device: str, capturable: bool = True
+) -> tuple[dict[str, Callable[[], object]], bool]:
+    """Of each peer all of its calls as one, and whether as CUDA graphs, in which no time between launches counts.
 
-    What cannot be captured is called as it is.
+    Where one peer cannot be captured none is, so that the same is measured of all.
     """
-    together = calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+    plain = {name: _together(calls) for name, calls in peers.items()}
     if device != "cuda" or not capturable:
-        return together, False
+        return plain, False
     try:
-        return _captured(together), True
+        pool = (
+            torch.cuda.graph_pool_handle()
+        )  # one for all: graphs run one after another, and nobody reads their results
+        return {name: _captured(call, pool) for name, call in plain.items()}, True
     except RuntimeError:
         torch.cuda.synchronize()
-        return together, False
+        torch.cuda.empty_cache()
+        return plain, False
 
 
-def _captured(function: Callable[[], object]) -> Callable[[], object]:
+def _together(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+
+
+def _captured(function: Callable[[], object], pool: object) -> Callable[[], object]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -55,7 +63,8 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its stream as the current one; the outer block sets that right.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
         function()
     return graph.replay
 

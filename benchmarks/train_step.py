@@ -24,6 +24,8 @@ LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counter
 
 
 def _detector(case: Case, depth: int) -> nn.Module:
+    """At the same random weights for all."""
+    torch.manual_seed(0)
     try:
         from torchvision.models.detection import FasterRCNN
         from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -34,14 +36,14 @@ def _detector(case: Case, depth: int) -> nn.Module:
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=5)
     size = dict(min_size=min(height, width), max_size=max(height, width))
     detector = FasterRCNN(backbone, num_classes=CLASSES, **size)
-    return detector.to(case.device, memory_format=LAYOUTS[case.layout])
+    return detector.to(case.device, case.parameter_dtype, memory_format=LAYOUTS[case.layout])
 
 
 def _images(case: Case) -> list[Tensor]:
     n, _, height, width = case.shape
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(n, 3, PIXELS * height, PIXELS * width, generator=generator)
-    return list(images.to(case.device))
+    return list(images.to(case.device, case.parameter_dtype))
 
 
 def _targets(images: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
@@ -89,7 +91,8 @@ def _distilled(make_loss: Callable[[Case], nn.Module]) -> Callable[[Case], Imple
         places: dict[str, Any] = dict(student_layers="backbone", teacher_entry="backbone")
         levels = dict(student_levels=LEVEL_NAMES, teacher_levels=LEVEL_NAMES)
         models = _detector(case, 50), _detector(case, 101)
-        return Step(fbkd_ops.Distiller(*models, make_loss(case), **places, **levels), case)
+        loss = make_loss(case).to(case.parameter_dtype)
+        return Step(fbkd_ops.Distiller(*models, loss, **places, **levels), case)
 
     return made
 

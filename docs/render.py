@@ -22,7 +22,8 @@ from benchmarks.tables import table  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
-MICROBENCH, SWEEP, SUMMARIES = "cpu-microbench.json", "cpu-sweep.json", "*/summary.json"
+MICROBENCH, SWEEP = "cpu-microbench.json", "cpu-sweep.json"
+STAGES, GPU_BENCH = "summary.json", "microbench.json"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 OPS = ("attention_pool", "masked_l2", "adapted_masked_l2")
 LOSSES, STEP = ("non_local", "relation", "fbkd_loss"), ("train_step",)
@@ -132,25 +133,25 @@ def slower() -> str:
     return tables.slower_table(reports) if reports else NOT_YET
 
 
-def gpu_folder() -> Optional[str]:
-    """The newest folder of results that ``make gpu`` made."""
-    dates = {path.parent.name: json.loads(path.read_text())["environment"]["date"] for path in RESULTS.glob(SUMMARIES)}
+def gpu_folder(file: str) -> Optional[str]:
+    """The newest folder of results of ``make gpu`` that has a file, other than of a dry run."""
+    facts = {path.parent.name: json.loads(path.read_text())["environment"] for path in RESULTS.glob(f"*/{file}")}
+    dates = {name: environment["date"] for name, environment in facts.items() if "gpu" in environment}
     return max(dates, key=dates.get, default=None)
 
 
 def gpu() -> str:
     """Everything that ``make gpu`` found out."""
-    folder = gpu_folder()
-    if folder is None:
-        return NOT_YET_ON_A_GPU
-    parts = [tables.stage_tables(report_of(f"{folder}/summary.json"))]
-    if report := report_of(f"{folder}/microbench.json"):
-        parts += [tables.provenance(report), tables.suite_tables(report["results"]), pictures(folder)]
-    return "\n\n".join(parts)
+    stages, benchmark = gpu_folder(STAGES), gpu_folder(GPU_BENCH)
+    parts = [tables.stage_tables(report_of(f"{stages}/{STAGES}"))] if stages else []
+    if benchmark:
+        report = report_of(f"{benchmark}/{GPU_BENCH}")
+        parts += [tables.provenance(report), tables.suite_tables(report["results"]), pictures(benchmark)]
+    return "\n\n".join(parts) or NOT_YET_ON_A_GPU
 
 
 def gpu_headline() -> str:
-    report = report_of(f"{gpu_folder()}/microbench.json")
+    report = report_of(f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}")
     if report is None:
         return NOT_YET_ON_A_GPU
     return f"{tables.machine(report['environment'])}:\n\n{tables.comparisons(report['results'])}"
@@ -159,8 +160,8 @@ def gpu_headline() -> str:
 def drawn_reports() -> dict[str, dict]:
     """The reports whose pictures stand in the documentation, by the pictures' name."""
     files = {Path(file).stem: file for file in (MICROBENCH, SWEEP)}
-    if folder := gpu_folder():
-        files[folder] = f"{folder}/microbench.json"
+    if folder := gpu_folder(GPU_BENCH):
+        files[folder] = f"{folder}/{GPU_BENCH}"
     reports = {name: report_of(file) for name, file in files.items()}
     return {name: report for name, report in reports.items() if report}
 

@@ -47,7 +47,7 @@ def test_what_moved_is_named_and_the_status_says_so(files, capsys):
     before, after, _ = files
     assert compare.main([before, after]) == 0
     summary, machine = capsys.readouterr().out.splitlines()
-    assert summary == "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %"
+    assert summary == "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %; 4 more in one run only"
     assert machine == "warm memory: sum × 1.00, copy × 1.00, copy into new memory × 1.00, matrix product × 1.00"
     assert compare.main([before, after, "--percent", "5"]) == 1
     text = capsys.readouterr().out

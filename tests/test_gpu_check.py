@@ -388,11 +388,20 @@ def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, monkeypatch):
     assert outcome.status == "failed" and "fbkd_ops:cuda: killed by signal 9" in outcome.why[0]
 
 
-def test_benchmark_without_figures_fails(on_gpu, answer):
+def test_benchmark_without_figures_fails(on_gpu, answer, monkeypatch):
     (on_gpu.out / "microbench.json").write_text(json.dumps(benchmark()))  # of an earlier run
     answer("compiling", returncode=-9, timed_out=True)
     outcome = stages.bench(on_gpu, 10)
     assert outcome.status == "failed" and outcome.why == ["out of time", "compiling"]
+    answer("compiling", returncode=1, timed_out=True)
+    run_together = stages.run_together
+
+    def without_tables(*arguments):
+        (on_gpu.out / "microbench.json").write_text(json.dumps(benchmark(complete=False) | {"results": []}))
+        return run_together(*arguments)
+
+    monkeypatch.setattr(stages, "run_together", without_tables)
+    assert stages.bench(on_gpu, 10).status == "failed"
 
 
 # The run as a whole
@@ -501,6 +510,20 @@ def test_stages_can_be_chosen(tmp_path, two_stages, monkeypatch):
     assert list(main(tmp_path)[1]["stages"]) == ["second"]
 
 
+def test_other_stages_stay_as_an_earlier_run_left_them(tmp_path, two_stages, monkeypatch):
+    two_stages(lambda *_: Outcome("failed", {"passed": 3}))
+    assert main(tmp_path)[0] == 1
+    code, summary = main(tmp_path, "--stages", "second")
+    assert code == 0  # what failed before is not of this run
+    assert {name: entry["status"] for name, entry in summary["stages"].items()} == {"first": "failed", "second": "ok"}
+    assert summary["stages"]["first"]["figures"] == {"passed": 3}
+    of_now = gpu_check.environment
+    monkeypatch.setattr(gpu_check, "environment", lambda *arguments: of_now(*arguments) | {"sources": "other"})
+    assert list(main(tmp_path, "--stages", "second")[1]["stages"]) == ["second"]
+    (tmp_path / "out" / "summary.json").write_text("[")
+    assert list(main(tmp_path, "--stages", "second")[1]["stages"]) == ["second"]
+
+
 def test_unknown_stages_are_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(["--stages", "test", "tset"])
@@ -566,7 +589,8 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
 def test_names_of_default_folders(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (MIG 1g/18gb)")
-    assert re.fullmatch(r"nvidia-h200-mig-1g-18gb-\d{4}-\d\d-\d\d", gpu_check.default_folder().name)
+    assert re.fullmatch(r"nvidia-h200-mig-1g-18gb-\d{4}-\d\d-\d\d", gpu_check.default_folder(False).name)
+    assert gpu_check.default_folder(True) == ROOT / "build" / "gpu-dry-run"
 
 
 @pytest.mark.parametrize("answer, version", [("print('580.159.04')", "580.159.04"), ("sys.exit(9)", None)])

@@ -87,7 +87,7 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
         assert result["peers"]["fbkd_ops"]["step"]["speed_of_fbkd_ops"]["median"] == 1
         if has_eager:
             assert result["peers"]["eager"]["step"]["speed_vs_eager"]["median"] == 1
-        assert result["ceilings"]["copy_gb_s"] > 0
+        assert result["ceilings"]["copy_gb_s"] > 0 and result["graphs"] == {"forward": False, "step": False}
         assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] in ["adapted_masked_l2", *BESIDE_MMRAZOR])
 
 
@@ -99,6 +99,7 @@ def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys,
     text, report = run(capsys, tmp_path / "figures.json", *arguments)
     assert [result["state"] for result in report["results"]] == ["default", "fresh"]
     for result in report["results"]:
+        assert "ceilings" not in result and result["rounds"] == 1
         for name in peers:
             row = result["peers"][name]
             assert row["status"] == "ok" and row["step"]["ms"]["median"] > row["forward"]["ms"]["median"] > 0
@@ -127,6 +128,14 @@ def test_a_whole_step_follows_dtype_and_layout(monkeypatch):
         total = step(*suites.SUITES["train_step"].inputs(case))
         assert total.isfinite() and seen[0].dtype == getattr(torch, dtype)
         assert seen[0].is_contiguous(memory_format=cases.LAYOUTS[layout])
+
+
+def test_on_a_gpu_there_is_one_state_of_memory():
+    options = microbench.parse(["--suite", "train_step", "masked_l2"])
+    assert {job.state for job in microbench.jobs_of(options)} == {"default", *memory.states_of("cpu")}
+    options.device = "cuda"
+    jobs = list(microbench.jobs_of(options))
+    assert {job.state for job in jobs} == {"default"} and jobs[0].case.device == "cuda"
 
 
 def test_a_whole_step_needs_torchvision(inside, monkeypatch, capsys, tmp_path):
@@ -245,7 +254,9 @@ def test_results_are_checked_on_the_map_itself_unless_it_is_large():
     # One image, a single cell at the last level, too few channels, too many pixels.
     for shape in ((1, 256, 50, 84), (2, 256, 16, 16), (2, 16, 50, 84), (2, 256, 200, 336)):
         other = dataclasses.replace(levels, shape=shape).checked
-        assert other.shape == (2, max(32, shape[1]), 39, 53) and other.strides == levels.strides
+        assert other.shape == (2, max(32, shape[1]), 78, 106) and other.strides == levels.strides
+    for strides in ((1,), (16,), (16, 8, 4, 4), (16, 8, 4, 4, 4)):
+        assert cases.Case((1, 256, 9, 9), strides=strides).checked._says_enough
 
 
 def without_mmrazor(monkeypatch, versions):
@@ -318,6 +329,21 @@ def test_a_failing_peer_does_not_stop_the_others(inside, monkeypatch, capsys, tm
     rows = report["results"][0]["peers"]
     assert rows["eager"] == {"status": "failed: RuntimeError: no such kernel"}
     assert rows["fbkd_ops"]["step"]["speed_vs_eager"] is None
+
+
+def test_a_peer_that_fails_later_does_not_stop_the_others(inside, monkeypatch, capsys, tmp_path):
+    """After it was called once: when its memory is measured."""
+    memory_of = measurement._memory_of
+
+    def full(runner, job):
+        if runner.function is suites.SUITES["masked_l2"].implementations["eager"](None):
+            raise MemoryError
+        return memory_of(runner, job)
+
+    monkeypatch.setattr(measurement, "_memory_of", full)
+    _, report = run(capsys, tmp_path / "figures.json", "--suite", "masked_l2")
+    rows = report["results"][0]["peers"]
+    assert rows["eager"] == {"status": "does not fit in memory"} and rows["fbkd_ops"]["status"] == "ok"
 
 
 def test_a_map_that_does_not_fit_is_said_and_the_rest_goes_on(tmp_path):
@@ -431,6 +457,12 @@ def test_the_products_of_the_relation_are_counted():
     assert loss_suites._relation_flops(4, 1, 10, 2) == pooled
     full = 2 * 32 + 32 + 2 * 8, 32 + 2 * 32 + 3 * 8
     assert loss_suites._relation_flops(4, 1, 10, 10) == (10 * full[0], 10 * full[1])
+    block = suites.SUITES["non_local"].cost(cases.Case((1, 4, 6, 5), strides=(1,)))
+    assert (block.forward_flops, block.backward_flops) == (30 * (32 + 16), 30 * 3 * 16)
+    pooled = suites.SUITES["non_local"].cost(cases.Case((1, 16, 32, 32), strides=(16,)))  # c = 4, four cells
+    low_rank = 2 * 2 * 16 * 4
+    assert pooled.forward_flops == 1024 * 3 * low_rank + 4 * 2 * 4 * 4
+    assert pooled.backward_flops == 1024 * 3 * low_rank + 4 * (3 * low_rank // 2 + 2 * 2 * 4 * 4)
     relation, whole = (suites.SUITES[name].cost(cases.Case((1, 4, 6, 5), strides=(1,))) for name in LOSSES)
     product = 2 * 4 * 4 * 30
     assert whole.forward_flops - relation.forward_flops == product
@@ -448,30 +480,48 @@ def test_the_rates_are_those_of_what_was_timed(layout):
     assert rates["matmul_gflop_s"] == pytest.approx(2 * 4 * 4 * 60 / 1e6 / 2.0)
 
 
-def test_one_call_makes_all_calls():
+def test_a_call_makes_all_calls():
     """A GPU's inputs come in several sets, and a call is timed over all of them."""
     seen = []
-    together, is_graph = timing.one_call([lambda: seen.append("a"), lambda: seen.append("b")], "cpu")
-    together()
+    calls, is_graph = timing.calls_of({"x": [lambda: seen.append("a"), lambda: seen.append("b")]}, "cpu")
+    calls["x"]()
     assert seen == ["a", "b"] and not is_graph
 
 
 def test_what_waits_for_the_device_is_not_captured(monkeypatch):
-    monkeypatch.setattr(timing, "_captured", lambda function: pytest.fail("captured"))
-    _, is_graph = timing.one_call([lambda: None], "cuda", capturable=False)
+    monkeypatch.setattr(timing, "_captured", lambda *_: pytest.fail("captured"))
+    _, is_graph = timing.calls_of({"x": [lambda: None]}, "cuda", capturable=False)
     assert not is_graph and not suites.SUITES["train_step"].capturable
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_calls_are_replayed_from_a_graph():
     x = torch.zeros(4, device="cuda")
-    together, is_graph = timing.one_call([lambda: x.add_(1), lambda: x.mul_(2)], "cuda")
+    change, wait = [lambda: x.add_(1), lambda: x.mul_(2)], [lambda: x.sum().item()]
+    before = torch.cuda.current_stream()
+    calls, is_graph = timing.calls_of({"changes": change, "waits": wait}, "cuda")
+    assert not is_graph and calls["waits"]() is not None and torch.cuda.current_stream() == before
+    calls, is_graph = timing.calls_of({"changes": change}, "cuda")  # after one that failed
     assert is_graph
     x.zero_()
-    together()
+    calls["changes"]()
     assert x.tolist() == [2.0] * 4
-    not_captured, is_graph = timing.one_call([lambda: x.sum().item()], "cuda")
-    assert not is_graph and not_captured() is not None
+
+
+def test_all_peers_are_captured_or_none(monkeypatch):
+    def captured(function, pool):
+        if function() == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: "graph"
+
+    monkeypatch.setattr(timing, "_captured", captured)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    peers = {"a": [lambda: "kernels"], "b": [lambda: "waits"]}
+    calls, is_graph = timing.calls_of(peers, "cuda")
+    assert not is_graph and [call() for call in calls.values()] == ["kernels", "waits"]
+    calls, is_graph = timing.calls_of({"a": peers["a"]}, "cuda")
+    assert is_graph and calls["a"]() == "graph"
 
 
 def result_without_pooling(sizes, ms, status="ok", strides=(1,)):

@@ -78,6 +78,7 @@ def test_series_do_not_mix():
         result(PAIR, (1, 8, 8, 8), strides=(2,)),
         result(PAIR, (2, 8, 9, 9)),
     ]
+    assert plots.growths([result(PAIR, (1, 8, 4, 6)), result(PAIR, (1, 8, 6, 4))]) == []  # as many pixels
     failed = {key: value for key, value in result(PAIR, (1, 8, 3, 3)).items() if key != "rounds"}
     groups = series.series([result(PAIR), *others, failed], "H·W")
     assert [[size for size, _ in group] for group in groups] == [[16, 81], [25], [36], [49], [64], [81]]

@@ -34,8 +34,7 @@ def test_a_suite_has_a_row_a_peer_and_a_figure_a_state_of_memory():
 
 
 def test_a_suite_without_a_cost_has_no_rates_and_no_ceilings():
-    whole = result(PAIR, suite="train_step", state="default")
-    del whole["ceilings"]
+    whole = result(PAIR, suite="train_step", state="default") | {"cost": None}
     for row in whole["peers"].values():
         row["step"] |= {"gb_s": None, "ceiling_percent": None}
     text = tables.suite_tables([whole])
@@ -53,11 +52,15 @@ def test_a_comparison_has_ratios_of_speed_and_memory():
     (line,) = tables.comparisons(BOTH).splitlines()
     expected = "3.0 / 3.0 times as fast as `mmrazor` in 1/15.0 of the memory, "
     expected += "4.0 / 0.8 times as fast as `compile` in 1/1.2 of the memory"
-    assert line == f"- `relation`, 1x8x4x4 without pooling float32 contiguous: {expected}."
+    assert line == f"- `relation`, 1x8x4x4 without pooling float32 contiguous, warm / fresh memory: {expected}."
+    states = tables.comparisons([result(PAIR, state=state) for state in ("fresh", "default")])
+    assert "contiguous, default / fresh memory:" in states
+    assert "contiguous: 3.0 times" in tables.comparisons([result(PAIR, state="default")])
     absent = [result(PAIR | {"mmrazor": "failed: x"}), result({"fbkd_ops": 1.0}, suite="non_local")]
     failing, alone = tables.comparisons(absent).splitlines()
     assert failing.endswith(": `mmrazor` failed: x.") and alone.endswith(": nothing to compare with.")
-    assert tables.comparison([{"fbkd_ops": {"status": "failed: y"}}]) == "`fbkd_ops` failed: y"
+    states = [{"fbkd_ops": {"status": "ok"}}, {"fbkd_ops": {"status": "failed: y"}}]
+    assert tables.comparison(states) == "`fbkd_ops` failed: y"
     assert tables.share_of(90.0, 60.0) == " in 1.5 times the memory" and tables.share_of(0.3, 60.0) == ""
     assert tables.share_of(63.0, 60.0) == tables.share_of(60.0, 63.0) == " in as much memory"
 
@@ -181,11 +184,17 @@ def test_the_newest_gpu_results_are_shown(render, tmp_path):
     pytest.importorskip("matplotlib")
     benchmark = gpu_results(tmp_path / "a-gpu-2026-11-25", "2026-11-25 09:00 UTC", PAIR)
     gpu_results(tmp_path / "z-gpu-2026-11-24", "2026-11-24 09:00 UTC", PAIR | {"mmrazor": 70.0})
+    (tmp_path / "dry-run").mkdir()
+    (tmp_path / "dry-run" / "summary.json").write_text(json.dumps({"environment": MACHINE | {"date": "2027"}}))
     text, headline = render.gpu(), render.gpu_headline()
     assert "3.0 times as fast as `mmrazor`" in headline and "A GPU" in headline
     assert "| build | ok |" in text and "### relation" in text
     assert "(images/a-gpu-2026-11-25-speedup.png)" in text
     assert render.stale_pictures() == ["a-gpu-2026-11-25"]
+    (tmp_path / "a-gpu-2026-11-26").mkdir()  # without the benchmark
+    later = {"environment": MACHINE | {"gpu": "A GPU", "date": "2026-11-26"}, "stages": {"test": {"status": "ok"}}}
+    (tmp_path / "a-gpu-2026-11-26" / "summary.json").write_text(json.dumps(later))
+    assert "| test | ok |" in render.gpu() and render.gpu_headline() == headline
     plots.draw(benchmark, tmp_path, "a-gpu-2026-11-25")
     assert render.stale_pictures() == []
 

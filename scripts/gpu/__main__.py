@@ -32,14 +32,19 @@ __all__ = ["Report", "check", "main", "parse", "shown"]
 DEADLINE = 520.0  # seconds
 COLUMNS = "{:<10} {:<11} {:>7}  {}"
 SHOWN_FIGURES = 100  # characters
+SAME = ("revision", "modified", "sources", "gpu", "torch")  # of the environments of runs that belong together
 
 
 class Report:
-    """The summary of a run, written anew after every change."""
+    """The summary of a run, written anew after every change.
+
+    Stages that the run does not have stay as an earlier run left them in the same file, if the sources are the same.
+    """
 
     def __init__(self, path: Path, facts: dict, names: list[str]):
-        self.path, self.content = path, facts | {"complete": False}
-        self.content["stages"] = {name: {"status": "not run"} for name in names}
+        self.path, self.names, self.content = path, names, facts | {"complete": False}
+        entries = earlier_stages(path, facts) | {name: {"status": "not run"} for name in names}
+        self.content["stages"] = {name: entries[name] for name in dict.fromkeys([*STAGES, *entries]) if name in entries}
         self.write()
 
     def begin(self, name: str) -> None:
@@ -63,7 +68,17 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, entry in self.content["stages"].items() if entry["status"] == "failed"]
+        return [name for name in self.names if self.content["stages"][name]["status"] == "failed"]
+
+
+def earlier_stages(path: Path, facts: dict) -> dict[str, dict]:
+    """What an earlier run of the same sources on the same machine has found; nothing otherwise."""
+    try:
+        before = json.loads(path.read_text())
+        same = all(before["environment"].get(key) == facts["environment"].get(key) for key in SAME)
+        return before["stages"] if same and before["dry_run"] == facts["dry_run"] else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def check(
@@ -114,8 +129,11 @@ def shown(figures: dict) -> str:
     return text if len(text) <= SHOWN_FIGURES else text[: SHOWN_FIGURES - 1] + "…"
 
 
-def default_folder() -> Path:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "dry-run"
+def default_folder(dry_run: bool) -> Path:
+    """Committed are results of a GPU alone."""
+    if dry_run:
+        return ROOT / "build" / "gpu-dry-run"
+    name = torch.cuda.get_device_name()
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return ROOT / "benchmarks" / "results" / f"{words}-{datetime.date.today():%Y-%m-%d}"
 
@@ -142,9 +160,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if not (options.dry_run or torch.cuda.is_available()):
         print("no CUDA device")
         return 2
-    out = Path(options.out or default_folder()).resolve()
+    out = Path(options.out or default_folder(options.dry_run)).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text("")
+    (out / "log.txt").write_text("")  # of the latest run
     stages = [stage for stage in STAGES.values() if not options.stages or stage.name in options.stages]
     with interruptible(), tempfile.TemporaryDirectory() as scratch:
         context = Context(out, Path(scratch), options.dry_run)

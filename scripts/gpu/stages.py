@@ -208,9 +208,9 @@ def bench(context: Context, seconds: float) -> Outcome:
     else:
         command += ["--suite", *SUITES, "--shapes", "P2", "--dtype", "bfloat16", "float32", "--seconds", "1"]
     (done,) = context.run([command], seconds)
-    if not path.exists():
+    report = json.loads(path.read_text()) if path.exists() else {"results": []}
+    if not report["results"]:
         return Outcome("failed", {}, [done.problem or "no figures", *done.last_lines()])
-    report = json.loads(path.read_text())
     figures = {"tables": len(report["results"]), "complete": report["complete"]} | parsers.step_times(report)
     problems = parsers.failed_rows(report)
     if done.problem and not done.timed_out:
@@ -223,7 +223,8 @@ def ncu(context: Context, seconds: float) -> Outcome:
     program = tool("ncu")
     if program is None:
         return Outcome("skipped: ncu is not on PATH")
-    figures, rows, problems = {}, [], []
+    path, figures, rows, problems = context.out / "ncu.json", {}, [], []
+    path.unlink(missing_ok=True)
     jobs = [("cpu", "float32")] if context.dry else PROFILED
     for backend, dtype in jobs:
         (done,) = context.run([ncu_command(context, program, backend, dtype)], seconds / len(jobs))
@@ -235,7 +236,7 @@ def ncu(context: Context, seconds: float) -> Outcome:
             problems += [f"{backend} {dtype}: {done.problem or 'no kernel was measured'}", *done.last_lines(3)]
         figures[f"{backend} {dtype}"] = parsers.kernel_table(launches)
         rows += [{"backend": backend, "dtype": dtype} | launch for launch in launches]
-    (context.out / "ncu.json").write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     return Outcome.of(problems, figures)
 
 
