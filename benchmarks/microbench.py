@@ -27,7 +27,7 @@ from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.series import FASTER, OURS, is_pooled, is_slower, series, slower, slower_text  # noqa: E402
+from benchmarks.series import FASTER, OURS, is_pooled, is_slower, read_report, series, slower, slower_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
@@ -66,6 +66,7 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
         help=f"one size at a time away from a base case, in the suites {' and '.join(sweep.SUITES)}",
     )
     parser.add_argument("--json", type=Path, help="write the figures here, after each table")
+    parser.add_argument("--update", action="store_true", help="keep what FILE has and this run does not measure")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures here, at the end")
     options = parser.parse_args(arguments)
     check_cases(parser, options)
@@ -85,6 +86,8 @@ def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(wrong)}")
     if options.sweep and options.shapes:
         parser.error("--sweep has shapes of its own: expected no --shapes beside it")
+    if options.update and not options.json:
+        parser.error("--update needs the file of --json")
     if options.brief and not own_maps(options):
         parser.error(
             "--brief takes the suites' own maps: expected none of --shapes, --dtype, --layout, --pooling, --sweep"
@@ -123,6 +126,25 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
         states = states_of(options.device, SUITES[name].states)
         for case, state in itertools.product(cases_of(SUITES[name], options), states):
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
+
+
+def kept(path: Path, report: dict, jobs: list[Job]) -> dict:
+    """The results of an earlier report that these jobs do not replace, and where those come from.
+
+    Exits where they were measured on another machine or are of other kernels.
+    """
+    try:
+        before = read_report(path)
+    except ValueError as error:
+        sys.exit(f"--update: {error}")
+    for key in ("cpu", "gpu", "threads", "torch", "sources"):
+        old, new = (facts.get(key) for facts in (before["environment"], report["environment"]))
+        if old != new:
+            sys.exit(f"--update: {path} was measured with {key} {old}, expected {new}")
+    replaced = {(job.suite, job.case.title, job.state) for job in jobs}
+    results = [x for x in before["results"] if (x["suite"], x["case"]["title"], x["state"]) not in replaced]
+    run = {key: before[key] for key in ("command", "environment", "complete")}
+    return {"results": results, "earlier": [*before.get("earlier", []), run]}
 
 
 def measured(job: Job) -> dict:
@@ -244,11 +266,14 @@ def main(arguments: Optional[list[str]] = None) -> None:
         plots.require_matplotlib()
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
-    report |= {"results": [], "scaling": [], "slower": []}
-    checked = {}
+    jobs = list(jobs_of(options))
+    report |= {"results": [], "scaling": [], "slower": []} | (
+        kept(options.json, report, jobs) if options.update else {}
+    )
+    first, checked = len(report["results"]), {}
     save(options.json, report)
     try:
-        for job in jobs_of(options):
+        for job in jobs:
             known = checked.setdefault(job.check, {})
             result = measured(replace(job, checked=known))
             known |= result.pop("checked", {})
@@ -258,7 +283,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             output.print(table_of(report["results"][-1]))
     except KeyboardInterrupt:
         draw(options, report, output)
-        sys.exit(f"interrupted after {len(report['results'])} tables")
+        sys.exit(f"interrupted after {len(report['results']) - first} tables")
     for row in report["scaling"]:
         growth = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["time"].items())
         output.print(

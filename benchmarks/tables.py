@@ -44,8 +44,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def provenance(report: dict) -> str:
     """The command that made a report of benchmarks/microbench.py, where, and whether it came to its end."""
-    text = f"`{report['command']}`: {machine(report['environment'])}."
-    return text if report["complete"] else f"{text} The run was interrupted."
+    runs = [report, *reversed(report.get("earlier", []))]
+    return "\n\nThe tables that this run did not replace: ".join(map(_run, runs))
+
+
+def _run(run: dict) -> str:
+    text = f"`{run['command']}`: {machine(run['environment'])}."
+    return text if run["complete"] else f"{text} The run was interrupted."
 
 
 def machine(facts: dict) -> str:

@@ -421,6 +421,22 @@ def test_the_table_says_where_a_peer_is_faster(inside, monkeypatch, capsys, tmp_
     assert {row["pass"] for row in report["slower"]} == {"forward", "step"}
 
 
+def test_an_update_keeps_other_tables(inside, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "figures.json"
+    _, before = run(capsys, path, "--suite", "masked_l2", "attention_pool")
+    _, after = run(capsys, path, "--suite", "attention_pool", "--peers", "fbkd_ops", "--update")
+    states = len(memory.states_of("cpu"))
+    assert after["results"][:states] == before["results"][:states] and after["complete"]
+    assert [list(result["peers"]) for result in after["results"][states:]] == [["fbkd_ops"]] * states
+    (earlier,) = after["earlier"]
+    assert earlier["command"] == before["command"] != after["command"]
+    path.write_text(json.dumps(before | {"environment": before["environment"] | {"sources": "other"}}))
+    with pytest.raises(SystemExit, match="was measured with sources other, expected"):
+        run(capsys, path, "--suite", "masked_l2", "--update")
+    with pytest.raises(SystemExit, match="expected a result of benchmarks/microbench.py"):
+        run(capsys, tmp_path / "none.json", "--suite", "masked_l2", "--update")
+
+
 def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     text, _ = run(capsys, tmp_path / "figures.json", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
@@ -583,6 +599,7 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
         (["--dtype", "int8"], list(cases.DTYPES)),
         (["--pooling", "some"], ["preset", "none"]),
         (["--rounds", "0"], ["--rounds must be at least 1"]),
+        (["--update"], ["--update needs the file of --json"]),
         (["--sweep", "depth"], list(sweep.DIMENSIONS)),
         (["--sweep", "N", "--suite", "masked_l2"], ["expected suites among relation, fbkd_loss, got masked_l2"]),
         (["--sweep", "N", "--shapes", "P2"], ["expected no --shapes"]),

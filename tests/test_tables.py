@@ -116,6 +116,8 @@ def test_a_machine_is_described_by_what_matters_there():
         == "A CPU, 2 threads of 4 cores, torch 2.14.1, huge pages `[always]`, revision abc1234, 2026-11-25 10:00 UTC"
     )
     assert tables.provenance(report([], complete=False)).endswith("UTC. The run was interrupted.")
+    later = report([], earlier=[{"command": "python x.py", "environment": MACHINE, "complete": True}])
+    assert "\n\nThe tables that this run did not replace: `python x.py`: A CPU" in tables.provenance(later)
 
 
 STAGES = {
