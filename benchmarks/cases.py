@@ -10,7 +10,18 @@ from torch import Tensor
 
 from fbkd_ops import backends
 
-__all__ = ["DTYPES", "LAYOUTS", "LEVELS", "TOLERANCES", "Case", "Cost", "Implementation", "Suite", "forced"]
+__all__ = [
+    "DTYPES",
+    "FINEST_STRIDE",
+    "LAYOUTS",
+    "LEVELS",
+    "TOLERANCES",
+    "Case",
+    "Cost",
+    "Implementation",
+    "Suite",
+    "forced",
+]
 
 # Feature maps of an 800x1344 image; the strides of P2..P6 are 4..64.
 LEVELS = {
@@ -20,6 +31,7 @@ LEVELS = {
     "P5": (1, 256, 25, 42),
     "P6": (1, 256, 13, 21),
 }
+FINEST_STRIDE = 4  # an image has this many times the height and width of P2
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Largest error of an element, relative to its size and the RMS of its tensor: well above every correct
 # implementation's rounding, well below any mistake in a formula.

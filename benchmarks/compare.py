@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from benchmarks.microbench import console
-from benchmarks.series import OURS, PASSES, read_report
+from benchmarks.series import CEILINGS, OURS, PASSES, read_report
 
 __all__ = ["Change", "ceilings", "changes", "main"]
-
-CEILINGS = {
-    "sum_gb_s": "sum",
-    "copy_gb_s": "copy",
-    "copy_to_new_gb_s": "copy into new memory",
-    "matmul_gflop_s": "matrix product",
-}
 
 
 class Change(NamedTuple):
@@ -75,9 +68,9 @@ def ceilings(before: dict, after: dict) -> dict[str, dict[str, float]]:
 
 def _rates(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
     for result in report["results"]:
-        for name, text in CEILINGS.items():
-            if name in result.get("ceilings", {}):
-                yield (result["suite"], result["case"]["title"], result["state"], text), result["ceilings"][name]
+        for key, (name, _) in CEILINGS.items():
+            if key in result.get("ceilings", {}):
+                yield (result["suite"], result["case"]["title"], result["state"], name), result["ceilings"][key]
 
 
 def table_of(found: list[Change]):

@@ -17,6 +17,7 @@ __all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sou
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
+_DIRTY = "-dirty"  # behind a revision, as of git describe
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -42,14 +43,17 @@ def environment(device: str, threads: int) -> dict:
 
 
 def revision() -> Optional[str]:
-    """The commit that is checked out; None outside a git checkout."""
-    return _git("rev-parse", "--short", "HEAD")
+    """The commit that is checked out. A copy without git can be told it, as REVISION; None where nobody says."""
+    return _git("rev-parse", "--short", "HEAD") or os.environ.get("REVISION", "").removesuffix(_DIRTY) or None
 
 
 def modified() -> Optional[bool]:
-    """Whether the tree differs from that commit, results and documentation apart."""
+    """Whether the tree differs from that commit, results and documentation apart; None where nobody knows."""
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
-    return None if changes is None else bool(changes)
+    if changes is not None:
+        return bool(changes)
+    told = os.environ.get("REVISION")
+    return told.endswith(_DIRTY) if told else None
 
 
 def sources(device: str) -> str:

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -76,12 +77,9 @@ def measure(job: Job) -> dict:
     ``checked`` is what the comparison with the literal formula found wrong with each, nothing if it is right.
     """
     suite, case = SUITES[job.suite], job.case
-    peers = peers_of(suite, case.device)
-    missing = {name: f"{job.suite} has none on {case.device}" for name in job.peers if name not in peers}
-    peers = {name: peers[name] for name in job.peers if name in peers}
-    wrongs = {name: job.checked[name] for name in peers if name in job.checked}
-    wrongs |= _wrongs(suite, [name for name in peers if name not in wrongs], case)
-    status = missing | wrongs
+    makers = peers_of(suite, case.device)
+    wrongs = _wrongs(job, [name for name in job.peers if name in makers])
+    status = {name: wrongs.get(name, f"{job.suite} has none on {case.device}") for name in job.peers}
     if suite.checked_as:
         torch.backends.cudnn.allow_tf32 = True  # a whole model as users run it
     cost = suite.cost(case) if suite.cost else None
@@ -93,24 +91,15 @@ def measure(job: Job) -> dict:
         for ceiling in ceilings.values():
             ceiling.call()
     except (RuntimeError, MemoryError) as error:
-        status = {name: problem or _reason(error) for name, problem in status.items()}
-        return result | {"peers": {name: {"status": status[name]} for name in job.peers}}
-    runners, rows = {}, {}
-    for name in [name for name, problem in status.items() if not problem]:
-        try:
-            runners[name] = _ready(peers[name](case), sets)
-            rows[name] = {"status": "ok"} | _memory_of(runners[name][0], job)
-        except Exception as error:
-            runners.pop(name, None)
-            status[name] = _reason(error)
-    rows = {name: rows.get(name) or {"status": status[name]} for name in job.peers}
+        return result | {"peers": {name: {"status": problem or _reason(error)} for name, problem in status.items()}}
+    right = {name: makers[name] for name, problem in status.items() if not problem}
+    runners, prepared = _prepared(right, sets, job)
+    rows = {name: prepared.get(name, {"status": problem}) for name, problem in status.items()}
     times, graphs = _times(runners, ceilings, job)
     rates = _rates(ceilings, times)
-    for name in runners:
-        for which in PASSES:
-            beside = {other: times.get((other, which)) for other in (suite.baseline, OURS)}
-            least = _least(cost, rates, which) if cost else None
-            rows[name][which] = _figures(times[name, which], beside[suite.baseline], beside[OURS], least)
+    for name, which in itertools.product(runners, PASSES):
+        eager, ours = (times.get((other, which)) for other in (suite.baseline, OURS))
+        rows[name][which] = _figures(times[name, which], eager, ours, _least(cost, rates, which) if cost else None)
     if ceilings and case.device == "cpu":
         rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
     result |= {"ceilings": rates} if ceilings else {}
@@ -118,12 +107,34 @@ def measure(job: Job) -> dict:
     return result | {"input_sets": len(sets), "graphs": graphs, "rounds": rounds, "peers": rows}
 
 
-def _wrongs(suite: Suite, peers: list[str], case: Case) -> dict[str, str]:
-    """What is wrong with each peer, checked in the suite's own terms or, by name, in those of another suite."""
-    judge = SUITES[suite.checked_as] if suite.checked_as else suite
-    makers = peers_of(judge, case.device)
-    truth = Truth(judge, case.checked)
-    return {name: _wrong(truth, makers[name]) if name in makers else "" for name in peers}
+def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
+    """What is wrong with each peer, as it is known or as a comparison shows: in the suite's own terms or, by name, in
+    those of the suite that it is checked as."""
+    name, case = job.check
+    makers, truth = peers_of(SUITES[name], case.device), Truth(SUITES[name], case)
+
+    def wrong(peer: str) -> str:
+        if peer in job.checked:
+            return job.checked[peer]
+        return _wrong(truth, makers[peer]) if peer in makers else ""
+
+    return {peer: wrong(peer) for peer in peers}
+
+
+def _prepared(
+    makers: dict[str, Callable[[Case], Implementation]], sets: list[list[Tensor]], job: Job
+) -> tuple[dict[str, list["Runner"]], dict[str, dict]]:
+    """The peers that run, each on all sets of inputs, and a row for every peer: what its memory is, or why it does not
+    run."""
+    runners, rows = {}, {}
+    for name, make in makers.items():
+        try:
+            ready = _ready(make(job.case), sets)
+            rows[name] = {"status": "ok"} | _memory_of(ready[0], job)
+            runners[name] = ready
+        except Exception as error:
+            rows[name] = {"status": _reason(error)}
+    return runners, rows
 
 
 class Truth:

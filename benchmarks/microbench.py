@@ -27,7 +27,17 @@ from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.series import FASTER, OURS, is_pooled, is_slower, read_report, series, slower, slower_text  # noqa: E402
+from benchmarks.series import (  # noqa: E402
+    CEILINGS,
+    FASTER,
+    OURS,
+    is_pooled,
+    is_slower,
+    read_report,
+    series,
+    slower,
+    slower_text,
+)
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
@@ -185,12 +195,9 @@ def cells(peer: str, row: dict) -> list[str]:
 def ceilings_text(result: dict) -> str:
     """One line on what the machine can do."""
     rates = result["ceilings"]
-    parts = [f"sum {rates['sum_gb_s']:.1f} GB/s", f"copy {rates['copy_gb_s']:.1f} GB/s"]
-    parts.append(f"copy into new memory {rates['copy_to_new_gb_s']:.1f} GB/s")
+    parts = [f"{name} {rates[key]:.1f} {unit}" for key, (name, unit) in CEILINGS.items() if key in rates]
     if "copy_to_new_page_faults" in rates:
-        parts[-1] += f" ({rates['copy_to_new_page_faults']} page faults)"
-    if "matmul_gflop_s" in rates:
-        parts.append(f"matrix product {rates['matmul_gflop_s']:.0f} GFLOP/s")
+        parts.append(f"{rates['copy_to_new_page_faults']} page faults of the copy into new memory")
     return ", ".join(parts)
 
 

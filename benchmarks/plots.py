@@ -14,16 +14,16 @@ import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from benchmarks.series import (
     DIMENSIONS,
     LEAST_SIZES,
-    LEVELS,
     OURS,
     PASSES,
+    PYRAMID,
     exponent,
     read_report,
     series,
@@ -283,7 +283,7 @@ def draw_growths(report: dict) -> "Figure":
 
 def growth_panel(ax: "Axes", growth: Growth) -> None:
     for peer, (sizes, values) in growth.peers.items():
-        slope = f": k = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 and growth.dimension != LEVELS else ""
+        slope = f": k = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 and growth.dimension != PYRAMID else ""
         ours = peer == OURS
         style = dict(color=colour(peer), linewidth=2 if ours else 1.2, zorder=3 if ours else 2)
         ax.plot(sizes, values, marker="o", markersize=4, label=f"{peer}{slope}", **style)
@@ -399,18 +399,22 @@ KINDS = {
 }
 
 
-def pictures(report: dict, name: str) -> dict[str, str]:
+def pictures(report: dict, name: str, kinds: Container[str] = tuple(KINDS)) -> dict[str, str]:
     """The files that ``draw`` makes of a report, by kind."""
-    return {kind: f"{name}-{kind}.png" for kind, what in KINDS.items() if what.data(report["results"])}
+    return {
+        kind: f"{name}-{kind}.png" for kind, what in KINDS.items() if kind in kinds and what.data(report["results"])
+    }
 
 
-def draw(report: dict, folder: Path, name: str) -> list[str]:
-    """Draw every kind that the report has figures for; a line on each, drawn or left out."""
+def draw(report: dict, folder: Path, name: str, kinds: Container[str] = tuple(KINDS)) -> list[str]:
+    """Draw those of ``kinds`` that the report has figures for; a line on each, drawn or left out."""
     require_matplotlib()
     from matplotlib import style
 
-    files, lines = pictures(report, name), []
+    files, lines = pictures(report, name, kinds), []
     for kind, what in KINDS.items():
+        if kind not in kinds:
+            continue
         if kind not in files:
             lines.append(f"{name}: no {kind} plot, it needs {what.needs}")
             continue

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 __all__ = [
+    "CEILINGS",
     "DIMENSIONS",
     "FASTER",
     "LEAST_SIZES",
-    "LEVELS",
     "OURS",
     "PASSES",
+    "PYRAMID",
     "exponent",
     "is_pooled",
     "is_slower",
@@ -26,12 +27,18 @@ __all__ = [
 
 OURS = "fbkd_ops"
 AXES = {"H·W": (2, 3), "N": (0,), "C": (1,)}  # of a case's shape
-LEVELS = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
-DIMENSIONS = (*AXES, LEVELS)
+PYRAMID = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
+DIMENSIONS = (*AXES, PYRAMID)
 LEAST_SIZES = 2  # of a series that is shown
 STATES = ("warm", "default", "fresh")  # of memory, in the order in which they are shown
 FASTER = " *"  # behind a time that fbkd_ops does not reach
 PASSES = {"forward": "forward", "step": "forward + backward"}
+CEILINGS = {  # what the machine did beside a result, and its unit
+    "sum_gb_s": ("sum", "GB/s"),
+    "copy_gb_s": ("copy", "GB/s"),
+    "copy_to_new_gb_s": ("copy into new memory", "GB/s"),
+    "matmul_gflop_s": ("matrix product", "GFLOP/s"),
+}
 LESS_WORK = "no_distillation"  # no peer to be faster than: it computes no loss
 
 
@@ -72,7 +79,7 @@ def size_of(case: dict, dimension: str) -> tuple[int, tuple]:
     Pyramids with more levels or fewer begin with the same factor: the preset's, or 1 without pooling.
     """
     shape, strides = tuple(case["shape"]), tuple(case.get("strides", ()))
-    if dimension == LEVELS:
+    if dimension == PYRAMID:
         return len(strides), (shape, strides[:1])
     axes = AXES[dimension]
     others = tuple(size for axis, size in enumerate(shape) if axis not in axes)
@@ -87,7 +94,7 @@ def title_of(result: dict, dimension: str) -> str:
     factors = ", ".join(map(str, case.get("strides", ())))
     words = [result["suite"], *(text for name, text in sizes.items() if name != dimension)]
     if factors:
-        pooled = f"pooled by {factors}" if dimension != LEVELS else "pooled"
+        pooled = f"pooled by {factors}" if dimension != PYRAMID else "pooled"
         words.append(pooled if is_pooled(result) else "without pooling")
     return ", ".join([*words, *(x for x in (case["dtype"], case["layout"]) if x not in ("float32", "contiguous"))])
 

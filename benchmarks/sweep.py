@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from benchmarks.cases import Case, Suite
+from benchmarks.cases import FINEST_STRIDE, Case, Suite
 
 __all__ = ["DIMENSIONS", "SUITES", "cases"]
 
 SUITES = ("relation", "fbkd_loss")
-PIXELS = 4  # an image has this many times the height and width of its finest level
 BASE = {"N": 1, "image": 512, "C": 256}
 DIMENSIONS = {
     "N": (1, 2, 4, 8, 16, 32),
@@ -26,7 +25,7 @@ def cases(suite: Suite, dimension: str, **facts) -> list[Case]:
 
 
 def _case(suite: Suite, sizes: dict[str, int], facts: dict) -> Case:
-    side = sizes["image"] // PIXELS
+    side = sizes["image"] // FINEST_STRIDE
     shape = (sizes["N"], sizes["C"], side, side)
     return Case(shape, strides=suite.strides(shape), **facts)
 

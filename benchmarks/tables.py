@@ -1,10 +1,11 @@
 """Markdown of committed results, which docs/render.py puts into the documentation. Pictures are in plots.py."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
 from benchmarks.environment import sources
 from benchmarks.series import (
+    CEILINGS,
     DIMENSIONS,
     FASTER,
     LEAST_SIZES,
@@ -27,14 +28,6 @@ __all__ = [
     "sweep_table",
     "table",
 ]
-
-CEILINGS = {
-    "sum_gb_s": "sum GB/s",
-    "copy_gb_s": "copy GB/s",
-    "copy_to_new_gb_s": "copy into new memory GB/s",
-    "copy_to_new_page_faults": "its page faults",
-    "matmul_gflop_s": "matrix product GFLOP/s",
-}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -83,8 +76,8 @@ def _suite_table(results: list[dict]) -> str:
     shown = f" {' / '.join(states)}" if len(states) > 1 else ""
     rows = []
     for title, by_state in by_map.items():
-        for index, peer in enumerate(results[0]["peers"]):
-            found = [by_state[state]["peers"][peer] for state in states if state in by_state]
+        for index, peer in enumerate(dict.fromkeys(peer for result in results for peer in result["peers"])):
+            found = [_row(by_state[state]["peers"], peer) if state in by_state else None for state in states]
             rows.append(["" if index else title, f"`{peer}`", *_peer_cells(peer, found, len(header) - 2)])
     return table([name + shown if name in header[2:7] else name for name in header], rows)
 
@@ -97,26 +90,32 @@ def _by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], 
     return by_map, states_in(results)
 
 
-def _peer_cells(peer: str, found: list[dict], count: int) -> list[str]:
+def _row(peers: dict[str, dict], peer: str) -> dict:
+    return peers.get(peer, {"status": "–"})
+
+
+def _peer_cells(peer: str, found: Sequence[Optional[dict]], count: int) -> list[str]:
     """A peer's figures, one for each state of memory, or why it has none."""
     if problem := _problem(found):
         return [problem, *[""] * (count - 1)]
-    steps = [row["step"] for row in found]
-    peak = _peak_of(found)
-    cells = [
-        [_time(peer, row["forward"]) for row in found],
-        [_time(peer, step) for step in steps],
-        [f"{step['speed_vs_eager']['median']:.1f}" if step["speed_vs_eager"] else "–" for step in steps],
-        ["–" if step["gb_s"] is None else f"{step['gb_s']:.1f}" for step in steps],
-        ["–" if step["ceiling_percent"] is None else f"{step['ceiling_percent']:.0f}" for step in steps],
-        ["–" if peak is None else f"{peak:.0f}"],
-    ]
-    return [" / ".join(cell) for cell in cells]
+    figures = (
+        lambda row: _time(peer, row["forward"]),
+        lambda row: _time(peer, row["step"]),
+        lambda row: f"{row['step']['speed_vs_eager']['median']:.1f}" if row["step"]["speed_vs_eager"] else "–",
+        lambda row: "–" if row["step"]["gb_s"] is None else f"{row['step']['gb_s']:.1f}",
+        lambda row: "–" if row["step"]["ceiling_percent"] is None else f"{row['step']['ceiling_percent']:.0f}",
+    )
+    return [*(_in_each_state(found, shown) for shown in figures), _megabytes(found)]
 
 
-def _problem(rows: Iterable[dict]) -> str:
-    """Why a peer has no figures in one of the states; empty if it has them in all."""
-    return next((row["status"] for row in rows if row["status"] != "ok"), "")
+def _in_each_state(rows: Iterable[Optional[dict]], shown: Callable[[dict], str]) -> str:
+    """A figure a state of memory, a dash for one that was not measured."""
+    return " / ".join("–" if row is None else shown(row) for row in rows)
+
+
+def _problem(rows: Iterable[Optional[dict]]) -> str:
+    """Why a peer has no figures in one of the measured states; empty if it has them in all."""
+    return next((row["status"] for row in rows if row and row["status"] != "ok"), "")
 
 
 def _time(peer: str, figures: dict) -> str:
@@ -127,9 +126,15 @@ def _ceilings_table(results: list[dict]) -> str:
     rows = []
     for result in results:
         if "ceilings" in result and result["cost"]:
-            rates = [f"{result['ceilings'][key]:.0f}" if key in result["ceilings"] else "" for key in CEILINGS]
-            rows.append([result["suite"], result["case"]["title"], result["state"], *rates, str(result["rounds"])])
-    return table(["suite", "map", "memory", *CEILINGS.values(), "rounds"], rows) if rows else ""
+            shown = [_plain_number(result["ceilings"].get(key)) for key in (*CEILINGS, "copy_to_new_page_faults")]
+            rows.append([result["suite"], result["case"]["title"], result["state"], *shown, str(result["rounds"])])
+    rates = [f"{name} {unit}" for name, unit in CEILINGS.values()]
+    header = ["suite", "map", "memory", *rates, "page faults of the copy into new memory", "rounds"]
+    return table(header, rows) if rows else ""
+
+
+def _plain_number(value: Optional[float]) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def comparisons(results: list[dict]) -> str:
@@ -174,9 +179,9 @@ def share_of(ours: Optional[float], other: Optional[float]) -> str:
     return f" in 1/{other / ours:.1f} of the memory" if ours < other else f" in {ours / other:.1f} times the memory"
 
 
-def _peak_of(rows: Iterable[dict]) -> Optional[float]:
+def _peak_of(rows: Iterable[Optional[dict]]) -> Optional[float]:
     """Peak extra megabytes in the state of memory that has them."""
-    return next((row["peak_extra_mb"] for row in rows if row.get("peak_extra_mb") is not None), None)
+    return next((row["peak_extra_mb"] for row in rows if row and row.get("peak_extra_mb") is not None), None)
 
 
 def scaling_table(rows: list[dict]) -> str:
@@ -196,7 +201,7 @@ def sweep_table(results: list[dict]) -> str:
     for dimension in DIMENSIONS:
         for title, by_size in _sizes(results, dimension).items():
             for index, (size, by_state) in enumerate(sorted(by_size.items())):
-                found = [by_state[state]["peers"] for state in states if state in by_state]
+                found = [by_state[state]["peers"] if state in by_state else None for state in states]
                 place = ["" if index else title, dimension, f"{size:,}"]
                 rows.append([*place, *_sweep_cells(found, peers)])
     shown = f" {' / '.join(states)}" if len(states) > 1 else ""
@@ -215,16 +220,17 @@ def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str,
     return found
 
 
-def _sweep_cells(states: list[dict], peers: Sequence[str]) -> list[str]:
+def _sweep_cells(states: list[Optional[dict]], peers: Sequence[str]) -> list[str]:
     """Of one size, in each state of memory: fbkd_ops' figures, then those of its peers."""
-    ours = [rows[OURS] for rows in states]
+    ours = [rows and rows[OURS] for rows in states]
     if problem := _problem(ours):
         return [problem, *[""] * (1 + 2 * len(peers))]
-    cells = [" / ".join(f"{row['step']['ms']['median']:.1f}" for row in ours), _megabytes(ours)]
+    cells = [_in_each_state(ours, lambda row: f"{row['step']['ms']['median']:.1f}"), _megabytes(ours)]
     for peer in peers:
-        rows = [rows.get(peer, {"status": "–"}) for rows in states]
-        problem = _problem(rows)
-        cells += [problem, ""] if problem else [" / ".join(_marked_speed(peer, row) for row in rows), _megabytes(rows)]
+        theirs = [rows and _row(rows, peer) for rows in states]
+        problem = _problem(theirs)
+        speeds = problem or _in_each_state(theirs, lambda row: _marked_speed(peer, row))
+        cells += [speeds, "" if problem else _megabytes(theirs)]
     return cells
 
 
@@ -232,7 +238,7 @@ def _marked_speed(peer: str, row: dict) -> str:
     return f"{_speed(row):.2g}" + (FASTER if is_slower(peer, row["step"]) else "")
 
 
-def _megabytes(rows: list[dict]) -> str:
+def _megabytes(rows: Iterable[Optional[dict]]) -> str:
     peak = _peak_of(rows)
     return "–" if peak is None else f"{peak:.0f}"
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fbkd_ops
-from benchmarks.cases import LAYOUTS, LEVELS, Case, Implementation, Suite
+from benchmarks.cases import FINEST_STRIDE, LAYOUTS, LEVELS, Case, Implementation, Suite
 from benchmarks.loss_suites import STRIDES, loss_of, their_loss_of
 from benchmarks.mmrazor import NotInstalledError
 
 __all__ = ["TRAIN_STEP"]
 
-CLASSES, BOXES, PIXELS = 91, 8, 4  # an image has 4 times the height and width of its finest level
+CLASSES, BOXES = 91, 8
 LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counterpart in the preset
 
 
@@ -32,7 +32,7 @@ def _detector(case: Case, depth: int) -> nn.Module:
     except ModuleNotFoundError as error:
         raise NotInstalledError("not installed: pip install torchvision") from error
 
-    height, width = (PIXELS * side for side in case.shape[2:])
+    height, width = (FINEST_STRIDE * side for side in case.shape[2:])
     backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, trainable_layers=5)
     size = dict(min_size=min(height, width), max_size=max(height, width))
     detector = FasterRCNN(backbone, num_classes=CLASSES, **size)
@@ -42,7 +42,7 @@ def _detector(case: Case, depth: int) -> nn.Module:
 def _images(case: Case) -> list[Tensor]:
     n, _, height, width = case.shape
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(n, 3, PIXELS * height, PIXELS * width, generator=generator)
+    images = torch.rand(n, 3, FINEST_STRIDE * height, FINEST_STRIDE * width, generator=generator)
     return list(images.to(case.device, case.parameter_dtype))
 
 

@@ -166,22 +166,28 @@ def drawn_reports() -> dict[str, dict]:
     return {name: report for name, report in reports.items() if report}
 
 
+def drawn_kinds(name: str) -> tuple[str, ...]:
+    """Of a sweep a page has the growth alone: a bar or a point for each of its sizes would be too many."""
+    return ("growth",) if name == Path(SWEEP).stem else tuple(plots.KINDS)
+
+
 def pictures(name: str, folder: str = "images", kinds: Container[str] = tuple(plots.KINDS)) -> str:
     """A report's pictures; ``folder`` is the way to them from the page."""
     report = drawn_reports().get(name)
     if report is None:
         return NOT_YET
-    files = plots.pictures(report, name)
+    files = plots.pictures(report, name, drawn_kinds(name))
     return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items() if kind in kinds)
 
 
 def stale_pictures() -> list[str]:
     """Names of the reports that have a picture that is not there or is of another result."""
-    return [
-        name
-        for name, report in drawn_reports().items()
-        if any(plots.is_stale(IMAGES / file, report) for file in plots.pictures(report, name).values())
-    ]
+
+    def is_stale(name: str, report: dict) -> bool:
+        files = plots.pictures(report, name, drawn_kinds(name)).values()
+        return any(plots.is_stale(IMAGES / file, report) for file in files)
+
+    return [name for name, report in drawn_reports().items() if is_stale(name, report)]
 
 
 def compiled_code() -> str:
@@ -247,7 +253,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "losses_summary": lambda: summary(LOSSES),
     "scaling": scaling,
     "sweep": sweep,
-    "sweep_pictures": lambda: pictures("cpu-sweep", kinds={"growth"}),
+    "sweep_pictures": lambda: pictures("cpu-sweep"),
     "slower": slower,
     "gpu": gpu,
     "compiled_code": compiled_code,
@@ -274,7 +280,7 @@ def main() -> None:
     stale = stale_pictures()
     if not arguments.check:
         for name in stale:
-            plots.draw(drawn_reports()[name], IMAGES, name)
+            plots.draw(drawn_reports()[name], IMAGES, name, drawn_kinds(name))
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         before = path.read_text()
         after = rendered(before)

@@ -338,6 +338,14 @@ def test_sanitizer_reports_what_it_found(on_gpu, answer, monkeypatch):
     assert any("masked_l2_sums" in line for line in outcome.why) and "killed" in outcome.why
 
 
+def test_sanitizer_names_the_tool_that_cannot_work_and_keeps_the_others(on_gpu, answer, monkeypatch):
+    monkeypatch.setattr(stages, "tool", lambda name: name)
+    answer(*(CLEAN[checker] for checker in ("memcheck", "racecheck") for _ in range(2)), UNSUPPORTED, UNSUPPORTED)
+    outcome = stages.sanitizer(on_gpu, 100)
+    assert outcome.status == "failed" and outcome.figures["racecheck_triton"] == 0 and len(outcome.figures) == 4
+    assert outcome.why[0] == "initcheck of cuda: does not run here (Device not supported)"
+
+
 def test_sanitizer_fails_with_the_program_that_it_watches(on_gpu, answer, monkeypatch):
     monkeypatch.setattr(stages, "tool", lambda name: name)
     answer(*[CLEAN["memcheck"]] * 6, returncode=1)

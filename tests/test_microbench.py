@@ -112,8 +112,8 @@ def test_a_whole_steps_loss_is_checked_as_the_loss(monkeypatch):
     broken = dict(loss_suites.FBKD_LOSS.implementations)
     broken["fbkd_ops"] = lambda case: lambda *tensors: 2 * broken["reference"](case)(*tensors)
     monkeypatch.setitem(suites.SUITES, "fbkd_loss", dataclasses.replace(loss_suites.FBKD_LOSS, implementations=broken))
-    suite = suites.SUITES["train_step"]
-    wrong = measurement._wrongs(suite, ["no_distillation", "fbkd_ops"], suite.cases[0])
+    peers, (case,) = ["no_distillation", "fbkd_ops"], suites.SUITES["train_step"].cases
+    wrong = measurement._wrongs(measurement.Job("train_step", case, "default", peers, 1, 1, 0.0), peers)
     assert wrong["no_distillation"] == "" and wrong["fbkd_ops"].startswith("WRONG")
 
 
@@ -225,21 +225,21 @@ def test_an_error_of_two_percent_is_found_in_every_gradient_of_a_loss(name):
 
 def test_results_are_compared_once_for_a_suite_and_a_map(inside, monkeypatch, capsys, tmp_path):
     """In the other states of memory and on other maps that are checked on the same one what was found holds."""
-    seen = []
+    seen, op = [], suites.SUITES["masked_l2"].op
 
-    def wrong(suite, peers, case):
-        seen.extend((name, case.shape) for name in peers)
-        return {name: "WRONG" if name == "eager" else "" for name in peers}
+    def wrong(truth, make):
+        name = next(name for name, known in truth.suite.implementations.items() if known is make)
+        seen.append((truth.suite.op, name, truth.case.shape))
+        return "WRONG" if name == "eager" else ""
 
-    monkeypatch.setattr(measurement, "_wrongs", wrong)
+    monkeypatch.setattr(measurement, "_wrong", wrong)
     run(capsys, tmp_path / "own.json", "--suite", "masked_l2")
-    assert seen == [(name, (2, 4, 6, 5)) for name in PLAIN]
+    assert seen == [(op, name, (2, 4, 6, 5)) for name in PLAIN]
     seen.clear()
     shapes = [",".join(map(str, shape)) for shape in ((1, 4, 6, 5), (1, 4, 5, 6))]
     _, report = run(capsys, tmp_path / "two.json", "--suite", "relation", "masked_l2", "--shapes", *shapes)
-    assert seen == [(name, (1, 4, 6, 5)) for name in PLAIN[1:]] + [
-        (name, shape) for shape in ((1, 4, 6, 5), (1, 4, 5, 6)) for name in PLAIN
-    ]
+    relation = [("relation_loss", name, (2, 32, 39, 53)) for name in PLAIN[1:]]
+    assert seen == relation + [(op, name, shape) for shape in ((1, 4, 6, 5), (1, 4, 5, 6)) for name in PLAIN]
     assert all("checked" not in result for result in report["results"])
     status = [result["peers"]["eager"]["status"] for result in report["results"] if result["suite"] == "masked_l2"]
     assert status == ["WRONG"] * 2 * len(memory.states_of("cpu"))

@@ -86,7 +86,7 @@ def test_series_do_not_mix():
 
 def test_pyramids_of_other_depths_are_a_series():
     pyramids = [result(PAIR, strides=strides) for strides in ((16, 8, 4), (16,), (16, 8), (1, 1))]
-    deep, unpooled = series.series(pyramids, series.LEVELS)
+    deep, unpooled = series.series(pyramids, series.PYRAMID)
     assert [size for size, _ in deep] == [1, 2, 3] and [size for size, _ in unpooled] == [2]
 
 

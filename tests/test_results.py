@@ -43,6 +43,27 @@ def test_a_result_names_what_it_measured(path):
         pytest.xfail(f"older than the {device} kernels: measured at {facts['revision']}, measure again")
 
 
+@pytest.mark.parametrize(
+    "told, expected",
+    [(None, (None, None)), ("abc1234", ("abc1234", False)), ("abc1234-dirty", ("abc1234", True))],
+)
+def test_a_copy_without_git_can_be_told_its_revision(tmp_path, monkeypatch, told, expected):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("REVISION", raising=False)
+    if told:
+        monkeypatch.setenv("REVISION", told)
+    assert (environment.revision(), environment.modified()) == expected
+
+
+def test_a_checkout_knows_its_revision_better_than_what_it_is_told(monkeypatch):
+    own = environment.revision(), environment.modified()
+    if own[0] is None:
+        pytest.skip("no git checkout")
+    monkeypatch.setenv("REVISION", "abc1234-dirty")
+    assert (environment.revision(), environment.modified()) == own
+
+
 def test_the_digest_changes_with_the_kernels(tmp_path, monkeypatch):
     for folder in ("csrc/cpu", "csrc/cuda", "fbkd_ops/kernels"):
         (tmp_path / folder).mkdir(parents=True)

@@ -30,7 +30,18 @@ def test_a_suite_has_a_row_a_peer_and_a_figure_a_state_of_memory():
     assert mmrazor[:4] == ["1x8x4x4 without pooling float32 contiguous", "`mmrazor`", "15.00 / 15.00", "30.00 / 30.00"]
     assert mmrazor[-1] == "900" and ours[-1] == "60"
     assert compiled[2:4] == ["20.00 / 4.00 *", "40.00 / 8.00 *"]  # fbkd_ops is slower in fresh memory
-    assert rows_of(text.split("### Ceilings")[1])[1][3:] == ["10", "20", "5", "", "100", "3"]
+    assert rows_of(text.split("### Ceilings")[1])[1][3:] == ["10", "20", "5", "100", "", "3"]
+
+
+def test_a_state_that_was_not_measured_is_a_dash():
+    alone = result(PAIR, (1, 8, 8, 8), state="fresh", memory={"mmrazor": 9.0, "fbkd_ops": 3.0})
+    *_, last, absent = rows_of(tables.suite_tables([*BOTH, alone]).split("### Ceilings")[0])
+    assert absent[1:3] == ["`compile`", "–"] and len(absent) == len(last)
+    assert last[1:5] == ["`fbkd_ops`", "– / 5.00", "– / 10.00", "– / –"] and last[-1] == "3"
+    smallest = [result(PAIR, (1, 8, 2, 2), state=state) for state in ("fresh", "warm")]
+    _, _, small, large = rows_of(tables.sweep_table([*smallest, *BOTH, alone]))
+    assert small[3:] == ["10.0 / 10.0", "60", "3 / 3", "900", "4 / 0.8 *", "70"]
+    assert large[3:] == ["– / 10.0", "3", "– / 3", "9", "–", ""]
 
 
 def test_a_suite_without_a_cost_has_no_rates_and_no_ceilings():
@@ -198,6 +209,17 @@ def test_the_newest_gpu_results_are_shown(render, tmp_path):
     (tmp_path / "a-gpu-2026-11-26" / "summary.json").write_text(json.dumps(later))
     assert "| test | ok |" in render.gpu() and render.gpu_headline() == headline
     plots.draw(benchmark, tmp_path, "a-gpu-2026-11-25")
+    assert render.stale_pictures() == []
+
+
+def test_a_sweep_has_the_one_picture_that_its_page_shows(render, tmp_path):
+    pytest.importorskip("matplotlib")
+    sweep = report([result(PAIR, (n, 8, 4, 4)) for n in (1, 2)])
+    (tmp_path / render.SWEEP).write_text(json.dumps(sweep))
+    assert render.pictures("cpu-sweep") == "![growth, cpu-sweep](images/cpu-sweep-growth.png)"
+    assert render.stale_pictures() == ["cpu-sweep"]
+    plots.draw(sweep, tmp_path, "cpu-sweep", render.drawn_kinds("cpu-sweep"))
+    assert [path.name for path in tmp_path.glob("*.png")] == ["cpu-sweep-growth.png"]
     assert render.stale_pictures() == []
 
 

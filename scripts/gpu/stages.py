@@ -181,10 +181,13 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
         variables,
     )
     obstacles = [parsers.sanitizer_obstacle(done.output) for done in results]
-    if any(obstacles):
+    if all(obstacles):
         return Outcome(f"skipped: compute-sanitizer does not run here ({max(obstacles)})")
     figures, problems = {}, []
-    for (checker, backend), done in zip(names, results):
+    for (checker, backend), obstacle, done in zip(names, obstacles, results):
+        if obstacle:
+            problems.append(f"{checker} of {backend}: does not run here ({obstacle})")
+            continue
         found = parsers.sanitizer_problems(done.output)
         figures[f"{checker}_{backend}"] = found
         if found or done.problem or found is None:
