@@ -61,7 +61,7 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="begin no new round after these; 3 at least are made"
+        "--seconds", type=float, default=6.0, help="begin no new round after these; 3 at least are made"
     )
     parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="P2|N,C,H,W")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
