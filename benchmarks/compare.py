@@ -2,22 +2,23 @@
 
     python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
 
-Times of two runs differ with whatever else a machine did, ratios within a round less. Those do where the machine's own
-rates moved against each other, and the last lines say how far these did. Ends with 1 where a ratio moved by more than
-``--percent``, either way.
+Times of two runs differ with whatever else a machine did, ratios within a round less. How steady the machine itself is
+say its own ratios, of a copy beside a sum and the like in the same rounds. Ends with 1 where a ratio of fbkd_ops moved
+by more than ``--percent``, either way.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from benchmarks.microbench import console
 from benchmarks.series import CEILINGS, OURS, PASSES, read_report
 
-__all__ = ["Change", "ceilings", "changes", "main"]
+__all__ = ["Change", "ceilings", "changes", "machine_percents", "main", "percent_apart"]
 
 
 class Change(NamedTuple):
@@ -33,8 +34,12 @@ class Change(NamedTuple):
 
     @property
     def percent(self) -> float:
-        """The same for a ratio and its inverse: 50 from 2 to 3, from 3 to 2, and from 1/2 to 1/3."""
-        return 100 * (max(self.before, self.after) / min(self.before, self.after) - 1)
+        return percent_apart(self.before, self.after)
+
+
+def percent_apart(before: float, after: float) -> float:
+    """The same for a ratio and its inverse: 50 from 2 to 3, from 3 to 2, and from 1/2 to 1/3."""
+    return 100 * (max(before, after) / min(before, after) - 1)
 
 
 def changes(before: dict, after: dict) -> list[Change]:
@@ -73,6 +78,25 @@ def _rates(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
                 yield (result["suite"], result["case"]["title"], result["state"], name), result["ceilings"][key]
 
 
+def machine_percents(before: dict, after: dict) -> list[float]:
+    """How far the machine's own ratios moved: of each table two of its rates at a time, one over the other."""
+    earlier, found = dict(_rates(before)), {}
+    for place, rate in _rates(after):
+        if place in earlier:
+            found.setdefault(place[:-1], []).append((earlier[place], rate))
+    pairs = (pair for rates in found.values() for pair in itertools.combinations(rates, 2))
+    return [percent_apart(one[0] / other[0], one[1] / other[1]) for one, other in pairs]
+
+
+def apart_text(percents: Iterable[float], limit: float) -> str:
+    found = list(percents)
+    beyond = sum(percent > limit for percent in found)
+    text = (
+        f"median {statistics.median(found):.0f} % apart, at most {max(found):.0f} %; {beyond} by more than {limit:g} %"
+    )
+    return f"{len(found)} ratios: {text}"
+
+
 def table_of(found: list[Change]):
     from rich.table import Table
 
@@ -98,14 +122,14 @@ def main(arguments: Optional[list[str]] = None) -> int:
     found = changes(*reports)
     if not found:
         parser.error("BEFORE.json and AFTER.json have no ratio in common")
-    output, apart = console(), [change.percent for change in found]
-    moved = [change for change in found if change.percent > options.percent]
+    output, limit = console(), options.percent
+    moved = [change for change in found if change.percent > limit]
     if moved:
         output.print(table_of(moved))
-    output.print(
-        f"{len(found)} ratios: median {statistics.median(apart):.0f} % apart, at most {max(apart):.0f} %; "
-        f"{len(moved)} by more than {options.percent:g} %; {alone(*reports)} more in one run only"
-    )
+    text = apart_text((change.percent for change in found), limit)
+    output.print(f"{OURS} beside peers: {text}; {alone(*reports)} more in one run only")
+    if machine := machine_percents(*reports):
+        output.print(f"the machine's rates beside each other: {apart_text(machine, limit)}")
     for state, rates in ceilings(*reports).items():
         output.print(f"{state} memory: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in rates.items()))
     return 1 if moved else 0

@@ -92,9 +92,11 @@ def measure(job: Job) -> dict:
             ceiling.call()
     except (RuntimeError, MemoryError) as error:
         return result | {"peers": {name: {"status": problem or _reason(error)} for name, problem in status.items()}}
-    right = {name: makers[name] for name, problem in status.items() if not problem}
-    runners, prepared = _prepared(right, sets, job)
-    rows = {name: prepared.get(name, {"status": problem}) for name, problem in status.items()}
+    runners, rows = {}, {}
+    for name, problem in status.items():
+        ready, rows[name] = (None, {"status": problem}) if problem else _prepared(makers[name], sets, job)
+        if ready:
+            runners[name] = ready
     times, graphs = _times(runners, ceilings, job)
     rates = _rates(ceilings, times)
     for name, which in itertools.product(runners, PASSES):
@@ -122,19 +124,14 @@ def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
 
 
 def _prepared(
-    makers: dict[str, Callable[[Case], Implementation]], sets: list[list[Tensor]], job: Job
-) -> tuple[dict[str, list["Runner"]], dict[str, dict]]:
-    """The peers that run, each on all sets of inputs, and a row for every peer: what its memory is, or why it does not
-    run."""
-    runners, rows = {}, {}
-    for name, make in makers.items():
-        try:
-            ready = _ready(make(job.case), sets)
-            rows[name] = {"status": "ok"} | _memory_of(ready[0], job)
-            runners[name] = ready
-        except Exception as error:
-            rows[name] = {"status": _reason(error)}
-    return runners, rows
+    make: Callable[[Case], Implementation], sets: list[list[Tensor]], job: Job
+) -> tuple[Optional[list["Runner"]], dict]:
+    """A peer on each set of inputs, and its row so far: what its memory is, or why there is no such peer."""
+    try:
+        runners = _ready(make(job.case), sets)
+        return runners, {"status": "ok"} | _memory_of(runners[0], job)
+    except Exception as error:
+        return None, {"status": _reason(error)}
 
 
 class Truth:

@@ -28,6 +28,13 @@ def test_the_machines_own_rates_are_compared():
     assert set(rates["fresh"].values()) == {1.0} and len(rates["fresh"]) == 4
 
 
+def test_the_machines_own_ratios_are_a_control():
+    slower = result({"fbkd_ops": 1.0})
+    slower["ceilings"] = {"sum_gb_s": 5.0, "copy_gb_s": 10.0, "copy_to_new_gb_s": 5.0}  # copying into new memory is not
+    others = result({"fbkd_ops": 1.0}, state="fresh") | {"ceilings": {"sum_gb_s": 1.0}}
+    assert sorted(compare.machine_percents(BEFORE, report([slower, others]))) == pytest.approx([0, 100, 100])
+
+
 def test_slower_and_faster_count_alike():
     places = ["relation", "a map", "warm", "mmrazor", "step"]
     apart = [compare.Change(*places, before, after).percent for before, after in [(2, 3), (3, 2), (0.5, 0.75), (1, 1)]]
@@ -46,8 +53,11 @@ def files(tmp_path):
 def test_what_moved_is_named_and_the_status_says_so(files, capsys):
     before, after, _ = files
     assert compare.main([before, after]) == 0
-    summary, machine = capsys.readouterr().out.splitlines()
-    assert summary == "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %; 4 more in one run only"
+    summary, control, machine = capsys.readouterr().out.splitlines()
+    apart = "2 ratios: median 10 % apart, at most 10 %; 0 by more than 15 %"
+    assert summary == f"fbkd_ops beside peers: {apart}; 4 more in one run only"
+    apart = "6 ratios: median 0 % apart, at most 0 %; 0 by more than 15 %"
+    assert control == f"the machine's rates beside each other: {apart}"
     assert machine == "warm memory: sum × 1.00, copy × 1.00, copy into new memory × 1.00, matrix product × 1.00"
     assert compare.main([before, after, "--percent", "5"]) == 1
     text = capsys.readouterr().out

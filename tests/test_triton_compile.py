@@ -5,9 +5,7 @@ compilation happens in a subprocess.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,38 +42,22 @@ def assert_no_local_memory(instances):
     assert not [each for each in instances if each.spills or each.stack]
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
-    """A process for each architecture, all at once: most of the time is the compiler's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = {}
-    for arch in code_report.ARCHS:
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"sm_{arch}"))
-        command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
-        processes[arch] = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module", params=code_report.ARCHS, ids="sm_{}".format)
-def compiled(request, compilations):
+def triton_instances(request, triton_compilers):
     """Every instance of the Triton kernels for one architecture."""
-    out, errors = compilations[request.param].communicate(timeout=600)
-    assert compilations[request.param].returncode == 0, errors[-3000:]
+    out, errors = triton_compilers[request.param].communicate(timeout=600)
+    assert triton_compilers[request.param].returncode == 0, errors[-3000:]
     return [code_report.Instance(*fields) for fields in json.loads(out.splitlines()[-1])]
 
 
-def test_triton_kernels_use_the_hardware_and_do_not_spill(compiled):
+def test_triton_kernels_use_the_hardware_and_do_not_spill(triton_instances):
     """No local memory, the shared memory of sm_80 at most, 16-byte accesses, and tensor cores for all products."""
-    kernels = by_kernel(compiled)
+    kernels = by_kernel(triton_instances)
     # Launchers pass the kernel first; those that take it as a parameter call it `kernel`.
     launched = kernels_in((ROOT / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\((?!kernel\b)(\w+), ")
     assert set(kernels) == launched >= MEMORY_BOUND | GRADIENTS | PRODUCTS
-    assert_no_local_memory(compiled)
-    assert max(each.shared for each in compiled) <= SHARED_MEMORY
+    assert_no_local_memory(triton_instances)
+    assert max(each.shared for each in triton_instances) <= SHARED_MEMORY
     for name in MEMORY_BOUND | PRODUCTS:
         assert max(each.widest_load for each in kernels[name]) >= 16, f"{name} never loads 16 bytes"
     for name in GRADIENTS:
