@@ -142,11 +142,11 @@ class Suite:
     ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
     with, ``reference`` the literal formula, which also takes float64 inputs in any case. An implementation that is a
     module is differentiated by its own parameters. ``cases`` are what is measured unless something else is asked for,
-    ``brief`` and ``brief_peers`` what a run of minutes has instead, if not the same; ``strides`` a case's pooling
-    factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` names the suite in which the
-    implementations of the same names are compared with the literal formula instead, and each backend by itself is
-    measured; ``states`` are those of the CPU's memory to measure in. A CUDA graph holds the calls of a ``capturable``
-    suite: none of them waits for the device.
+    ``brief`` what a run of minutes has instead, if not the same, without the peers ``not_in_brief``; ``strides`` a
+    case's pooling factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` names the suite in
+    which the implementations of the same names are compared with the literal formula instead, and each backend by
+    itself is measured; ``states`` are those of the CPU's memory to measure in. A CUDA graph holds the calls of a
+    ``capturable`` suite: none of them waits for the device.
     """
 
     op: str
@@ -160,7 +160,7 @@ class Suite:
     states: tuple[str, ...] = ("fresh", "warm")
     capturable: bool = True
     brief: tuple[Case, ...] = ()
-    brief_peers: tuple[str, ...] = ()
+    not_in_brief: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:

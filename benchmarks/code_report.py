@@ -259,11 +259,24 @@ def _triton_instance(kernel, arch: int) -> Instance:
 
 def triton_instances() -> Iterator[Instance]:
     """Compiled in a process for each architecture, without the interpreter that tests may have asked for."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for arch in ARCHS:
-        command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
-        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
-        yield from (Instance(*fields) for fields in json.loads(done.stdout.splitlines()[-1]))
+        yield from finished(triton_compiler(arch))
+
+
+def triton_compiler(arch: int, **variables: str) -> subprocess.Popen:
+    """A process that compiles for one architecture; ``variables`` are added to its environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment | variables, **pipes)
+
+
+def finished(compiler: subprocess.Popen, timeout: Optional[float] = None) -> list[Instance]:
+    """What a compiler has made, once it ends."""
+    out, errors = compiler.communicate(timeout=timeout)
+    if compiler.returncode:
+        raise RuntimeError(f"compilation ended with {compiler.returncode}: {errors[-3000:]}")
+    return [Instance(*fields) for fields in json.loads(out.splitlines()[-1])]
 
 
 def summaries(instances: list[Instance]) -> list[dict]:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
 
-Times of two runs differ with whatever else a machine did, ratios within a round less. How steady the machine itself is
-say its own ratios, of a copy beside a sum and the like in the same rounds. Ends with 1 where a ratio of fbkd_ops moved
-by more than ``--percent``, either way.
+Times of two runs differ with whatever else a machine did, ratios within a round less. The machine's
+own ratios, of a copy beside a sum and the like in the same rounds, say how steady it is. Ends with 1 where a ratio of
+fbkd_ops moved by more than ``--percent``, either way.
 """
 
 import argparse

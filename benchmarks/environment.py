@@ -17,7 +17,7 @@ __all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sou
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
-_DIRTY = "-dirty"  # behind a revision, as of git describe
+TOLD, _DIRTY = "FBKD_OPS_REVISION", "-dirty"  # for a copy without git: what this file prints where git is
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -43,17 +43,17 @@ def environment(device: str, threads: int) -> dict:
 
 
 def revision() -> Optional[str]:
-    """The commit that is checked out. A copy without git can be told it, as REVISION; None where nobody says."""
-    return _git("rev-parse", "--short", "HEAD") or os.environ.get("REVISION", "").removesuffix(_DIRTY) or None
+    """The commit that the tree is of; None where neither FBKD_OPS_REVISION nor git says."""
+    told = os.environ.get(TOLD, "").removesuffix(_DIRTY)
+    return told or _git("rev-parse", "--short", "HEAD")
 
 
 def modified() -> Optional[bool]:
-    """Whether the tree differs from that commit, results and documentation apart; None where nobody knows."""
+    """Whether the tree differs from that commit, results and documentation apart; None where nobody says."""
+    if told := os.environ.get(TOLD):
+        return told.endswith(_DIRTY)
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
-    if changes is not None:
-        return bool(changes)
-    told = os.environ.get("REVISION")
-    return told.endswith(_DIRTY) if told else None
+    return None if changes is None else bool(changes)
 
 
 def sources(device: str) -> str:
@@ -89,3 +89,7 @@ def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
     return found.group(1) if found else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(f"{revision()}{_DIRTY if modified() else ''}")

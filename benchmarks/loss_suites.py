@@ -265,7 +265,7 @@ def _relation_strides(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
 
 # Maps that are also those on which results are checked: torch.compile takes minutes, so it is called for one of both.
 BRIEF, BRIEF_SMALL = (2, 256, 39, 53), (2, *LEVELS["P6"][1:])
-BRIEF_PEERS = ("mmrazor", "compile", "fbkd_ops")
+NOT_IN_BRIEF = ("reference", "fbkd_ops:memory_efficient")
 
 
 NON_LOCAL = Suite(
@@ -280,7 +280,7 @@ NON_LOCAL = Suite(
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
     brief=(Case(BRIEF, strides=(1,)),),
-    brief_peers=BRIEF_PEERS,
+    not_in_brief=NOT_IN_BRIEF,
 )
 RELATION = Suite(
     "relation_loss",
@@ -294,7 +294,7 @@ RELATION = Suite(
     strides=_relation_strides,
     tolerances=LOSS_TOLERANCES,
     brief=tuple(Case(shape, strides=(1,)) for shape in (BRIEF_SMALL, BRIEF)),
-    brief_peers=BRIEF_PEERS,
+    not_in_brief=NOT_IN_BRIEF,
 )
 FBKD_LOSS = Suite(
     "adapted_masked_l2_loss",
@@ -305,5 +305,5 @@ FBKD_LOSS = Suite(
     strides=lambda shape: STRIDES,
     tolerances=LOSS_TOLERANCES,
     brief=(Case(BRIEF, strides=STRIDES),),
-    brief_peers=BRIEF_PEERS,
+    not_in_brief=NOT_IN_BRIEF,
 )

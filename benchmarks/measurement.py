@@ -125,8 +125,8 @@ def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
 
 def _prepared(
     make: Callable[[Case], Implementation], sets: list[list[Tensor]], job: Job
-) -> tuple[Optional[list["Runner"]], dict]:
-    """A peer on each set of inputs, and its row so far: what its memory is, or why there is no such peer."""
+) -> tuple[Optional[list[Runner]], dict]:
+    """A peer on each set of inputs, and its row so far: what its memory is, or why it has no figures."""
     try:
         runners = _ready(make(job.case), sets)
         return runners, {"status": "ok"} | _memory_of(runners[0], job)

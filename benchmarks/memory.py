@@ -5,7 +5,8 @@ the computation. Whether that happens depends on the allocator's history; here i
 process has from its start on:
 
 * fresh: each block from 64 KB up is mapped by the operating system at its allocation, and given back when freed.
-* warm: nothing is mapped apart or given back, so a block reuses pages that an earlier call has touched.
+* warm: nothing is mapped apart or given back, so a block reuses pages that an earlier call has touched. There is one
+  heap alone: after a block that it had no room for, the C library would go on in another, which maps large ones apart.
 """
 
 import gc
@@ -21,7 +22,7 @@ __all__ = ["STATES", "available_bytes", "limit_to_available", "page_faults", "pe
 
 STATES = {
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(64 << 10)},
-    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 60)},
+    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 60), "MALLOC_ARENA_MAX": "1"},
     "default": {},  # the allocator as it comes; on a GPU the only one
 }
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -13,7 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Optional
@@ -68,7 +68,7 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
     parser.add_argument("--pooling", nargs="+", choices=POOLINGS, help="in the suites that have non-local blocks")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="beside fbkd_ops; all that a suite has by default")
-    parser.add_argument("--brief", action="store_true", help="fewer of the suites' own maps")
+    parser.add_argument("--brief", action="store_true", help="fewer of the suites' own maps and peers")
     parser.add_argument(
         "--sweep",
         nargs="+",
@@ -130,9 +130,9 @@ def shaped(suite: Suite, options: argparse.Namespace, **facts) -> list[Case]:
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     for name in options.suite:
-        brief = SUITES[name].brief_peers if options.brief else ()
-        asked = options.peers or brief or peers_of(SUITES[name], options.device)
-        peers = list(dict.fromkeys([*asked, OURS]))
+        left_out = SUITES[name].not_in_brief if options.brief else ()
+        own = [peer for peer in peers_of(SUITES[name], options.device) if peer not in left_out]
+        peers = list(dict.fromkeys([*(options.peers or own), OURS]))
         states = states_of(options.device, SUITES[name].states)
         for case, state in itertools.product(cases_of(SUITES[name], options), states):
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
@@ -151,10 +151,26 @@ def kept(path: Path, report: dict, jobs: list[Job]) -> dict:
         old, new = (facts.get(key) for facts in (before["environment"], report["environment"]))
         if old != new:
             sys.exit(f"--update: {path} was measured with {key} {old}, expected {new}")
-    replaced = {(job.suite, job.case.title, job.state) for job in jobs}
+    replaced = places_of(jobs)
     results = [x for x in before["results"] if (x["suite"], x["case"]["title"], x["state"]) not in replaced]
     run = {key: before[key] for key in ("command", "environment", "complete")}
-    return {"results": results, "earlier": [*before.get("earlier", []), run]}
+    return {"results": results, "earlier": still_there([*before.get("earlier", []), run], replaced)}
+
+
+def places_of(jobs: Iterable[Job]) -> set[tuple[str, str, str]]:
+    """What tells their tables from others."""
+    return {(job.suite, job.case.title, job.state) for job in jobs}
+
+
+def still_there(runs: list[dict], replaced: set[tuple[str, str, str]]) -> list[dict]:
+    """Those of which a later run, or what is ``replaced`` now, has left a table."""
+    left, later = [], set(replaced)
+    for run in reversed(runs):
+        places = places_of(jobs_of(parse(shlex.split(run["command"])[2:])))
+        if places - later:
+            left.append(run)
+        later |= places
+    return left[::-1]
 
 
 def measured(job: Job) -> dict:
@@ -224,6 +240,11 @@ def table_of(result: dict):
     return table
 
 
+def findings(results: list[dict]) -> dict[str, list[dict]]:
+    """What the results say together."""
+    return {"scaling": scaling(results), "slower": slower(results)}
+
+
 def scaling(results: list[dict]) -> list[dict]:
     """How time grows with the map, without pooling: each pair of neighbouring sizes in the same suite and state."""
     rows = []
@@ -274,9 +295,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
     jobs = list(jobs_of(options))
-    report |= {"results": [], "scaling": [], "slower": []} | (
-        kept(options.json, report, jobs) if options.update else {}
-    )
+    report |= kept(options.json, report, jobs) if options.update else {"results": []}
+    report |= findings(report["results"])
     first, checked = len(report["results"]), {}
     save(options.json, report)
     try:
@@ -285,7 +305,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             result = measured(replace(job, checked=known))
             known |= result.pop("checked", {})
             report["results"].append(result)
-            report |= {"scaling": scaling(report["results"]), "slower": slower(report["results"])}
+            report |= findings(report["results"])
             save(options.json, report)
             output.print(table_of(report["results"][-1]))
     except KeyboardInterrupt:

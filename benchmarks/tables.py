@@ -72,12 +72,13 @@ def suite_tables(results: list[dict]) -> str:
 def _suite_table(results: list[dict]) -> str:
     """Rows: maps and implementations; cells: one figure a state of memory."""
     by_map, states = _by_map_and_state(results)
+    peers = _peers_in(results)
     header = ["map", "implementation", "forward ms", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "MB"]
     shown = f" {' / '.join(states)}" if len(states) > 1 else ""
     rows = []
     for title, by_state in by_map.items():
-        for index, peer in enumerate(dict.fromkeys(peer for result in results for peer in result["peers"])):
-            found = [_row(by_state[state]["peers"], peer) if state in by_state else None for state in states]
+        for index, peer in enumerate(peers):
+            found = [by_state[state]["peers"].get(peer) if state in by_state else None for state in states]
             rows.append(["" if index else title, f"`{peer}`", *_peer_cells(peer, found, len(header) - 2)])
     return table([name + shown if name in header[2:7] else name for name in header], rows)
 
@@ -90,8 +91,8 @@ def _by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], 
     return by_map, states_in(results)
 
 
-def _row(peers: dict[str, dict], peer: str) -> dict:
-    return peers.get(peer, {"status": "–"})
+def _peers_in(results: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(peer for result in results for peer in result["peers"]))
 
 
 def _peer_cells(peer: str, found: Sequence[Optional[dict]], count: int) -> list[str]:
@@ -109,7 +110,7 @@ def _peer_cells(peer: str, found: Sequence[Optional[dict]], count: int) -> list[
 
 
 def _in_each_state(rows: Iterable[Optional[dict]], shown: Callable[[dict], str]) -> str:
-    """A figure a state of memory, a dash for one that was not measured."""
+    """A figure a state of memory, a dash where none was measured."""
     return " / ".join("–" if row is None else shown(row) for row in rows)
 
 
@@ -156,7 +157,9 @@ def comparison(states: list[dict]) -> str:
         return f"`{OURS}` {problem}"
     parts = []
     for name in states[0]:
-        rows = [peers[name] for peers in states]
+        rows = [peers[name] for peers in states if name in peers]
+        if len(rows) < len(states):
+            continue
         if problem := _problem(rows):
             parts.append(f"`{name}` {problem}")
         elif name != OURS:
@@ -196,7 +199,7 @@ def scaling_table(rows: list[dict]) -> str:
 
 def sweep_table(results: list[dict]) -> str:
     """Series in which one size changes: fbkd_ops' time and memory, and how many times as fast it is as others."""
-    peers = list(dict.fromkeys(peer for result in results for peer in result["peers"] if peer != OURS))
+    peers = [peer for peer in _peers_in(results) if peer != OURS]
     states, rows = states_in(results), []
     for dimension in DIMENSIONS:
         for title, by_size in _sizes(results, dimension).items():
@@ -210,14 +213,15 @@ def sweep_table(results: list[dict]) -> str:
 
 
 def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str, dict]]]:
-    """By what a series has in common, size and state of memory: the results of a dimension."""
-    found = {}
+    """By what a series has in common and by size: the results in each state of memory, failed ones too."""
+    found, in_each_state = {}, {}
+    for result in results:
+        in_each_state.setdefault((result["suite"], result["case"]["title"]), {})[result["state"]] = result
     for group in series(results, dimension):
-        if len({size for size, _ in group}) >= LEAST_SIZES:
-            by_size = found.setdefault(title_of(group[0][1], dimension), {})
-            for size, result in group:
-                by_size.setdefault(size, {})[result["state"]] = result
-    return found
+        for size, result in group:
+            by_size = found.setdefault(title_of(result, dimension), {})
+            by_size[size] = in_each_state[result["suite"], result["case"]["title"]]
+    return {title: by_size for title, by_size in found.items() if len(by_size) >= LEAST_SIZES}
 
 
 def _sweep_cells(states: list[Optional[dict]], peers: Sequence[str]) -> list[str]:
@@ -227,7 +231,7 @@ def _sweep_cells(states: list[Optional[dict]], peers: Sequence[str]) -> list[str
         return [problem, *[""] * (1 + 2 * len(peers))]
     cells = [_in_each_state(ours, lambda row: f"{row['step']['ms']['median']:.1f}"), _megabytes(ours)]
     for peer in peers:
-        theirs = [rows and _row(rows, peer) for rows in states]
+        theirs = [rows and rows.get(peer) for rows in states]
         problem = _problem(theirs)
         speeds = problem or _in_each_state(theirs, lambda row: _marked_speed(peer, row))
         cells += [speeds, "" if problem else _megabytes(theirs)]

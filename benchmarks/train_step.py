@@ -113,7 +113,7 @@ TRAIN_STEP = Suite(
     cost=None,
     cases=(Case((1, LEVELS["P2"][1], 80, 128), strides=STRIDES),),
     brief=(Case((1, LEVELS["P2"][1], 48, 64), strides=STRIDES),),
-    brief_peers=("no_distillation", "mmrazor", "fbkd_ops"),
+    not_in_brief=("compile",),
     strides=lambda shape: STRIDES,
     checked_as="fbkd_loss",
     states=("default", "fresh"),

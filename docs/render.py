@@ -171,23 +171,23 @@ def drawn_kinds(name: str) -> tuple[str, ...]:
     return ("growth",) if name == Path(SWEEP).stem else tuple(plots.KINDS)
 
 
-def pictures(name: str, folder: str = "images", kinds: Container[str] = tuple(plots.KINDS)) -> str:
-    """A report's pictures; ``folder`` is the way to them from the page."""
+def pictures(name: str, folder: str = "images", kinds: Container[str] = ()) -> str:
+    """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
     report = drawn_reports().get(name)
     if report is None:
         return NOT_YET
-    files = plots.pictures(report, name, drawn_kinds(name))
-    return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items() if kind in kinds)
+    files = plots.pictures(report, name, kinds or drawn_kinds(name))
+    return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
 
 
 def stale_pictures() -> list[str]:
     """Names of the reports that have a picture that is not there or is of another result."""
 
-    def is_stale(name: str, report: dict) -> bool:
+    def has_stale(name: str, report: dict) -> bool:
         files = plots.pictures(report, name, drawn_kinds(name)).values()
         return any(plots.is_stale(IMAGES / file, report) for file in files)
 
-    return [name for name, report in drawn_reports().items() if is_stale(name, report)]
+    return [name for name, report in drawn_reports().items() if has_stale(name, report)]
 
 
 def compiled_code() -> str:

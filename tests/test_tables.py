@@ -36,12 +36,15 @@ def test_a_suite_has_a_row_a_peer_and_a_figure_a_state_of_memory():
 def test_a_state_that_was_not_measured_is_a_dash():
     alone = result(PAIR, (1, 8, 8, 8), state="fresh", memory={"mmrazor": 9.0, "fbkd_ops": 3.0})
     *_, last, absent = rows_of(tables.suite_tables([*BOTH, alone]).split("### Ceilings")[0])
-    assert absent[1:3] == ["`compile`", "–"] and len(absent) == len(last)
+    assert absent[1:3] == ["`compile`", "– / –"] and len(absent) == len(last)
     assert last[1:5] == ["`fbkd_ops`", "– / 5.00", "– / 10.00", "– / –"] and last[-1] == "3"
-    smallest = [result(PAIR, (1, 8, 2, 2), state=state) for state in ("fresh", "warm")]
-    _, _, small, large = rows_of(tables.sweep_table([*smallest, *BOTH, alone]))
+    _, small, large = rows_of(tables.sweep_table([*BOTH, alone]))
     assert small[3:] == ["10.0 / 10.0", "60", "3 / 3", "900", "4 / 0.8 *", "70"]
-    assert large[3:] == ["– / 10.0", "3", "– / 3", "9", "–", ""]
+    assert large[3:] == ["– / 10.0", "3", "– / 3", "9", "– / –", "–"]
+    killed = result(PAIR, (1, 8, 8, 8)) | {"peers": {name: {"status": "killed by signal 9"} for name in PAIR}}
+    del killed["rounds"]
+    *_, large = rows_of(tables.sweep_table([*BOTH, alone, killed]))
+    assert large[2:4] == ["64", "killed by signal 9"]
 
 
 def test_a_suite_without_a_cost_has_no_rates_and_no_ceilings():

@@ -42,12 +42,21 @@ def assert_no_local_memory(instances):
     assert not [each for each in instances if each.spills or each.stack]
 
 
+@pytest.fixture(scope="module")
+def triton_compilers(tmp_path_factory):
+    """A process for each architecture, all at once: most of the time is the compiler's."""
+    caches = {arch: str(tmp_path_factory.mktemp(f"sm_{arch}")) for arch in code_report.ARCHS}
+    processes = {arch: code_report.triton_compiler(arch, TRITON_CACHE_DIR=path) for arch, path in caches.items()}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="module", params=code_report.ARCHS, ids="sm_{}".format)
 def triton_instances(request, triton_compilers):
     """Every instance of the Triton kernels for one architecture."""
-    out, errors = triton_compilers[request.param].communicate(timeout=600)
-    assert triton_compilers[request.param].returncode == 0, errors[-3000:]
-    return [code_report.Instance(*fields) for fields in json.loads(out.splitlines()[-1])]
+    return code_report.finished(triton_compilers[request.param], timeout=600)
 
 
 def test_triton_kernels_use_the_hardware_and_do_not_spill(triton_instances):

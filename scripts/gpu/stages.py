@@ -182,7 +182,7 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
     )
     obstacles = [parsers.sanitizer_obstacle(done.output) for done in results]
     if all(obstacles):
-        return Outcome(f"skipped: compute-sanitizer does not run here ({max(obstacles)})")
+        return Outcome(f"skipped: compute-sanitizer does not run here ({obstacles[0]})")
     figures, problems = {}, []
     for (checker, backend), obstacle, done in zip(names, obstacles, results):
         if obstacle:
