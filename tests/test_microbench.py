@@ -411,6 +411,7 @@ def test_a_brief_run_has_every_suite_on_fewer_maps():
 def test_a_sweep_has_its_base_once():
     options = microbench.parse(["--sweep", "N", "image", "C", "levels"])
     titles = {name: [case.title for case in microbench.cases_of(suites.SUITES[name], options)] for name in sweep.SUITES}
+    assert any(title.startswith("1x256x128x128") for title in titles["relation"])  # of 512 pixels a side
     counts = {name: len(found) for name, found in titles.items()}
     assert counts == {"relation": 6 + 3 + 4, "fbkd_loss": 6 + 3 + 4 + 5}
     assert all(len(set(found)) == len(found) for found in titles.values())
@@ -443,6 +444,38 @@ def test_an_update_keeps_other_tables(inside, monkeypatch, capsys, tmp_path):
         run(capsys, path, "--suite", "masked_l2", "--update")
     with pytest.raises(SystemExit, match="expected a result of benchmarks/microbench.py"):
         run(capsys, tmp_path / "none.json", "--suite", "masked_l2", "--update")
+
+
+def test_a_run_whose_tables_later_ones_replaced_is_not_named():
+    both, one = (
+        {"command": f"python benchmarks/microbench.py --suite {names}"} for names in ("masked_l2 relation", "relation")
+    )
+    masked = microbench.places_of(microbench.jobs_of(microbench.parse(["--suite", "masked_l2"])))
+    assert microbench.still_there([both, one], masked) == [one]
+    assert microbench.still_there([both, one], set()) == [both, one]
+
+
+def test_times_are_of_one_set_of_inputs(monkeypatch):
+    monkeypatch.setattr(measurement, "interleaved", lambda calls, *limits: {name: [6.0] for name in calls})
+    (job, *_) = microbench.jobs_of(microbench.parse(["--suite", "masked_l2"]))
+    runner = measurement.Runner(lambda: None, [])
+    ceilings = {"sum": measurement.Ceiling(lambda: None, "gb_s", 1.0)}
+    times, _ = measurement._times({"eager": [runner] * 2, "fbkd_ops": [runner] * 3}, ceilings, job)
+    assert times["sum"] == [6.0] and times["eager", "step"] == [3.0] and times["fbkd_ops", "forward"] == [2.0]
+
+
+@pytest.mark.parametrize("name, allowed", [("train_step", True), ("relation", False)])
+def test_whole_steps_alone_keep_the_tf32_of_their_users(monkeypatch, name, allowed):
+    def sets(suite, case):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise MemoryError
+
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(measurement, "_input_sets", sets)
+    (job, *_) = microbench.jobs_of(microbench.parse(["--suite", name]))
+    measurement.measure(dataclasses.replace(job, checked=dict.fromkeys(job.peers, "")))
+    assert seen == [allowed]
 
 
 def test_an_update_that_is_interrupted_at_once_leaves_what_the_kept_tables_say(monkeypatch, capsys, tmp_path):

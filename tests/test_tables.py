@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from reports import CEILINGS, MACHINE, report, result
@@ -215,13 +216,17 @@ def test_the_newest_gpu_results_are_shown(render, tmp_path):
     assert render.stale_pictures() == []
 
 
-def test_a_sweep_has_the_one_picture_that_its_page_shows(render, tmp_path):
+def test_a_sweep_has_the_one_picture_that_its_page_shows(render, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     sweep = report([result(PAIR, (n, 8, 4, 4)) for n in (1, 2)])
     (tmp_path / render.SWEEP).write_text(json.dumps(sweep))
     assert render.pictures("cpu-sweep") == "![growth, cpu-sweep](images/cpu-sweep-growth.png)"
     assert render.stale_pictures() == ["cpu-sweep"]
-    plots.draw(sweep, tmp_path, "cpu-sweep", render.drawn_kinds("cpu-sweep"))
+    (tmp_path / "README.md").write_text("")
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["render.py"])
+    with pytest.raises(SystemExit):
+        render.main()
     assert [path.name for path in tmp_path.glob("*.png")] == ["cpu-sweep-growth.png"]
     assert render.stale_pictures() == []
 
