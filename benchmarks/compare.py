@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
 
-Times of two runs differ with whatever else a machine did, ratios within a round less. The machine's
-own ratios, of a copy beside a sum and the like in the same rounds, say how steady it is. Ends with 1 where a ratio of
+Times of two runs differ with whatever else a machine did, ratios within a round less. The machine's own
+ratios, of a copy beside a sum and the like in the same rounds, say how steady it is. Ends with 1 where a ratio of
 fbkd_ops moved by more than ``--percent``, either way.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from benchmarks.microbench import console
-from benchmarks.series import CEILINGS, OURS, PASSES, read_report
+from benchmarks.series import CEILINGS, OURS, PASSES, place_of, read_report
 
 __all__ = ["Change", "ceilings", "changes", "machine_percents", "main", "percent_apart"]
 
@@ -59,7 +59,7 @@ def _ratios(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
             for which in PASSES:
                 speed = row.get(which, {}).get("speed_of_fbkd_ops")
                 if speed and peer != OURS:
-                    yield (result["suite"], result["case"]["title"], result["state"], peer, which), speed["median"]
+                    yield (*place_of(result), peer, which), speed["median"]
 
 
 def ceilings(before: dict, after: dict) -> dict[str, dict[str, float]]:
@@ -75,7 +75,7 @@ def _rates(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
     for result in report["results"]:
         for key, (name, _) in CEILINGS.items():
             if key in result.get("ceilings", {}):
-                yield (result["suite"], result["case"]["title"], result["state"], name), result["ceilings"][key]
+                yield (*place_of(result), name), result["ceilings"][key]
 
 
 def machine_percents(before: dict, after: dict) -> list[float]:

@@ -33,6 +33,7 @@ from benchmarks.series import (  # noqa: E402
     OURS,
     is_pooled,
     is_slower,
+    place_of,
     read_report,
     series,
     slower,
@@ -152,7 +153,7 @@ def kept(path: Path, report: dict, jobs: list[Job]) -> dict:
         if old != new:
             sys.exit(f"--update: {path} was measured with {key} {old}, expected {new}")
     replaced = places_of(jobs)
-    results = [x for x in before["results"] if (x["suite"], x["case"]["title"], x["state"]) not in replaced]
+    results = [x for x in before["results"] if place_of(x) not in replaced]
     run = {key: before[key] for key in ("command", "environment", "complete")}
     return {"results": results, "earlier": still_there([*before.get("earlier", []), run], replaced)}
 

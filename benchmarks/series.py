@@ -17,6 +17,7 @@ __all__ = [
     "exponent",
     "is_pooled",
     "is_slower",
+    "place_of",
     "read_report",
     "series",
     "slower",
@@ -54,6 +55,11 @@ def read_report(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected a result of benchmarks/microbench.py, got {path} ({error!r})") from error
     return report
+
+
+def place_of(result: dict) -> tuple[str, str, str]:
+    """What tells a result from the others of its report."""
+    return result["suite"], result["case"]["title"], result["state"]
 
 
 def is_pooled(result: dict) -> bool:

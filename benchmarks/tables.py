@@ -12,6 +12,7 @@ from benchmarks.series import (
     OURS,
     PASSES,
     is_slower,
+    place_of,
     series,
     states_in,
     title_of,
@@ -128,7 +129,7 @@ def _ceilings_table(results: list[dict]) -> str:
     for result in results:
         if "ceilings" in result and result["cost"]:
             shown = [_plain_number(result["ceilings"].get(key)) for key in (*CEILINGS, "copy_to_new_page_faults")]
-            rows.append([result["suite"], result["case"]["title"], result["state"], *shown, str(result["rounds"])])
+            rows.append([*place_of(result), *shown, str(result["rounds"])])
     rates = [f"{name} {unit}" for name, unit in CEILINGS.values()]
     header = ["suite", "map", "memory", *rates, "page faults of the copy into new memory", "rounds"]
     return table(header, rows) if rows else ""

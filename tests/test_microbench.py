@@ -411,7 +411,7 @@ def test_a_brief_run_has_every_suite_on_fewer_maps():
 def test_a_sweep_has_its_base_once():
     options = microbench.parse(["--sweep", "N", "image", "C", "levels"])
     titles = {name: [case.title for case in microbench.cases_of(suites.SUITES[name], options)] for name in sweep.SUITES}
-    assert any(title.startswith("1x256x128x128") for title in titles["relation"])  # of 512 pixels a side
+    assert any(title.startswith("4x256x128x128") for title in titles["relation"])  # of 512 pixels a side
     counts = {name: len(found) for name, found in titles.items()}
     assert counts == {"relation": 6 + 3 + 4, "fbkd_loss": 6 + 3 + 4 + 5}
     assert all(len(set(found)) == len(found) for found in titles.values())
