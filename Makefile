@@ -1,6 +1,7 @@
 # make venv | test | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
-# make gpu builds, tests, measures and profiles on this machine's GPU. STAGES, OUT, DEADLINE, FBKD_OPS_REVISION: make gpu STAGES="test bench"
+# make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE and FBKD_OPS_REVISION say:
+# make gpu STAGES="test bench"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
