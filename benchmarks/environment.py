@@ -17,7 +17,7 @@ __all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sou
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
-REVISION, _DIRTY = "FBKD_OPS_REVISION", "-dirty"  # for a copy without git: what this file prints where git is
+_REVISION_VARIABLE, _DIRTY = "FBKD_OPS_REVISION", "-dirty"  # for a copy without git: what this file prints where git is
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -44,13 +44,13 @@ def environment(device: str, threads: int) -> dict:
 
 def revision() -> Optional[str]:
     """The commit that the tree is of; None where neither FBKD_OPS_REVISION nor git says."""
-    told = os.environ.get(REVISION, "").removesuffix(_DIRTY)
+    told = os.environ.get(_REVISION_VARIABLE, "").removesuffix(_DIRTY)
     return told or _git("rev-parse", "--short", "HEAD")
 
 
 def modified() -> Optional[bool]:
     """Whether the tree differs from that commit, results and documentation apart; None where nobody says."""
-    if told := os.environ.get(REVISION):
+    if told := os.environ.get(_REVISION_VARIABLE):
         return told.endswith(_DIRTY)
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
     return None if changes is None else bool(changes)

@@ -117,12 +117,12 @@ def _op_suite(
     literal: Implementation,
     ours: Implementation,
     cost: Callable[[Case], Cost],
-    brief: str = "P2",
+    brief_level: str = "P2",
 ) -> Suite:
     """A suite of functions that are the same for every case."""
     functions = {"eager": eager, "reference": literal, "fbkd_ops": ours}
     makers = {name: lambda case, function=function: function for name, function in functions.items()}
-    return Suite(op, inputs, makers, cost, OP_CASES, brief=(Case(LEVELS[brief]),), not_in_brief=("reference",))
+    return Suite(op, inputs, makers, cost, OP_CASES, brief=(Case(LEVELS[brief_level]),), not_in_brief=("reference",))
 
 
 OP_CASES = (
@@ -155,7 +155,7 @@ SUITES = {
         reference.adapted_masked_l2_loss,
         functional.adapted_masked_l2_loss,
         _adapted_cost,
-        brief="P3",  # on P2 a round takes a second: too few for a median
+        brief_level="P3",  # on P2 a round takes a second: too few for a median
     ),
     "non_local": NON_LOCAL,
     "relation": RELATION,

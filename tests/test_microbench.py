@@ -399,6 +399,9 @@ def test_maps_are_what_is_asked_for(arguments, titles):
 def test_a_brief_run_has_every_suite_on_fewer_maps():
     whole, brief = (list(microbench.jobs_of(microbench.parse(arguments))) for arguments in ([], ["--brief"]))
     assert {job.suite for job in brief} == set(suites.SUITES) and len(brief) < len(whole)
+    levels = ("attention_pool", "P2"), ("masked_l2", "P2"), ("adapted_masked_l2", "P3")
+    shapes = {job.suite: job.case.shape for job in brief}
+    assert [shapes[name] for name, _ in levels] == [cases.LEVELS[level] for _, level in levels]
     assert brief[0].peers == ["eager", "compile", "fbkd_ops"] and "reference" in whole[0].peers
     assert brief[-1].peers == ["no_distillation", "mmrazor", "fbkd_ops"] and "compile" in whole[-1].peers
     (asked, *_) = microbench.jobs_of(microbench.parse(["--brief", "--suite", "train_step", "--peers", "compile"]))

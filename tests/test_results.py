@@ -51,9 +51,9 @@ def test_a_result_names_what_it_measured(path):
 def test_a_copy_without_git_is_told_its_revision(tmp_path, monkeypatch, told, expected):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv(environment.REVISION, raising=False)
+    monkeypatch.delenv("FBKD_OPS_REVISION", raising=False)
     if told:
-        monkeypatch.setenv(environment.REVISION, told)
+        monkeypatch.setenv("FBKD_OPS_REVISION", told)
     assert (environment.revision(), environment.modified()) == expected
 
 
