@@ -7,6 +7,7 @@ of five levels, in the dtypes and layouts of ``launches``. Both are read with th
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -220,7 +222,26 @@ def _statistics_launches() -> Iterator[Callable[[], object]]:
 
 
 def compile_launches(arch: int) -> list[Instance]:
-    """Compile, for a GPU that is not here, what the launchers launch. Changes Triton for the whole process."""
+    """Compile, for a GPU that is not here, what the launchers launch."""
+    compiled = {}
+
+    def note(_, kernel, *__) -> None:
+        compiled[kernel.hash] = kernel
+
+    with compiled_for(arch, note):
+        for launch in launches():
+            launch()
+    return [_triton_instance(kernel, arch) for kernel in compiled.values()]
+
+
+@contextlib.contextmanager
+def compiled_for(arch: int, note: Callable) -> Iterator[None]:
+    """Compile Triton kernels in place of launching them, for a GPU that is not here.
+
+    Args:
+        arch: of the GPU. It stays Triton's target in this process.
+        note: called with each launch: the kernel, what it was compiled to, its arguments by name, the grid.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -235,18 +256,15 @@ def compile_launches(arch: int) -> list[Instance]:
         def get_current_stream(self, device):
             return 0
 
-    compiled = {}
     run = JITFunction.run
 
-    def compile_only(self, *arguments, warmup, **options):
-        kernel = run(self, *arguments, warmup=True, **options)
-        compiled[kernel.hash] = kernel
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        note(self, kernel, dict(zip(self.arg_names, arguments)) | options, grid)
 
     driver.set_active(Driver())
-    JITFunction.run = compile_only
-    for launch in launches():
-        launch()
-    return [_triton_instance(kernel, arch) for kernel in compiled.values()]
+    with mock.patch.object(JITFunction, "run", compile_only):
+        yield
 
 
 def _triton_instance(kernel, arch: int) -> Instance:

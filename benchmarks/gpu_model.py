@@ -1,0 +1,360 @@
+"""Predicts what a training step of ``FBKDLoss`` takes on an H200, without a GPU.
+
+    python -m benchmarks.gpu_model [--json benchmarks/results/gpu-model.json]
+
+A kernel's time follows from its compiled code and the launch's sizes: what a pass through each of its loops costs is
+read from the machine code, how often a program passes from Triton's code, how many programs fit a multiprocessor from
+registers and shared memory. ``CONSTANTS`` has everything that is known of the machine; nothing else was measured.
+
+A program that runs alone needs the sum of what it waits for: its instructions, products, barriers, memory. k programs
+that share a multiprocessor need at best that time or k times the resource that they use most, whichever is longer, at
+worst that time and k - 1 times the resource, as customers of a closed queue; the mean of both is taken. Programs are
+dealt to the multiprocessors in order.
+"""
+
+import argparse
+import heapq
+import json
+import math
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from benchmarks.cases import LEVELS, Case
+from benchmarks.code_report import cuobjdump, instances_of
+from benchmarks.environment import modified, revision
+from benchmarks.gpu_model_sass import Block, Loop, machine_code
+from benchmarks.gpu_model_step import ARCH, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
+from benchmarks.gpu_model_tables import model_tables
+from benchmarks.gpu_model_ttir import Program, evaluate, triton_code
+from benchmarks.loss_suites import FBKD_LOSS, STRIDES
+
+__all__ = ["CONSTANTS", "predict", "report"]
+
+CASES = ((16, "bfloat16"), (1, "bfloat16"), (16, "float32"), (1, "float32"))
+# Neighbouring programs that stand for all of a launch, and how many such groups there are.
+GROUP, GROUPS = 4, 24
+
+
+class Constant(NamedTuple):
+    """One number about the machine; a ``lead`` was neither measured by us nor taken from a data sheet."""
+
+    value: float
+    unit: str
+    source: str
+    lead: bool = True
+
+
+CONSTANTS = {
+    "multiprocessors": Constant(132, "", "H200 data sheet", lead=False),
+    "clock": Constant(1.755e9, "Hz", "boost clock of an H100 SXM under load"),
+    "registers": Constant(65536, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
+    "shared": Constant(227 * 1024, "bytes of a multiprocessor for programs", "CUDA programming guide, 9.0", lead=False),
+    "shared_reserved": Constant(1024, "bytes of each program", "CUDA programming guide, 9.0", lead=False),
+    "warps": Constant(64, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
+    "programs": Constant(32, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
+    "issue": Constant(4, "instructions a cycle of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
+    "dram": Constant(4.3e12, "bytes/s", "copy measured on an H200", lead=False),
+    "l2": Constant(5.5e12, "bytes/s into all multiprocessors", "assumed"),
+    "BF16": Constant(780e12, "flop/s", "dense product measured on an H200: 770 to 800", lead=False),
+    "F16": Constant(780e12, "flop/s", "as BF16", lead=False),
+    "TF32": Constant(390e12, "flop/s", "half of BF16, as in the data sheet"),
+    "F64": Constant(67e12, "flop/s", "H200 data sheet, tensor cores", lead=False),
+    "float32": Constant(67e12, "flop/s without tensor cores", "H200 data sheet", lead=False),
+    "instruction": Constant(1.75, "cycles of a warp that runs alone", "4 of a dependent one, two chains or more"),
+    "product_wait": Constant(30, "cycles until a finished product is seen", "order of published microbenchmarks"),
+    "barrier": Constant(20, "cycles", "order of published microbenchmarks"),
+    "l2_wait": Constant(300, "cycles for bytes that L2 has", "published microbenchmarks of an H100: 260"),
+    "dram_wait": Constant(800, "cycles for bytes that L2 does not have", "the same without load: 480 to 600"),
+    "launch": Constant(2.0, "us between two kernels of a stream", "usual in a CUDA graph: 1.5 to 2"),
+    "small_kernel": Constant(1.75, "us of a kernel on little data, and to the next", "usual in a CUDA graph: 1.5 to 2"),
+    "host_op": Constant(6.0, "us of a dispatched op with a kernel", "usual in eager PyTorch: 4 to 6"),
+    "host_view": Constant(3.0, "us of a view or an allocation", "half of host_op: no launch"),
+    "host_node": Constant(8.0, "us of a node of the autograd graph, made and run", "somewhat more than an op"),
+    "host_triton": Constant(27.0, "us of a Triton launch's binder and key", "683 us for 25, best of 30", lead=False),
+}
+KERNELS_OF_OP = {"select_backward": 2, "slice_backward": 2}  # zeros, then a copy into them
+
+
+def constant(name: str) -> float:
+    if name not in CONSTANTS:
+        raise KeyError(f"the model has no constant {name!r}: add it to CONSTANTS, with its source")
+    return CONSTANTS[name].value
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+class Costs(NamedTuple):
+    """What a program needs, in cycles: to itself, and of each resource that a multiprocessor's programs share."""
+
+    alone: float
+    resources: dict[str, float]
+
+    def together(self, programs: int) -> float:
+        """Cycles until each of ``programs`` that share a multiprocessor has ended."""
+        busiest = max(self.resources.values())
+        return (max(self.alone, programs * busiest) + self.alone + (programs - 1) * busiest) / 2
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel."""
+
+    blocks: list[Block]  # of the loops of Triton's code, in preorder
+    matched: bool  # whether those of the machine code have the same nesting
+    code: Any  # TritonCode
+    registers: int
+    shared: int  # bytes
+    warps: int
+
+    @property
+    def programs_at_once(self) -> int:
+        """That a multiprocessor runs."""
+        warp_registers = 32 * math.ceil(self.registers / 8) * 8
+        limits = (
+            constant("registers") // (warp_registers * self.warps),
+            constant("shared") // (self.shared + constant("shared_reserved")),
+            constant("warps") // self.warps,
+            constant("programs"),
+        )
+        return int(min(limits))
+
+
+def compiled_kernel(compiled: Any) -> Kernel:
+    """Read what Triton compiled for sm_90."""
+    warps = compiled.metadata.num_warps
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = cuobjdump("-sass", "-res-usage", file.name)
+    (instance,) = instances_of(sass, sass, ARCH)
+    machine, code = machine_code(sass, warps), triton_code(compiled.asm["ttir"], 32 * warps)
+    matched = _nesting(machine.loops) == _nesting(code.loops)
+    blocks = machine.blocks if matched else _shared_out(machine.blocks, code.sizes)
+    return Kernel(blocks, matched, code, instance.registers, compiled.metadata.shared, warps)
+
+
+def _nesting(loop: Loop) -> list:
+    return [_nesting(inner) for inner in loop.inner]
+
+
+def _shared_out(blocks: list[Block], sizes: list[float]) -> list[Block]:
+    """The machine's blocks dealt to loops of another nesting, by the sizes of these: a compiler has unrolled some."""
+    shares, result = [size / sum(sizes) for size in sizes], []
+    for share in shares:
+        total = Block()
+        for block in blocks:
+            total.instructions += round(share * block.instructions)
+            total.wavefronts += share * block.wavefronts
+            total.flops.update({kind: share * count for kind, count in block.flops.items()})
+            total.barriers += round(share * block.barriers)
+            total.product_waits += round(share * block.product_waits)
+            total.loads += round(share * (block.loads + block.copies))
+        result.append(total)
+    return result
+
+
+def program_costs(kernel: Kernel, program: Program, wait: float) -> Costs:
+    """The cost of one program, whose reads take ``wait`` cycles."""
+    alone, resources = 0.0, dict.fromkeys(("issue", "tensor cores", "shared memory", "L2"), 0.0)
+    l2 = constant("l2") / constant("multiprocessors") / constant("clock")  # bytes a cycle
+    for block, passes, moved in zip(kernel.blocks, program.passes, program.bytes):
+        alone += passes * pass_alone(block, kernel.warps, wait)
+        resources["issue"] += passes * block.instructions * kernel.warps / constant("issue")
+        resources["tensor cores"] += passes * product_cycles(block)
+        resources["shared memory"] += passes * block.wavefronts
+        resources["L2"] += moved / l2
+    return Costs(max(alone, *resources.values()), resources)
+
+
+def product_cycles(block: Block) -> float:
+    """Of a multiprocessor's tensor cores, for one pass."""
+    cycles = constant("multiprocessors") * constant("clock")
+    return sum(count * cycles / constant(kind) for kind, count in block.flops.items())
+
+
+def pass_alone(block: Block, warps: int, wait: float) -> float:
+    """Cycles of one pass by a program that has a multiprocessor to itself, and whose reads take ``wait``."""
+    instructions = block.instructions * max(constant("instruction"), warps / constant("issue"))
+    products = product_cycles(block)
+    # Products that are waited for stand between the instructions that make their operands and those that use them.
+    cycles = instructions + products if block.product_waits else max(instructions, products)
+    cycles += block.product_waits * constant("product_wait") + block.barriers * constant("barrier")
+    if block.loads:
+        cycles += wait
+    if block.copies:
+        # Copies for the next pass but one have a whole pass to arrive; others are waited for.
+        in_time = block.pending is not None and block.pending >= block.groups > 0
+        cycles = max(cycles, wait) if in_time else cycles + wait
+    return cycles
+
+
+def predict_triton(launch: TritonLaunch, kernel: Kernel) -> dict:
+    """A launch's row."""
+    chosen = sampled_programs(launch.programs)
+    programs = [evaluate(kernel.code, launch.arguments, index) for index in chosen]
+    scale = launch.programs / len(programs)
+    moved, dram = scale * sum(sum(program.bytes) for program in programs), dram_bytes(launch, programs)
+    missed = min(dram / moved, 1) if moved else 0
+    wait = missed * constant("dram_wait") + (1 - missed) * constant("l2_wait")
+    costs = [program_costs(kernel, program, wait) for program in programs]
+    multiprocessors = int(constant("multiprocessors"))
+    at_once = min(kernel.programs_at_once, math.ceil(launch.programs / multiprocessors))
+    times = [each.together(at_once) for each in costs]
+    schedule = scheduled(times, launch.programs, multiprocessors * at_once) / constant("clock")
+    flops = {
+        kind: scale
+        * sum(passes * block.flops[kind] for p in programs for passes, block in zip(p.passes, kernel.blocks))
+        for kind in {kind for block in kernel.blocks for kind in block.flops}
+    }
+    total = {name: sum(each.resources[name] for each in costs) for name in costs[0].resources}
+    return {
+        "kernel": launch.kernel,
+        "programs": launch.programs,
+        "warps": kernel.warps,
+        "registers": kernel.registers,
+        "shared": kernel.shared,
+        "programs_at_once": kernel.programs_at_once,
+        "waves": round(launch.programs / (multiprocessors * kernel.programs_at_once), 2),
+        "gflop": {kind: round(count / 1e9, 3) for kind, count in sorted(flops.items())},
+        "l2_gb": round(moved / 1e9, 4),
+        "dram_gb": round(dram / 1e9, 4),
+        "busiest": max(total, key=total.get),
+        "matched": kernel.matched,
+        "floor_us": round(1e6 * dram / constant("dram"), 2),
+        "predicted_us": round(1e6 * max(schedule, dram / constant("dram")) + constant("launch"), 2),
+    }
+
+
+def sampled_programs(programs: int) -> list[int]:
+    """Indices of programs that stand for all: groups of neighbours, evenly spread but for a random shift."""
+    if programs <= GROUP * GROUPS:
+        return list(range(programs))
+    spread, generator = programs / GROUPS, random.Random(0)
+    firsts = [int(spread * index + generator.random() * (spread - GROUP)) for index in range(GROUPS)]
+    return [first + offset for first in firsts for offset in range(GROUP)]
+
+
+def scheduled(times: list[float], programs: int, slots: int) -> float:
+    """When the last of ``programs`` ends that are dealt to ``slots`` in order; ``times`` are of some, evenly spread."""
+    if programs > 32 * slots:
+        return programs * sum(times) / len(times) / slots + max(times) / 2
+    ends = [0.0] * min(slots, programs)
+    for index in range(programs):
+        heapq.heapreplace(ends, ends[0] + times[index * len(times) // programs])
+    return max(ends)
+
+
+def dram_bytes(launch: TritonLaunch, programs: list[Program]) -> float:
+    """Each tensor is read once, and written once, whatever L2 reads again."""
+    moved: dict[tuple[int, str], float] = {}
+    sizes: dict[int, int] = {}
+    for program in programs:
+        for (argument, kind), count in program.tensors.items():
+            storage, size = launch.tensors[argument]
+            sizes[storage] = max(sizes.get(storage, 0), size)
+            moved[storage, kind] = moved.get((storage, kind), 0) + count * launch.programs / len(programs)
+    return sum(min(count, sizes[storage]) for (storage, _), count in moved.items())
+
+
+def predict_cuda(launch: CudaLaunch) -> dict:
+    """The row of a kernel that is limited by memory."""
+    seconds = launch.bytes / constant("dram")
+    row = {"kernel": launch.kernel, "dram_gb": round(launch.bytes / 1e9, 4), "busiest": "DRAM"}
+    return row | {"floor_us": round(1e6 * seconds, 2), "predicted_us": round(1e6 * seconds + constant("launch"), 2)}
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+
+def small_op_us(op: SmallOp) -> float:
+    """GPU time of an op of PyTorch."""
+    kernels = KERNELS_OF_OP.get(op.name, 1)
+    seconds = max(op.bytes / constant("dram"), op.flops / constant("float32"))
+    return kernels * constant("small_kernel") + 1e6 * seconds
+
+
+def host_us(step: Step) -> float:
+    """Time of the host to queue a step."""
+    ops = [op for phase in step.ops.values() for op in phase]
+    triton = sum(isinstance(launch, TritonLaunch) for launch in step.launches)
+    dispatched = len(ops) + len(step.launches)
+    return (
+        dispatched * constant("host_op")
+        + step.views * constant("host_view")
+        + step.nodes * constant("host_node")
+        + triton * constant("host_triton")
+    )
+
+
+def roofline_us(case: Case) -> float:
+    """The least time for the products and the bytes that any implementation needs."""
+    cost = FBKD_LOSS.cost(case)
+    rate = constant("TF32" if case.dtype == "float32" else "BF16")
+    passes = ((cost.forward_bytes, cost.forward_flops), (cost.backward_bytes, cost.backward_flops))
+    return 1e6 * sum(max(moved / constant("dram"), flops / rate) for moved, flops in passes)
+
+
+def predict(case: Case, kernels: dict[str, Kernel]) -> dict:
+    """A case's figures; ``kernels`` keeps what was read of compiled ones."""
+    step = captured_step(case)
+    launches = []
+    for launch in step.launches:
+        if isinstance(launch, CudaLaunch):
+            launches.append(predict_cuda(launch))
+            continue
+        key = launch.compiled.hash
+        if key not in kernels:
+            kernels[key] = compiled_kernel(launch.compiled)
+        launches.append(predict_triton(launch, kernels[key]))
+    fused = sum(row["predicted_us"] for row in launches)
+    small = sum(small_op_us(op) for phase in step.ops.values() for op in phase)
+    host = host_us(step)
+    return {
+        "images": case.shape[0],
+        "dtype": case.dtype,
+        "small_ops": {phase: len(ops) for phase, ops in step.ops.items()},
+        "views": step.views,
+        "nodes": step.nodes,
+        "fused_us": round(fused, 1),
+        "small_us": round(small, 1),
+        "gpu_us": round(fused + small, 1),
+        "host_us": round(host, 1),
+        "eager_us": round(max(fused + small, host), 1),
+        "roofline_us": round(roofline_us(case), 1),
+        "launches": launches,
+    }
+
+
+def report(cases: tuple[tuple[int, str], ...] = CASES) -> dict:
+    import torch
+    import triton
+
+    kernels: dict[str, Kernel] = {}
+    shape = LEVELS["P2"][1:]
+    facts = {"revision": revision(), "modified": modified(), "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        **facts,
+        "constants": {name: each._asdict() for name, each in CONSTANTS.items()},
+        "cases": [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in cases],
+    }
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--images", type=int, nargs="+", default=sorted({images for images, _ in CASES}))
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted and not compiled")
+    found = report(tuple(case for case in CASES if case[0] in options.images))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(model_tables(found))
+
+
+if __name__ == "__main__":
+    main()
