@@ -17,7 +17,7 @@ from typing import Optional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plots, tables  # noqa: E402
+from benchmarks import gpu_model_tables, plots, tables  # noqa: E402
 from benchmarks.tables import table  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
@@ -195,6 +195,14 @@ def compiled_code() -> str:
     return tables.code_tables(report) if report else "Not yet compiled."
 
 
+def predicted() -> str:
+    """What benchmarks.gpu_model predicts now, and predicted first."""
+    report, before = report_of("gpu-model.json"), report_of("gpu-model-before.json")
+    if report is None:
+        return "Not yet predicted."
+    return gpu_model_tables.model_tables(report, before)
+
+
 def passes() -> str:
     path = RESULTS / "passes.json"
     if not path.exists():
@@ -256,6 +264,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sweep_pictures": lambda: pictures("cpu-sweep"),
     "slower": slower,
     "gpu": gpu,
+    "predicted": predicted,
     "compiled_code": compiled_code,
     "passes": passes,
 }

@@ -18,7 +18,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import code_report, gpu_model  # noqa: E402
 from benchmarks.gpu_model_sass import Block, machine_code  # noqa: E402
 from benchmarks.gpu_model_step import SmallOp, Step, cuda_kernels  # noqa: E402
+from benchmarks.gpu_model_tables import model_tables  # noqa: E402
 from benchmarks.gpu_model_ttir import Pointer, evaluate, triton_code  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+REPORTS = [RESULTS / name for name in ("gpu-model.json", "gpu-model-before.json")]
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x0 */
@@ -225,3 +229,44 @@ def test_precision_changes_the_prediction_by_itself(products):
     assert cycles["tf32"] == pytest.approx(2 * cycles["bf16"])
     times = {name: row["predicted_us"] for name, row in products.items()}
     assert times["bf16"] < times["tf32"] < times["tf32x3"]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_rows_of_a_committed_prediction_sum(path):
+    report = json.loads(path.read_text())
+    assert {(case["images"], case["dtype"]) for case in report["cases"]} == set(gpu_model.CASES)
+    for case in report["cases"]:
+        rows = case["launches"]
+        assert sum(row["predicted_us"] for row in rows) == pytest.approx(case["fused_us"], abs=0.1)
+        assert case["fused_us"] + case["small_us"] == pytest.approx(case["gpu_us"], abs=0.2)
+        assert case["eager_us"] == max(case["gpu_us"], case["host_us"])
+        assert all(row["predicted_us"] > row["floor_us"] for row in rows)
+        assert case["gpu_us"] > case["roofline_us"]
+
+
+def test_the_first_prediction_agrees_with_the_estimate_by_hand():
+    """Made beforehand, from the same code: 50 to 75 ms of kernels and 20 to 35 ms of the host, 25 % around."""
+    (case,) = (
+        each for each in json.loads(REPORTS[1].read_text())["cases"] if each["images"] == 16 and "b" in each["dtype"]
+    )
+    assert 0.75 * 50e3 <= case["fused_us"] <= 1.25 * 75e3
+    assert 0.75 * 20e3 <= case["host_us"] <= 1.25 * 35e3
+    by_kernel = Counter()
+    for row in case["launches"]:
+        by_kernel[row["kernel"]] += row["predicted_us"] / 1000
+    estimates = dict(adapted_sums=(3.5, 4), student_gradients=(18, 30), weight_gradients=(18, 30))
+    estimates |= dict(covariance_tiles=(2, 3), residual_sums=(1.5, 1.7), residual_products=(1.3, 1.3))
+    for kernel, (low, high) in estimates.items():
+        assert 0.75 * low <= by_kernel[kernel] <= 1.25 * high, kernel
+
+
+def test_tables_show_before_and_after():
+    report = json.loads(REPORTS[0].read_text())
+    before = json.loads(REPORTS[1].read_text())
+    before["cases"][0]["launches"].append(
+        {"kernel": "gone", "floor_us": 1.0, "predicted_us": 5000.0, "busiest": "DRAM"}
+    )
+    before["cases"][0]["host_us"] = 99000.0
+    text = model_tables(report, before)
+    assert "| 5.00 → – |" in text and "99.0 → " in text
+    assert "→" not in model_tables(report)
