@@ -4,16 +4,19 @@ import contextlib
 from typing import NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import linear_non_local
-from ._batch_norm import without_updates
+from ._batch_norm import _update_running_statistics, synchronizes, uses_batch_statistics, without_updates
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
+from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
+from .autograd.non_local_statistics import MapStatistics, StatisticsRequest, non_local_statistics
 from .autograd.relation_residual import RelationLevels, relation_residual
 from .collapsed_non_local import CollapsedNonLocal, collapse
-from .linear_non_local import Block
+from .linear_non_local import Block, pool_cells, stacked
+from .relation_forms import RelationSizes, cheaper_form
 
 __all__ = ["RelationTerm", "relation_squares"]
 
@@ -44,17 +47,15 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
         memory_efficient: keep nothing of a feature map's size for the backward pass, and compute it again there.
     """
     results = [None] * len(terms)
-    collapsed = [index for index, term in enumerate(terms) if backend != "torch" and _collapses(term)]
-    if collapsed:
-        squares = _collapsed_squares(backend, [terms[index] for index in collapsed], memory_efficient)
-        for index, value in zip(collapsed, squares):
-            results[index] = value
+    forms = [relation_form(backend, term) for term in terms]
+    for form, form_squares in (("cells", _cell_squares), ("collapsed", _collapsed_squares)):
+        chosen = [index for index, name in enumerate(forms) if name == form]
+        if chosen:
+            squares = form_squares(backend, [terms[index] for index in chosen], memory_efficient)
+            for index, value in zip(chosen, squares):
+                results[index] = value
     response_squares = _recomputed if memory_efficient else _response_squares
     return [response_squares(backend, term) if value is None else value for term, value in zip(terms, results)]
-
-
-def _collapses(term: RelationTerm) -> bool:
-    return term.student_block.settings.mode == term.teacher_block.settings.mode == "dot_product"
 
 
 def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
@@ -125,3 +126,74 @@ def _response_squares(backend: str, term: RelationTerm) -> Tensor:
         t.matrix,
         t.offset - torch.matmul(s.offset, adaptation.mT) - bias,  # (N, Ct)
     )
+
+
+def relation_form(backend: str, term: RelationTerm) -> str:
+    """``"responses"``, or for ``dot_product`` the cheaper one of ``"cells"``, which only the CPU has, and
+    ``"collapsed"``."""
+    blocks = term.student_block, term.teacher_block
+    if backend == "torch" or any(block.settings.mode != "dot_product" for block in blocks):
+        return "responses"
+    if backend != "cpu" or not len(term.student) or any(synchronizes(block.norm) for block in blocks):
+        return "collapsed"
+    return cheaper_form(_sizes(term))
+
+
+def _sizes(term: RelationTerm) -> RelationSizes:
+    images, student_channels, height, width = term.student.shape
+    rows, cols, _, _ = pool_cells(term.student, term.student_block.settings)
+    inner = (block.weights.g_bias.shape[0] for block in (term.student_block, term.teacher_block))
+    cells = (height // rows) * (width // cols)
+    return RelationSizes(images, height * width, cells, student_channels, term.teacher.shape[1], *inner)
+
+
+def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
+    """``(levels,)``: a pixel's products with the few pooled cells are all that a block adds to it."""
+    sides = [[(term.student, term.student_block) for term in terms], [(term.teacher, term.teacher_block) for term in terms]]
+    requests = [_cell_request(term.dtype, *side) for side in sides for term, side in zip(terms, side)]
+    statistics = non_local_statistics(backend, requests)
+    levels = [_cell_level(*level) for level in zip(terms, statistics, statistics[len(terms) :])]
+    squares, moments = cell_relation(levels, memory_efficient)
+    blocks = [(term, block) for term in terms for block in (term.student_block, term.teacher_block)]
+    for (term, block), (mean, variance) in zip(blocks, moments):
+        if uses_batch_statistics(block.norm):
+            _note_statistics(block.norm, mean, variance, _values_of_a_channel(term))
+    return squares
+
+
+def _values_of_a_channel(term: RelationTerm) -> int:
+    images, _, height, width = term.student.shape
+    return images * height * width
+
+
+def _cell_request(dtype: torch.dtype, x: Tensor, block: Block) -> StatisticsRequest:
+    """Phi and g, pooled."""
+    weight, bias = (stacked(block.weights, ("phi", "g"), part).to(dtype) for part in ("weight", "bias"))
+    return StatisticsRequest(_accumulated_in(dtype, x), weight=weight, bias=bias, pool=pool_cells(x, block.settings))
+
+
+def _cell_level(term: RelationTerm, student: MapStatistics, teacher: MapStatistics) -> CellLevel:
+    norms = term.student_block.norm, term.teacher_block.norm
+    return CellLevel(
+        student.x,
+        teacher.x,
+        term.adaptation_weight.to(term.dtype),
+        term.adaptation_bias.to(term.dtype),
+        _cell_block(term.dtype, student.pooled, term.student_block),
+        _cell_block(term.dtype, teacher.pooled, term.teacher_block),
+        tuple(None if norm is None else norm.eps for norm in norms),
+    )
+
+
+def _cell_block(dtype: torch.dtype, pooled: Tensor, block: Block) -> CellBlock:
+    weights, norm = block.weights, block.norm
+    tensors = [weights.theta_weight, weights.theta_bias, weights.out_weight, weights.out_bias]
+    tensors += [None, None] if norm is None else [norm.weight, norm.bias]
+    fixed = norm is not None and not uses_batch_statistics(norm)
+    tensors += [norm.running_mean, norm.running_var] if fixed else [None, None]
+    return CellBlock(pooled, *(x if x is None else x.to(dtype) for x in tensors))
+
+
+def _note_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        _update_running_statistics(norm, mean, variance, count)

@@ -46,11 +46,11 @@ void matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.handle, left.handle, right.handle));
 }
 
-// out += a b
+// out += factor a b
 template <typename A>
-void matmul_add(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
+void matmul_add(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b, double factor = 1) {
   const Blob<A> to(out), left(a), right(b);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.handle, to.handle, left.handle, right.handle, 1, 1));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.handle, to.handle, left.handle, right.handle, 1, factor));
 }
 
 }  // namespace fbkd

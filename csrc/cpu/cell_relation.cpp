@@ -1,0 +1,674 @@
+// The relation term of levels with few pooled cells on the CPU, || NL_t(T) - B(NL_s(S)) ||, and all its gradients.
+//
+// With K cells, r = Phi^T x + d holds a pixel's K products with them and a non-local block is z = x + U r' + O: r' is r
+// without its mean over the image, U = scale * Wz g / K and O a constant of each image. So the residual is
+//
+//   e = t - B s + [U_t, -B U_s] [r'_t; r'_s] + v,    v = O_t - B O_s - b,
+//
+// and takes K products a pixel and channel where theta alone would take c. docs/math.md derives it and its gradients.
+//
+// Maps are copied into matrices (C, N L) of all images' pixels, so that the vendor's product gets long rows.
+#include "../stable_abi.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "../masked_l2_levels.h"
+#include "masked_rows.h"
+#include "pixel_blocks.h"
+
+namespace fbkd {
+namespace {
+
+// A level's tensors: the adaptation's two, then each side's.
+constexpr size_t kSideTensors = 9, kLevelTensors = 2 + 2 * kSideTensors;
+
+template <typename A>
+FBKD_CLONES A sum_of(const A* x, int64_t count) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+template <typename A>
+FBKD_CLONES A dot(const A* __restrict__ x, const A* __restrict__ y, int64_t count) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+template <typename A>
+FBKD_CLONES void add_number(A* x, A number, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] += number;
+}
+
+template <typename A>
+FBKD_CLONES void add_multiple(A* __restrict__ sum, A factor, const A* __restrict__ x, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sum[i] += factor * x[i];
+}
+
+template <typename A>
+FBKD_CLONES void multiply_by(A* x, A factor, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
+// Columns [first, first + count) of a matrix.
+template <typename A>
+Matrix<A> columns(const Matrix<A>& m, int64_t first, int64_t count) {
+  return {m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
+}
+
+// A matrix with memory of its own, which starts undefined.
+template <typename A>
+struct OwnMatrix {
+  OwnMatrix() = default;
+  OwnMatrix(int64_t rows, int64_t cols) : storage(new A[static_cast<size_t>(rows * cols)]), rows(rows), cols(cols) {}
+  Matrix<A> view() const { return row_major(storage.get(), rows, cols); }
+  A* row(int64_t index) const { return storage.get() + index * cols; }
+  void fill(A value) { std::fill(storage.get(), storage.get() + rows * cols, value); }
+
+  std::unique_ptr<A[]> storage;
+  int64_t rows = 0, cols = 0;
+};
+
+// Calls f(image) for all images, side by side where there is enough work.
+template <typename F>
+void for_images(int64_t images, int64_t elements, F&& f) {
+  const int64_t grain = max64(1, images * kThreadElements / max64(1, elements));
+  torch::stable::parallel_for(0, images, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) f(image);
+  });
+}
+
+struct Extents {
+  int64_t images, pixels, cells;  // pixels and cells of an image
+
+  int64_t all_pixels() const { return images * pixels; }
+  int64_t all_cells() const { return images * cells; }
+};
+
+// A map as the matrix (C, N L).
+template <typename A>
+OwnMatrix<A> packed(ScalarType type, const void* data, const MatrixView& view) {
+  const int64_t channels = view.channels(), pixels = view.pixels();
+  OwnMatrix<A> matrix(channels, view.images * pixels);
+  for_images(view.images, view.numel(), [&](int64_t image) {
+    std::vector<A> buffer(static_cast<size_t>(view.cols));
+    for (int64_t row = 0; row < view.rows; ++row) {
+      A* copy = view.rows_are_channels ? matrix.row(row) + image * pixels : buffer.data();
+      const A* x = load_piece(type, data, image * view.image_stride + row * view.row_stride, 1, view.cols, copy);
+      if (!view.rows_are_channels)
+        for (int64_t c = 0; c < channels; ++c) matrix.row(c)[image * pixels + row] = x[c];
+      else if (x != copy)
+        std::copy(x, x + pixels, copy);
+    }
+  });
+  return matrix;
+}
+
+// The other way round: into a densely packed map.
+template <typename A>
+void unpack(const OwnMatrix<A>& matrix, ScalarType type, void* data, const MatrixView& map) {
+  const MatrixView view = gradient_view(map);
+  for_images(view.images, view.numel(), [&](int64_t image) {
+    std::vector<A> buffer(static_cast<size_t>(view.cols));
+    for (int64_t row = 0; row < view.rows; ++row) {
+      const A* piece = matrix.row(row) + image * view.cols;
+      if (!view.rows_are_channels) {
+        for (int64_t c = 0; c < view.cols; ++c) buffer[c] = matrix.row(c)[image * view.rows + row];
+        piece = buffer.data();
+      }
+      store_piece(type, data, image * view.image_stride + row * view.row_stride, view.cols, piece);
+    }
+  });
+}
+
+// One side's parameters; nullptr where the block has none.
+template <typename A>
+struct SideParameters {
+  const A* pooled;         // (N, 2c, K): phi, then g
+  const A* theta_weight;   // (c, C)
+  const A* theta_bias;     // (c)
+  const A* out_weight;     // (C, c)
+  const A* out_bias;       // (C)
+  const A* norm_weight;    // (C)
+  const A* norm_bias;      // (C)
+  const A* norm_mean;      // (C), nullptr: the batch's own
+  const A* norm_variance;  // (C)
+  double eps;              // negative: no norm
+};
+
+// Where the gradients of these go; nullptr where there is none.
+template <typename A>
+struct SideGradients {
+  A* pooled;
+  A* theta_weight;
+  A* theta_bias;
+  A* out_weight;
+  A* out_bias;
+  A* norm_weight;
+  A* norm_bias;
+};
+
+// A side's non-local block on its map.
+template <typename A>
+struct CellBlock {
+  CellBlock(const SideParameters<A>& of, const Extents& size, int64_t channels, int64_t inner, OwnMatrix<A> map)
+      : of(of),
+        size(size),
+        channels(channels),
+        inner(inner),
+        x(std::move(map)),
+        phi(inner, size.all_cells()),
+        g(inner, size.all_cells()),
+        keys(channels, size.all_cells()),
+        values(channels, size.all_cells()),
+        shifts(1, size.all_cells()),
+        means(1, size.all_cells()),
+        covariances(size.all_cells(), size.cells),
+        spread(channels, size.all_cells()),
+        image_means(channels, size.images),
+        mean(static_cast<size_t>(channels)),
+        variance(static_cast<size_t>(channels)),
+        deviation(static_cast<size_t>(channels)),
+        scale(static_cast<size_t>(channels)) {}
+
+  bool has_norm() const { return of.eps >= 0; }
+  bool uses_batch_statistics() const { return has_norm() && of.norm_mean == nullptr; }
+  Matrix<A> pixels_of(const Matrix<A>& matrix, int64_t image) const {
+    return columns(matrix, image * size.pixels, size.pixels);
+  }
+  Matrix<A> cells_of(const Matrix<A>& matrix, int64_t image) const {
+    return columns(matrix, image * size.cells, size.cells);
+  }
+  Matrix<A> covariance(int64_t image) const { return row_major(covariances.row(image * size.cells), size.cells, size.cells); }
+
+  // Phi = Wtheta^T phi, d = btheta^T phi, V = Wz g / K of all images.
+  void prepare() {
+    for (int64_t image = 0; image < size.images; ++image)
+      for (int64_t c = 0; c < 2 * inner; ++c) {
+        const A* cells = of.pooled + (image * 2 * inner + c) * size.cells;
+        A* row = c < inner ? phi.row(c) : g.row(c - inner);
+        std::copy(cells, cells + size.cells, row + image * size.cells);
+      }
+    multiply_by(g.row(0), A(1) / static_cast<A>(size.cells), inner * g.cols);
+    matmul(keys.view(), theta_weight().transposed(), phi.view());
+    matmul(shifts.view(), row_major(of.theta_bias, 1, inner), phi.view());
+    matmul(values.view(), out_weight(), g.view());
+  }
+
+  // r' (K, L) of an image into `response`, the mean of r and, for a norm of the batch, what its variance takes.
+  void respond(int64_t image, const Matrix<A>& response) {
+    matmul(response, cells_of(keys.view(), image).transposed(), pixels_of(x.view(), image));
+    for (int64_t k = 0; k < size.cells; ++k) {
+      A* row = response.data + k * response.row_stride;
+      const int64_t cell = image * size.cells + k;
+      const A average = sum_of(row, size.pixels) / static_cast<A>(size.pixels);
+      add_number(row, -average, size.pixels);
+      means.row(0)[cell] = average + shifts.row(0)[cell];
+    }
+    if (!uses_batch_statistics()) return;
+    matmul(covariance(image), response, response.transposed());
+    multiply_by(covariance(image).data, A(1) / static_cast<A>(size.pixels), size.cells * size.cells);
+    matmul(cells_of(spread.view(), image), cells_of(values.view(), image), covariance(image));
+  }
+
+  // Scale and mean of every channel, from all images' responses.
+  void normalize() {
+    const A images = static_cast<A>(size.images);
+    for (int64_t c = 0; c < channels; ++c) {
+      const A bias = of.out_bias == nullptr ? A(0) : of.out_bias[c];
+      A* of_images = image_means.row(c);
+      for (int64_t n = 0; n < size.images; ++n)
+        of_images[n] = bias + dot(values.row(c) + n * size.cells, means.row(0) + n * size.cells, size.cells);
+      if (uses_batch_statistics()) {
+        mean[c] = sum_of(of_images, size.images) / images;
+        A between = 0;
+        for (int64_t n = 0; n < size.images; ++n) between += (of_images[n] - mean[c]) * (of_images[n] - mean[c]);
+        variance[c] = (dot(values.row(c), spread.row(c), size.all_cells()) + between) / images;
+      } else if (has_norm()) {
+        mean[c] = of.norm_mean[c], variance[c] = of.norm_variance[c];
+      }
+      deviation[c] = has_norm() ? std::sqrt(variance[c] + static_cast<A>(of.eps)) : A(1);
+      scale[c] = (of.norm_weight == nullptr ? A(1) : of.norm_weight[c]) / deviation[c];
+    }
+  }
+
+  // O (C, N): what an image's pixels have in common.
+  OwnMatrix<A> offsets() const {
+    OwnMatrix<A> result(channels, size.images);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t n = 0; n < size.images; ++n)
+        result.row(c)[n] = scale[c] * (image_means.row(c)[n] - mean[c]) + (of.norm_bias == nullptr ? A(0) : of.norm_bias[c]);
+    return result;
+  }
+
+  // U (C, N K)
+  OwnMatrix<A> scaled_values() const {
+    OwnMatrix<A> result(channels, size.all_cells());
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < result.cols; ++i) result.row(c)[i] = scale[c] * values.row(c)[i];
+    return result;
+  }
+
+  // From the gradients of U, which become those of V, and of O: those of the norm, and of r's means.
+  void normalize_backward(OwnMatrix<A>& dvalues, const OwnMatrix<A>& doffsets, const SideGradients<A>& to) {
+    dmeans = OwnMatrix<A>(1, size.all_cells());
+    dmeans.fill(A(0));
+    dvariance.assign(static_cast<size_t>(channels), A(0));
+    const A images = static_cast<A>(size.images);
+    std::vector<A> dimage(static_cast<size_t>(size.images));
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* doffset = doffsets.row(c);
+      const A* of_images = image_means.row(c);
+      A dscale = dot(dvalues.row(c), values.row(c), size.all_cells()), doffset_sum = sum_of(doffset, size.images);
+      for (int64_t n = 0; n < size.images; ++n) dscale += doffset[n] * (of_images[n] - mean[c]);
+      if (uses_batch_statistics()) dvariance[c] = -dscale * scale[c] / (2 * deviation[c] * deviation[c] * images);
+      for (int64_t n = 0; n < size.images; ++n) {
+        dimage[n] = scale[c] * doffset[n];
+        if (uses_batch_statistics())
+          dimage[n] += 2 * dvariance[c] * (of_images[n] - mean[c]) - scale[c] * doffset_sum / images;
+      }
+      multiply_by(dvalues.row(c), scale[c], size.all_cells());
+      if (uses_batch_statistics()) add_multiple(dvalues.row(c), 2 * dvariance[c], spread.row(c), size.all_cells());
+      for (int64_t n = 0; n < size.images; ++n) {
+        const int64_t first = n * size.cells;
+        add_multiple(dvalues.row(c) + first, dimage[n], means.row(0) + first, size.cells);
+        add_multiple(dmeans.row(0) + first, dimage[n], values.row(c) + first, size.cells);
+      }
+      if (to.norm_weight != nullptr) to.norm_weight[c] = dscale / deviation[c];
+      if (to.norm_bias != nullptr) to.norm_bias[c] = doffset_sum;
+      if (to.out_bias != nullptr) to.out_bias[c] = sum_of(dimage.data(), size.images);
+    }
+  }
+
+  // Turns the gradient of an image's r' into that of r, and finds that of Phi.
+  void respond_backward(int64_t image, const Matrix<A>& response, const Matrix<A>& dresponse, const Matrix<A>& dkeys) {
+    const A share = A(1) / static_cast<A>(size.pixels);
+    std::vector<A> shift(static_cast<size_t>(size.cells));
+    for (int64_t k = 0; k < size.cells; ++k)
+      shift[k] = share * (dmeans.row(0)[image * size.cells + k] -
+                          sum_of(dresponse.data + k * dresponse.row_stride, size.pixels));
+    if (uses_batch_statistics()) {
+      OwnMatrix<A> weighted(channels, size.cells);  // dvariance * V
+      const Matrix<A> v = cells_of(values.view(), image);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < size.cells; ++k)
+          weighted.row(c)[k] = 2 * share * dvariance[c] * v.data[c * v.row_stride + k];
+      const Matrix<A> inner_product = covariance(image);  // needed no more
+      matmul(inner_product, v.transposed(), weighted.view());
+      matmul_add(dresponse, inner_product, response);
+    }
+    for (int64_t k = 0; k < size.cells; ++k) add_number(dresponse.data + k * dresponse.row_stride, shift[k], size.pixels);
+    matmul(cells_of(dkeys, image), pixels_of(x.view(), image), dresponse.transposed());
+  }
+
+  void prepare_backward(const OwnMatrix<A>& dkeys, OwnMatrix<A>& dvalues, const SideGradients<A>& to) {
+    OwnMatrix<A> dphi(inner, size.all_cells()), dg(inner, size.all_cells());
+    matmul(dphi.view(), theta_weight(), dkeys.view());
+    matmul_add(dphi.view(), row_major(of.theta_bias, 1, inner).transposed(), dmeans.view());
+    matmul(dg.view(), out_weight().transposed(), dvalues.view());
+    multiply_by(dg.row(0), A(1) / static_cast<A>(size.cells), inner * dg.cols);
+    matmul(row_major(to.theta_weight, inner, channels), phi.view(), dkeys.view().transposed());
+    matmul(row_major(to.theta_bias, inner, 1), phi.view(), dmeans.view().transposed());
+    matmul(row_major(to.out_weight, channels, inner), dvalues.view(), g.view().transposed());
+    for (int64_t image = 0; image < size.images; ++image)
+      for (int64_t c = 0; c < 2 * inner; ++c) {
+        const A* row = (c < inner ? dphi.row(c) : dg.row(c - inner)) + image * size.cells;
+        std::copy(row, row + size.cells, to.pooled + (image * 2 * inner + c) * size.cells);
+      }
+  }
+
+  Matrix<A> theta_weight() const { return row_major(of.theta_weight, inner, channels); }
+  Matrix<A> out_weight() const { return row_major(of.out_weight, channels, inner); }
+
+  SideParameters<A> of;
+  Extents size;
+  int64_t channels, inner;
+  OwnMatrix<A> x;             // (C, N L)
+  OwnMatrix<A> phi, g;        // (c, N K), g over K
+  OwnMatrix<A> keys, values;  // Phi and V (C, N K)
+  OwnMatrix<A> shifts;        // d (1, N K)
+  OwnMatrix<A> means;         // of r (1, N K)
+  OwnMatrix<A> covariances;   // of r (N K, K)
+  OwnMatrix<A> spread;        // V Cov(r) (C, N K)
+  OwnMatrix<A> image_means;   // of u (C, N)
+  std::vector<A> mean, variance, deviation, scale;  // (C)
+  OwnMatrix<A> dmeans;        // (1, N K)
+  std::vector<A> dvariance;   // (C), over N
+};
+
+template <typename A>
+struct LevelGradients {
+  void* student;  // densely packed, nullptr: not wanted
+  ScalarType student_type;
+  A* adaptation_weight;
+  A* adaptation_bias;
+  SideGradients<A> sides[2];
+};
+
+// Both sides of a level.
+template <typename A>
+struct CellLevel {
+  CellLevel(const MatrixView& student_view, const Extents& size, const A* weight, const A* bias, CellBlock<A> student,
+            CellBlock<A> teacher)
+      : student_view(student_view),
+        size(size),
+        weight(weight),
+        bias(bias),
+        sides{std::move(student), std::move(teacher)},
+        responses(2 * size.cells, size.all_pixels()),
+        residual(sides[1].channels, size.all_pixels()) {}
+
+  CellBlock<A>& student() { return sides[0]; }
+  CellBlock<A>& teacher() { return sides[1]; }
+  Matrix<A> adaptation() const { return row_major(weight, sides[1].channels, sides[0].channels); }
+  // Of an image: the teacher's K responses, then the student's.
+  Matrix<A> responses_of(const OwnMatrix<A>& all, int64_t image) const {
+    return columns(all.view(), image * size.pixels, size.pixels);
+  }
+  static Matrix<A> half(const Matrix<A>& both, int64_t side, int64_t cells) {
+    return side == 1 ? both.rows_to(cells) : both.rows_from(cells);
+  }
+  int64_t work() const { return size.all_pixels() * (sides[0].channels + sides[1].channels) * size.cells; }
+
+  // Sum of e^2.
+  double forward() {
+    for (CellBlock<A>& side : sides) side.prepare();
+    for_images(size.images, work(), [&](int64_t image) {
+      for (int64_t side = 0; side < 2; ++side)
+        sides[side].respond(image, half(responses_of(responses, image), side, size.cells));
+    });
+    for (CellBlock<A>& side : sides) side.normalize();
+    offsets = student().offsets();
+    scaled_values = student().scaled_values();
+    const int64_t channels = teacher().channels;
+    OwnMatrix<A> adapted(channels, size.all_cells()), shared = teacher().offsets();
+    matmul(adapted.view(), adaptation(), scaled_values.view());
+    matmul_add(shared.view(), adaptation(), offsets.view(), -1);
+    mixed = interleaved(teacher().scaled_values(), adapted);
+    for_images(size.images, residual.rows * residual.cols, [&](int64_t image) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const A* t = teacher().x.row(c) + image * size.pixels;
+        A* e = residual.row(c) + image * size.pixels;
+        std::copy(t, t + size.pixels, e);
+        add_number(e, shared.row(c)[image] - bias[c], size.pixels);
+      }
+    });
+    matmul_add(residual.view(), adaptation(), student().x.view(), -1);
+    std::vector<double> squares(static_cast<size_t>(size.images));
+    for_images(size.images, work(), [&](int64_t image) {
+      matmul_add(pixels_of(residual, image), mixed_of(mixed, image), responses_of(responses, image));
+      for (int64_t c = 0; c < channels; ++c) {
+        const A* e = residual.row(c) + image * size.pixels;
+        for (int64_t first = 0; first < size.pixels; first += kPiece)
+          squares[image] += dot(e + first, e + first, min64(kPiece, size.pixels - first));
+      }
+    });
+    double sum = 0;
+    for (double value : squares) sum += value;
+    return sum;
+  }
+
+  // After forward(): gradients of grad times the sum.
+  void backward(double grad, const LevelGradients<A>& to) {
+    const int64_t channels = teacher().channels, from = student().channels;
+    OwnMatrix<A> totals(channels, size.images), dmixed(channels, mixed.cols), dresponses(responses.rows, responses.cols);
+    for_images(size.images, work(), [&](int64_t image) {
+      for (int64_t c = 0; c < channels; ++c) {
+        A* e = residual.row(c) + image * size.pixels;
+        multiply_by(e, static_cast<A>(2 * grad), size.pixels);
+        totals.row(c)[image] = sum_of(e, size.pixels);
+      }
+      const Matrix<A> e = pixels_of(residual, image);
+      matmul(mixed_of(dmixed, image), e, responses_of(responses, image).transposed());
+      matmul(responses_of(dresponses, image), mixed_of(mixed, image).transposed(), e);
+    });
+    OwnMatrix<A> dvalues[2] = {OwnMatrix<A>(from, size.all_cells()), OwnMatrix<A>(channels, size.all_cells())};
+    OwnMatrix<A> dadapted(channels, size.all_cells()), doffsets(from, size.images);
+    separate(dmixed, dvalues[1], dadapted);
+    matmul(dvalues[0].view(), adaptation().transposed(), dadapted.view());
+    multiply_by(totals.row(0), A(-1), channels * size.images);
+    matmul(doffsets.view(), adaptation().transposed(), totals.view());
+    const Matrix<A> dweight = row_major(to.adaptation_weight, channels, from);
+    matmul(dweight, residual.view(), student().x.view().transposed());
+    multiply_by(dweight.data, A(-1), channels * from);
+    matmul_add(dweight, dadapted.view(), scaled_values.view().transposed());
+    matmul_add(dweight, totals.view(), offsets.view().transposed());
+    for (int64_t c = 0; c < channels; ++c) to.adaptation_bias[c] = sum_of(totals.row(c), size.images);
+    multiply_by(totals.row(0), A(-1), channels * size.images);
+    OwnMatrix<A> dstudent;
+    if (to.student != nullptr) {
+      dstudent = OwnMatrix<A>(from, size.all_pixels());
+      dstudent.fill(A(0));
+      matmul_add(dstudent.view(), adaptation().transposed(), residual.view(), -1);
+    }
+    student().normalize_backward(dvalues[0], doffsets, to.sides[0]);
+    teacher().normalize_backward(dvalues[1], totals, to.sides[1]);
+    const OwnMatrix<A> dkeys[2] = {OwnMatrix<A>(from, size.all_cells()), OwnMatrix<A>(channels, size.all_cells())};
+    for_images(size.images, work(), [&](int64_t image) {
+      for (int64_t side = 0; side < 2; ++side) {
+        const Matrix<A> response = half(responses_of(responses, image), side, size.cells);
+        const Matrix<A> dresponse = half(responses_of(dresponses, image), side, size.cells);
+        sides[side].respond_backward(image, response, dresponse, dkeys[side].view());
+        if (side == 0 && to.student != nullptr)
+          matmul_add(pixels_of(dstudent, image), sides[0].cells_of(sides[0].keys.view(), image), dresponse);
+      }
+    });
+    for (int64_t side = 0; side < 2; ++side) sides[side].prepare_backward(dkeys[side], dvalues[side], to.sides[side]);
+    if (to.student != nullptr) unpack(dstudent, to.student_type, to.student, student_view);
+  }
+
+  Matrix<A> pixels_of(const OwnMatrix<A>& matrix, int64_t image) const {
+    return columns(matrix.view(), image * size.pixels, size.pixels);
+  }
+  Matrix<A> mixed_of(const OwnMatrix<A>& matrix, int64_t image) const {
+    return columns(matrix.view(), image * 2 * size.cells, 2 * size.cells);
+  }
+  // (Ct, N, 2K) of both (Ct, N, K), the second one's sign turned; and back.
+  OwnMatrix<A> interleaved(const OwnMatrix<A>& first, const OwnMatrix<A>& second) const {
+    OwnMatrix<A> both(first.rows, 2 * first.cols);
+    for (int64_t row = 0; row < first.rows; ++row)
+      for (int64_t n = 0; n < size.images; ++n)
+        for (int64_t k = 0; k < size.cells; ++k) {
+          both.row(row)[2 * n * size.cells + k] = first.row(row)[n * size.cells + k];
+          both.row(row)[(2 * n + 1) * size.cells + k] = -second.row(row)[n * size.cells + k];
+        }
+    return both;
+  }
+  void separate(const OwnMatrix<A>& both, OwnMatrix<A>& first, OwnMatrix<A>& second) const {
+    for (int64_t row = 0; row < first.rows; ++row)
+      for (int64_t n = 0; n < size.images; ++n)
+        for (int64_t k = 0; k < size.cells; ++k) {
+          first.row(row)[n * size.cells + k] = both.row(row)[2 * n * size.cells + k];
+          second.row(row)[n * size.cells + k] = -both.row(row)[(2 * n + 1) * size.cells + k];
+        }
+  }
+
+  MatrixView student_view;
+  Extents size;
+  const A* weight;  // (Ct, Cs)
+  const A* bias;    // (Ct)
+  CellBlock<A> sides[2];        // student, teacher
+  OwnMatrix<A> responses;       // (2K, N L)
+  OwnMatrix<A> residual;        // e (Ct, N L)
+  OwnMatrix<A> offsets;         // O of the student (Cs, N)
+  OwnMatrix<A> scaled_values;   // U of the student (Cs, N K)
+  OwnMatrix<A> mixed;           // [U_t, -B U_s] (Ct, N 2K)
+};
+
+// The arguments that every variant of the op has. `parameters`: kLevelTensors a level; `eps`: the student's, then the
+// teacher's of every level, negative without a norm.
+struct CellArguments {
+  const Tensors& student;
+  const Tensors& teacher;
+  const OptionalTensors& parameters;
+  const std::vector<double>& eps;
+
+  ScalarType accumulation(size_t index) const {
+    return accumulation_type(student[index].scalar_type(), teacher[index].scalar_type());
+  }
+};
+
+void check(const CellArguments& of, const char* op) {
+  const size_t count = of.student.size();
+  STD_TORCH_CHECK(count > 0, op, ": student must have at least one level");
+  check_length(of.teacher, count, op, "teacher");
+  check_length(of.parameters, kLevelTensors * count, op, "parameters");
+  check_length(of.eps, 2 * count, op, "eps");
+}
+
+template <typename A>
+SideParameters<A> side_parameters(const CellArguments& of, size_t index, size_t side, const Extents& size,
+                                  int64_t channels, int64_t& inner, const char* op) {
+  const std::optional<Tensor>* tensors = &of.parameters[kLevelTensors * index + 2 + kSideTensors * side];
+  STD_TORCH_CHECK(tensors[0].has_value() && tensors[1].has_value() && tensors[2].has_value() && tensors[3].has_value(),
+                  op, ": pooled, theta_weight, theta_bias and out_weight must be given");
+  inner = tensors[1]->size(0);
+  const int64_t sizes[kSideTensors] = {size.images * 2 * inner * size.cells, inner * channels, inner, channels * inner,
+                                       channels, channels, channels, channels, channels};
+  const char* names[kSideTensors] = {"pooled", "theta_weight", "theta_bias", "out_weight", "out_bias",
+                                     "norm_weight", "norm_bias", "norm_mean", "norm_variance"};
+  const A* data[kSideTensors];
+  for (size_t i = 0; i < kSideTensors; ++i)
+    data[i] = static_cast<const A*>(checked_data(tensors[i], of.accumulation(index), sizes[i], of.student[index], op, names[i]));
+  return {data[0], data[1], data[2], data[3], data[4], data[5], data[6], data[7], data[8], of.eps[2 * index + side]};
+}
+
+template <typename A>
+CellLevel<A> cell_level(const CellArguments& of, size_t index, const char* op) {
+  const Tensor &s = of.student[index], &t = of.teacher[index];
+  const MatrixView views[2] = {checked_view(s, op, "student"), checked_view(t, op, "teacher")};
+  check_pair(s, t, false, op);
+  const auto& pooled = of.parameters[kLevelTensors * index + 2];
+  STD_TORCH_CHECK(s.size(0) > 0 && pooled.has_value() && pooled->dim() == 3, op,
+                  ": there must be an image, and pooled must have shape (N, 2c, K)");
+  const Extents size{s.size(0), views[0].pixels(), pooled->size(2)};
+  const int64_t channels[2] = {s.size(1), t.size(1)};
+  int64_t inner[2];
+  const SideParameters<A> student = side_parameters<A>(of, index, 0, size, channels[0], inner[0], op);
+  const SideParameters<A> teacher = side_parameters<A>(of, index, 1, size, channels[1], inner[1], op);
+  const std::optional<Tensor>* adaptation = &of.parameters[kLevelTensors * index];
+  const ScalarType type = of.accumulation(index);
+  STD_TORCH_CHECK(adaptation[0].has_value() && adaptation[1].has_value(), op, ": the adaptation must be given");
+  const void* weight = checked_data(adaptation[0], type, channels[1] * channels[0], s, op, "adaptation_weight");
+  const void* bias = checked_data(adaptation[1], type, channels[1], s, op, "adaptation_bias");
+  return CellLevel<A>(
+      views[0], size, static_cast<const A*>(weight), static_cast<const A*>(bias),
+      CellBlock<A>(student, size, channels[0], inner[0], packed<A>(s.scalar_type(), s.const_data_ptr(), views[0])),
+      CellBlock<A>(teacher, size, channels[1], inner[1], packed<A>(t.scalar_type(), t.const_data_ptr(), views[1])));
+}
+
+// Gradients of a level as the op returns them: the student's and one of each parameter, empty where there is none.
+template <typename A>
+LevelGradients<A> allocate(const CellArguments& of, size_t index, ScalarType student_type, Tensor* student,
+                           Tensors& outputs) {
+  LevelGradients<A> to{};
+  if (student != nullptr) {
+    const Tensor& s = of.student[index];
+    const auto shape = s.sizes();
+    *student = empty_like_device(s, std::vector<int64_t>(shape.begin(), shape.end()), student_type,
+                                 matrix_view(shape.data(), s.strides().data()).channels_last);
+    to.student = student->mutable_data_ptr(), to.student_type = student_type;
+  }
+  std::vector<A*> data;
+  for (size_t i = 0; i < kLevelTensors; ++i) {
+    const auto& parameter = of.parameters[kLevelTensors * index + i];
+    const size_t field = i < 2 ? 0 : (i - 2) % kSideTensors;
+    const bool learns = parameter.has_value() && field < kSideTensors - 2;  // the norm's statistics do not
+    std::vector<int64_t> shape{0};
+    if (learns) shape.assign(parameter->sizes().begin(), parameter->sizes().end());
+    outputs.push_back(empty_like_device(of.student[index], shape, of.accumulation(index)));
+    data.push_back(learns ? static_cast<A*>(outputs.back().mutable_data_ptr()) : nullptr);
+  }
+  to.adaptation_weight = data[0], to.adaptation_bias = data[1];
+  for (size_t side = 0; side < 2; ++side) {
+    A** of_side = &data[2 + kSideTensors * side];
+    to.sides[side] = {of_side[0], of_side[1], of_side[2], of_side[3], of_side[4], of_side[5], of_side[6]};
+  }
+  return to;
+}
+
+// Mean and biased variance (C) of u where the norm takes the batch's, else empty.
+template <typename A>
+void put_moments(const CellBlock<A>& block, const Tensor& like, ScalarType type, Tensors& outputs) {
+  for (const std::vector<A>* moment : {&block.mean, &block.variance}) {
+    const int64_t count = block.uses_batch_statistics() ? block.channels : 0;
+    outputs.push_back(empty_like_device(like, {count}, type));
+    std::copy(moment->begin(), moment->begin() + count, static_cast<A*>(outputs.back().mutable_data_ptr()));
+  }
+}
+
+struct CellResults {
+  Tensor squares;      // (levels)
+  Tensors moments;     // four a level: mean and variance of the student's u, then of the teacher's
+  Tensors students;    // gradients of the students, if wanted
+  Tensors parameters;  // gradients of the parameters, kLevelTensors a level
+};
+
+// differentiates: also the gradients, of grad times the sums, or (nullptr) of the sums.
+CellResults run(const CellArguments& of, bool differentiates, const Tensor* grad, bool student_gradient, const char* op) {
+  check(of, op);
+  CellResults results;
+  results.squares = empty_like_device(of.student[0], {static_cast<int64_t>(of.student.size())},
+                                      total_type(of.student, of.teacher));
+  for (size_t index = 0; index < of.student.size(); ++index)
+    with_accumulator(of.accumulation(index), [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      CellLevel<A> level = cell_level<A>(of, index, op);
+      put_number(results.squares, index, level.forward());
+      for (CellBlock<A>& side : level.sides) put_moments(side, of.student[index], of.accumulation(index), results.moments);
+      if (!differentiates) return;
+      // Before grad is known a gradient stays in the accumulation type, so that it is rounded once.
+      const ScalarType type = grad == nullptr ? of.accumulation(index) : of.student[index].scalar_type();
+      if (student_gradient) results.students.push_back(Tensor());
+      const LevelGradients<A> to =
+          allocate<A>(of, index, type, student_gradient ? &results.students.back() : nullptr, results.parameters);
+      level.backward(grad == nullptr ? 1 : number_at(*grad, index), to);
+    });
+  return results;
+}
+
+Tensors joined(std::initializer_list<const Tensors*> lists) {
+  Tensors all;
+  for (const Tensors* list : lists) all.insert(all.end(), list->begin(), list->end());
+  return all;
+}
+
+Tensors forward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                   const std::vector<double>& eps) {
+  const CellResults results = run({student, teacher, parameters, eps}, false, nullptr, false, "cell_relation_forward");
+  const Tensors squares{results.squares};
+  return joined({&squares, &results.moments});
+}
+
+Tensors backward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                    const std::vector<double>& eps, const Tensor& grad, bool student_gradient) {
+  const char* op = "cell_relation_backward";
+  checked_data(grad, total_type(student, teacher), static_cast<int64_t>(student.size()), grad, op, "grad");
+  const CellResults results = run({student, teacher, parameters, eps}, true, &grad, student_gradient, op);
+  return joined({&results.students, &results.parameters});
+}
+
+Tensors with_gradient_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                         const std::vector<double>& eps, bool student_gradient) {
+  const CellResults results =
+      run({student, teacher, parameters, eps}, true, nullptr, student_gradient, "cell_relation_with_gradient");
+  const Tensors squares{results.squares};
+  return joined({&squares, &results.moments, &results.students, &results.parameters});
+}
+
+}  // namespace
+}  // namespace fbkd
+
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
+  m.impl("cell_relation_forward", TORCH_BOX(&fbkd::forward_op));
+  m.impl("cell_relation_backward", TORCH_BOX(&fbkd::backward_op));
+  m.impl("cell_relation_with_gradient", TORCH_BOX(&fbkd::with_gradient_op));
+}

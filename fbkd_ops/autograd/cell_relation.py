@@ -1,0 +1,162 @@
+"""Squared relation terms of levels with few pooled cells, straight from the pooled phi and g, and all their gradients."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._layout import empty_gradient, in_place_layout
+from .._numerics import accumulation_dtype
+from .ops import kernel, register
+
+__all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_relation"]
+
+
+class CellBlock(NamedTuple):
+    """One side's non-local block. All tensors are in the level's accumulation dtype."""
+
+    pooled: Tensor  # (N, 2c, K): phi, then g
+    theta_weight: Tensor  # (c, C)
+    theta_bias: Tensor  # (c,)
+    out_weight: Tensor  # (C, c)
+    out_bias: Optional[Tensor]  # (C,)
+    norm_weight: Optional[Tensor]  # (C,)
+    norm_bias: Optional[Tensor]  # (C,)
+    norm_mean: Optional[Tensor]  # (C,), None: the batch's own
+    norm_variance: Optional[Tensor]  # (C,)
+
+
+class CellLevel(NamedTuple):
+    """One level, ``eps`` of the student's and the teacher's norm; None without a norm."""
+
+    student: Tensor  # (N, Cs, H, W), N > 0
+    teacher: Tensor  # (N, Ct, H, W), without gradient
+    adaptation_weight: Tensor  # B (Ct, Cs)
+    adaptation_bias: Tensor  # (Ct,)
+    student_block: CellBlock
+    teacher_block: CellBlock
+    eps: tuple[Optional[float], Optional[float]]
+
+    def parameters(self) -> list[Optional[Tensor]]:
+        """In the op's order."""
+        return [self.adaptation_weight, self.adaptation_bias, *self.student_block, *self.teacher_block]
+
+
+class Moments(NamedTuple):
+    """Of what a norm of batch statistics normalizes; empty for any other."""
+
+    mean: Tensor  # (C,)
+    variance: Tensor  # (C,), biased
+
+
+_LEVEL_TENSORS = 2 + 2 * len(CellBlock._fields)
+_BATCH_MEAN = CellBlock._fields.index("norm_mean")
+
+
+def cell_relation(levels: list[CellLevel], memory_efficient: bool = False) -> tuple[Tensor, list[Moments]]:
+    """``|| NL_t(T) - B(NL_s(S)) ||**2`` of every level ``(levels,)``, and the moments of every level's two norms.
+
+    Args:
+        levels: the arguments.
+        memory_efficient: keep nothing for the backward pass, which then computes everything again. Else the student's
+            gradient is kept up to a factor.
+    """
+    eps = [-1.0 if value is None else value for level in levels for value in level.eps]
+    keep = torch.is_grad_enabled() and not (memory_efficient or torch.compiler.is_compiling())
+    tensors = [parameter for level in levels for parameter in level.parameters()]
+    students, teachers = [level.student for level in levels], [level.teacher.detach() for level in levels]
+    squares, *moments = CellRelationFunction.apply(eps, keep, len(levels), *students, *teachers, *tensors)
+    return squares, [Moments(*moments[first : first + 2]) for first in range(0, len(moments), 2)]
+
+
+class CellRelationFunction(torch.autograd.Function):
+    """All gradients of a level are multiples of its sum's, so that the forward pass can make them up to that factor."""
+
+    @staticmethod
+    def forward(ctx, eps, keep, count, *tensors):
+        students, teachers = ([in_place_layout(x) for x in tensors[first : first + count]] for first in (0, count))
+        parameters = [x if x is None else x.contiguous() for x in tensors[2 * count :]]
+        ctx.student_gradient = any(ctx.needs_input_grad[3 : 3 + count])
+        ctx.eps, ctx.count, ctx.ready = eps, count, None
+        outputs = 1 + 4 * count
+        if keep and any(ctx.needs_input_grad):
+            made = kernel("cell_relation_with_gradient", "cpu")(
+                students, teachers, parameters, eps, ctx.student_gradient
+            )
+            results, ctx.ready = made[:outputs], made[outputs:]
+        else:
+            results = kernel("cell_relation_forward", "cpu")(students, teachers, parameters, eps)
+        ctx.save_for_backward(*students, *teachers, *parameters)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        count, saved = ctx.count, ctx.saved_tensors
+        if grad is None:
+            return None, None, None, *[None] * len(saved)
+        students, teachers, parameters = list(saved[:count]), list(saved[count : 2 * count]), list(saved[2 * count :])
+        ready, ctx.ready = ctx.ready, None  # good for one pass: its memory becomes the gradients'
+        if ready is None:
+            gradients = kernel("cell_relation_backward", "cpu")(
+                students, teachers, parameters, ctx.eps, grad.contiguous(), ctx.student_gradient
+            )
+        else:
+            gradients = _scaled(ready, students if ctx.student_gradient else [], grad)
+        by_student = gradients[:count] if ctx.student_gradient else [None] * count
+        by_parameter = gradients[len(gradients) - len(parameters) :]
+        flat = [*by_student, *[None] * count, *by_parameter]
+        return None, None, None, *[g if wanted else None for g, wanted in zip(flat, ctx.needs_input_grad[3:])]
+
+
+def _scaled(ready: list[Tensor], students: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The gradients that a grad of ones gives times their level's ``grad``; a student's rounded to its dtype once."""
+    levels = [*range(len(students)), *(index // _LEVEL_TENSORS for index in range(len(ready) - len(students)))]
+    factors = grad.unbind()
+    torch._foreach_mul_(ready, [factors[level].to(gradient.dtype) for level, gradient in zip(levels, ready)])
+    return [x.to(student.dtype) for x, student in zip(ready, students)] + ready[len(students) :]
+
+
+def _fake_forward(students, teachers, parameters, eps):
+    squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
+    moments = []
+    for level, pair in enumerate(zip(students, teachers)):
+        for side, x in enumerate(pair):
+            batch_mean = parameters[level * _LEVEL_TENSORS + 2 + side * len(CellBlock._fields) + _BATCH_MEAN]
+            uses_batch = eps[2 * level + side] >= 0 and batch_mean is None
+            shape = (x.shape[1] if uses_batch else 0,)
+            moments += [x.new_empty(shape, dtype=accumulation_dtype(*pair)) for _ in range(2)]
+    return [squares, *moments]
+
+
+def _fake_parameter_gradients(students, teachers, parameters):
+    gradients = []
+    for index, parameter in enumerate(parameters):
+        level, place = divmod(index, _LEVEL_TENSORS)
+        learns = parameter is not None and (place < 2 or (place - 2) % len(CellBlock._fields) < _BATCH_MEAN)
+        dtype = accumulation_dtype(students[level], teachers[level])
+        gradients.append(students[level].new_empty(parameter.shape if learns else (0,), dtype=dtype))
+    return gradients
+
+
+def _fake_backward(students, teachers, parameters, eps, grad, student_gradient):
+    by_student = [empty_gradient(x) for x in students] if student_gradient else []
+    return [*by_student, *_fake_parameter_gradients(students, teachers, parameters)]
+
+
+def _fake_with_gradient(students, teachers, parameters, eps, student_gradient):
+    by_student = []
+    if student_gradient:
+        by_student = [
+            torch.empty_like(empty_gradient(x), dtype=accumulation_dtype(x, t)) for x, t in zip(students, teachers)
+        ]
+    forward = _fake_forward(students, teachers, parameters, eps)
+    return [*forward, *by_student, *_fake_parameter_gradients(students, teachers, parameters)]
+
+
+register("cell_relation_forward", None, _fake_forward)
+register("cell_relation_backward", None, _fake_backward)
+register("cell_relation_with_gradient", None, _fake_with_gradient)
