@@ -46,11 +46,13 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
   m.def(
       "relation_residual_with_gradient(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
       "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, bool student_gradient) -> Tensor[]");
-  m.def("cell_relation_forward(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, float[] eps) -> Tensor[]");
   m.def(
-      "cell_relation_backward(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, float[] eps, Tensor grad, "
-      "bool student_gradient) -> Tensor[]");
+      "cell_relation_forward(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, int[] pools, float[] eps) -> "
+      "Tensor[]");
   m.def(
-      "cell_relation_with_gradient(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, float[] eps, "
+      "cell_relation_backward(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, int[] pools, float[] eps, "
+      "Tensor grad, bool student_gradient) -> Tensor[]");
+  m.def(
+      "cell_relation_with_gradient(Tensor[] student, Tensor[] teacher, Tensor?[] parameters, int[] pools, float[] eps, "
       "bool student_gradient) -> Tensor[]");
 }

@@ -12,10 +12,9 @@ from ._batch_norm import _update_running_statistics, synchronizes, uses_batch_st
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
 from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
-from .autograd.non_local_statistics import MapStatistics, StatisticsRequest, non_local_statistics
 from .autograd.relation_residual import RelationLevels, relation_residual
 from .collapsed_non_local import CollapsedNonLocal, collapse
-from .linear_non_local import Block, pool_cells, stacked
+from .linear_non_local import Block, pool_cells
 from .relation_forms import RelationSizes, cheaper_form
 
 __all__ = ["RelationTerm", "relation_squares"]
@@ -149,11 +148,7 @@ def _sizes(term: RelationTerm) -> RelationSizes:
 
 def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
     """``(levels,)``: a pixel's products with the few pooled cells are all that a block adds to it."""
-    sides = [[(term.student, term.student_block) for term in terms], [(term.teacher, term.teacher_block) for term in terms]]
-    requests = [_cell_request(term.dtype, *side) for side in sides for term, side in zip(terms, side)]
-    statistics = non_local_statistics(backend, requests)
-    levels = [_cell_level(*level) for level in zip(terms, statistics, statistics[len(terms) :])]
-    squares, moments = cell_relation(levels, memory_efficient)
+    squares, moments = cell_relation([_cell_level(term) for term in terms], memory_efficient)
     blocks = [(term, block) for term in terms for block in (term.student_block, term.teacher_block)]
     for (term, block), (mean, variance) in zip(blocks, moments):
         if uses_batch_statistics(block.norm):
@@ -166,32 +161,27 @@ def _values_of_a_channel(term: RelationTerm) -> int:
     return images * height * width
 
 
-def _cell_request(dtype: torch.dtype, x: Tensor, block: Block) -> StatisticsRequest:
-    """Phi and g, pooled."""
-    weight, bias = (stacked(block.weights, ("phi", "g"), part).to(dtype) for part in ("weight", "bias"))
-    return StatisticsRequest(_accumulated_in(dtype, x), weight=weight, bias=bias, pool=pool_cells(x, block.settings))
-
-
-def _cell_level(term: RelationTerm, student: MapStatistics, teacher: MapStatistics) -> CellLevel:
+def _cell_level(term: RelationTerm) -> CellLevel:
     norms = term.student_block.norm, term.teacher_block.norm
     return CellLevel(
-        student.x,
-        teacher.x,
+        term.student,
+        term.teacher,
         term.adaptation_weight.to(term.dtype),
         term.adaptation_bias.to(term.dtype),
-        _cell_block(term.dtype, student.pooled, term.student_block),
-        _cell_block(term.dtype, teacher.pooled, term.teacher_block),
+        _cell_block(term.dtype, term.student_block),
+        _cell_block(term.dtype, term.teacher_block),
+        pool_cells(term.student, term.student_block.settings),
         tuple(None if norm is None else norm.eps for norm in norms),
     )
 
 
-def _cell_block(dtype: torch.dtype, pooled: Tensor, block: Block) -> CellBlock:
+def _cell_block(dtype: torch.dtype, block: Block) -> CellBlock:
     weights, norm = block.weights, block.norm
-    tensors = [weights.theta_weight, weights.theta_bias, weights.out_weight, weights.out_bias]
-    tensors += [None, None] if norm is None else [norm.weight, norm.bias]
+    convolutions = [getattr(weights, name) for name in CellBlock._fields if hasattr(weights, name)]
+    learned = (None, None) if norm is None else (norm.weight, norm.bias)
     fixed = norm is not None and not uses_batch_statistics(norm)
-    tensors += [norm.running_mean, norm.running_var] if fixed else [None, None]
-    return CellBlock(pooled, *(x if x is None else x.to(dtype) for x in tensors))
+    statistics = (norm.running_mean, norm.running_var) if fixed else (None, None)
+    return CellBlock(*(x if x is None else x.to(dtype) for x in (*convolutions, *learned, *statistics)))
 
 
 def _note_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -16,13 +16,16 @@
 
 #include "../masked_l2_levels.h"
 #include "masked_rows.h"
+#include "max_pool.h"
 #include "pixel_blocks.h"
 
 namespace fbkd {
 namespace {
 
-// A level's tensors: the adaptation's two, then each side's.
-constexpr size_t kSideTensors = 9, kLevelTensors = 2 + 2 * kSideTensors;
+// A level's tensors: the adaptation's two, then each side's, of which the first ten learn.
+constexpr size_t kSideTensors = 12, kLearned = 10, kLevelTensors = 2 + 2 * kSideTensors;
+// Winners pass their gradients as a dense product with zeros at the other pixels if a cell has fewer pixels than these.
+constexpr int64_t kDensePixels = 8;
 
 template <typename A>
 FBKD_CLONES A sum_of(const A* x, int64_t count) {
@@ -87,10 +90,15 @@ void for_images(int64_t images, int64_t elements, F&& f) {
 }
 
 struct Extents {
-  int64_t images, pixels, cells;  // pixels and cells of an image
+  int64_t images, height, width;
+  Pool pool;
 
-  int64_t all_pixels() const { return images * pixels; }
-  int64_t all_cells() const { return images * cells; }
+  int64_t pixels() const { return height * width; }  // of an image, as are the cells
+  int64_t cell_rows() const { return height / pool.ky; }
+  int64_t cell_cols() const { return width / pool.kx; }
+  int64_t cells() const { return cell_rows() * cell_cols(); }
+  int64_t all_pixels() const { return images * pixels(); }
+  int64_t all_cells() const { return images * cells(); }
 };
 
 // A map as the matrix (C, N L).
@@ -129,14 +137,29 @@ void unpack(const OwnMatrix<A>& matrix, ScalarType type, void* data, const Matri
   });
 }
 
+template <typename A>
+OwnMatrix<A> transposed(const OwnMatrix<A>& matrix) {
+  constexpr int64_t kTile = 16;
+  OwnMatrix<A> result(matrix.cols, matrix.rows);
+  for_images(ceil_div(matrix.cols, kTile), matrix.rows * matrix.cols, [&](int64_t tile) {
+    const int64_t begin = tile * kTile, end = min64(matrix.cols, begin + kTile);
+    for (int64_t row = 0; row < matrix.rows; ++row)
+      for (int64_t col = begin; col < end; ++col) result.row(col)[row] = matrix.row(row)[col];
+  });
+  return result;
+}
+
 // One side's parameters; nullptr where the block has none.
 template <typename A>
 struct SideParameters {
-  const A* pooled;         // (N, 2c, K): phi, then g
-  const A* theta_weight;   // (c, C)
-  const A* theta_bias;     // (c)
+  const A* g_weight;       // (c, C)
+  const A* g_bias;         // (c)
   const A* out_weight;     // (C, c)
   const A* out_bias;       // (C)
+  const A* theta_weight;   // (c, C)
+  const A* theta_bias;     // (c)
+  const A* phi_weight;     // (c, C)
+  const A* phi_bias;       // (c)
   const A* norm_weight;    // (C)
   const A* norm_bias;      // (C)
   const A* norm_mean;      // (C), nullptr: the batch's own
@@ -147,13 +170,94 @@ struct SideParameters {
 // Where the gradients of these go; nullptr where there is none.
 template <typename A>
 struct SideGradients {
-  A* pooled;
-  A* theta_weight;
-  A* theta_bias;
+  A* g_weight;
+  A* g_bias;
   A* out_weight;
   A* out_bias;
+  A* theta_weight;
+  A* theta_bias;
+  A* phi_weight;
+  A* phi_bias;
   A* norm_weight;
   A* norm_bias;
+};
+
+// A max-pooled 1x1 convolution of a map, and where its values came from.
+template <typename A>
+struct PooledConvolution {
+  PooledConvolution(const Extents& size, const A* weight, const A* bias, int64_t inner, int64_t channels)
+      : size(size),
+        weight(row_major(weight, inner, channels)),
+        bias(bias),
+        values(inner, size.all_cells()),
+        winners(static_cast<size_t>(inner * size.all_cells())) {}
+
+  void run(const OwnMatrix<A>& x) {
+    OwnMatrix<A> y(weight.rows, size.all_pixels());
+    matmul(y.view(), weight, x.view());
+    for_images(weight.rows, weight.rows * y.cols, [&](int64_t channel) {
+      std::vector<A> best(static_cast<size_t>(size.width));
+      std::vector<int32_t> best_row(static_cast<size_t>(size.width));
+      for (int64_t image = 0; image < size.images; ++image) pool(y, channel, image, best, best_row);
+    });
+  }
+
+  void pool(const OwnMatrix<A>& y, int64_t channel, int64_t image, std::vector<A>& best, std::vector<int32_t>& best_row) {
+    const Pool& pool = size.pool;
+    const int64_t columns = size.cell_cols() * pool.kx, first_pixel = image * size.pixels();
+    int64_t at = channel * values.cols + image * size.cells();
+    for (int64_t cell_row = 0; cell_row < size.cell_rows(); ++cell_row) {
+      const int64_t first_row = cell_row * pool.ky;
+      for (int64_t dy = 0; dy < pool.ky; ++dy)
+        fold_row(y.row(channel) + first_pixel + (first_row + dy) * size.width, bias[channel], static_cast<int32_t>(dy),
+                 columns, best.data(), best_row.data());
+      for (int64_t first = 0; first < columns; first += pool.kx, ++at) {
+        const int64_t column = first + pool.winner(&best[first], &best_row[first]);
+        values.row(0)[at] = best[column];
+        winners[at] = first_pixel + (first_row + best_row[column]) * size.width + column;
+      }
+    }
+  }
+
+  bool passes_densely() const { return size.pool.ky * size.pool.kx < kDensePixels; }
+
+  // From the gradient of the values (c, N K). x and dx are matrices (C, N L), and (N L, C) unless passes_densely(); dx is
+  // added to, unless it has no rows.
+  void backward(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight, A* dbias) const {
+    for (int64_t c = 0; c < weight.rows; ++c) dbias[c] = sum_of(dvalues.row(c), dvalues.cols);
+    passes_densely() ? pass_densely(dvalues, x, dx, dweight) : pass_one_by_one(dvalues, x, dx, dweight);
+  }
+
+  void pass_densely(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight) const {
+    OwnMatrix<A> spread(weight.rows, size.all_pixels());
+    spread.fill(A(0));
+    for (int64_t c = 0; c < weight.rows; ++c)
+      for (int64_t i = 0; i < dvalues.cols; ++i) spread.row(c)[winners[c * dvalues.cols + i]] = dvalues.row(c)[i];
+    matmul(row_major(dweight, weight.rows, weight.cols), spread.view(), x.view().transposed());
+    if (dx.rows > 0) matmul_add(dx.view(), weight.transposed(), spread.view());
+  }
+
+  void pass_one_by_one(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight) const {
+    const int64_t work = weight.rows * weight.cols * dvalues.cols;
+    for_images(weight.rows, work, [&](int64_t c) {
+      A* row = dweight + c * weight.cols;
+      std::fill(row, row + weight.cols, A(0));
+      for (int64_t i = 0; i < dvalues.cols; ++i)
+        add_multiple(row, dvalues.row(c)[i], x.row(winners[c * dvalues.cols + i]), weight.cols);
+    });
+    if (dx.rows == 0) return;
+    for_images(size.images, work, [&](int64_t image) {
+      for (int64_t c = 0; c < weight.rows; ++c)
+        for (int64_t i = image * size.cells(); i < (image + 1) * size.cells(); ++i)
+          add_multiple(dx.row(winners[c * dvalues.cols + i]), dvalues.row(c)[i], weight.data + c * weight.cols, weight.cols);
+    });
+  }
+
+  Extents size;
+  Matrix<A> weight;              // (c, C)
+  const A* bias;                 // (c)
+  OwnMatrix<A> values;           // (c, N K)
+  std::vector<int64_t> winners;  // (c, N K), pixels of all images
 };
 
 // A side's non-local block on its map.
@@ -165,13 +269,13 @@ struct CellBlock {
         channels(channels),
         inner(inner),
         x(std::move(map)),
-        phi(inner, size.all_cells()),
-        g(inner, size.all_cells()),
+        phi(size, of.phi_weight, of.phi_bias, inner, channels),
+        g(size, of.g_weight, of.g_bias, inner, channels),
         keys(channels, size.all_cells()),
         values(channels, size.all_cells()),
         shifts(1, size.all_cells()),
         means(1, size.all_cells()),
-        covariances(size.all_cells(), size.cells),
+        covariances(size.all_cells(), size.cells()),
         spread(channels, size.all_cells()),
         image_means(channels, size.images),
         mean(static_cast<size_t>(channels)),
@@ -182,40 +286,36 @@ struct CellBlock {
   bool has_norm() const { return of.eps >= 0; }
   bool uses_batch_statistics() const { return has_norm() && of.norm_mean == nullptr; }
   Matrix<A> pixels_of(const Matrix<A>& matrix, int64_t image) const {
-    return columns(matrix, image * size.pixels, size.pixels);
+    return columns(matrix, image * size.pixels(), size.pixels());
   }
   Matrix<A> cells_of(const Matrix<A>& matrix, int64_t image) const {
-    return columns(matrix, image * size.cells, size.cells);
+    return columns(matrix, image * size.cells(), size.cells());
   }
-  Matrix<A> covariance(int64_t image) const { return row_major(covariances.row(image * size.cells), size.cells, size.cells); }
+  Matrix<A> covariance(int64_t image) const { return row_major(covariances.row(image * size.cells()), size.cells(), size.cells()); }
 
   // Phi = Wtheta^T phi, d = btheta^T phi, V = Wz g / K of all images.
   void prepare() {
-    for (int64_t image = 0; image < size.images; ++image)
-      for (int64_t c = 0; c < 2 * inner; ++c) {
-        const A* cells = of.pooled + (image * 2 * inner + c) * size.cells;
-        A* row = c < inner ? phi.row(c) : g.row(c - inner);
-        std::copy(cells, cells + size.cells, row + image * size.cells);
-      }
-    multiply_by(g.row(0), A(1) / static_cast<A>(size.cells), inner * g.cols);
-    matmul(keys.view(), theta_weight().transposed(), phi.view());
-    matmul(shifts.view(), row_major(of.theta_bias, 1, inner), phi.view());
-    matmul(values.view(), out_weight(), g.view());
+    phi.run(x);
+    g.run(x);
+    matmul(keys.view(), theta_weight().transposed(), phi.values.view());
+    matmul(shifts.view(), row_major(of.theta_bias, 1, inner), phi.values.view());
+    matmul(values.view(), out_weight(), g.values.view());
+    multiply_by(values.row(0), A(1) / static_cast<A>(size.cells()), channels * values.cols);
   }
 
   // r' (K, L) of an image into `response`, the mean of r and, for a norm of the batch, what its variance takes.
   void respond(int64_t image, const Matrix<A>& response) {
     matmul(response, cells_of(keys.view(), image).transposed(), pixels_of(x.view(), image));
-    for (int64_t k = 0; k < size.cells; ++k) {
+    for (int64_t k = 0; k < size.cells(); ++k) {
       A* row = response.data + k * response.row_stride;
-      const int64_t cell = image * size.cells + k;
-      const A average = sum_of(row, size.pixels) / static_cast<A>(size.pixels);
-      add_number(row, -average, size.pixels);
+      const int64_t cell = image * size.cells() + k;
+      const A average = sum_of(row, size.pixels()) / static_cast<A>(size.pixels());
+      add_number(row, -average, size.pixels());
       means.row(0)[cell] = average + shifts.row(0)[cell];
     }
     if (!uses_batch_statistics()) return;
     matmul(covariance(image), response, response.transposed());
-    multiply_by(covariance(image).data, A(1) / static_cast<A>(size.pixels), size.cells * size.cells);
+    multiply_by(covariance(image).data, A(1) / static_cast<A>(size.pixels()), size.cells() * size.cells());
     matmul(cells_of(spread.view(), image), cells_of(values.view(), image), covariance(image));
   }
 
@@ -226,7 +326,7 @@ struct CellBlock {
       const A bias = of.out_bias == nullptr ? A(0) : of.out_bias[c];
       A* of_images = image_means.row(c);
       for (int64_t n = 0; n < size.images; ++n)
-        of_images[n] = bias + dot(values.row(c) + n * size.cells, means.row(0) + n * size.cells, size.cells);
+        of_images[n] = bias + dot(values.row(c) + n * size.cells(), means.row(0) + n * size.cells(), size.cells());
       if (uses_batch_statistics()) {
         mean[c] = sum_of(of_images, size.images) / images;
         A between = 0;
@@ -278,9 +378,9 @@ struct CellBlock {
       multiply_by(dvalues.row(c), scale[c], size.all_cells());
       if (uses_batch_statistics()) add_multiple(dvalues.row(c), 2 * dvariance[c], spread.row(c), size.all_cells());
       for (int64_t n = 0; n < size.images; ++n) {
-        const int64_t first = n * size.cells;
-        add_multiple(dvalues.row(c) + first, dimage[n], means.row(0) + first, size.cells);
-        add_multiple(dmeans.row(0) + first, dimage[n], values.row(c) + first, size.cells);
+        const int64_t first = n * size.cells();
+        add_multiple(dvalues.row(c) + first, dimage[n], means.row(0) + first, size.cells());
+        add_multiple(dmeans.row(0) + first, dimage[n], values.row(c) + first, size.cells());
       }
       if (to.norm_weight != nullptr) to.norm_weight[c] = dscale / deviation[c];
       if (to.norm_bias != nullptr) to.norm_bias[c] = doffset_sum;
@@ -290,39 +390,48 @@ struct CellBlock {
 
   // Turns the gradient of an image's r' into that of r, and finds that of Phi.
   void respond_backward(int64_t image, const Matrix<A>& response, const Matrix<A>& dresponse, const Matrix<A>& dkeys) {
-    const A share = A(1) / static_cast<A>(size.pixels);
-    std::vector<A> shift(static_cast<size_t>(size.cells));
-    for (int64_t k = 0; k < size.cells; ++k)
-      shift[k] = share * (dmeans.row(0)[image * size.cells + k] -
-                          sum_of(dresponse.data + k * dresponse.row_stride, size.pixels));
+    const A share = A(1) / static_cast<A>(size.pixels());
+    std::vector<A> shift(static_cast<size_t>(size.cells()));
+    for (int64_t k = 0; k < size.cells(); ++k)
+      shift[k] = share * (dmeans.row(0)[image * size.cells() + k] -
+                          sum_of(dresponse.data + k * dresponse.row_stride, size.pixels()));
     if (uses_batch_statistics()) {
-      OwnMatrix<A> weighted(channels, size.cells);  // dvariance * V
+      OwnMatrix<A> weighted(channels, size.cells());  // dvariance * V
       const Matrix<A> v = cells_of(values.view(), image);
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t k = 0; k < size.cells; ++k)
+        for (int64_t k = 0; k < size.cells(); ++k)
           weighted.row(c)[k] = 2 * share * dvariance[c] * v.data[c * v.row_stride + k];
       const Matrix<A> inner_product = covariance(image);  // needed no more
       matmul(inner_product, v.transposed(), weighted.view());
       matmul_add(dresponse, inner_product, response);
     }
-    for (int64_t k = 0; k < size.cells; ++k) add_number(dresponse.data + k * dresponse.row_stride, shift[k], size.pixels);
+    for (int64_t k = 0; k < size.cells(); ++k) add_number(dresponse.data + k * dresponse.row_stride, shift[k], size.pixels());
     matmul(cells_of(dkeys, image), pixels_of(x.view(), image), dresponse.transposed());
   }
 
-  void prepare_backward(const OwnMatrix<A>& dkeys, OwnMatrix<A>& dvalues, const SideGradients<A>& to) {
+  // From the gradients of Phi and V to those of the convolutions and, where it has rows, of the map, added to dx (C, N L).
+  void prepare_backward(const OwnMatrix<A>& dkeys, OwnMatrix<A>& dvalues, OwnMatrix<A>& dx, const SideGradients<A>& to) {
     OwnMatrix<A> dphi(inner, size.all_cells()), dg(inner, size.all_cells());
+    multiply_by(dvalues.row(0), A(1) / static_cast<A>(size.cells()), channels * dvalues.cols);
     matmul(dphi.view(), theta_weight(), dkeys.view());
     matmul_add(dphi.view(), row_major(of.theta_bias, 1, inner).transposed(), dmeans.view());
     matmul(dg.view(), out_weight().transposed(), dvalues.view());
-    multiply_by(dg.row(0), A(1) / static_cast<A>(size.cells), inner * dg.cols);
-    matmul(row_major(to.theta_weight, inner, channels), phi.view(), dkeys.view().transposed());
-    matmul(row_major(to.theta_bias, inner, 1), phi.view(), dmeans.view().transposed());
-    matmul(row_major(to.out_weight, channels, inner), dvalues.view(), g.view().transposed());
-    for (int64_t image = 0; image < size.images; ++image)
-      for (int64_t c = 0; c < 2 * inner; ++c) {
-        const A* row = (c < inner ? dphi.row(c) : dg.row(c - inner)) + image * size.cells;
-        std::copy(row, row + size.cells, to.pooled + (image * 2 * inner + c) * size.cells);
-      }
+    matmul(row_major(to.theta_weight, inner, channels), phi.values.view(), dkeys.view().transposed());
+    matmul(row_major(to.theta_bias, inner, 1), phi.values.view(), dmeans.view().transposed());
+    matmul(row_major(to.out_weight, channels, inner), dvalues.view(), g.values.view().transposed());
+    if (phi.passes_densely()) {
+      phi.backward(dphi, x, dx, to.phi_weight, to.phi_bias);
+      g.backward(dg, x, dx, to.g_weight, to.g_bias);
+      return;
+    }
+    const OwnMatrix<A> pixels = transposed(x);  // a pixel's channels side by side
+    OwnMatrix<A> dpixels(dx.cols, dx.rows);
+    if (dx.rows > 0) dpixels.fill(A(0));
+    phi.backward(dphi, pixels, dpixels, to.phi_weight, to.phi_bias);
+    g.backward(dg, pixels, dpixels, to.g_weight, to.g_bias);
+    if (dx.rows == 0) return;
+    const OwnMatrix<A> from_winners = transposed(dpixels);
+    add_multiple(dx.row(0), A(1), from_winners.row(0), dx.rows * dx.cols);
   }
 
   Matrix<A> theta_weight() const { return row_major(of.theta_weight, inner, channels); }
@@ -332,7 +441,7 @@ struct CellBlock {
   Extents size;
   int64_t channels, inner;
   OwnMatrix<A> x;             // (C, N L)
-  OwnMatrix<A> phi, g;        // (c, N K), g over K
+  PooledConvolution<A> phi, g;
   OwnMatrix<A> keys, values;  // Phi and V (C, N K)
   OwnMatrix<A> shifts;        // d (1, N K)
   OwnMatrix<A> means;         // of r (1, N K)
@@ -363,7 +472,7 @@ struct CellLevel {
         weight(weight),
         bias(bias),
         sides{std::move(student), std::move(teacher)},
-        responses(2 * size.cells, size.all_pixels()),
+        responses(2 * size.cells(), size.all_pixels()),
         residual(sides[1].channels, size.all_pixels()) {}
 
   CellBlock<A>& student() { return sides[0]; }
@@ -371,19 +480,19 @@ struct CellLevel {
   Matrix<A> adaptation() const { return row_major(weight, sides[1].channels, sides[0].channels); }
   // Of an image: the teacher's K responses, then the student's.
   Matrix<A> responses_of(const OwnMatrix<A>& all, int64_t image) const {
-    return columns(all.view(), image * size.pixels, size.pixels);
+    return columns(all.view(), image * size.pixels(), size.pixels());
   }
   static Matrix<A> half(const Matrix<A>& both, int64_t side, int64_t cells) {
     return side == 1 ? both.rows_to(cells) : both.rows_from(cells);
   }
-  int64_t work() const { return size.all_pixels() * (sides[0].channels + sides[1].channels) * size.cells; }
+  int64_t work() const { return size.all_pixels() * (sides[0].channels + sides[1].channels) * size.cells(); }
 
   // Sum of e^2.
   double forward() {
     for (CellBlock<A>& side : sides) side.prepare();
     for_images(size.images, work(), [&](int64_t image) {
       for (int64_t side = 0; side < 2; ++side)
-        sides[side].respond(image, half(responses_of(responses, image), side, size.cells));
+        sides[side].respond(image, half(responses_of(responses, image), side, size.cells()));
     });
     for (CellBlock<A>& side : sides) side.normalize();
     offsets = student().offsets();
@@ -395,10 +504,10 @@ struct CellLevel {
     mixed = interleaved(teacher().scaled_values(), adapted);
     for_images(size.images, residual.rows * residual.cols, [&](int64_t image) {
       for (int64_t c = 0; c < channels; ++c) {
-        const A* t = teacher().x.row(c) + image * size.pixels;
-        A* e = residual.row(c) + image * size.pixels;
-        std::copy(t, t + size.pixels, e);
-        add_number(e, shared.row(c)[image] - bias[c], size.pixels);
+        const A* t = teacher().x.row(c) + image * size.pixels();
+        A* e = residual.row(c) + image * size.pixels();
+        std::copy(t, t + size.pixels(), e);
+        add_number(e, shared.row(c)[image] - bias[c], size.pixels());
       }
     });
     matmul_add(residual.view(), adaptation(), student().x.view(), -1);
@@ -406,9 +515,9 @@ struct CellLevel {
     for_images(size.images, work(), [&](int64_t image) {
       matmul_add(pixels_of(residual, image), mixed_of(mixed, image), responses_of(responses, image));
       for (int64_t c = 0; c < channels; ++c) {
-        const A* e = residual.row(c) + image * size.pixels;
-        for (int64_t first = 0; first < size.pixels; first += kPiece)
-          squares[image] += dot(e + first, e + first, min64(kPiece, size.pixels - first));
+        const A* e = residual.row(c) + image * size.pixels();
+        for (int64_t first = 0; first < size.pixels(); first += kPiece)
+          squares[image] += dot(e + first, e + first, min64(kPiece, size.pixels() - first));
       }
     });
     double sum = 0;
@@ -422,9 +531,9 @@ struct CellLevel {
     OwnMatrix<A> totals(channels, size.images), dmixed(channels, mixed.cols), dresponses(responses.rows, responses.cols);
     for_images(size.images, work(), [&](int64_t image) {
       for (int64_t c = 0; c < channels; ++c) {
-        A* e = residual.row(c) + image * size.pixels;
-        multiply_by(e, static_cast<A>(2 * grad), size.pixels);
-        totals.row(c)[image] = sum_of(e, size.pixels);
+        A* e = residual.row(c) + image * size.pixels();
+        multiply_by(e, static_cast<A>(2 * grad), size.pixels());
+        totals.row(c)[image] = sum_of(e, size.pixels());
       }
       const Matrix<A> e = pixels_of(residual, image);
       matmul(mixed_of(dmixed, image), e, responses_of(responses, image).transposed());
@@ -454,40 +563,42 @@ struct CellLevel {
     const OwnMatrix<A> dkeys[2] = {OwnMatrix<A>(from, size.all_cells()), OwnMatrix<A>(channels, size.all_cells())};
     for_images(size.images, work(), [&](int64_t image) {
       for (int64_t side = 0; side < 2; ++side) {
-        const Matrix<A> response = half(responses_of(responses, image), side, size.cells);
-        const Matrix<A> dresponse = half(responses_of(dresponses, image), side, size.cells);
+        const Matrix<A> response = half(responses_of(responses, image), side, size.cells());
+        const Matrix<A> dresponse = half(responses_of(dresponses, image), side, size.cells());
         sides[side].respond_backward(image, response, dresponse, dkeys[side].view());
         if (side == 0 && to.student != nullptr)
           matmul_add(pixels_of(dstudent, image), sides[0].cells_of(sides[0].keys.view(), image), dresponse);
       }
     });
-    for (int64_t side = 0; side < 2; ++side) sides[side].prepare_backward(dkeys[side], dvalues[side], to.sides[side]);
+    OwnMatrix<A> dteacher;
+    student().prepare_backward(dkeys[0], dvalues[0], dstudent, to.sides[0]);
+    teacher().prepare_backward(dkeys[1], dvalues[1], dteacher, to.sides[1]);
     if (to.student != nullptr) unpack(dstudent, to.student_type, to.student, student_view);
   }
 
   Matrix<A> pixels_of(const OwnMatrix<A>& matrix, int64_t image) const {
-    return columns(matrix.view(), image * size.pixels, size.pixels);
+    return columns(matrix.view(), image * size.pixels(), size.pixels());
   }
   Matrix<A> mixed_of(const OwnMatrix<A>& matrix, int64_t image) const {
-    return columns(matrix.view(), image * 2 * size.cells, 2 * size.cells);
+    return columns(matrix.view(), image * 2 * size.cells(), 2 * size.cells());
   }
   // (Ct, N, 2K) of both (Ct, N, K), the second one's sign turned; and back.
   OwnMatrix<A> interleaved(const OwnMatrix<A>& first, const OwnMatrix<A>& second) const {
     OwnMatrix<A> both(first.rows, 2 * first.cols);
     for (int64_t row = 0; row < first.rows; ++row)
       for (int64_t n = 0; n < size.images; ++n)
-        for (int64_t k = 0; k < size.cells; ++k) {
-          both.row(row)[2 * n * size.cells + k] = first.row(row)[n * size.cells + k];
-          both.row(row)[(2 * n + 1) * size.cells + k] = -second.row(row)[n * size.cells + k];
+        for (int64_t k = 0; k < size.cells(); ++k) {
+          both.row(row)[2 * n * size.cells() + k] = first.row(row)[n * size.cells() + k];
+          both.row(row)[(2 * n + 1) * size.cells() + k] = -second.row(row)[n * size.cells() + k];
         }
     return both;
   }
   void separate(const OwnMatrix<A>& both, OwnMatrix<A>& first, OwnMatrix<A>& second) const {
     for (int64_t row = 0; row < first.rows; ++row)
       for (int64_t n = 0; n < size.images; ++n)
-        for (int64_t k = 0; k < size.cells; ++k) {
-          first.row(row)[n * size.cells + k] = both.row(row)[2 * n * size.cells + k];
-          second.row(row)[n * size.cells + k] = -both.row(row)[(2 * n + 1) * size.cells + k];
+        for (int64_t k = 0; k < size.cells(); ++k) {
+          first.row(row)[n * size.cells() + k] = both.row(row)[2 * n * size.cells() + k];
+          second.row(row)[n * size.cells() + k] = -both.row(row)[(2 * n + 1) * size.cells() + k];
         }
   }
 
@@ -503,12 +614,13 @@ struct CellLevel {
   OwnMatrix<A> mixed;           // [U_t, -B U_s] (Ct, N 2K)
 };
 
-// The arguments that every variant of the op has. `parameters`: kLevelTensors a level; `eps`: the student's, then the
-// teacher's of every level, negative without a norm.
+// The arguments that every variant of the op has. Of every level: kLevelTensors in `parameters`, four numbers in `pools`,
+// two in `eps`, the student's and the teacher's, negative without a norm.
 struct CellArguments {
   const Tensors& student;
   const Tensors& teacher;
   const OptionalTensors& parameters;
+  const std::vector<int64_t>& pools;
   const std::vector<double>& eps;
 
   ScalarType accumulation(size_t index) const {
@@ -521,24 +633,25 @@ void check(const CellArguments& of, const char* op) {
   STD_TORCH_CHECK(count > 0, op, ": student must have at least one level");
   check_length(of.teacher, count, op, "teacher");
   check_length(of.parameters, kLevelTensors * count, op, "parameters");
+  check_length(of.pools, 4 * count, op, "pools");
   check_length(of.eps, 2 * count, op, "eps");
 }
 
 template <typename A>
-SideParameters<A> side_parameters(const CellArguments& of, size_t index, size_t side, const Extents& size,
-                                  int64_t channels, int64_t& inner, const char* op) {
+SideParameters<A> side_parameters(const CellArguments& of, size_t index, size_t side, int64_t channels, int64_t& inner,
+                                  const char* op) {
   const std::optional<Tensor>* tensors = &of.parameters[kLevelTensors * index + 2 + kSideTensors * side];
-  STD_TORCH_CHECK(tensors[0].has_value() && tensors[1].has_value() && tensors[2].has_value() && tensors[3].has_value(),
-                  op, ": pooled, theta_weight, theta_bias and out_weight must be given");
-  inner = tensors[1]->size(0);
-  const int64_t sizes[kSideTensors] = {size.images * 2 * inner * size.cells, inner * channels, inner, channels * inner,
-                                       channels, channels, channels, channels, channels};
-  const char* names[kSideTensors] = {"pooled", "theta_weight", "theta_bias", "out_weight", "out_bias",
-                                     "norm_weight", "norm_bias", "norm_mean", "norm_variance"};
+  const char* names[kSideTensors] = {"g_weight",     "g_bias",     "out_weight",  "out_bias",  "theta_weight", "theta_bias",
+                                     "phi_weight",   "phi_bias",   "norm_weight", "norm_bias", "norm_mean",    "norm_variance"};
+  for (size_t i : {0, 1, 2, 4, 5, 6, 7}) STD_TORCH_CHECK(tensors[i].has_value(), op, ": ", names[i], " must be given");
+  inner = tensors[1]->numel();
+  const int64_t sizes[kSideTensors] = {inner * channels, inner,    channels * inner, channels, inner * channels, inner,
+                                       inner * channels, inner,    channels,         channels, channels,         channels};
   const A* data[kSideTensors];
   for (size_t i = 0; i < kSideTensors; ++i)
     data[i] = static_cast<const A*>(checked_data(tensors[i], of.accumulation(index), sizes[i], of.student[index], op, names[i]));
-  return {data[0], data[1], data[2], data[3], data[4], data[5], data[6], data[7], data[8], of.eps[2 * index + side]};
+  return {data[0], data[1], data[2], data[3], data[4],  data[5],
+          data[6], data[7], data[8], data[9], data[10], data[11], of.eps[2 * index + side]};
 }
 
 template <typename A>
@@ -546,14 +659,15 @@ CellLevel<A> cell_level(const CellArguments& of, size_t index, const char* op) {
   const Tensor &s = of.student[index], &t = of.teacher[index];
   const MatrixView views[2] = {checked_view(s, op, "student"), checked_view(t, op, "teacher")};
   check_pair(s, t, false, op);
-  const auto& pooled = of.parameters[kLevelTensors * index + 2];
-  STD_TORCH_CHECK(s.size(0) > 0 && pooled.has_value() && pooled->dim() == 3, op,
-                  ": there must be an image, and pooled must have shape (N, 2c, K)");
-  const Extents size{s.size(0), views[0].pixels(), pooled->size(2)};
+  check_device(t, s, op, "teacher");
+  const int64_t* pool = &of.pools[4 * index];
+  const Extents size{s.size(0), s.size(2), s.size(3), {pool[0], pool[1], pool[2], pool[3]}};
+  STD_TORCH_CHECK(size.images > 0, op, ": student must have at least one image");
+  STD_TORCH_CHECK(size.pool.fits(size.height, size.width), op, ": pools must fit the map, and its first cell the pool");
   const int64_t channels[2] = {s.size(1), t.size(1)};
   int64_t inner[2];
-  const SideParameters<A> student = side_parameters<A>(of, index, 0, size, channels[0], inner[0], op);
-  const SideParameters<A> teacher = side_parameters<A>(of, index, 1, size, channels[1], inner[1], op);
+  const SideParameters<A> student = side_parameters<A>(of, index, 0, channels[0], inner[0], op);
+  const SideParameters<A> teacher = side_parameters<A>(of, index, 1, channels[1], inner[1], op);
   const std::optional<Tensor>* adaptation = &of.parameters[kLevelTensors * index];
   const ScalarType type = of.accumulation(index);
   STD_TORCH_CHECK(adaptation[0].has_value() && adaptation[1].has_value(), op, ": the adaptation must be given");
@@ -581,7 +695,7 @@ LevelGradients<A> allocate(const CellArguments& of, size_t index, ScalarType stu
   for (size_t i = 0; i < kLevelTensors; ++i) {
     const auto& parameter = of.parameters[kLevelTensors * index + i];
     const size_t field = i < 2 ? 0 : (i - 2) % kSideTensors;
-    const bool learns = parameter.has_value() && field < kSideTensors - 2;  // the norm's statistics do not
+    const bool learns = parameter.has_value() && field < kLearned;
     std::vector<int64_t> shape{0};
     if (learns) shape.assign(parameter->sizes().begin(), parameter->sizes().end());
     outputs.push_back(empty_like_device(of.student[index], shape, of.accumulation(index)));
@@ -590,7 +704,8 @@ LevelGradients<A> allocate(const CellArguments& of, size_t index, ScalarType stu
   to.adaptation_weight = data[0], to.adaptation_bias = data[1];
   for (size_t side = 0; side < 2; ++side) {
     A** of_side = &data[2 + kSideTensors * side];
-    to.sides[side] = {of_side[0], of_side[1], of_side[2], of_side[3], of_side[4], of_side[5], of_side[6]};
+    to.sides[side] = {of_side[0], of_side[1], of_side[2], of_side[3], of_side[4],
+                      of_side[5], of_side[6], of_side[7], of_side[8], of_side[9]};
   }
   return to;
 }
@@ -642,24 +757,24 @@ Tensors joined(std::initializer_list<const Tensors*> lists) {
 }
 
 Tensors forward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                   const std::vector<double>& eps) {
-  const CellResults results = run({student, teacher, parameters, eps}, false, nullptr, false, "cell_relation_forward");
+                   const std::vector<int64_t>& pools, const std::vector<double>& eps) {
+  const CellResults results = run({student, teacher, parameters, pools, eps}, false, nullptr, false, "cell_relation_forward");
   const Tensors squares{results.squares};
   return joined({&squares, &results.moments});
 }
 
 Tensors backward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                    const std::vector<double>& eps, const Tensor& grad, bool student_gradient) {
+                    const std::vector<int64_t>& pools, const std::vector<double>& eps, const Tensor& grad, bool student_gradient) {
   const char* op = "cell_relation_backward";
   checked_data(grad, total_type(student, teacher), static_cast<int64_t>(student.size()), grad, op, "grad");
-  const CellResults results = run({student, teacher, parameters, eps}, true, &grad, student_gradient, op);
+  const CellResults results = run({student, teacher, parameters, pools, eps}, true, &grad, student_gradient, op);
   return joined({&results.students, &results.parameters});
 }
 
 Tensors with_gradient_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                         const std::vector<double>& eps, bool student_gradient) {
+                         const std::vector<int64_t>& pools, const std::vector<double>& eps, bool student_gradient) {
   const CellResults results =
-      run({student, teacher, parameters, eps}, true, nullptr, student_gradient, "cell_relation_with_gradient");
+      run({student, teacher, parameters, pools, eps}, true, nullptr, student_gradient, "cell_relation_with_gradient");
   const Tensors squares{results.squares};
   return joined({&squares, &results.moments, &results.students, &results.parameters});
 }

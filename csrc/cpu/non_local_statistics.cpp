@@ -4,8 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
+#include "max_pool.h"
 #include "pixel_blocks.h"
 
 namespace fbkd {
@@ -36,30 +35,11 @@ constexpr int64_t kGatherPixels = 36, kGatherPixelsForWeight = 17;
                           const A* __restrict__ grad, int64_t cells, int64_t channels) {                              \
     for (int64_t cell = 0; cell < cells; ++cell, at += channels, grad += channels)                                    \
       _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) to[c] += grad[c] * x[at[c]];                         \
-  }                                                                                                                   \
-  /* One more row of a cell row: in every column the largest value so far, and its row; a NaN wins. */                \
-  FBKD_CLONES void fold_row(const A* __restrict__ y, A bias, int32_t row, int64_t count, A* __restrict__ best,        \
-                            int32_t* __restrict__ best_row) {                                                         \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {                                                         \
-      const A value = y[i] + bias;                                                                                    \
-      const bool wins = row == 0 || value > best[i] || value != value;                                                \
-      best[i] = wins ? value : best[i];                                                                               \
-      best_row[i] = wins ? row : best_row[i];                                                                         \
-    }                                                                                                                 \
   }
 
 FBKD_STATISTICS(float)
 FBKD_STATISTICS(double)
 #undef FBKD_STATISTICS
-
-// The cells of a max-pool, whose candidates are visited in the nested order of two pools: cells of fy x fx pixels first.
-struct Pool {
-  int64_t ky, kx, fy, fx;
-
-  int64_t rank(int64_t dy, int64_t dx) const {
-    return (dy / fy * (kx / fx) + dx / fx) * fy * fx + dy % fy * fx + dx % fx;
-  }
-};
 
 struct StatisticsLevel {
   ScalarType type;
@@ -162,31 +142,18 @@ struct Statistics : ProductTiles {
     }
   }
 
-  // The best of each cell's columns: NaN of the highest rank, else the greatest value of the lowest rank.
   void finish_cells(int64_t image, int64_t cell_row, const Workspace& space) {
     for (int64_t c = 0; c < level.pooled; ++c) {
       const A* best = &space.best[c * level.width];
       const int32_t* best_row = &space.best_row[c * level.width];
       const int64_t out = (image * level.pooled + c) * level.cells() + cell_row * level.cell_cols();
       for (int64_t cell = 0; cell < level.cell_cols(); ++cell) {
-        const int64_t col = winner(best + cell * level.pool.kx, best_row + cell * level.pool.kx) + cell * level.pool.kx;
+        const int64_t col = level.pool.winner(best + cell * level.pool.kx, best_row + cell * level.pool.kx) + cell * level.pool.kx;
         pooled[out + cell] = best[col];
         winners[out + cell] =
             static_cast<int32_t>((cell_row * level.pool.ky + best_row[col]) * level.width + col);
       }
     }
-  }
-
-  int64_t winner(const A* best, const int32_t* best_row) const {
-    int64_t chosen = 0;
-    for (int64_t col = 1; col < level.pool.kx; ++col) {
-      if (best[col] < best[chosen]) continue;
-      const bool nan = std::isnan(best[col]), chosen_nan = std::isnan(best[chosen]);
-      const bool later = level.pool.rank(best_row[col], col) > level.pool.rank(best_row[chosen], chosen);
-      const bool wins = nan ? !chosen_nan || later : !chosen_nan && (best[col] > best[chosen] || !later);
-      if (wins) chosen = col;
-    }
-    return chosen;
   }
 
   // A covariance is symmetric: these rows are made in full, of the others only the part right of their number. Halves of
@@ -497,9 +464,7 @@ StatisticsLevel statistics_level(const Tensor& x, const OptionalTensors& project
   level.projection = rows(projections[index], "projection", level.rank);
   level.weight = rows(weights[index], "weight", level.pooled);
   if (level.weight != nullptr) {
-    const auto& [ky, kx, fy, fx] = level.pool;
-    STD_TORCH_CHECK(1 <= ky && ky <= x.size(2) && 1 <= kx && kx <= x.size(3) && fy >= 1 && fx >= 1 && ky % fy == 0 &&
-                        kx % fx == 0 && view.pixels() <= INT32_MAX,
+    STD_TORCH_CHECK(level.pool.fits(x.size(2), x.size(3)) && view.pixels() <= INT32_MAX,
                     op, ": pool must fit the map, and its first cell the pool");
   }
   return level;

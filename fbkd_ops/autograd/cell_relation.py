@@ -1,4 +1,4 @@
-"""Squared relation terms of levels with few pooled cells, straight from the pooled phi and g, and all their gradients."""
+"""Squared relation terms of levels with few pooled cells, and all their gradients."""
 
 from typing import NamedTuple, Optional
 
@@ -16,11 +16,14 @@ __all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_re
 class CellBlock(NamedTuple):
     """One side's non-local block. All tensors are in the level's accumulation dtype."""
 
-    pooled: Tensor  # (N, 2c, K): phi, then g
-    theta_weight: Tensor  # (c, C)
-    theta_bias: Tensor  # (c,)
+    g_weight: Tensor  # (c, C)
+    g_bias: Tensor  # (c,)
     out_weight: Tensor  # (C, c)
     out_bias: Optional[Tensor]  # (C,)
+    theta_weight: Tensor  # (c, C)
+    theta_bias: Tensor  # (c,)
+    phi_weight: Tensor  # (c, C)
+    phi_bias: Tensor  # (c,)
     norm_weight: Optional[Tensor]  # (C,)
     norm_bias: Optional[Tensor]  # (C,)
     norm_mean: Optional[Tensor]  # (C,), None: the batch's own
@@ -28,7 +31,7 @@ class CellBlock(NamedTuple):
 
 
 class CellLevel(NamedTuple):
-    """One level, ``eps`` of the student's and the teacher's norm; None without a norm."""
+    """One level."""
 
     student: Tensor  # (N, Cs, H, W), N > 0
     teacher: Tensor  # (N, Ct, H, W), without gradient
@@ -36,7 +39,8 @@ class CellLevel(NamedTuple):
     adaptation_bias: Tensor  # (Ct,)
     student_block: CellBlock
     teacher_block: CellBlock
-    eps: tuple[Optional[float], Optional[float]]
+    pool: tuple[int, int, int, int]  # cell height and width, and those of the first pool in a nested order
+    eps: tuple[Optional[float], Optional[float]]  # of the student's and the teacher's norm; None without a norm
 
     def parameters(self) -> list[Optional[Tensor]]:
         """In the op's order."""
@@ -62,11 +66,12 @@ def cell_relation(levels: list[CellLevel], memory_efficient: bool = False) -> tu
         memory_efficient: keep nothing for the backward pass, which then computes everything again. Else the student's
             gradient is kept up to a factor.
     """
+    pools = [side for level in levels for side in level.pool]
     eps = [-1.0 if value is None else value for level in levels for value in level.eps]
     keep = torch.is_grad_enabled() and not (memory_efficient or torch.compiler.is_compiling())
     tensors = [parameter for level in levels for parameter in level.parameters()]
     students, teachers = [level.student for level in levels], [level.teacher.detach() for level in levels]
-    squares, *moments = CellRelationFunction.apply(eps, keep, len(levels), *students, *teachers, *tensors)
+    squares, *moments = CellRelationFunction.apply(pools, eps, keep, len(levels), *students, *teachers, *tensors)
     return squares, [Moments(*moments[first : first + 2]) for first in range(0, len(moments), 2)]
 
 
@@ -74,19 +79,19 @@ class CellRelationFunction(torch.autograd.Function):
     """All gradients of a level are multiples of its sum's, so that the forward pass can make them up to that factor."""
 
     @staticmethod
-    def forward(ctx, eps, keep, count, *tensors):
+    def forward(ctx, pools, eps, keep, count, *tensors):
         students, teachers = ([in_place_layout(x) for x in tensors[first : first + count]] for first in (0, count))
         parameters = [x if x is None else x.contiguous() for x in tensors[2 * count :]]
-        ctx.student_gradient = any(ctx.needs_input_grad[3 : 3 + count])
-        ctx.eps, ctx.count, ctx.ready = eps, count, None
+        ctx.student_gradient = any(ctx.needs_input_grad[4 : 4 + count])
+        ctx.pools, ctx.eps, ctx.count, ctx.ready = pools, eps, count, None
         outputs = 1 + 4 * count
         if keep and any(ctx.needs_input_grad):
             made = kernel("cell_relation_with_gradient", "cpu")(
-                students, teachers, parameters, eps, ctx.student_gradient
+                students, teachers, parameters, pools, eps, ctx.student_gradient
             )
             results, ctx.ready = made[:outputs], made[outputs:]
         else:
-            results = kernel("cell_relation_forward", "cpu")(students, teachers, parameters, eps)
+            results = kernel("cell_relation_forward", "cpu")(students, teachers, parameters, pools, eps)
         ctx.save_for_backward(*students, *teachers, *parameters)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -97,19 +102,19 @@ class CellRelationFunction(torch.autograd.Function):
     def backward(ctx, grad, *_):
         count, saved = ctx.count, ctx.saved_tensors
         if grad is None:
-            return None, None, None, *[None] * len(saved)
+            return None, None, None, None, *[None] * len(saved)
         students, teachers, parameters = list(saved[:count]), list(saved[count : 2 * count]), list(saved[2 * count :])
         ready, ctx.ready = ctx.ready, None  # good for one pass: its memory becomes the gradients'
         if ready is None:
             gradients = kernel("cell_relation_backward", "cpu")(
-                students, teachers, parameters, ctx.eps, grad.contiguous(), ctx.student_gradient
+                students, teachers, parameters, ctx.pools, ctx.eps, grad.contiguous(), ctx.student_gradient
             )
         else:
             gradients = _scaled(ready, students if ctx.student_gradient else [], grad)
         by_student = gradients[:count] if ctx.student_gradient else [None] * count
         by_parameter = gradients[len(gradients) - len(parameters) :]
         flat = [*by_student, *[None] * count, *by_parameter]
-        return None, None, None, *[g if wanted else None for g, wanted in zip(flat, ctx.needs_input_grad[3:])]
+        return None, None, None, None, *[g if wanted else None for g, wanted in zip(flat, ctx.needs_input_grad[4:])]
 
 
 def _scaled(ready: list[Tensor], students: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -120,7 +125,7 @@ def _scaled(ready: list[Tensor], students: list[Tensor], grad: Tensor) -> list[T
     return [x.to(student.dtype) for x, student in zip(ready, students)] + ready[len(students) :]
 
 
-def _fake_forward(students, teachers, parameters, eps):
+def _fake_forward(students, teachers, parameters, pools, eps):
     squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
     moments = []
     for level, pair in enumerate(zip(students, teachers)):
@@ -142,18 +147,18 @@ def _fake_parameter_gradients(students, teachers, parameters):
     return gradients
 
 
-def _fake_backward(students, teachers, parameters, eps, grad, student_gradient):
+def _fake_backward(students, teachers, parameters, pools, eps, grad, student_gradient):
     by_student = [empty_gradient(x) for x in students] if student_gradient else []
     return [*by_student, *_fake_parameter_gradients(students, teachers, parameters)]
 
 
-def _fake_with_gradient(students, teachers, parameters, eps, student_gradient):
+def _fake_with_gradient(students, teachers, parameters, pools, eps, student_gradient):
     by_student = []
     if student_gradient:
         by_student = [
             torch.empty_like(empty_gradient(x), dtype=accumulation_dtype(x, t)) for x, t in zip(students, teachers)
         ]
-    forward = _fake_forward(students, teachers, parameters, eps)
+    forward = _fake_forward(students, teachers, parameters, pools, eps)
     return [*forward, *by_student, *_fake_parameter_gradients(students, teachers, parameters)]
 
 
