@@ -17,6 +17,7 @@ __all__ = [
     "FrozenBatchNorm2d",
     "Moments",
     "is_frozen",
+    "refuse_one_value",
     "scale_and_shift",
     "synchronizes",
     "uses_batch_statistics",
@@ -124,11 +125,16 @@ def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tu
     if synchronizes(norm):
         mean, variance, count = _OverProcesses.apply(mean, variance, count, norm.process_group)
         count = int(count)
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {[1, len(mean), 1, 1]}")
+    refuse_one_value(count, len(mean))
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         _update_running_statistics(norm, mean.detach(), variance.detach(), count)
     return mean.to(like.dtype), variance.to(like.dtype)
+
+
+def refuse_one_value(count: int, channels: int) -> None:
+    """Raise what BatchNorm raises where its own statistics would be those of ``count`` = 1 values a channel."""
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {[1, channels, 1, 1]}")
 
 
 def _over_images(moments: Moments) -> tuple[Tensor, Tensor, int]:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import linear_non_local
-from ._batch_norm import _update_running_statistics, synchronizes, uses_batch_statistics, without_updates
+from ._batch_norm import (
+    _update_running_statistics,
+    refuse_one_value,
+    synchronizes,
+    uses_batch_statistics,
+    without_updates,
+)
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
 from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
@@ -148,11 +154,15 @@ def _sizes(term: RelationTerm) -> RelationSizes:
 
 def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
     """``(levels,)``: a pixel's products with the few pooled cells are all that a block adds to it."""
+    norms = [(term, block.norm) for term in terms for block in (term.student_block, term.teacher_block)]
+    norms = [(norm, _values_of_a_channel(term)) for term, norm in norms]
+    for norm, count in norms:
+        if uses_batch_statistics(norm):
+            refuse_one_value(count, norm.num_features)
     squares, moments = cell_relation([_cell_level(term) for term in terms], memory_efficient)
-    blocks = [(term, block) for term in terms for block in (term.student_block, term.teacher_block)]
-    for (term, block), (mean, variance) in zip(blocks, moments):
-        if uses_batch_statistics(block.norm):
-            _note_statistics(block.norm, mean, variance, _values_of_a_channel(term))
+    for (norm, count), (mean, variance) in zip(norms, moments):
+        if uses_batch_statistics(norm):
+            _note_statistics(norm, mean, variance, count)
     return squares
 
 
