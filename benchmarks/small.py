@@ -212,13 +212,17 @@ def measure(options: argparse.Namespace, write: Callable[[dict], None]) -> None:
         for row in chosen:
             peers = measure_row(row, dtype)
             write({"row": row.name, **state, "peers": peers})
-            shown = ", ".join(f"{name} {peer['median']:.1f} ms ({1 / peer['ratio']:.2f}x)" for name, peer in peers.items())
+            shown = ", ".join(
+                f"{name} {peer['median']:.1f} ms ({1 / peer['ratio']:.2f}x)" for name, peer in peers.items()
+            )
             print(f"{row.name}, {threads} threads, {dtype}: {shown}", flush=True)
         for level in levels:
             forms = measure_level(level, dtype)
             write({"level": level, "sizes": level.sizes, **state, "forms": forms})
             shown = ", ".join(f"{name} {form['median']:.1f} ms" for name, form in forms.items())
-            print(f"{tuple(level)}, {threads} threads, {dtype}: {shown}; chosen: {cheaper_form(level.sizes)}", flush=True)
+            print(
+                f"{tuple(level)}, {threads} threads, {dtype}: {shown}; chosen: {cheaper_form(level.sizes)}", flush=True
+            )
 
 
 def written(path: Optional[Path], threads: int) -> Callable[[dict], None]:

@@ -53,7 +53,15 @@ class Level:
     """A level with randomised blocks and an adaptation."""
 
     def __init__(
-        self, size, stride, order, dtypes=(torch.float64,) * 2, layouts=(contiguous,) * 2, norm="batch", train=True, bias=True
+        self,
+        size,
+        stride,
+        order,
+        dtypes=(torch.float64,) * 2,
+        layouts=(contiguous,) * 2,
+        norm="batch",
+        train=True,
+        bias=True,
     ):
         n, from_channels, to_channels, inner, height, width = size
         self.settings = dict(stride=stride, pool_order=order)
@@ -119,7 +127,10 @@ def assert_equal_to_the_literal_formula(*arguments, memory_efficient=False, **op
     """In float64. The last bias before a BatchNorm of the batch's statistics has no gradient but rounding."""
     level, literal = Level(*arguments, **options), Level(*arguments, **options)
     literal.student, literal.teacher = level.student.detach().clone().requires_grad_(), level.teacher
-    ours, truth = results_of(level, level.squares(memory_efficient)), results_of(literal, literal.literal(torch.float64))
+    ours, truth = (
+        results_of(level, level.squares(memory_efficient)),
+        results_of(literal, literal.literal(torch.float64)),
+    )
     for our, true in zip(ours, truth, strict=True):
         torch.testing.assert_close(our, true, rtol=1e-9, atol=1e-11 * max(1.0, float(truth[0])))
     assert ours[1].stride() == empty_gradient(in_place_layout(level.student)).stride()
@@ -362,7 +373,12 @@ def test_bad_arguments_of_the_op(change, message):
 
 def term_of(level):
     return RelationTerm(
-        level.student, level.teacher, level.parts[0].block(), level.parts[1].block(), level.parts[2].weight, level.parts[2].bias
+        level.student,
+        level.teacher,
+        level.parts[0].block(),
+        level.parts[1].block(),
+        level.parts[2].weight,
+        level.parts[2].bias,
     )
 
 
@@ -422,7 +438,8 @@ def test_the_loss_in_the_cell_form_equals_the_literal_formula(monkeypatch):
     monkeypatch.setattr(relation, "cheaper_form", lambda sizes: "cells")
     for preset in ("two_stage", "one_stage", "mmrazor", "paper"):
         losses = [
-            randomise(fbkd_ops.FBKDLoss([6, 8, 8], [10, 12, 16], preset=preset)).double().requires_grad_() for _ in range(2)
+            randomise(fbkd_ops.FBKDLoss([6, 8, 8], [10, 12, 16], preset=preset)).double().requires_grad_()
+            for _ in range(2)
         ]
         students = [torch.randn(3, c, *size).double() for c, size in zip((6, 8, 8), ((9, 7), (5, 4), (1, 1)))]
         teachers = [torch.randn(3, c, *x.shape[2:]).double() for c, x in zip((10, 12, 16), students)]

@@ -8,13 +8,12 @@
 // and takes K products a pixel and channel where theta alone would take c. docs/math.md derives it and its gradients.
 //
 // Maps are copied into matrices (C, N L) of all images' pixels, so that the vendor's product gets long rows.
-#include "../stable_abi.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
 #include "../masked_l2_levels.h"
+#include "../stable_abi.h"
 #include "masked_rows.h"
 #include "max_pool.h"
 #include "pixel_blocks.h"
@@ -202,7 +201,8 @@ struct PooledConvolution {
     });
   }
 
-  void pool(const OwnMatrix<A>& y, int64_t channel, int64_t image, std::vector<A>& best, std::vector<int32_t>& best_row) {
+  void pool(const OwnMatrix<A>& y, int64_t channel, int64_t image, std::vector<A>& best,
+            std::vector<int32_t>& best_row) {
     const Pool& pool = size.pool;
     const int64_t columns = size.cell_cols() * pool.kx, first_pixel = image * size.pixels();
     int64_t at = channel * values.cols + image * size.cells();
@@ -221,9 +221,10 @@ struct PooledConvolution {
 
   bool passes_densely() const { return size.pool.ky * size.pool.kx < kDensePixels; }
 
-  // From the gradient of the values (c, N K). x and dx are matrices (C, N L), and (N L, C) unless passes_densely(); dx is
-  // added to, unless it has no rows.
-  void backward(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight, A* dbias) const {
+  // From the gradient of the values (c, N K). x and dx are matrices (C, N L), and (N L, C) unless passes_densely(); dx
+  // is added to, unless it has no rows.
+  void backward(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight,
+                A* dbias) const {
     for (int64_t c = 0; c < weight.rows; ++c) dbias[c] = sum_of(dvalues.row(c), dvalues.cols);
     passes_densely() ? pass_densely(dvalues, x, dx, dweight) : pass_one_by_one(dvalues, x, dx, dweight);
   }
@@ -249,7 +250,8 @@ struct PooledConvolution {
     for_images(size.images, work, [&](int64_t image) {
       for (int64_t c = 0; c < weight.rows; ++c)
         for (int64_t i = image * size.cells(); i < (image + 1) * size.cells(); ++i)
-          add_multiple(dx.row(winners[c * dvalues.cols + i]), dvalues.row(c)[i], weight.data + c * weight.cols, weight.cols);
+          add_multiple(dx.row(winners[c * dvalues.cols + i]), dvalues.row(c)[i], weight.data + c * weight.cols,
+                       weight.cols);
     });
   }
 
@@ -263,14 +265,14 @@ struct PooledConvolution {
 // A side's non-local block on its map.
 template <typename A>
 struct CellBlock {
-  CellBlock(const SideParameters<A>& of, const Extents& size, int64_t channels, int64_t inner, OwnMatrix<A> map)
-      : of(of),
+  CellBlock(const SideParameters<A>& parameters, const Extents& size, int64_t channels, int64_t inner, OwnMatrix<A> map)
+      : parameters(parameters),
         size(size),
         channels(channels),
         inner(inner),
         x(std::move(map)),
-        phi(size, of.phi_weight, of.phi_bias, inner, channels),
-        g(size, of.g_weight, of.g_bias, inner, channels),
+        phi(size, parameters.phi_weight, parameters.phi_bias, inner, channels),
+        g(size, parameters.g_weight, parameters.g_bias, inner, channels),
         keys(channels, size.all_cells()),
         values(channels, size.all_cells()),
         shifts(1, size.all_cells()),
@@ -283,22 +285,24 @@ struct CellBlock {
         deviation(static_cast<size_t>(channels)),
         scale(static_cast<size_t>(channels)) {}
 
-  bool has_norm() const { return of.eps >= 0; }
-  bool uses_batch_statistics() const { return has_norm() && of.norm_mean == nullptr; }
+  bool has_norm() const { return parameters.eps >= 0; }
+  bool uses_batch_statistics() const { return has_norm() && parameters.norm_mean == nullptr; }
   Matrix<A> pixels_of(const Matrix<A>& matrix, int64_t image) const {
     return columns(matrix, image * size.pixels(), size.pixels());
   }
   Matrix<A> cells_of(const Matrix<A>& matrix, int64_t image) const {
     return columns(matrix, image * size.cells(), size.cells());
   }
-  Matrix<A> covariance(int64_t image) const { return row_major(covariances.row(image * size.cells()), size.cells(), size.cells()); }
+  Matrix<A> covariance(int64_t image) const {
+    return row_major(covariances.row(image * size.cells()), size.cells(), size.cells());
+  }
 
   // Phi = Wtheta^T phi, d = btheta^T phi, V = Wz g / K of all images.
   void prepare() {
     phi.run(x);
     g.run(x);
     matmul(keys.view(), theta_weight().transposed(), phi.values.view());
-    matmul(shifts.view(), row_major(of.theta_bias, 1, inner), phi.values.view());
+    matmul(shifts.view(), row_major(parameters.theta_bias, 1, inner), phi.values.view());
     matmul(values.view(), out_weight(), g.values.view());
     multiply_by(values.row(0), A(1) / static_cast<A>(size.cells()), channels * values.cols);
   }
@@ -323,20 +327,20 @@ struct CellBlock {
   void normalize() {
     const A images = static_cast<A>(size.images);
     for (int64_t c = 0; c < channels; ++c) {
-      const A bias = of.out_bias == nullptr ? A(0) : of.out_bias[c];
-      A* of_images = image_means.row(c);
+      const A bias = parameters.out_bias == nullptr ? A(0) : parameters.out_bias[c];
+      A* per_image = image_means.row(c);
       for (int64_t n = 0; n < size.images; ++n)
-        of_images[n] = bias + dot(values.row(c) + n * size.cells(), means.row(0) + n * size.cells(), size.cells());
+        per_image[n] = bias + dot(values.row(c) + n * size.cells(), means.row(0) + n * size.cells(), size.cells());
       if (uses_batch_statistics()) {
-        mean[c] = sum_of(of_images, size.images) / images;
+        mean[c] = sum_of(per_image, size.images) / images;
         A between = 0;
-        for (int64_t n = 0; n < size.images; ++n) between += (of_images[n] - mean[c]) * (of_images[n] - mean[c]);
+        for (int64_t n = 0; n < size.images; ++n) between += (per_image[n] - mean[c]) * (per_image[n] - mean[c]);
         variance[c] = (dot(values.row(c), spread.row(c), size.all_cells()) + between) / images;
       } else if (has_norm()) {
-        mean[c] = of.norm_mean[c], variance[c] = of.norm_variance[c];
+        mean[c] = parameters.norm_mean[c], variance[c] = parameters.norm_variance[c];
       }
-      deviation[c] = has_norm() ? std::sqrt(variance[c] + static_cast<A>(of.eps)) : A(1);
-      scale[c] = (of.norm_weight == nullptr ? A(1) : of.norm_weight[c]) / deviation[c];
+      deviation[c] = has_norm() ? std::sqrt(variance[c] + static_cast<A>(parameters.eps)) : A(1);
+      scale[c] = (parameters.norm_weight == nullptr ? A(1) : parameters.norm_weight[c]) / deviation[c];
     }
   }
 
@@ -345,7 +349,8 @@ struct CellBlock {
     OwnMatrix<A> result(channels, size.images);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t n = 0; n < size.images; ++n)
-        result.row(c)[n] = scale[c] * (image_means.row(c)[n] - mean[c]) + (of.norm_bias == nullptr ? A(0) : of.norm_bias[c]);
+        result.row(c)[n] = scale[c] * (image_means.row(c)[n] - mean[c]) +
+                           (parameters.norm_bias == nullptr ? A(0) : parameters.norm_bias[c]);
     return result;
   }
 
@@ -358,7 +363,7 @@ struct CellBlock {
   }
 
   // From the gradients of U, which become those of V, and of O: those of the norm, and of r's means.
-  void normalize_backward(OwnMatrix<A>& dvalues, const OwnMatrix<A>& doffsets, const SideGradients<A>& to) {
+  void normalize_backward(OwnMatrix<A>& dvalues, const OwnMatrix<A>& doffsets, const SideGradients<A>& gradients) {
     dmeans = OwnMatrix<A>(1, size.all_cells());
     dmeans.fill(A(0));
     dvariance.assign(static_cast<size_t>(channels), A(0));
@@ -366,14 +371,14 @@ struct CellBlock {
     std::vector<A> dimage(static_cast<size_t>(size.images));
     for (int64_t c = 0; c < channels; ++c) {
       const A* doffset = doffsets.row(c);
-      const A* of_images = image_means.row(c);
+      const A* per_image = image_means.row(c);
       A dscale = dot(dvalues.row(c), values.row(c), size.all_cells()), doffset_sum = sum_of(doffset, size.images);
-      for (int64_t n = 0; n < size.images; ++n) dscale += doffset[n] * (of_images[n] - mean[c]);
+      for (int64_t n = 0; n < size.images; ++n) dscale += doffset[n] * (per_image[n] - mean[c]);
       if (uses_batch_statistics()) dvariance[c] = -dscale * scale[c] / (2 * deviation[c] * deviation[c] * images);
       for (int64_t n = 0; n < size.images; ++n) {
         dimage[n] = scale[c] * doffset[n];
         if (uses_batch_statistics())
-          dimage[n] += 2 * dvariance[c] * (of_images[n] - mean[c]) - scale[c] * doffset_sum / images;
+          dimage[n] += 2 * dvariance[c] * (per_image[n] - mean[c]) - scale[c] * doffset_sum / images;
       }
       multiply_by(dvalues.row(c), scale[c], size.all_cells());
       if (uses_batch_statistics()) add_multiple(dvalues.row(c), 2 * dvariance[c], spread.row(c), size.all_cells());
@@ -382,9 +387,9 @@ struct CellBlock {
         add_multiple(dvalues.row(c) + first, dimage[n], means.row(0) + first, size.cells());
         add_multiple(dmeans.row(0) + first, dimage[n], values.row(c) + first, size.cells());
       }
-      if (to.norm_weight != nullptr) to.norm_weight[c] = dscale / deviation[c];
-      if (to.norm_bias != nullptr) to.norm_bias[c] = doffset_sum;
-      if (to.out_bias != nullptr) to.out_bias[c] = sum_of(dimage.data(), size.images);
+      if (gradients.norm_weight != nullptr) gradients.norm_weight[c] = dscale / deviation[c];
+      if (gradients.norm_bias != nullptr) gradients.norm_bias[c] = doffset_sum;
+      if (gradients.out_bias != nullptr) gradients.out_bias[c] = sum_of(dimage.data(), size.images);
     }
   }
 
@@ -405,52 +410,55 @@ struct CellBlock {
       matmul(inner_product, v.transposed(), weighted.view());
       matmul_add(dresponse, inner_product, response);
     }
-    for (int64_t k = 0; k < size.cells(); ++k) add_number(dresponse.data + k * dresponse.row_stride, shift[k], size.pixels());
+    for (int64_t k = 0; k < size.cells(); ++k)
+      add_number(dresponse.data + k * dresponse.row_stride, shift[k], size.pixels());
     matmul(cells_of(dkeys, image), pixels_of(x.view(), image), dresponse.transposed());
   }
 
-  // From the gradients of Phi and V to those of the convolutions and, where it has rows, of the map, added to dx (C, N L).
-  void prepare_backward(const OwnMatrix<A>& dkeys, OwnMatrix<A>& dvalues, OwnMatrix<A>& dx, const SideGradients<A>& to) {
+  // From the gradients of Phi and V to those of the convolutions and, where it has rows, of the map, added to dx (C, N
+  // L).
+  void prepare_backward(const OwnMatrix<A>& dkeys, OwnMatrix<A>& dvalues, OwnMatrix<A>& dx,
+                        const SideGradients<A>& gradients) {
     OwnMatrix<A> dphi(inner, size.all_cells()), dg(inner, size.all_cells());
     multiply_by(dvalues.row(0), A(1) / static_cast<A>(size.cells()), channels * dvalues.cols);
     matmul(dphi.view(), theta_weight(), dkeys.view());
-    matmul_add(dphi.view(), row_major(of.theta_bias, 1, inner).transposed(), dmeans.view());
+    matmul_add(dphi.view(), row_major(parameters.theta_bias, 1, inner).transposed(), dmeans.view());
     matmul(dg.view(), out_weight().transposed(), dvalues.view());
-    matmul(row_major(to.theta_weight, inner, channels), phi.values.view(), dkeys.view().transposed());
-    matmul(row_major(to.theta_bias, inner, 1), phi.values.view(), dmeans.view().transposed());
-    matmul(row_major(to.out_weight, channels, inner), dvalues.view(), g.values.view().transposed());
+    matmul(row_major(gradients.theta_weight, inner, channels), phi.values.view(), dkeys.view().transposed());
+    matmul(row_major(gradients.theta_bias, inner, 1), phi.values.view(), dmeans.view().transposed());
+    matmul(row_major(gradients.out_weight, channels, inner), dvalues.view(), g.values.view().transposed());
     if (phi.passes_densely()) {
-      phi.backward(dphi, x, dx, to.phi_weight, to.phi_bias);
-      g.backward(dg, x, dx, to.g_weight, to.g_bias);
+      phi.backward(dphi, x, dx, gradients.phi_weight, gradients.phi_bias);
+      g.backward(dg, x, dx, gradients.g_weight, gradients.g_bias);
       return;
     }
     const OwnMatrix<A> pixels = transposed(x);  // a pixel's channels side by side
     OwnMatrix<A> dpixels(dx.cols, dx.rows);
     if (dx.rows > 0) dpixels.fill(A(0));
-    phi.backward(dphi, pixels, dpixels, to.phi_weight, to.phi_bias);
-    g.backward(dg, pixels, dpixels, to.g_weight, to.g_bias);
+    phi.backward(dphi, pixels, dpixels, gradients.phi_weight, gradients.phi_bias);
+    g.backward(dg, pixels, dpixels, gradients.g_weight, gradients.g_bias);
     if (dx.rows == 0) return;
     const OwnMatrix<A> from_winners = transposed(dpixels);
     add_multiple(dx.row(0), A(1), from_winners.row(0), dx.rows * dx.cols);
   }
 
-  Matrix<A> theta_weight() const { return row_major(of.theta_weight, inner, channels); }
-  Matrix<A> out_weight() const { return row_major(of.out_weight, channels, inner); }
+  Matrix<A> theta_weight() const { return row_major(parameters.theta_weight, inner, channels); }
+  Matrix<A> out_weight() const { return row_major(parameters.out_weight, channels, inner); }
 
-  SideParameters<A> of;
+  SideParameters<A> parameters;
   Extents size;
   int64_t channels, inner;
-  OwnMatrix<A> x;             // (C, N L)
+  OwnMatrix<A> x;  // (C, N L)
   PooledConvolution<A> phi, g;
-  OwnMatrix<A> keys, values;  // Phi and V (C, N K)
-  OwnMatrix<A> shifts;        // d (1, N K)
-  OwnMatrix<A> means;         // of r (1, N K)
-  OwnMatrix<A> covariances;   // of r (N K, K)
-  OwnMatrix<A> spread;        // V Cov(r) (C, N K)
-  OwnMatrix<A> image_means;   // of u (C, N)
+  OwnMatrix<A> keys, values;                        // Phi and V (C, N K)
+  OwnMatrix<A> shifts;                              // d (1, N K)
+  OwnMatrix<A> means;                               // of r (1, N K)
+  OwnMatrix<A> covariances;                         // of r (N K, K)
+  OwnMatrix<A> spread;                              // V Cov(r) (C, N K)
+  OwnMatrix<A> image_means;                         // of u (C, N)
   std::vector<A> mean, variance, deviation, scale;  // (C)
-  OwnMatrix<A> dmeans;        // (1, N K)
-  std::vector<A> dvariance;   // (C), over N
+  OwnMatrix<A> dmeans;                              // (1, N K)
+  std::vector<A> dvariance;                         // (C), over N
 };
 
 template <typename A>
@@ -526,9 +534,10 @@ struct CellLevel {
   }
 
   // After forward(): gradients of grad times the sum.
-  void backward(double grad, const LevelGradients<A>& to) {
-    const int64_t channels = teacher().channels, from = student().channels;
-    OwnMatrix<A> totals(channels, size.images), dmixed(channels, mixed.cols), dresponses(responses.rows, responses.cols);
+  void backward(double grad, const LevelGradients<A>& gradients) {
+    const int64_t channels = teacher().channels, student_channels = student().channels;
+    OwnMatrix<A> totals(channels, size.images), dmixed(channels, mixed.cols),
+        dresponses(responses.rows, responses.cols);
     for_images(size.images, work(), [&](int64_t image) {
       for (int64_t c = 0; c < channels; ++c) {
         A* e = residual.row(c) + image * size.pixels();
@@ -539,41 +548,43 @@ struct CellLevel {
       matmul(mixed_of(dmixed, image), e, responses_of(responses, image).transposed());
       matmul(responses_of(dresponses, image), mixed_of(mixed, image).transposed(), e);
     });
-    OwnMatrix<A> dvalues[2] = {OwnMatrix<A>(from, size.all_cells()), OwnMatrix<A>(channels, size.all_cells())};
-    OwnMatrix<A> dadapted(channels, size.all_cells()), doffsets(from, size.images);
+    OwnMatrix<A> dvalues[2] = {OwnMatrix<A>(student_channels, size.all_cells()),
+                               OwnMatrix<A>(channels, size.all_cells())};
+    OwnMatrix<A> dadapted(channels, size.all_cells()), doffsets(student_channels, size.images);
     separate(dmixed, dvalues[1], dadapted);
     matmul(dvalues[0].view(), adaptation().transposed(), dadapted.view());
     multiply_by(totals.row(0), A(-1), channels * size.images);
     matmul(doffsets.view(), adaptation().transposed(), totals.view());
-    const Matrix<A> dweight = row_major(to.adaptation_weight, channels, from);
+    const Matrix<A> dweight = row_major(gradients.adaptation_weight, channels, student_channels);
     matmul(dweight, residual.view(), student().x.view().transposed());
-    multiply_by(dweight.data, A(-1), channels * from);
+    multiply_by(dweight.data, A(-1), channels * student_channels);
     matmul_add(dweight, dadapted.view(), scaled_values.view().transposed());
     matmul_add(dweight, totals.view(), offsets.view().transposed());
-    for (int64_t c = 0; c < channels; ++c) to.adaptation_bias[c] = sum_of(totals.row(c), size.images);
+    for (int64_t c = 0; c < channels; ++c) gradients.adaptation_bias[c] = sum_of(totals.row(c), size.images);
     multiply_by(totals.row(0), A(-1), channels * size.images);
     OwnMatrix<A> dstudent;
-    if (to.student != nullptr) {
-      dstudent = OwnMatrix<A>(from, size.all_pixels());
+    if (gradients.student != nullptr) {
+      dstudent = OwnMatrix<A>(student_channels, size.all_pixels());
       dstudent.fill(A(0));
       matmul_add(dstudent.view(), adaptation().transposed(), residual.view(), -1);
     }
-    student().normalize_backward(dvalues[0], doffsets, to.sides[0]);
-    teacher().normalize_backward(dvalues[1], totals, to.sides[1]);
-    const OwnMatrix<A> dkeys[2] = {OwnMatrix<A>(from, size.all_cells()), OwnMatrix<A>(channels, size.all_cells())};
+    student().normalize_backward(dvalues[0], doffsets, gradients.sides[0]);
+    teacher().normalize_backward(dvalues[1], totals, gradients.sides[1]);
+    const OwnMatrix<A> dkeys[2] = {OwnMatrix<A>(student_channels, size.all_cells()),
+                                   OwnMatrix<A>(channels, size.all_cells())};
     for_images(size.images, work(), [&](int64_t image) {
       for (int64_t side = 0; side < 2; ++side) {
         const Matrix<A> response = half(responses_of(responses, image), side, size.cells());
         const Matrix<A> dresponse = half(responses_of(dresponses, image), side, size.cells());
         sides[side].respond_backward(image, response, dresponse, dkeys[side].view());
-        if (side == 0 && to.student != nullptr)
+        if (side == 0 && gradients.student != nullptr)
           matmul_add(pixels_of(dstudent, image), sides[0].cells_of(sides[0].keys.view(), image), dresponse);
       }
     });
     OwnMatrix<A> dteacher;
-    student().prepare_backward(dkeys[0], dvalues[0], dstudent, to.sides[0]);
-    teacher().prepare_backward(dkeys[1], dvalues[1], dteacher, to.sides[1]);
-    if (to.student != nullptr) unpack(dstudent, to.student_type, to.student, student_view);
+    student().prepare_backward(dkeys[0], dvalues[0], dstudent, gradients.sides[0]);
+    teacher().prepare_backward(dkeys[1], dvalues[1], dteacher, gradients.sides[1]);
+    if (gradients.student != nullptr) unpack(dstudent, gradients.student_type, gradients.student, student_view);
   }
 
   Matrix<A> pixels_of(const OwnMatrix<A>& matrix, int64_t image) const {
@@ -604,18 +615,18 @@ struct CellLevel {
 
   MatrixView student_view;
   Extents size;
-  const A* weight;  // (Ct, Cs)
-  const A* bias;    // (Ct)
-  CellBlock<A> sides[2];        // student, teacher
-  OwnMatrix<A> responses;       // (2K, N L)
-  OwnMatrix<A> residual;        // e (Ct, N L)
-  OwnMatrix<A> offsets;         // O of the student (Cs, N)
-  OwnMatrix<A> scaled_values;   // U of the student (Cs, N K)
-  OwnMatrix<A> mixed;           // [U_t, -B U_s] (Ct, N 2K)
+  const A* weight;             // (Ct, Cs)
+  const A* bias;               // (Ct)
+  CellBlock<A> sides[2];       // student, teacher
+  OwnMatrix<A> responses;      // (2K, N L)
+  OwnMatrix<A> residual;       // e (Ct, N L)
+  OwnMatrix<A> offsets;        // O of the student (Cs, N)
+  OwnMatrix<A> scaled_values;  // U of the student (Cs, N K)
+  OwnMatrix<A> mixed;          // [U_t, -B U_s] (Ct, N 2K)
 };
 
-// The arguments that every variant of the op has. Of every level: kLevelTensors in `parameters`, four numbers in `pools`,
-// two in `eps`, the student's and the teacher's, negative without a norm.
+// The arguments that every variant of the op has. Of every level: kLevelTensors in `parameters`, four numbers in
+// `pools`, two in `eps`, the student's and the teacher's, negative without a norm.
 struct CellArguments {
   const Tensors& student;
   const Tensors& teacher;
@@ -628,48 +639,61 @@ struct CellArguments {
   }
 };
 
-void check(const CellArguments& of, const char* op) {
-  const size_t count = of.student.size();
+void check(const CellArguments& arguments, const char* op) {
+  const size_t count = arguments.student.size();
   STD_TORCH_CHECK(count > 0, op, ": student must have at least one level");
-  check_length(of.teacher, count, op, "teacher");
-  check_length(of.parameters, kLevelTensors * count, op, "parameters");
-  check_length(of.pools, 4 * count, op, "pools");
-  check_length(of.eps, 2 * count, op, "eps");
+  check_length(arguments.teacher, count, op, "teacher");
+  check_length(arguments.parameters, kLevelTensors * count, op, "parameters");
+  check_length(arguments.pools, 4 * count, op, "pools");
+  check_length(arguments.eps, 2 * count, op, "eps");
 }
 
 template <typename A>
-SideParameters<A> side_parameters(const CellArguments& of, size_t index, size_t side, int64_t channels, int64_t& inner,
-                                  const char* op) {
-  const std::optional<Tensor>* tensors = &of.parameters[kLevelTensors * index + 2 + kSideTensors * side];
-  const char* names[kSideTensors] = {"g_weight",     "g_bias",     "out_weight",  "out_bias",  "theta_weight", "theta_bias",
-                                     "phi_weight",   "phi_bias",   "norm_weight", "norm_bias", "norm_mean",    "norm_variance"};
+SideParameters<A> side_parameters(const CellArguments& arguments, size_t index, size_t side, int64_t channels,
+                                  int64_t& inner, const char* op) {
+  const std::optional<Tensor>* tensors = &arguments.parameters[kLevelTensors * index + 2 + kSideTensors * side];
+  const char* names[kSideTensors] = {"g_weight",     "g_bias",     "out_weight", "out_bias",
+                                     "theta_weight", "theta_bias", "phi_weight", "phi_bias",
+                                     "norm_weight",  "norm_bias",  "norm_mean",  "norm_variance"};
   for (size_t i : {0, 1, 2, 4, 5, 6, 7}) STD_TORCH_CHECK(tensors[i].has_value(), op, ": ", names[i], " must be given");
   inner = tensors[1]->numel();
-  const int64_t sizes[kSideTensors] = {inner * channels, inner,    channels * inner, channels, inner * channels, inner,
-                                       inner * channels, inner,    channels,         channels, channels,         channels};
+  const int64_t sizes[kSideTensors] = {inner * channels, inner, channels * inner, channels, inner * channels, inner,
+                                       inner * channels, inner, channels,         channels, channels,         channels};
   const A* data[kSideTensors];
   for (size_t i = 0; i < kSideTensors; ++i)
-    data[i] = static_cast<const A*>(checked_data(tensors[i], of.accumulation(index), sizes[i], of.student[index], op, names[i]));
-  return {data[0], data[1], data[2], data[3], data[4],  data[5],
-          data[6], data[7], data[8], data[9], data[10], data[11], of.eps[2 * index + side]};
+    data[i] = static_cast<const A*>(
+        checked_data(tensors[i], arguments.accumulation(index), sizes[i], arguments.student[index], op, names[i]));
+  return {data[0],
+          data[1],
+          data[2],
+          data[3],
+          data[4],
+          data[5],
+          data[6],
+          data[7],
+          data[8],
+          data[9],
+          data[10],
+          data[11],
+          arguments.eps[2 * index + side]};
 }
 
 template <typename A>
-CellLevel<A> cell_level(const CellArguments& of, size_t index, const char* op) {
-  const Tensor &s = of.student[index], &t = of.teacher[index];
+CellLevel<A> cell_level(const CellArguments& arguments, size_t index, const char* op) {
+  const Tensor &s = arguments.student[index], &t = arguments.teacher[index];
   const MatrixView views[2] = {checked_view(s, op, "student"), checked_view(t, op, "teacher")};
   check_pair(s, t, false, op);
   check_device(t, s, op, "teacher");
-  const int64_t* pool = &of.pools[4 * index];
+  const int64_t* pool = &arguments.pools[4 * index];
   const Extents size{s.size(0), s.size(2), s.size(3), {pool[0], pool[1], pool[2], pool[3]}};
   STD_TORCH_CHECK(size.images > 0, op, ": student must have at least one image");
   STD_TORCH_CHECK(size.pool.fits(size.height, size.width), op, ": pools must fit the map, and its first cell the pool");
   const int64_t channels[2] = {s.size(1), t.size(1)};
   int64_t inner[2];
-  const SideParameters<A> student = side_parameters<A>(of, index, 0, channels[0], inner[0], op);
-  const SideParameters<A> teacher = side_parameters<A>(of, index, 1, channels[1], inner[1], op);
-  const std::optional<Tensor>* adaptation = &of.parameters[kLevelTensors * index];
-  const ScalarType type = of.accumulation(index);
+  const SideParameters<A> student = side_parameters<A>(arguments, index, 0, channels[0], inner[0], op);
+  const SideParameters<A> teacher = side_parameters<A>(arguments, index, 1, channels[1], inner[1], op);
+  const std::optional<Tensor>* adaptation = &arguments.parameters[kLevelTensors * index];
+  const ScalarType type = arguments.accumulation(index);
   STD_TORCH_CHECK(adaptation[0].has_value() && adaptation[1].has_value(), op, ": the adaptation must be given");
   const void* weight = checked_data(adaptation[0], type, channels[1] * channels[0], s, op, "adaptation_weight");
   const void* bias = checked_data(adaptation[1], type, channels[1], s, op, "adaptation_bias");
@@ -681,33 +705,33 @@ CellLevel<A> cell_level(const CellArguments& of, size_t index, const char* op) {
 
 // Gradients of a level as the op returns them: the student's and one of each parameter, empty where there is none.
 template <typename A>
-LevelGradients<A> allocate(const CellArguments& of, size_t index, ScalarType student_type, Tensor* student,
+LevelGradients<A> allocate(const CellArguments& arguments, size_t index, ScalarType student_type, Tensor* student,
                            Tensors& outputs) {
-  LevelGradients<A> to{};
+  LevelGradients<A> gradients{};
   if (student != nullptr) {
-    const Tensor& s = of.student[index];
+    const Tensor& s = arguments.student[index];
     const auto shape = s.sizes();
     *student = empty_like_device(s, std::vector<int64_t>(shape.begin(), shape.end()), student_type,
                                  matrix_view(shape.data(), s.strides().data()).channels_last);
-    to.student = student->mutable_data_ptr(), to.student_type = student_type;
+    gradients.student = student->mutable_data_ptr(), gradients.student_type = student_type;
   }
   std::vector<A*> data;
   for (size_t i = 0; i < kLevelTensors; ++i) {
-    const auto& parameter = of.parameters[kLevelTensors * index + i];
+    const auto& parameter = arguments.parameters[kLevelTensors * index + i];
     const size_t field = i < 2 ? 0 : (i - 2) % kSideTensors;
     const bool learns = parameter.has_value() && field < kLearned;
     std::vector<int64_t> shape{0};
     if (learns) shape.assign(parameter->sizes().begin(), parameter->sizes().end());
-    outputs.push_back(empty_like_device(of.student[index], shape, of.accumulation(index)));
+    outputs.push_back(empty_like_device(arguments.student[index], shape, arguments.accumulation(index)));
     data.push_back(learns ? static_cast<A*>(outputs.back().mutable_data_ptr()) : nullptr);
   }
-  to.adaptation_weight = data[0], to.adaptation_bias = data[1];
+  gradients.adaptation_weight = data[0], gradients.adaptation_bias = data[1];
   for (size_t side = 0; side < 2; ++side) {
-    A** of_side = &data[2 + kSideTensors * side];
-    to.sides[side] = {of_side[0], of_side[1], of_side[2], of_side[3], of_side[4],
-                      of_side[5], of_side[6], of_side[7], of_side[8], of_side[9]};
+    A** side_data = &data[2 + kSideTensors * side];
+    gradients.sides[side] = {side_data[0], side_data[1], side_data[2], side_data[3], side_data[4],
+                             side_data[5], side_data[6], side_data[7], side_data[8], side_data[9]};
   }
-  return to;
+  return gradients;
 }
 
 // Mean and biased variance (C) of u where the norm takes the batch's, else empty.
@@ -728,24 +752,26 @@ struct CellResults {
 };
 
 // differentiates: also the gradients, of grad times the sums, or (nullptr) of the sums.
-CellResults run(const CellArguments& of, bool differentiates, const Tensor* grad, bool student_gradient, const char* op) {
-  check(of, op);
+CellResults run(const CellArguments& arguments, bool differentiates, const Tensor* grad, bool student_gradient,
+                const char* op) {
+  check(arguments, op);
   CellResults results;
-  results.squares = empty_like_device(of.student[0], {static_cast<int64_t>(of.student.size())},
-                                      total_type(of.student, of.teacher));
-  for (size_t index = 0; index < of.student.size(); ++index)
-    with_accumulator(of.accumulation(index), [&](auto tag) {
+  results.squares = empty_like_device(arguments.student[0], {static_cast<int64_t>(arguments.student.size())},
+                                      total_type(arguments.student, arguments.teacher));
+  for (size_t index = 0; index < arguments.student.size(); ++index)
+    with_accumulator(arguments.accumulation(index), [&](auto tag) {
       using A = typename decltype(tag)::type;
-      CellLevel<A> level = cell_level<A>(of, index, op);
+      CellLevel<A> level = cell_level<A>(arguments, index, op);
       put_number(results.squares, index, level.forward());
-      for (CellBlock<A>& side : level.sides) put_moments(side, of.student[index], of.accumulation(index), results.moments);
+      for (CellBlock<A>& side : level.sides)
+        put_moments(side, arguments.student[index], arguments.accumulation(index), results.moments);
       if (!differentiates) return;
       // Before grad is known a gradient stays in the accumulation type, so that it is rounded once.
-      const ScalarType type = grad == nullptr ? of.accumulation(index) : of.student[index].scalar_type();
+      const ScalarType type = grad == nullptr ? arguments.accumulation(index) : arguments.student[index].scalar_type();
       if (student_gradient) results.students.push_back(Tensor());
-      const LevelGradients<A> to =
-          allocate<A>(of, index, type, student_gradient ? &results.students.back() : nullptr, results.parameters);
-      level.backward(grad == nullptr ? 1 : number_at(*grad, index), to);
+      const LevelGradients<A> gradients = allocate<A>(
+          arguments, index, type, student_gradient ? &results.students.back() : nullptr, results.parameters);
+      level.backward(grad == nullptr ? 1 : number_at(*grad, index), gradients);
     });
   return results;
 }
@@ -758,13 +784,15 @@ Tensors joined(std::initializer_list<const Tensors*> lists) {
 
 Tensors forward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
                    const std::vector<int64_t>& pools, const std::vector<double>& eps) {
-  const CellResults results = run({student, teacher, parameters, pools, eps}, false, nullptr, false, "cell_relation_forward");
+  const CellResults results =
+      run({student, teacher, parameters, pools, eps}, false, nullptr, false, "cell_relation_forward");
   const Tensors squares{results.squares};
   return joined({&squares, &results.moments});
 }
 
 Tensors backward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                    const std::vector<int64_t>& pools, const std::vector<double>& eps, const Tensor& grad, bool student_gradient) {
+                    const std::vector<int64_t>& pools, const std::vector<double>& eps, const Tensor& grad,
+                    bool student_gradient) {
   const char* op = "cell_relation_backward";
   checked_data(grad, total_type(student, teacher), static_cast<int64_t>(student.size()), grad, op, "grad");
   const CellResults results = run({student, teacher, parameters, pools, eps}, true, &grad, student_gradient, op);

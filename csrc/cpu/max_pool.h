@@ -24,7 +24,8 @@ FBKD_CLONES void fold_row(const A* __restrict__ y, A bias, int32_t row, int64_t 
 
 }  // namespace
 
-// The cells of a max-pool, whose candidates are visited in the nested order of two pools: cells of fy x fx pixels first.
+// The cells of a max-pool, whose candidates are visited in the nested order of two pools: cells of fy x fx pixels
+// first.
 struct Pool {
   int64_t ky, kx, fy, fx;
 

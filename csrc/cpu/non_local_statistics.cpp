@@ -148,7 +148,7 @@ struct Statistics : ProductTiles {
       const int32_t* best_row = &space.best_row[c * level.width];
       const int64_t out = (image * level.pooled + c) * level.cells() + cell_row * level.cell_cols();
       for (int64_t cell = 0; cell < level.cell_cols(); ++cell) {
-        const int64_t col = level.pool.winner(best + cell * level.pool.kx, best_row + cell * level.pool.kx) + cell * level.pool.kx;
+        const int64_t first = cell * level.pool.kx, col = first + level.pool.winner(best + first, best_row + first);
         pooled[out + cell] = best[col];
         winners[out + cell] =
             static_cast<int32_t>((cell_row * level.pool.ky + best_row[col]) * level.width + col);
