@@ -1,4 +1,4 @@
-"""A training step in Ultralytics' trainer: alone, with its built-in distillation and with ``FBKDTrainer``, side by side.
+"""A training step in Ultralytics' trainer: alone, with its built-in distillation and with ``FBKDTrainer``.
 
     python -m benchmarks.ultralytics_step [--student yolo11n.yaml] [--teacher yolo11s.yaml] [--imgsz 160] [--batch 4]
         [--steps 30] [--warmup 10] [--threads 1] [--json FILE]
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 def make_data(folder: Path, images: int, size: int) -> str:
-    """``images`` pictures of noise to train on, in YOLO's format, and one to validate; returns their description's path."""
+    """Return the path of a data set of noise in YOLO's format: ``images`` pictures to train on, one to validate."""
     from PIL import Image
 
     generator = np.random.default_rng(0)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 __all__ = ["RelationSizes", "cheaper_form"]
 
-# Multiply-adds of the vendor's product that one more pass over an element of a map takes as long as, times the passes of
-# each form beside its products: the cell form makes them on whole maps, the collapsed one on blocks in cache.
+# Passes over a map's elements beside the products, as many multiply-adds as take as long: the cell form makes its passes
+# on whole maps, the collapsed form on blocks in cache.
 _CELL_PASSES, _COLLAPSED_PASSES = 300, 100
 # The same for an element of the collapsed form's matrices, and for its calls whatever the sizes.
 _MATRIX_PASSES, _COLLAPSED_CALLS = 100, 4e7

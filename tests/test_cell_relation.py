@@ -28,7 +28,7 @@ from helpers import randomise, rms
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, functional, reference, relation
 from fbkd_ops._layout import empty_gradient, in_place_layout
-from fbkd_ops.autograd.cell_relation import CellBlock, CellLevel, cell_relation
+from fbkd_ops.autograd.cell_relation import CellBlock, cell_relation
 from fbkd_ops.linear_non_local import pool_cells
 from fbkd_ops.presets import CHOICES
 from fbkd_ops.relation import RelationTerm, relation_form
