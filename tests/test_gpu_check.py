@@ -161,6 +161,31 @@ def test_junit_results(tmp_path):
     assert tests.skips == {"cuda library is missing": 2}
 
 
+def test_modules_that_skip_themselves_are_no_failures(tmp_path, on_gpu):
+    """As pytest writes them; a module that cannot be imported is a failure."""
+    (tmp_path / "test_absent.py").write_text("import pytest\npytest.importorskip('no_such_framework')\n")
+    (tmp_path / "test_present.py").write_text("def test_passes():\n    pass\n")
+    results = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command += [f"--junitxml={results}", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    tests = parsers.tests_in(results)
+    assert tests.counts == {"passed": 1, "modules skipped": 1} and not tests.skips, done.stdout
+    assert stages.judged(on_gpu, [Done(command, done.stdout, done.returncode)], [tests]).status == "ok"
+    (tmp_path / "test_broken.py").write_text("import no_such_framework\n")
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert parsers.tests_in(results).counts == {"passed": 1, "modules skipped": 1, "failed": 1}
+
+
+def test_stages_ignore_no_test_that_needs_a_gpu():
+    for ignored in stages.WITHOUT_GPU:
+        path = ROOT / ignored
+        files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+        assert files and not [file for file in files if re.search(r"mark\.gpu|\bcases import", file.read_text())]
+    for selection in (stages.GPU_TESTS, stages.OP_CHECKS):
+        assert {f"--ignore={path}" for path in stages.WITHOUT_GPU} < set(selection.paths)
+
+
 def test_library_states():
     info = "torch         2.10\ncpu library   loaded\ncuda library  not built: no nvcc\n\nop device backend\n"
     assert parsers.library_states(info) == {"cpu": "loaded", "cuda": "not built: no nvcc"}

@@ -259,9 +259,12 @@ def tool(name: str) -> Optional[str]:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
+# Nothing in the ignored files needs a GPU, and to collect them every process would import their frameworks.
+WITHOUT_GPU = ("tests/integrations", "tests/test_demo.py", "tests/test_visualize.py")
+TESTS = ("tests", *(f"--ignore={path}" for path in WITHOUT_GPU))
 OTHERS = "not opcheck and not gradcheck and not cuda_graph"
-GPU_TESTS = Selection(("tests",), OTHERS, "(autocast or twice) and cpu", SHARDS)
-OP_CHECKS = Selection(("tests",), "(opcheck or gradcheck) and not cuda_graph", "test_opcheck and cpu", SHARDS)
+GPU_TESTS = Selection(TESTS, OTHERS, "(autocast or twice) and cpu", SHARDS)
+OP_CHECKS = Selection(TESTS, "(opcheck or gradcheck) and not cuda_graph", "test_opcheck and cpu", SHARDS)
 GRAPHS = Selection(("tests/test_cuda_graph.py",), "", "test_gradcheck and cpu-contiguous")
 
 STAGES = {
