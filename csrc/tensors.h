@@ -3,6 +3,7 @@
 
 #include "stable_abi.h"
 
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -13,6 +14,11 @@
 #include <vector>
 
 #include "layout.h"
+
+// Headers of torch up to 2.11 have only the older name, whose exception leaves out the message of the call that failed.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace fbkd {
 
