@@ -101,12 +101,13 @@ def _projections(
     fields, cells = ("g",) if gaussian else ("g", "phi"), pool_cells(x, settings)
     if backend == "torch" or cells == (1, 1, 1, 1):
         x, *parts = _convolved(x, weights, fields if gaussian else (*fields, "theta"))
-        parts[: len(fields)] = [_pooled(part, settings) for part in parts[: len(fields)]]
+        pooled = [_pooled(part, settings) for part in parts[: len(fields)]]
+        parts = [*pooled, *parts[len(fields) :]]
     else:
         x, *parts = _convolved_and_pooled(backend, x, weights, fields, cells)
         if not gaussian:
             x, theta = _convolved(x, weights, ("theta",))
-            parts.append(theta)
+            parts = [*parts, theta]  # no append: torch.compile of torch 2.11 makes a tuple of a starred target
     if gaussian:
         return x, x.flatten(2), _pooled(x, settings), parts[0]
     g, phi, theta = parts

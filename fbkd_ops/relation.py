@@ -38,10 +38,6 @@ class RelationTerm(NamedTuple):
     student_mean: Optional[Tensor] = None  # (N, Cs) over pixels, where it is known already
     teacher_mean: Optional[Tensor] = None  # (N, Ct)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.student, self.teacher)
-
 
 def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool = False) -> list[Tensor]:
     """The squared term of every level.
@@ -63,19 +59,25 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
     return [response_squares(backend, term) if value is None else value for term, value in zip(terms, results)]
 
 
+def _term_dtype(term: RelationTerm) -> torch.dtype:
+    """What a level is accumulated in. No property: torch.compile of torch 2.10 reads none of a named tuple."""
+    return accumulation_dtype(term.student, term.teacher)
+
+
 def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
     """``(levels,)``: both blocks of a level are affine maps of its pixels, and so is their difference."""
+    dtypes = [_term_dtype(term) for term in terms]
     students = collapse(
         backend,
-        [_accumulated_in(term.dtype, term.student) for term in terms],
+        [_accumulated_in(dtype, term.student) for dtype, term in zip(dtypes, terms)],
         [term.student_block for term in terms],
-        [_known_in(term.dtype, term.student_mean) for term in terms],
+        [_known_in(dtype, term.student_mean) for dtype, term in zip(dtypes, terms)],
     )
     teachers = collapse(
         backend,
-        [_accumulated_in(term.dtype, term.teacher) for term in terms],
+        [_accumulated_in(dtype, term.teacher) for dtype, term in zip(dtypes, terms)],
         [term.teacher_block for term in terms],
-        [_known_in(term.dtype, term.teacher_mean) for term in terms],
+        [_known_in(dtype, term.teacher_mean) for dtype, term in zip(dtypes, terms)],
     )
     levels = [_affine_level(*level) for level in zip(terms, students, teachers)]
     return relation_residual(backend, RelationLevels(*map(list, zip(*levels))), memory_efficient)
@@ -95,8 +97,8 @@ def _affine_level(
     term: RelationTerm, student: tuple[Tensor, CollapsedNonLocal], teacher: tuple[Tensor, CollapsedNonLocal]
 ) -> tuple[Optional[Tensor], ...]:
     """A level's entries of :class:`RelationLevels`."""
-    (s, student_block), (t, teacher_block) = student, teacher
-    adaptation, bias = term.adaptation_weight.to(term.dtype), term.adaptation_bias.to(term.dtype)
+    (s, student_block), (t, teacher_block), dtype = student, teacher, _term_dtype(term)
+    adaptation, bias = term.adaptation_weight.to(dtype), term.adaptation_bias.to(dtype)
     relation = torch.matmul(adaptation, student_block.matrix)  # (N, Ct, cs)
     student_matrix = adaptation + torch.matmul(relation, student_block.projection)  # (N, Ct, Cs)
     offset = teacher_block.offset - torch.matmul(student_block.offset, adaptation.mT) - bias
@@ -118,9 +120,10 @@ def _recomputed(backend: str, term: RelationTerm) -> Tensor:
 
 def _response_squares(backend: str, term: RelationTerm) -> Tensor:
     """The residual ``t + U_t r_t - B s - B U_s r_s + v`` from the responses r of both sides, in plain PyTorch."""
-    adaptation, bias = term.adaptation_weight.to(term.dtype), term.adaptation_bias.to(term.dtype)
-    student, s = linear_non_local.to_affine(backend, term.student.to(term.dtype), term.student_block)
-    teacher, t = linear_non_local.to_affine(backend, term.teacher.to(term.dtype), term.teacher_block)
+    dtype = _term_dtype(term)
+    adaptation, bias = term.adaptation_weight.to(dtype), term.adaptation_bias.to(dtype)
+    student, s = linear_non_local.to_affine(backend, term.student.to(dtype), term.student_block)
+    teacher, t = linear_non_local.to_affine(backend, term.teacher.to(dtype), term.teacher_block)
     return affine_residual(
         student.flatten(2),
         adaptation,
@@ -172,14 +175,14 @@ def _values_of_a_channel(term: RelationTerm) -> int:
 
 
 def _cell_level(term: RelationTerm) -> CellLevel:
-    norms = term.student_block.norm, term.teacher_block.norm
+    dtype, norms = _term_dtype(term), (term.student_block.norm, term.teacher_block.norm)
     return CellLevel(
         term.student,
         term.teacher,
-        term.adaptation_weight.to(term.dtype),
-        term.adaptation_bias.to(term.dtype),
-        _cell_block(term.dtype, term.student_block),
-        _cell_block(term.dtype, term.teacher_block),
+        term.adaptation_weight.to(dtype),
+        term.adaptation_bias.to(dtype),
+        _cell_block(dtype, term.student_block),
+        _cell_block(dtype, term.teacher_block),
         pool_cells(term.student, term.student_block.settings),
         tuple(None if norm is None else norm.eps for norm in norms),
     )

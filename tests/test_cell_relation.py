@@ -28,7 +28,7 @@ from helpers import randomise, rms
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, functional, reference, relation
 from fbkd_ops._layout import empty_gradient, in_place_layout
-from fbkd_ops.autograd.cell_relation import CellBlock, cell_relation
+from fbkd_ops.autograd.cell_relation import CellBlock, cell_relation, level_parameters
 from fbkd_ops.linear_non_local import pool_cells
 from fbkd_ops.presets import CHOICES
 from fbkd_ops.relation import RelationTerm, relation_form
@@ -337,7 +337,7 @@ def test_opcheck(norm, student_gradient):
     tests = ("test_schema", "test_faketensor")
     for layouts in PAIRS_OF_LAYOUTS[1:3]:
         level = Level(*LEVEL, (torch.bfloat16, torch.float32), layouts, norm=norm).cells()
-        parameters = [None if x is None else x.detach() for x in level.parameters()]
+        parameters = [None if x is None else x.detach() for x in level_parameters(level)]
         eps = [-1.0 if value is None else value for value in level.eps]
         arguments = [level.student.detach()], [level.teacher], parameters, list(level.pool), eps
         torch.library.opcheck(op_of("cell_relation_forward", "cpu"), arguments, test_utils=tests)

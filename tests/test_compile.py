@@ -8,6 +8,7 @@ from helpers import randomise
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss
+from fbkd_ops.presets import MODES
 
 # Both levels are larger than every preset's strides: a clamped stride is another graph.
 SIZES = [(34, 40), (50, 36), (39, 64), (41, 41)]
@@ -65,6 +66,17 @@ def test_one_graph_for_every_size(configuration):
     assert not torch._dynamo.utils.counters["graph_break"]
     for result, expected in zip(results, run_sizes(eager, eager)):
         torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_compiles_with_and_without_pooling(mode):
+    """Through AOTAutograd, which runs the ops' fakes; a level without a pool takes another way in every mode."""
+    torch.compiler.reset()
+    loss = randomise(FBKDLoss(4, 6, num_levels=2, mode=mode, stride=(1, 2)))
+    eager = copy.deepcopy(loss)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ((result, expected),) = zip(run_sizes(loss, compiled, [(12, 10)]), run_sizes(eager, eager, [(12, 10)]))
+    torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_the_fused_ops_are_in_the_graph():

@@ -10,7 +10,7 @@ from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
 from .ops import kernel, register
 
-__all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_relation"]
+__all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_relation", "level_parameters"]
 
 
 class CellBlock(NamedTuple):
@@ -42,16 +42,17 @@ class CellLevel(NamedTuple):
     pool: tuple[int, int, int, int]  # cell height and width, and those of the first pool in a nested order
     eps: tuple[Optional[float], Optional[float]]  # of the student's and the teacher's norm; None without a norm
 
-    def parameters(self) -> list[Optional[Tensor]]:
-        """In the op's order."""
-        return [self.adaptation_weight, self.adaptation_bias, *self.student_block, *self.teacher_block]
-
 
 class Moments(NamedTuple):
     """Of what a norm of batch statistics normalizes; empty for any other."""
 
     mean: Tensor  # (C,)
     variance: Tensor  # (C,), biased
+
+
+def level_parameters(level: CellLevel) -> list[Optional[Tensor]]:
+    """In the op's order. No method: torch.compile of torch 2.10 calls none of a named tuple."""
+    return [level.adaptation_weight, level.adaptation_bias, *level.student_block, *level.teacher_block]
 
 
 _LEVEL_TENSORS = 2 + 2 * len(CellBlock._fields)
@@ -69,7 +70,7 @@ def cell_relation(levels: list[CellLevel], memory_efficient: bool = False) -> tu
     pools = [side for level in levels for side in level.pool]
     eps = [-1.0 if value is None else value for level in levels for value in level.eps]
     keep = torch.is_grad_enabled() and not (memory_efficient or torch.compiler.is_compiling())
-    tensors = [parameter for level in levels for parameter in level.parameters()]
+    tensors = [parameter for level in levels for parameter in level_parameters(level)]
     students, teachers = [level.student for level in levels], [level.teacher.detach() for level in levels]
     squares, *moments = CellRelationFunction.apply(pools, eps, keep, len(levels), *students, *teachers, *tensors)
     return squares, [Moments(*moments[first : first + 2]) for first in range(0, len(moments), 2)]
