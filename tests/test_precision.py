@@ -130,3 +130,9 @@ def test_compiled_criterion_inside_a_distiller():
             expected, losses = plain(batch, TARGETS), compiled(batch, TARGETS)
         for name in TERMS:
             torch.testing.assert_close(losses[name], expected[name])
+
+
+def test_references_are_not_rounded_to_tf32():
+    """What conftest.py sets: else float32 references on a GPU are off by 1e-3, and no comparison can fail."""
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
