@@ -23,7 +23,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fbkd_ops"
-STABLE_ABI = "2.10"  # as csrc/stable_abi.h says
+STABLE_ABI = "2.10"  # as csrc/stable_abi.h says; an older torch is refused
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0")
 INSTALL_HINT = "pip install torch ninja pybind11; pip install --no-build-isolation ."
 
@@ -71,7 +71,14 @@ def import_torch():
         import torch
     except ImportError as error:
         raise SystemExit(f"fbkd_ops is built against the installed torch, and there is none ({error}). {INSTALL_HINT}")
+    if release_of(torch.__version__) < release_of(STABLE_ABI):
+        raise SystemExit(f"fbkd_ops needs torch {STABLE_ABI} or later, but torch {torch.__version__} is installed.")
     return torch
+
+
+def release_of(version):
+    """``(2, 10)`` of "2.10.0+cu128"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def missing_for_cpu():

@@ -112,6 +112,15 @@ def test_missing_torch_says_what_to_install(source, tmp_path):
     assert "no torch here" in done.stderr and "pip install --no-build-isolation ." in done.stderr
 
 
+def test_a_torch_that_is_too_old_is_named(source, tmp_path):
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    done = setup_py(source, PYTHONPATH=str(stub), FBKD_OPS_CUDA=None)
+    assert done.returncode != 0
+    assert done.stderr == "fbkd_ops needs torch 2.10 or later, but torch 2.9.1+cpu is installed.\n"
+
+
 def test_without_a_compiler_the_package_is_pure_python(source):
     path, names, report = wheel(source, CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
     assert not [name for name in names if name.endswith(".so")]
