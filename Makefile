@@ -1,4 +1,5 @@
-# make venv | test | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make venv | test | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
 # make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE and FBKD_OPS_REVISION say:
 # make gpu STAGES="test bench"
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test bench gpu demo info docs clean
+.PHONY: venv test oldest bench gpu demo info docs clean
 
 venv: $(STAMP)
 
@@ -27,6 +28,9 @@ $(STAMP): $(BUILD_INPUTS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+oldest:
+	PYTHON="$(PYTHON)" scripts/oldest.sh
 
 bench: venv
 	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief \

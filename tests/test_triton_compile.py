@@ -43,9 +43,11 @@ def assert_no_local_memory(instances):
 
 
 @pytest.fixture(scope="module")
-def triton_compilers(tmp_path_factory):
-    """A process for each architecture, all at once: most of the time is the compiler's."""
-    caches = {arch: str(tmp_path_factory.mktemp(f"sm_{arch}")) for arch in code_report.ARCHS}
+def triton_compilers(request, tmp_path_factory):
+    """A process for each architecture of the selected tests, all at once: most of the time is the compiler's."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    archs = {each["triton_instances"] for each in parameters if "triton_instances" in each}
+    caches = {arch: str(tmp_path_factory.mktemp(f"sm_{arch}")) for arch in archs}
     processes = {arch: code_report.triton_compiler(arch, TRITON_CACHE_DIR=path) for arch, path in caches.items()}
     yield processes
     for process in processes.values():
