@@ -116,8 +116,8 @@ class Case:
         return self.shape[0] > 1 and 32 <= self.shape[1] <= 512 and min(cells) > 1
 
     def features(self, seed: int, level: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed + 100 * level)
-        x = torch.randn(self.shapes[level], generator=generator)
+        generator = torch.Generator(self.device).manual_seed(seed + 100 * level)
+        x = torch.randn(self.shapes[level], generator=generator, device=self.device)
         return x.to(self.device, getattr(torch, self.dtype)).contiguous(memory_format=LAYOUTS[self.layout])
 
     def pyramid(self, seed: int) -> list[Tensor]:
@@ -145,7 +145,7 @@ class Suite:
     ``brief`` what a run of minutes has instead, if not the same, without the peers ``not_in_brief``; ``strides`` a
     case's pooling factors by its shape. A suite without ``cost`` has no ceiling. ``checked_as`` names the suite in
     which the implementations of the same names are compared with the literal formula instead, and each backend by
-    itself is measured; ``states`` are those of the CPU's memory to measure in. A CUDA graph holds the calls of a
+    itself is measured; ``states`` are those of the CPU's memory to measure in. A CUDA graph can hold the calls of a
     ``capturable`` suite: none of them waits for the device.
     """
 

@@ -21,7 +21,7 @@ from benchmarks.cases import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
 from benchmarks.series import OURS
 from benchmarks.suites import SUITES, outputs_of, peers_of
-from benchmarks.timing import calls_of, interleaved, ratios, summary
+from benchmarks.timing import CaptureError, calls_of, interleaved, ratios, summary
 
 __all__ = ["DOES_NOT_FIT", "Job", "measure"]
 
@@ -42,6 +42,7 @@ class Job:
     rounds: int
     seconds: float
     checked: dict[str, str] = field(default_factory=dict)  # peers whose results are known, and what is wrong with them
+    uncaptured: dict[str, str] = field(default_factory=dict)  # peers that an earlier process could not capture, and why
 
     @property
     def check(self) -> tuple[str, Case]:
@@ -75,11 +76,15 @@ def measure(job: Job) -> dict:
     """Everything that is known of a job's peers: ``status`` is "ok" or says why there are no figures.
 
     ``checked`` is what the comparison with the literal formula found wrong with each, nothing if it is right.
+
+    Raises:
+        CaptureError: a peer cannot be captured in a CUDA graph.
     """
     suite, case = SUITES[job.suite], job.case
     makers = peers_of(suite, case.device)
     wrongs = _wrongs(job, [name for name in job.peers if name in makers])
     status = {name: wrongs.get(name, f"{job.suite} has none on {case.device}") for name in job.peers}
+    status |= {name: f"cannot be captured: {why}" for name, why in job.uncaptured.items()}
     if suite.checked_as:
         torch.backends.cudnn.allow_tf32 = True  # a whole model as users run it
     cost = suite.cost(case) if suite.cost else None
@@ -97,16 +102,17 @@ def measure(job: Job) -> dict:
         ready, rows[name] = (None, {"status": problem}) if problem else _prepared(makers[name], sets, job)
         if ready:
             runners[name] = ready
-    times, graphs = _times(runners, ceilings, job)
+    times = _times(runners, ceilings, job)
     rates = _rates(ceilings, times)
+    baseline = _baseline(suite, rows)
     for name, which in itertools.product(runners, PASSES):
-        eager, ours = (times.get((other, which)) for other in (suite.baseline, OURS))
+        eager, ours = (times.get((other, which)) for other in (baseline, OURS))
         rows[name][which] = _figures(times[name, which], eager, ours, _least(cost, rates, which) if cost else None)
     if ceilings and case.device == "cpu":
         rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
     result |= {"ceilings": rates} if ceilings else {}
     rounds = max(map(len, times.values()), default=0)
-    return result | {"input_sets": len(sets), "graphs": graphs, "rounds": rounds, "peers": rows}
+    return result | {"input_sets": len(sets), "baseline": baseline, "rounds": rounds, "peers": rows}
 
 
 def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
@@ -121,6 +127,12 @@ def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
         return _wrong(truth, makers[peer]) if peer in makers else ""
 
     return {peer: wrong(peer) for peer in peers}
+
+
+def _baseline(suite: Suite, rows: dict[str, dict]) -> str:
+    """Whose speed the others' is compared with: the literal formula's where the suite's own one is not installed."""
+    status = rows.get(suite.baseline, {}).get("status", "")
+    return "reference" if status.startswith("not installed") else suite.baseline
 
 
 def _prepared(
@@ -204,18 +216,17 @@ def _reason(error: Exception) -> str:
     return DOES_NOT_FIT if full or "bad_alloc" in text else f"failed: {type(error).__name__}: {text.splitlines()[0]}"
 
 
-def _times(runners: dict[str, list[Runner]], ceilings: dict[str, "Ceiling"], job: Job) -> tuple[dict, dict[str, bool]]:
-    """Milliseconds of each round: of ceilings by name, of a pass by peer and pass and for one set of inputs. Beside
-    them, by pass, whether CUDA graphs were timed."""
-    calls, graphs = {}, {}
+def _times(runners: dict[str, list[Runner]], ceilings: dict[str, "Ceiling"], job: Job) -> dict:
+    """Milliseconds of each round: of ceilings by name, of a pass by peer and pass and for one set of inputs."""
+    calls = {}
     for which in PASSES:
         of_sets = {name: [getattr(runner, which) for runner in each] for name, each in runners.items()}
-        made, graphs[which] = calls_of(of_sets, job.case.device, SUITES[job.suite].capturable)
+        made = calls_of(of_sets, as_graphs=job.state == "graphs")
         calls |= {(name, which): call for name, call in made.items()}
     everything = {name: ceiling.call for name, ceiling in ceilings.items()} | calls
-    times = interleaved(everything, job.rounds, job.case.device, job.seconds)
+    times = interleaved(everything, job.rounds, job.case.device, job.seconds, by_wall_clock=job.state == "eager")
     counts = {(name, which): len(each) for name, each in runners.items() for which in PASSES}
-    return {key: [value / counts.get(key, 1) for value in found] for key, found in times.items()}, graphs
+    return {key: [value / counts.get(key, 1) for value in found] for key, found in times.items()}
 
 
 def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
@@ -336,7 +347,11 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for all; PyTorch's default is TF32 in convolutions
     if case.device == "cpu":
         memory.limit_to_available()
-    print("\n" + json.dumps(measure(job)))
+    try:
+        result = measure(job)
+    except CaptureError as error:
+        result = {"uncaptured": {error.peer: str(error)}}
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Memory: how much a call needs at its peak, and the two states that the C library's allocator can be in.
+"""Memory: how much a call needs at its peak, and the states that a process is measured in.
+
+On the CPU these are the two states that the C library's allocator can be in.
 
 A large CPU tensor that is newly mapped costs a page fault for every 4 KB when it is first written, often more than
 the computation. Whether that happens depends on the allocator's history; here it is decided by its settings, which a
@@ -7,6 +9,11 @@ process has from its start on:
 * fresh: each block from 64 KB up is mapped by the operating system at its allocation, and given back when freed.
 * warm: nothing is mapped apart or given back, so a block reuses pages that an earlier call has touched. There is one
   heap alone: after a block that it had no room for, the C library would go on in another, which maps large ones apart.
+
+On a GPU, whose memory PyTorch keeps, a state is a way to call:
+
+* graphs: CUDA graphs, timed between two events: the device's own time.
+* eager: every launch from Python, timed by the wall clock until the device has finished: the host's time counts.
 """
 
 import gc
@@ -23,15 +30,18 @@ __all__ = ["STATES", "available_bytes", "limit_to_available", "page_faults", "pe
 STATES = {
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(64 << 10)},
     "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 60), "MALLOC_ARENA_MAX": "1"},
-    "default": {},  # the allocator as it comes; on a GPU the only one
+    "default": {},  # the allocator as it comes
+    "graphs": {},
+    "eager": {},
 }
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def states_of(device: str, asked: Iterable[str] = ("fresh", "warm")) -> list[str]:
-    """The states to measure in. PyTorch keeps CUDA memory itself; other C libraries have other settings."""
-    known = device == "cpu" and platform.libc_ver()[0] == "glibc"
-    return list(asked) if known else ["default"]
+def states_of(device: str, asked: Iterable[str] = ("fresh", "warm"), capturable: bool = True) -> list[str]:
+    """The states to measure in: those ``asked`` for on a CPU, unless its C library has other settings."""
+    if device == "cuda":
+        return ["graphs", "eager"] if capturable else ["eager"]
+    return list(asked) if platform.libc_ver()[0] == "glibc" else ["default"]
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str) -> Optional[int]:

@@ -38,6 +38,7 @@ from benchmarks.series import (  # noqa: E402
     series,
     slower,
     slower_text,
+    state_text,
 )
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
@@ -134,7 +135,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
         left_out = SUITES[name].not_in_brief if options.brief else ()
         own = [peer for peer in peers_of(SUITES[name], options.device) if peer not in left_out]
         peers = list(dict.fromkeys([*(options.peers or own), OURS]))
-        states = states_of(options.device, SUITES[name].states)
+        states = states_of(options.device, SUITES[name].states, SUITES[name].capturable)
         for case, state in itertools.product(cases_of(SUITES[name], options), states):
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
 
@@ -175,7 +176,16 @@ def still_there(runs: list[dict], replaced: set[tuple[str, str, str]]) -> list[d
 
 
 def measured(job: Job) -> dict:
-    """The result of a job, made in a process that begins in the job's state of memory."""
+    """The result of a job. A peer that CUDA cannot capture is left out, and the others get a new process."""
+    result = measured_once(job)
+    while "uncaptured" in result:
+        job = replace(job, uncaptured=job.uncaptured | result["uncaptured"])
+        result = measured_once(job)
+    return result
+
+
+def measured_once(job: Job) -> dict:
+    """What a process has made of a job; the process begins in the job's state."""
     variables = os.environ | STATES[job.state] | {"OMP_NUM_THREADS": str(job.threads)}
     command = [sys.executable, "-m", "benchmarks.measurement"]
     text = json.dumps(asdict(job))
@@ -222,7 +232,7 @@ def table_of(result: dict):
     """A rich table of one suite on one map in one state of memory."""
     from rich.table import Table
 
-    title = f"{result['suite']} · {result['case']['title']} · {result['state']} memory"
+    title = f"{result['suite']} · {result['case']['title']} · {state_text([result['state']])}"
     if "rounds" in result:
         title += f" · {result['rounds']} rounds"
     table = Table(title=title, title_justify="left", caption_justify="left")
@@ -232,9 +242,9 @@ def table_of(result: dict):
     for name, row in result["peers"].items():
         shown = cells(name, row) if row["status"] == "ok" else [row["status"]]
         table.add_row(name, *shown)
-    if result["case"]["device"] == "cuda" and not all(result.get("graphs", {}).values()):
-        table.title += " · not all in CUDA graphs"
     captions = ["ceilings: " + ceilings_text(result)] if "ceilings" in result else []
+    if result.get("baseline") == "reference":
+        captions.append("× eager: beside reference")
     if slower([result]):
         captions.append(f"{FASTER.strip()} faster than {OURS}")
     table.caption = "\n".join(captions) or None
@@ -315,7 +325,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     for row in report["scaling"]:
         growth = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["time"].items())
         output.print(
-            f"{row['suite']}, {row['state']} memory, {' to '.join(row['sizes'])}, "
+            f"{row['suite']}, {state_text([row['state']])}, {' to '.join(row['sizes'])}, "
             f"{row['pixels']:.1f} times the pixels: time × {growth or '–'}"
         )
     report["complete"] = True

@@ -27,6 +27,7 @@ from benchmarks.series import (
     exponent,
     read_report,
     series,
+    state_text,
     states_in,
     title_of,
 )
@@ -49,7 +50,7 @@ COLOURS = {
     "fbkd_ops:triton": "#000000",
 }
 MARKERS = "osD^vP*X"  # of suites
-ALPHAS = {"fresh": 0.45}  # of the bars, by the state of memory; 1 in any other
+ALPHAS = {"fresh": 0.45, "eager": 0.45}  # of the bars, by state; 1 in any other
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fbkd_ops"}
 DPI, WIDTH, ROW_HEIGHT = 110, 9.0, 2.9
 CAPTION_COLUMNS = 150
@@ -227,8 +228,8 @@ def draw_bars(report: dict) -> "Figure":
     handles = [patch(colour(peer), 1, peer) for peer in distinct(bar.peer for bar in shown)]
     if len(states) > 1:
         for alpha in distinct(map(alpha_of, states)):
-            alike = " or ".join(state for state in states if alpha_of(state) == alpha)
-            handles.append(patch("#444444", alpha, f"{alike} memory"))
+            alike = [state for state in states if alpha_of(state) == alpha]
+            handles.append(patch("#444444", alpha, state_text(alike, " or ")))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     return captioned(figure, caption(report, "Median, whiskers: 20th and 80th percentile of the rounds."))
 
@@ -277,7 +278,7 @@ def draw_growths(report: dict) -> "Figure":
             ax.set_ylabel(name)
         row[0].set_title(title[0], loc="left", fontweight="bold")
     state = states_in(report["results"])[0]
-    note = f"Time in {state} memory. k: least-squares slope, time or memory ∝ size^k."
+    note = f"Time in {state_text([state])}. k: least-squares slope, time or memory ∝ size^k."
     return captioned(figure, caption(report, note))
 
 
@@ -325,7 +326,7 @@ def draw_roofline(report: dict) -> "Figure":
     handles = [patch(colour(peer), 1, peer) for peer in distinct(point.peer for point in points)]
     handles += [dot(markers[suite], "#444444", suite) for suite in suites]
     if len(states) > 1:
-        handles += [dot("o", "#444444" if state == states[0] else "none", f"{state} memory") for state in states]
+        handles += [dot("o", "#444444" if state == states[0] else "none", state_text([state])) for state in states]
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     note = "Fewest FLOP of matrix products and fewest bytes of any implementation, over the measured time;"
     note += " roof: ceilings measured in the same rounds, median and range."

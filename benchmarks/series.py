@@ -22,6 +22,7 @@ __all__ = [
     "series",
     "slower",
     "slower_text",
+    "state_text",
     "states_in",
     "title_of",
 ]
@@ -31,7 +32,8 @@ AXES = {"H·W": (2, 3), "N": (0,), "C": (1,)}  # of a case's shape
 PYRAMID = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
 DIMENSIONS = (*AXES, PYRAMID)
 LEAST_SIZES = 2  # of a series that is shown
-STATES = ("warm", "default", "fresh")  # of memory, in the order in which they are shown
+# States of benchmarks/memory.py in the order in which they are shown.
+STATES = ("graphs", "eager", "warm", "default", "fresh")
 FASTER = " *"  # behind a time that fbkd_ops does not reach
 PASSES = {"forward": "forward", "step": "forward + backward"}
 CEILINGS = {  # what the machine did beside a result, and its unit
@@ -110,8 +112,14 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
+def state_text(states: Sequence[str], separator: str = " / ") -> str:
+    """``warm / fresh memory`` of a CPU's states, ``graphs / eager`` of a GPU's."""
+    text = separator.join(states)
+    return text if set(states) <= {"graphs", "eager"} else f"{text} memory"
+
+
 def states_in(results: Iterable[dict]) -> list[str]:
-    """The states of memory that results were measured in, in the order of STATES."""
+    """The states that results were measured in, in the order of STATES."""
     found = {result["state"] for result in results}
     return [state for state in STATES if state in found]
 
@@ -139,6 +147,6 @@ def slower_text(rows: Iterable[dict]) -> list[str]:
     """A line a peer: ``slower than eager at: ...``."""
     places = {}
     for row in rows:
-        text = f"{row['suite']} {row['case']}, {row['state']} memory, {PASSES[row['pass']]} ({row['speed']:.2f})"
+        text = f"{row['suite']} {row['case']}, {state_text([row['state']])}, {PASSES[row['pass']]} ({row['speed']:.2f})"
         places.setdefault(row["peer"], []).append(text)
     return [f"slower than {peer} at: {'; '.join(texts)}" for peer, texts in places.items()]

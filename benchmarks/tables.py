@@ -14,6 +14,7 @@ from benchmarks.series import (
     is_slower,
     place_of,
     series,
+    state_text,
     states_in,
     title_of,
 )
@@ -146,7 +147,7 @@ def comparisons(results: list[dict]) -> str:
         by_map, states = _by_map_and_state([result for result in results if result["suite"] == suite])
         for title, by_state in by_map.items():
             measured = [state for state in states if state in by_state]
-            memory = f", {' / '.join(measured)} memory" if measured != ["default"] else ""
+            memory = f", {state_text(measured)}" if measured != ["default"] else ""
             lines.append(f"- `{suite}`, {title}{memory}: {comparison([by_state[x]['peers'] for x in measured])}.")
     return "\n".join(lines)
 

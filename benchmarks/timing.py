@@ -6,20 +6,33 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["calls_of", "interleaved", "ratios", "summary"]
+__all__ = ["CaptureError", "calls_of", "interleaved", "ratios", "summary"]
 
 LEAST_ROUNDS = 3
 
 
+class CaptureError(RuntimeError):
+    """CUDA cannot capture ``peer``. The allocator of this process may stay in an unknown state: measure in another."""
+
+    def __init__(self, peer: str, error: Exception):
+        super().__init__(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        self.peer = peer
+
+
 def interleaved(
-    functions: dict[str, Callable[[], object]], rounds: int, device: str, seconds: float = float("inf")
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    seconds: float = float("inf"),
+    by_wall_clock: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each function in each round, A B C A B C ...
 
     After ``seconds`` no new round begins, except that LEAST_ROUNDS (or ``rounds``, if fewer) are always made. The
-    functions must have been called before: nothing is warmed up here.
+    functions must have been called before: nothing is warmed up here. On a GPU the time is that between two events, or
+    ``by_wall_clock`` from the call until the device has finished.
     """
-    once = _cuda_ms if device == "cuda" else _cpu_ms
+    once = _cpu_ms if device == "cpu" else _wall_ms if by_wall_clock else _cuda_ms
     times = {name: [] for name in functions}
     begin = time.perf_counter()
     for made in range(rounds):
@@ -30,25 +43,23 @@ def interleaved(
     return times
 
 
-def calls_of(
-    peers: dict[str, list[Callable[[], object]]], device: str, capturable: bool = True
-) -> tuple[dict[str, Callable[[], object]], bool]:
-    """Of each peer all of its calls as one, and whether as CUDA graphs, in which no time between launches counts.
+def calls_of(peers: dict[str, list[Callable[[], object]]], as_graphs: bool) -> dict[str, Callable[[], object]]:
+    """All calls of each peer as one call, or as one CUDA graph, in which no time between launches counts.
 
-    Where one peer cannot be captured none is, so that the same is measured of all.
+    Raises:
+        CaptureError: a peer cannot be captured.
     """
     plain = {name: _together(calls) for name, calls in peers.items()}
-    if device != "cuda" or not capturable:
-        return plain, False
-    try:
-        pool = (
-            torch.cuda.graph_pool_handle()
-        )  # one for all: graphs run one after another, and nobody reads their results
-        return {name: _captured(call, pool) for name, call in plain.items()}, True
-    except RuntimeError:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return plain, False
+    if not as_graphs:
+        return plain
+    pool = torch.cuda.graph_pool_handle()  # one for all: graphs run one after another, and nobody reads their results
+    graphs = {}
+    for name, call in plain.items():
+        try:
+            graphs[name] = _captured(call, pool)
+        except RuntimeError as error:
+            raise CaptureError(name, error) from error
+    return graphs
 
 
 def _together(calls: list[Callable[[], object]]) -> Callable[[], object]:
@@ -83,6 +94,14 @@ def _cuda_ms(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def _wall_ms(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def summary(values: list[float]) -> dict[str, float]:

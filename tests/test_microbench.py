@@ -1,6 +1,7 @@
 """The measuring tools: what is checked, reported and survived. No test depends on a time."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -89,7 +90,8 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
         assert result["peers"]["fbkd_ops"]["step"]["speed_of_fbkd_ops"]["median"] == 1
         if has_eager:
             assert result["peers"]["eager"]["step"]["speed_vs_eager"]["median"] == 1
-        assert result["ceilings"]["copy_gb_s"] > 0 and result["graphs"] == {"forward": False, "step": False}
+        assert result["ceilings"]["copy_gb_s"] > 0
+        assert result["baseline"] == ("eager" if has_eager else "mmrazor")
         assert ("matmul_gflop_s" in result["ceilings"]) == (result["suite"] in ["adapted_masked_l2", *BESIDE_MMRAZOR])
 
 
@@ -132,12 +134,14 @@ def test_a_whole_step_follows_dtype_and_layout(monkeypatch):
         assert seen[0].is_contiguous(memory_format=cases.LAYOUTS[layout])
 
 
-def test_on_a_gpu_there_is_one_state_of_memory():
+def test_on_a_gpu_calls_are_timed_in_graphs_and_eagerly():
     options = microbench.parse(["--suite", "train_step", "masked_l2"])
     assert {job.state for job in microbench.jobs_of(options)} == {"default", *memory.states_of("cpu")}
     options.device = "cuda"
     jobs = list(microbench.jobs_of(options))
-    assert {job.state for job in jobs} == {"default"} and jobs[0].case.device == "cuda"
+    assert {job.state for job in jobs if job.suite == "masked_l2"} == {"graphs", "eager"}
+    assert {job.state for job in jobs if job.suite == "train_step"} == {"eager"}  # it waits for the device
+    assert jobs[0].case.device == "cuda"
 
 
 def test_a_whole_step_needs_torchvision(inside, monkeypatch, capsys, tmp_path):
@@ -421,7 +425,7 @@ def test_a_sweep_has_its_base_once():
 
 
 def test_the_table_says_where_a_peer_is_faster(inside, monkeypatch, capsys, tmp_path):
-    def twice_as_slow(functions, *_):
+    def twice_as_slow(functions, *_, **__):
         return {name: [2.0 if name[0] == "fbkd_ops" else 1.0] for name in functions}
 
     monkeypatch.setattr(measurement, "interleaved", twice_as_slow)
@@ -459,11 +463,11 @@ def test_a_run_whose_tables_later_ones_replaced_is_not_named():
 
 
 def test_times_are_of_one_set_of_inputs(monkeypatch):
-    monkeypatch.setattr(measurement, "interleaved", lambda calls, *limits: {name: [6.0] for name in calls})
+    monkeypatch.setattr(measurement, "interleaved", lambda calls, *_, **__: {name: [6.0] for name in calls})
     (job, *_) = microbench.jobs_of(microbench.parse(["--suite", "masked_l2"]))
     runner = measurement.Runner(lambda: None, [])
     ceilings = {"sum": measurement.Ceiling(lambda: None, "gb_s", 1.0)}
-    times, _ = measurement._times({"eager": [runner] * 2, "fbkd_ops": [runner] * 3}, ceilings, job)
+    times = measurement._times({"eager": [runner] * 2, "fbkd_ops": [runner] * 3}, ceilings, job)
     assert times["sum"] == [6.0] and times["eager", "step"] == [3.0] and times["fbkd_ops", "forward"] == [2.0]
 
 
@@ -563,45 +567,78 @@ def test_the_rates_are_those_of_what_was_timed(layout):
 def test_a_call_makes_all_calls():
     """A GPU's inputs come in several sets, and a call is timed over all of them."""
     seen = []
-    calls, is_graph = timing.calls_of({"x": [lambda: seen.append("a"), lambda: seen.append("b")]}, "cpu")
-    calls["x"]()
-    assert seen == ["a", "b"] and not is_graph
-
-
-def test_what_waits_for_the_device_is_not_captured(monkeypatch):
-    monkeypatch.setattr(timing, "_captured", lambda *_: pytest.fail("captured"))
-    _, is_graph = timing.calls_of({"x": [lambda: None]}, "cuda", capturable=False)
-    assert not is_graph and not suites.SUITES["train_step"].capturable
+    timing.calls_of({"x": [lambda: seen.append("a"), lambda: seen.append("b")]}, as_graphs=False)["x"]()
+    assert seen == ["a", "b"]
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_calls_are_replayed_from_a_graph():
     x = torch.zeros(4, device="cuda")
-    change, wait = [lambda: x.add_(1), lambda: x.mul_(2)], [lambda: x.sum().item()]
-    before = torch.cuda.current_stream()
-    calls, is_graph = timing.calls_of({"changes": change, "waits": wait}, "cuda")
-    assert not is_graph and calls["waits"]() is not None and torch.cuda.current_stream() == before
-    calls, is_graph = timing.calls_of({"changes": change}, "cuda")  # after one that failed
-    assert is_graph
+    calls = timing.calls_of({"changes": [lambda: x.add_(1), lambda: x.mul_(2)]}, as_graphs=True)
     x.zero_()
     calls["changes"]()
     assert x.tolist() == [2.0] * 4
 
 
-def test_all_peers_are_captured_or_none(monkeypatch):
+@pytest.fixture
+def one_waits(monkeypatch):
+    """Captures everything but what returns "waits"."""
+
     def captured(function, pool):
         if function() == "waits":
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA error")
         return lambda: "graph"
 
     monkeypatch.setattr(timing, "_captured", captured)
-    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def test_a_peer_that_cannot_be_captured_is_named(one_waits):
     peers = {"a": [lambda: "kernels"], "b": [lambda: "waits"]}
-    calls, is_graph = timing.calls_of(peers, "cuda")
-    assert not is_graph and [call() for call in calls.values()] == ["kernels", "waits"]
-    calls, is_graph = timing.calls_of({"a": peers["a"]}, "cuda")
-    assert is_graph and calls["a"]() == "graph"
+    assert timing.calls_of({"a": peers["a"]}, as_graphs=True)["a"]() == "graph"
+    assert timing.calls_of(peers, as_graphs=False)["b"]() == "waits"
+    with pytest.raises(timing.CaptureError, match="^RuntimeError: operation not permitted .* capturing$") as stopped:
+        timing.calls_of(peers, as_graphs=True)
+    assert stopped.value.peer == "b"
+
+
+def test_after_a_failed_capture_the_others_get_a_new_process(monkeypatch):
+    """The allocator's state is unknown after it, so nothing may be measured in the process in which it failed."""
+    (job, *_) = microbench.jobs_of(microbench.parse([*ARGUMENTS, "--suite", "masked_l2"]))
+    job, asked = dataclasses.replace(job, state="graphs"), []
+
+    def measured_once(job):
+        asked.append(job.uncaptured)
+        waiting = [name for name in ("eager", "reference") if name not in job.uncaptured]
+        return {"uncaptured": {waiting[0]: "RuntimeError: it waits"}} if waiting else measurement.measure(job)
+
+    monkeypatch.setattr(microbench, "measured_once", measured_once)
+    monkeypatch.setattr(measurement, "calls_of", lambda calls, as_graphs: timing.calls_of(calls, as_graphs=False))
+    rows = microbench.measured(job)["peers"]
+    assert [list(names) for names in asked] == [[], ["eager"], ["eager", "reference"]]
+    assert rows["eager"]["status"] == rows["reference"]["status"] == "cannot be captured: RuntimeError: it waits"
+    assert rows["fbkd_ops"]["status"] == "ok" and rows["fbkd_ops"]["step"]["speed_vs_eager"] is None
+
+
+def test_a_failed_capture_is_the_result_of_its_process(monkeypatch, capsys):
+    (job, *_) = microbench.jobs_of(microbench.parse([*ARGUMENTS, "--suite", "masked_l2"]))
+
+    def measure(job):
+        raise timing.CaptureError("eager", RuntimeError("it waits"))
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(dataclasses.asdict(job))))
+    monkeypatch.setattr(memory, "limit_to_available", lambda: None)
+    measurement.main()
+    assert json.loads(capsys.readouterr().out) == {"uncaptured": {"eager": "RuntimeError: it waits"}}
+
+
+def test_without_mmrazor_the_reference_is_the_baseline(inside, monkeypatch, capsys, tmp_path):
+    without_mmrazor(monkeypatch, {})
+    text, report = run(capsys, tmp_path / "figures.json", "--suite", "relation", "--peers", "mmrazor", "reference")
+    rows = report["results"][0]["peers"]
+    assert rows["reference"]["step"]["speed_vs_eager"]["median"] == 1
+    assert rows["fbkd_ops"]["step"]["speed_vs_eager"]["median"] > 0 and "× eager: beside reference" in text
 
 
 def result_without_pooling(sizes, ms, status="ok", strides=(1,)):
