@@ -1,8 +1,8 @@
 # make venv | test | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
-# make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE and FBKD_OPS_REVISION say:
-# make gpu STAGES="test bench"
+# make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE, CACHE, WHEELS and
+# FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for ARCH into CACHE.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -10,11 +10,14 @@ ARGS ?=
 DEVICE ?= cpu
 BENCH_OUT ?= build/bench
 
+ARCH ?= 90
+
 BIN := $(VENV)/bin
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test oldest bench gpu demo info docs clean
+.PHONY: venv test oldest bench gpu gpu-cache demo info docs clean
 
 venv: $(STAMP)
 
@@ -38,8 +41,12 @@ bench: venv
 
 # Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
 gpu:
-	PYTHON="$(or $(wildcard $(BIN)/python),$(PYTHON))" STAGES="$(STAGES)" OUT="$(OUT)" DEADLINE="$(DEADLINE)" \
-		scripts/gpu_check.sh $(ARGS)
+	PYTHON="$(GPU_PYTHON)" STAGES="$(STAGES)" OUT="$(OUT)" DEADLINE="$(DEADLINE)" CACHE="$(CACHE)" \
+		WHEELS="$(WHEELS)" bash scripts/gpu_check.sh $(ARGS)
+
+# Needs no GPU, but the Triton and the Python version of the machine that has one, and any PyTorch.
+gpu-cache:
+	$(GPU_PYTHON) -m scripts.gpu.triton_cache $(or $(CACHE),build/triton-cache) --arch $(ARCH) $(ARGS)
 
 demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)

@@ -23,7 +23,7 @@ from benchmarks.series import OURS
 from benchmarks.suites import SUITES, outputs_of, peers_of
 from benchmarks.timing import CaptureError, calls_of, interleaved, ratios, summary
 
-__all__ = ["DOES_NOT_FIT", "Job", "measure"]
+__all__ = ["DOES_NOT_FIT", "Job", "Runner", "measure", "mistakes"]
 
 DOES_NOT_FIT = "does not fit in memory"
 PASSES = ("forward", "step")
@@ -82,7 +82,7 @@ def measure(job: Job) -> dict:
     """
     suite, case = SUITES[job.suite], job.case
     makers = peers_of(suite, case.device)
-    wrongs = _wrongs(job, [name for name in job.peers if name in makers])
+    wrongs = mistakes(job, [name for name in job.peers if name in makers])
     status = {name: wrongs.get(name, f"{job.suite} has none on {case.device}") for name in job.peers}
     status |= {name: f"cannot be captured: {why}" for name, why in job.uncaptured.items()}
     if suite.checked_as:
@@ -115,7 +115,7 @@ def measure(job: Job) -> dict:
     return result | {"input_sets": len(sets), "baseline": baseline, "rounds": rounds, "peers": rows}
 
 
-def _wrongs(job: Job, peers: list[str]) -> dict[str, str]:
+def mistakes(job: Job, peers: list[str]) -> dict[str, str]:
     """What is wrong with each peer, as it is known or as a comparison shows: in the suite's own terms or, by name, in
     those of the suite that it is checked as."""
     name, case = job.check

@@ -261,18 +261,40 @@ def slower_table(reports: Iterable[dict]) -> str:
 
 
 def stage_tables(summary: dict) -> str:
-    """What ``make gpu`` ran and, of each profile of ncu, its kernels."""
+    """What ``make gpu`` ran, the kernels that the profiler saw beside the model's, and those of each profile of ncu."""
     stages = summary["stages"]
     rows = [
         [name, entry["status"], _or_dash(entry.get("seconds")), _plain(entry.get("figures", {}))]
         for name, entry in stages.items()
     ]
     parts = [f"{machine(summary['environment'])}.", table(["stage", "status", "seconds", "figures"], rows)]
-    for profile, kernels in stages.get("ncu", {}).get("figures", {}).items():
-        lines = [[f"`{name}`", *map(_or_dash, figures.values())] for name, figures in kernels.items()]
-        header = ["kernel", "launches", "µs", "% of DRAM bandwidth", "% of warps active"]
-        parts.append(f"ncu, {profile}, P2 with four images:\n\n{table(header, lines)}")
+    seen = stages.get("smoke", {}).get("figures", {}).get("kernels")
+    if seen:
+        parts.append(
+            f"A step of the whole loss, P2..P5, 16 images, bfloat16, by the profiler:\n\n{_kernel_table(seen)}"
+        )
+    for stage in ("ncu", "kernels"):
+        for profile, kernels in stages.get(stage, {}).get("figures", {}).items():
+            if isinstance(kernels, dict) and kernels:
+                parts.append(f"ncu, {profile}:\n\n{_kernel_table(kernels)}")
     return "\n\n".join(parts)
+
+
+KERNEL_COLUMNS = {
+    "launches": "launches",
+    "us": "µs",
+    "predicted_us": "µs predicted",
+    "dram_percent": "% of DRAM bandwidth",
+    "l2_percent": "% of L2 bandwidth",
+    "sm_percent": "% of the multiprocessors' rate",
+    "warps_percent": "% of warps active",
+}
+
+
+def _kernel_table(kernels: dict[str, dict]) -> str:
+    columns = [name for name in KERNEL_COLUMNS if any(name in figures for figures in kernels.values())]
+    lines = [[f"`{kernel}`", *(_or_dash(row.get(name)) for name in columns)] for kernel, row in kernels.items()]
+    return table(["kernel", *(KERNEL_COLUMNS[name] for name in columns)], lines)
 
 
 def _or_dash(value: Optional[float]) -> str:

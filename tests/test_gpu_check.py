@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from benchmarks import environment  # noqa: E402
 from fbkd_ops import backends  # noqa: E402
 from scripts.gpu import __main__ as gpu_check  # noqa: E402
 from scripts.gpu import cases as gpu_cases  # noqa: E402
-from scripts.gpu import parsers, processes, shard, stages  # noqa: E402
+from scripts.gpu import parsers, processes, shard, smoke, stages, triton_cache  # noqa: E402
 from scripts.gpu.processes import Done  # noqa: E402
 from scripts.gpu.stages import Context, Outcome, Stage  # noqa: E402
 
@@ -64,7 +65,9 @@ def ncu_line(number, kernel, metric, unit, value):
 
 
 def ncu_launch(number, kernel, dram, warps, nanoseconds):
-    values = {"dram_percent": ("%", dram), "warps_percent": ("%", warps), "us": ("ns", nanoseconds)}
+    shares = dict.fromkeys(name for name in parsers.NCU_METRICS if name != "us")
+    values = {name: ("%", "25.0") for name in shares} | {"dram_percent": ("%", dram), "warps_percent": ("%", warps)}
+    values |= {"us": ("ns", nanoseconds)}
     return [ncu_line(number, kernel, parsers.NCU_METRICS[name], *value) for name, value in values.items()]
 
 
@@ -125,8 +128,9 @@ def test_what_keeps_the_tools_from_working():
 def test_ncu_launches():
     rows = parsers.ncu_rows(NCU)
     assert [row["kernel"] for row in rows] == ["attention_pool_sums", "attention_pool_sums", "sum_tiles"]
-    assert rows[0] == {"kernel": "attention_pool_sums", "dram_percent": 80.0, "warps_percent": 50.0, "us": 1.0}
-    assert rows[2] == {"kernel": "sum_tiles", "dram_percent": None, "warps_percent": 40.0, "us": 12.5}
+    others = {"l2_percent": 25.0, "sm_percent": 25.0}
+    assert rows[0] == {"kernel": "attention_pool_sums", "dram_percent": 80.0, "warps_percent": 50.0, "us": 1.0} | others
+    assert rows[2] == {"kernel": "sum_tiles", "dram_percent": None, "warps_percent": 40.0, "us": 12.5} | others
     assert parsers.ncu_rows(FORBIDDEN) == parsers.ncu_rows("") == []
 
 
@@ -139,13 +143,15 @@ def test_ncu_units_of_time(unit, microseconds):
 def test_kernels_weigh_their_launches_by_time():
     table = parsers.kernel_table(parsers.ncu_rows(NCU))
     assert list(table) == ["sum_tiles", "attention_pool_sums"]  # the longest first
-    assert table["attention_pool_sums"] == {"launches": 2, "us": 4.0, "dram_percent": 87.5, "warps_percent": 65.0}
+    expected = {"launches": 2, "us": 4.0, "dram_percent": 87.5, "l2_percent": 25.0, "sm_percent": 25.0}
+    assert table["attention_pool_sums"] == expected | {"warps_percent": 65.0}
     assert table["sum_tiles"]["dram_percent"] is None
 
 
 def test_kernel_without_a_time():
-    row = {"kernel": "k", "dram_percent": 5.0, "warps_percent": None, "us": None}
-    assert parsers.kernel_table([row])["k"] == {"launches": 1, "us": 0, "dram_percent": None, "warps_percent": None}
+    row = {"kernel": "k"} | dict.fromkeys(parsers.NCU_METRICS) | {"dram_percent": 5.0}
+    shares = dict.fromkeys(name for name in parsers.NCU_METRICS if name != "us")
+    assert parsers.kernel_table([row])["k"] == {"launches": 1, "us": 0} | shares
 
 
 def test_junit_results(tmp_path):
@@ -182,7 +188,7 @@ def test_stages_ignore_no_test_that_needs_a_gpu():
         path = ROOT / ignored
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
         assert files and not [file for file in files if re.search(r"mark\.gpu|\bcases import", file.read_text())]
-    for selection in (stages.GPU_TESTS, stages.OP_CHECKS):
+    for selection in (stages.MAIN_TESTS, stages.MORE_TESTS, stages.OP_CHECKS):
         assert {f"--ignore={path}" for path in stages.WITHOUT_GPU} < set(selection.paths)
 
 
@@ -214,10 +220,14 @@ def test_benchmark_figures_and_failures():
 # Stages, on made-up output of their commands
 
 
+def context_in(folder, dry):
+    return Context(folder, folder, dry, cache=folder / "triton-cache")
+
+
 @pytest.fixture
 def on_gpu(tmp_path):
     """A context that is no dry run; its commands must not be run."""
-    return Context(tmp_path, tmp_path, dry=False)
+    return context_in(tmp_path, dry=False)
 
 
 @pytest.fixture
@@ -314,9 +324,11 @@ def test_an_empty_share_beside_others_is_no_failure(on_gpu):
 
 
 def test_gpu_tests_are_selected_once():
-    """Together the three stages run every test that is marked, none of them twice."""
-    chosen = [stages.GPU_TESTS, stages.OP_CHECKS, stages.GRAPHS]
-    for file, name in [("a", "test_layouts"), ("a", "test_opcheck"), ("a", "test_gradcheck"), ("cuda_graph", "test_x")]:
+    """Together the four stages run every test that is marked, none of them twice."""
+    chosen = [stages.MAIN_TESTS, stages.MORE_TESTS, stages.OP_CHECKS, stages.GRAPHS]
+    named = [("a", "test_layouts"), ("a", "test_opcheck"), ("a", "test_gradcheck"), ("cuda_graph", "test_x")]
+    named += [("masked_l2", "test_layouts"), ("masked_l2", "test_opcheck"), ("adapted_masked_l2", "test_layouts")]
+    for file, name in named:
         path = f"tests/test_{file}.py"
         there = [selection for selection in chosen if selection.paths[0] in ("tests", path)]
         assert sum(matches(selection.names, f"{path}::{name}") for selection in there) == 1, name
@@ -343,19 +355,39 @@ def test_shares_are_a_partition():
         shard.share("5/4")
 
 
-def test_sanitizer_runs_every_tool_on_every_backend(on_gpu, answer, monkeypatch):
+@pytest.fixture
+def tools(monkeypatch):
+    """Every tool is on PATH; ``results`` has what a command prints by tool and backend, or how it ends."""
+    calls, results = [], {}
+
+    def run_together(commands, seconds, folder, variables):
+        calls.append(SimpleNamespace(commands=commands, seconds=seconds, variables=variables))
+        return [results.get((command[2], command[-1])) or Done(command, CLEAN[command[2]], 0) for command in commands]
+
     monkeypatch.setattr(stages, "tool", lambda name: name)
-    calls = answer(*(CLEAN[checker] for checker in stages.SANITIZER_TOOLS for _ in ("cuda", "triton")))
+    monkeypatch.setattr(stages, "run_together", run_together)
+    return SimpleNamespace(calls=calls, results=results)
+
+
+def test_sanitizer_runs_every_tool_on_every_backend(on_gpu, tools):
+    """The CUDA kernels first, of these memcheck, and Triton's last."""
     outcome = stages.sanitizer(on_gpu, 100)
-    names = [f"{checker}_{backend}" for checker in stages.SANITIZER_TOOLS for backend in ("cuda", "triton")]
-    assert outcome.status == "ok" and outcome.figures == dict.fromkeys(names, 0)
-    assert [f"{command[2]}_{command[-1]}" for command in calls[0].commands] == names
-    assert calls[0].variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    rounds = [[f"{command[2]}_{command[-1]}" for command in call.commands] for call in tools.calls]
+    assert rounds == [
+        ["memcheck_cuda"],
+        ["racecheck_cuda", "initcheck_cuda"],
+        ["memcheck_triton"],
+        ["racecheck_triton", "initcheck_triton"],
+    ]
+    assert outcome.status == "ok" and outcome.figures == dict.fromkeys(sum(rounds, []), 0)
+    assert all(call.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for call in tools.calls)
+    assert all(call.seconds <= 100 for call in tools.calls)
 
 
-def test_sanitizer_reports_what_it_found(on_gpu, answer, monkeypatch):
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    answer(MEMCHECK, CLEAN["memcheck"], CLEAN["racecheck"], RACECHECK, "killed", CLEAN["initcheck"])
+def test_sanitizer_reports_what_it_found(on_gpu, tools):
+    tools.results["memcheck", "cuda"] = Done([], MEMCHECK, 0)
+    tools.results["racecheck", "triton"] = Done([], RACECHECK, 0)
+    tools.results["initcheck", "cuda"] = Done([], "killed", -9)
     outcome = stages.sanitizer(on_gpu, 100)
     assert outcome.status == "failed"
     assert outcome.figures["memcheck_cuda"] == 2 and outcome.figures["racecheck_triton"] == 1
@@ -363,29 +395,42 @@ def test_sanitizer_reports_what_it_found(on_gpu, answer, monkeypatch):
     assert any("masked_l2_sums" in line for line in outcome.why) and "killed" in outcome.why
 
 
-def test_sanitizer_names_the_tool_that_cannot_work_and_keeps_the_others(on_gpu, answer, monkeypatch):
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    answer(*(CLEAN[checker] for checker in ("memcheck", "racecheck") for _ in range(2)), UNSUPPORTED, UNSUPPORTED)
+def test_sanitizer_says_what_it_had_no_time_for(on_gpu, tools):
+    """That is no failure; what the others have found still is."""
+    tools.results["memcheck", "triton"] = Done([], "compiling", -9, timed_out=True)
+    outcome = stages.sanitizer(on_gpu, 100)
+    assert outcome.status == "incomplete: out of time for memcheck of triton" and len(outcome.figures) == 5
+    tools.results["memcheck", "cuda"] = Done([], MEMCHECK, -9, timed_out=True)
+    assert stages.sanitizer(on_gpu, 100).status == "failed"
+    assert stages.sanitizer(on_gpu, 0).status.startswith("incomplete: out of time for memcheck of cuda, racecheck")
+
+
+def test_sanitizer_names_the_tool_that_cannot_work_and_keeps_the_others(on_gpu, tools):
+    for backend in ("cuda", "triton"):
+        tools.results["initcheck", backend] = Done([], UNSUPPORTED, 1)
     outcome = stages.sanitizer(on_gpu, 100)
     assert outcome.status == "failed" and outcome.figures["racecheck_triton"] == 0 and len(outcome.figures) == 4
     assert outcome.why[0] == "initcheck of cuda: does not run here (Device not supported)"
 
 
-def test_sanitizer_fails_with_the_program_that_it_watches(on_gpu, answer, monkeypatch):
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    answer(*[CLEAN["memcheck"]] * 6, returncode=1)
+def test_sanitizer_fails_with_the_program_that_it_watches(on_gpu, tools):
+    tools.results["memcheck", "cuda"] = Done([], CLEAN["memcheck"], 1)
     assert stages.sanitizer(on_gpu, 100).status == "failed"
 
 
 @pytest.mark.parametrize(
     "run, output, reason",
-    [(stages.sanitizer, UNSUPPORTED, "Device not supported"), (stages.ncu, FORBIDDEN, "not permitted")],
+    [
+        (stages.sanitizer, UNSUPPORTED, "Device not supported"),
+        (stages.STAGES["ncu"].run, FORBIDDEN, "not permitted"),
+        (stages.STAGES["kernels"].run, FORBIDDEN, "not permitted"),
+    ],
 )
-def test_tools_that_cannot_work_here_are_skipped(on_gpu, answer, monkeypatch, run, output, reason):
+def test_tools_that_cannot_work_here_are_skipped(on_gpu, monkeypatch, run, output, reason):
     monkeypatch.setattr(stages, "tool", lambda name: None)
     assert run(on_gpu, 100).status.endswith("is not on PATH")
     monkeypatch.setattr(stages, "tool", lambda name: name)
-    answer(*[output] * 6, returncode=1)
+    monkeypatch.setattr(stages, "run_together", lambda commands, *_: [Done(each, output, 1) for each in commands])
     status = run(on_gpu, 100).status
     assert status.startswith("skipped: ") and reason in status
 
@@ -393,48 +438,285 @@ def test_tools_that_cannot_work_here_are_skipped(on_gpu, answer, monkeypatch, ru
 def test_ncu_leaves_the_clocks_alone(on_gpu, answer, monkeypatch):
     monkeypatch.setattr(stages, "tool", lambda name: name)
     calls = answer(NCU, NCU, NCU, "no kernels")
-    outcome = stages.ncu(on_gpu, 100)
-    assert outcome.status == "failed" and outcome.why[0] == "triton float32: no kernel was measured"
-    assert outcome.figures["cuda bfloat16"]["sum_tiles"]["us"] == 12.5
-    commands = [call.commands[0] for call in calls]
-    for command in commands:
+    outcome = stages.STAGES["kernels"].run(on_gpu, 100)
+    names = [f"{backend}, every op, 4 images, P2, {dtype}" for backend, dtype in stages.PROFILED]
+    assert outcome.status == "failed" and outcome.why[0] == f"{names[3]}: no kernel was measured"
+    assert outcome.figures[names[0]]["sum_tiles"]["us"] == 12.5
+    for command in (call.commands[0] for call in calls):
         assert command[command.index("--clock-control") + 1] == "none"
         assert command[command.index("--metrics") + 1].split(",") == list(parsers.NCU_METRICS.values())
     assert sum(call.seconds for call in calls) == 100
     launches = json.loads((on_gpu.out / "ncu.json").read_text())
-    assert len(launches) == 3 * 3
-    expected = {"backend": "cuda", "dtype": "bfloat16", "kernel": "sum_tiles", "dram_percent": None}
-    assert launches[2] == expected | {"warps_percent": 40.0, "us": 12.5}
+    assert list(launches) == names and [len(launches[name]) for name in names] == [3, 3, 3, 0]
+    assert launches[names[0]][2]["kernel"] == "sum_tiles"
 
 
-def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, monkeypatch):
+def test_ncu_measures_the_five_kernels_that_take_longest(on_gpu, answer, monkeypatch):
+    """As the smoke run has seen them; their launches stand beside those of another stage."""
+    monkeypatch.setattr(stages, "tool", lambda name: name)
+    (on_gpu.out / "ncu.json").write_text(json.dumps({"before": []}))
+    calls = answer(NCU)
+    assert stages.STAGES["ncu"].run(on_gpu, 100).status == "ok"
+    assert "--kernel-name" not in calls[0].commands[0]
+    (on_gpu.out / "smoke.json").write_text(json.dumps({"kernels": {f"kernel_{index}": {} for index in range(7)}}))
+    calls = answer(NCU)
+    outcome = stages.STAGES["ncu"].run(on_gpu, 100)
+    command = calls[0].commands[0]
+    assert command[command.index("--kernel-name") + 1] == "regex:^(kernel_0|kernel_1|kernel_2|kernel_3|kernel_4)$"
+    assert command[command.index("loss") :][:3] == ["loss", "--backend", "auto"]
+    assert list(json.loads((on_gpu.out / "ncu.json").read_text())) == ["before", *outcome.figures]
+
+
+@pytest.fixture
+def tables(on_gpu, monkeypatch):
+    """The benchmark writes ``report`` and ends as ``done`` says."""
+    found = SimpleNamespace(report=benchmark(), done=Done(["python"], "", 0), commands=[])
+
     def run_together(commands, seconds, folder, variables):
-        (on_gpu.out / "microbench.json").write_text(json.dumps(report))
-        return [done]
+        found.commands += commands
+        if found.report:
+            (on_gpu.out / "microbench.json").write_text(json.dumps(found.report))
+        return [found.done]
 
     monkeypatch.setattr(stages, "run_together", run_together)
-    report, done = benchmark(complete=False), Done(["python"], "interrupted after 1 tables", 1, True)
-    outcome = stages.bench(on_gpu, 10)
+    return found
+
+
+def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, tables):
+    tables.report = benchmark(complete=False)
+    tables.done = Done(["python"], "interrupted after 1 tables", 1, True)
+    outcome = stages.STAGES["bench"].run(on_gpu, 10)
     assert outcome.status == "ok" and outcome.figures["tables"] == 1 and outcome.figures["complete"] is False
-    report, done = benchmark("killed by signal 9"), Done(["python"], "", 0)
-    outcome = stages.bench(on_gpu, 10)
+    (on_gpu.out / "microbench.json").unlink()
+    tables.report, tables.done = benchmark("killed by signal 9"), Done(["python"], "", 0)
+    outcome = stages.STAGES["bench"].run(on_gpu, 10)
     assert outcome.status == "failed" and "fbkd_ops:cuda: killed by signal 9" in outcome.why[0]
 
 
-def test_benchmark_without_figures_fails(on_gpu, answer, monkeypatch):
-    (on_gpu.out / "microbench.json").write_text(json.dumps(benchmark()))  # of an earlier run
-    answer("compiling", returncode=-9, timed_out=True)
-    outcome = stages.bench(on_gpu, 10)
+def test_other_suites_are_added_to_the_tables(on_gpu, tables):
+    """A stage counts its own alone, and a failure of an earlier one is not its own."""
+    first, second = benchmark("WRONG"), benchmark()
+    second["results"][0]["suite"] = "masked_l2"
+    tables.report = first
+    assert stages.STAGES["bench"].run(on_gpu, 10).status == "failed"
+    tables.report = second | {"results": first["results"] + second["results"]}
+    outcome = stages.STAGES["suites"].run(on_gpu, 10)
+    assert outcome.status == "ok" and outcome.figures["tables"] == 1
+    assert ["--update" in command for command in tables.commands] == [False, True]
+    large, other = tables.commands
+    assert "16,256,200,336" in large and "train_step" in other
+
+
+@pytest.mark.parametrize("left", ["[", "{}", json.dumps(benchmark() | {"results": []})])
+def test_benchmark_without_figures_fails(on_gpu, tables, left):
+    (on_gpu.out / "microbench.json").write_text(left)
+    tables.report, tables.done = None, Done(["python"], "compiling", -9, True)
+    outcome = stages.STAGES["bench"].run(on_gpu, 10)
     assert outcome.status == "failed" and outcome.why == ["out of time", "compiling"]
-    answer("compiling", returncode=1, timed_out=True)
-    run_together = stages.run_together
+    tables.report = benchmark(complete=False) | {"results": []}
+    assert stages.STAGES["bench"].run(on_gpu, 10).status == "failed"
 
-    def without_tables(*arguments):
-        (on_gpu.out / "microbench.json").write_text(json.dumps(benchmark(complete=False) | {"results": []}))
-        return run_together(*arguments)
 
-    monkeypatch.setattr(stages, "run_together", without_tables)
-    assert stages.bench(on_gpu, 10).status == "failed"
+SMOKE = {
+    "mistakes": {"bfloat16": "", "float32": ""},
+    "steps": {"16": {"event_ms": 9.5, "wall_ms": 31.0, "graph_ms": 9.0}, "1": {"event_ms": 1.0, "wall_ms": 29.0}},
+    "kernels": {"residual_sums": {"launches": 3, "us": 1500.0, "predicted_us": 1600.0}},
+    "others": {"launches": 1500, "us": 3000.0},
+}
+
+
+@pytest.fixture
+def smoke_run(on_gpu, monkeypatch):
+    """The smoke run writes ``found`` and ends as ``done`` says."""
+    result = SimpleNamespace(found=SMOKE, done=Done(["python"], "", 0))
+
+    def run_together(*_):
+        if result.found:
+            (on_gpu.out / "smoke.json").write_text(json.dumps(result.found))
+        return [result.done]
+
+    monkeypatch.setattr(stages, "run_together", run_together)
+    return result
+
+
+def test_smoke_tells_times_and_kernels(on_gpu, smoke_run):
+    outcome = stages.smoke(on_gpu, 60)
+    assert outcome.status == "ok"
+    assert outcome.figures["N=16 wall_ms"] == 31.0 and outcome.figures["N=1 wall_ms"] == 29.0
+    assert outcome.figures["others_launches"] == 1500
+    lines = gpu_check.details(outcome.figures)
+    assert lines == ["  kernels", "    residual_sums: launches 3, us 1500.0, predicted_us 1600.0"]
+
+
+def test_smoke_fails_with_a_wrong_loss_and_where_nothing_was_seen(on_gpu, smoke_run):
+    smoke_run.found, smoke_run.done = SMOKE | {"mistakes": {"bfloat16": "WRONG", "float32": ""}}, Done(["x"], "", 1)
+    outcome = stages.smoke(on_gpu, 60)
+    assert outcome.status == "failed" and outcome.why == ["bfloat16: WRONG"]
+    smoke_run.found, smoke_run.done = {"mistakes": {"bfloat16": ""}}, Done(["x"], "slow", -9, True)
+    outcome = stages.smoke(on_gpu, 60)
+    assert outcome.status == "failed" and outcome.why[:2] == ["out of time", "slow"]
+    smoke_run.found, smoke_run.done = SMOKE | {"kernels": {}}, Done(["x"], "", 0)
+    assert stages.smoke(on_gpu, 60).why == ["the profiler has seen no kernel of the package"]
+    smoke_run.found, smoke_run.done = None, Done(["x"], "no such module", 1)
+    assert stages.smoke(on_gpu, 60).why[:2] == ["exit status 1", "no such module"]
+
+
+def event(key, count, us, kind):
+    return SimpleNamespace(
+        key=key, count=count, device_type=kind, self_device_time_total=us, self_cpu_time_total=2 * us
+    )
+
+
+def test_profilers_kernels_stand_beside_the_models(tmp_path):
+    path = tmp_path / "model.json"
+    launches = [("residual_sums", 900.0), ("residual_sums", 700.0), ("gone", 5.0)]
+    launches = [{"kernel": name, "predicted_us": us} for name, us in launches]
+    cases = [{"images": 1, "dtype": "bfloat16", "launches": []}, {"images": 16, "dtype": "bfloat16"}]
+    path.write_text(json.dumps({"cases": [cases[0], cases[1] | {"launches": launches}]}))
+    predicted = smoke.predictions(16, "bfloat16", path)
+    assert predicted == {"residual_sums": 1600.0, "gone": 5.0}
+    on, off = smoke.DeviceType.CUDA, smoke.DeviceType.CPU
+    events = [event("void fbkd::cuda::attention_pool_sums<float, 4>(float *)", 1, 20.0, on)]
+    events += [event("residual_sums", 3, 1500.0, on), event("aten::add", 9, 90.0, off)]
+    events += [event("void at::native::(anonymous namespace)::elementwise_kernel<4>(int)", 5, 10.0, on)]
+    rows = smoke.kernel_rows(events, "cuda")
+    found = smoke.beside_the_model(rows, predicted)
+    assert found["kernels"] == {
+        "residual_sums": {"launches": 3, "us": 1500.0, "predicted_us": 1600.0},
+        "attention_pool_sums": {"launches": 1, "us": 20.0, "predicted_us": None},
+        "gone": {"launches": 0, "us": 0.0, "predicted_us": 5.0},
+    }
+    longest = {"elementwise_kernel": {"launches": 5, "us": 10.0}}
+    assert found["others"] == {"launches": 5, "us": 10.0, "longest": longest}
+    assert smoke.kernel_rows(events, "cpu") == {"aten::add".split("::")[1]: {"launches": 9, "us": 180.0}}
+
+
+@pytest.mark.parametrize("text", [None, "[", "{}", '{"cases": []}', '{"cases": [{"images": 16}]}'])
+def test_without_a_model_nothing_is_predicted(tmp_path, text):
+    path = tmp_path / "model.json"
+    if text is not None:
+        path.write_text(text)
+    assert smoke.predictions(16, "bfloat16", path) == {}
+
+
+def test_compilation_is_told(on_gpu, answer, monkeypatch):
+    monkeypatch.setattr(stages, "architecture", lambda: "10.0")
+    calls = answer('{"kernels": 7, "hits": 5}')
+    outcome = stages.compile_kernels(on_gpu, 60)
+    assert outcome.status == "ok" and outcome.figures == {"kernels": 7, "hits": 5}
+    assert calls[0].commands[0][-3:] == [str(on_gpu.cache), "--arch", "100"]
+    assert calls[0].variables["TRITON_CACHE_DIR"] == str(on_gpu.cache)
+    answer('sum_tiles: PTXASError: no\n{"kernels": 7, "hits": 5}', returncode=1)
+    outcome = stages.compile_kernels(on_gpu, 60)
+    assert outcome.status == "failed" and outcome.why == ["exit status 1", "sum_tiles: PTXASError: no"]
+    answer("", returncode=-9, timed_out=True)
+    assert stages.compile_kernels(on_gpu, 60).status == "incomplete: out of time"
+
+
+def test_the_log_stays_small(on_gpu, monkeypatch):
+    monkeypatch.setattr(stages, "LOG_SIZE", 100)
+    for _ in range(10):
+        on_gpu.log("x" * 60)
+    assert (on_gpu.out / "log.txt").stat().st_size == 120
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    assert not [line for line in stages.missing_requirements() if "pytest" in line]
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "ninja" else name)
+    monkeypatch.setattr(stages.importlib.metadata, "version", lambda name: "70.2")
+    lines = stages.missing_requirements()
+    assert lines[0] == "ninja is not installed" and lines[1].startswith("setuptools 70.2 is too old")
+    monkeypatch.setattr(stages.importlib.metadata, "version", lambda name: "77.0.1")
+    assert stages.missing_requirements() == ["ninja is not installed"]
+
+
+# Triton's cache
+
+
+def cache_entry(folder, digest, kernel, listed=None):
+    """A folder of Triton's cache; its list of files says that it is in ``listed``."""
+    place = folder / digest
+    place.mkdir(parents=True)
+    names = [f"{kernel}.{suffix}" for suffix in ("json", "cubin", "source")]
+    for name in names:
+        (place / name).write_text("")
+    paths = {name: str((listed or folder) / digest / name) for name in names}
+    (place / f"__grp__{kernel}.json").write_text(json.dumps({"child_paths": paths}))
+
+
+def listed_files(folder, digest, kernel):
+    return json.loads((folder / digest / f"__grp__{kernel}.json").read_text())["child_paths"]
+
+
+def test_a_cache_that_was_moved_is_set_right(tmp_path):
+    cache_entry(tmp_path, "A", "sum_tiles", Path("/elsewhere"))
+    cache_entry(tmp_path, "B", "add_partials")
+    cache_entry(tmp_path, "C", "triton_poi_fused_add")  # of torch.compile
+    (tmp_path / "D").mkdir()  # a launcher
+    assert triton_cache.entries(tmp_path) == {"A": "sum_tiles", "B": "add_partials"}
+    assert triton_cache.entries(tmp_path / "none") == {}
+    assert triton_cache.relocate(tmp_path) == 1
+    assert all(Path(path).exists() for path in listed_files(tmp_path, "A", "sum_tiles").values())
+    triton_cache.trim(tmp_path)
+    assert list(listed_files(tmp_path, "A", "sum_tiles")) == ["sum_tiles.json", "sum_tiles.cubin"]
+    assert not list(tmp_path.rglob("*.source"))
+
+
+LAUNCH = """
+import json, sys
+from triton import knobs
+from triton.runtime.driver import driver
+from benchmarks import code_report
+from scripts.gpu import triton_cache
+
+hits, launched = [], []
+triton_cache.use_target(90)
+known = driver.active
+
+class Launching(type(known)):
+    class utils:
+        load_binary = staticmethod(lambda name, *_: (None, name, 0, 0, 1024))
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 20})
+        unload_module = staticmethod(lambda module: None)
+
+    @staticmethod
+    def launcher_cls(source, metadata):
+        return lambda *arguments: launched.append(metadata.name)
+
+driver.set_active(Launching())
+knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit"])
+next(code_report.launches())()
+print(json.dumps([hits, launched]))
+"""
+
+
+@pytest.fixture
+def triton_process(tmp_path):
+    """Runs a command with a compiler, not the interpreter, and a cache below ``tmp_path``."""
+
+    def run(arguments, cache):
+        variables = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@NO_TRITON
+def test_a_launch_hits_what_was_compiled_without_a_gpu(tmp_path, triton_process):
+    """By Triton's own launch path, in another process, after the cache was moved and set right; not before."""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    figures = triton_process(["-m", "scripts.gpu.triton_cache", str(made), "--most", "1", "--processes", "1"], made)
+    (kernel,) = triton_cache.entries(made).values()
+    assert figures["kernels"] == figures["compiled"] == 1 and figures["hits"] == 0
+    made.rename(moved)
+    triton_cache.relocate(moved)
+    before = triton_cache.entries(moved)
+    hits, launched = triton_process(["-c", LAUNCH], moved)
+    assert launched[0] == kernel and hits[0] is True
+    assert before.items() <= triton_cache.entries(moved).items()
+    assert kernel not in [name for key, name in triton_cache.entries(moved).items() if key not in before]
 
 
 # The run as a whole
@@ -464,7 +746,7 @@ def lasting(clock, name, seconds, least=10, limit=100, outcome=None):
 
 def run_stages(tmp_path, chosen, deadline, clock):
     report = gpu_check.Report(tmp_path / "summary.json", {}, [stage.name for stage in chosen])
-    gpu_check.check(chosen, Context(tmp_path, tmp_path, True), report, deadline, clock)
+    gpu_check.check(chosen, context_in(tmp_path, dry=True), report, deadline, clock)
     return report, json.loads((tmp_path / "summary.json").read_text())
 
 
@@ -557,6 +839,64 @@ def test_other_stages_stay_as_an_earlier_run_left_them(tmp_path, two_stages, mon
     assert list(main(tmp_path, "--stages", "second")[1]["stages"]) == ["second"]
 
 
+def test_kernels_that_later_stages_compile_are_told(tmp_path, capsys):
+    """What a cache that was given lacks; the stage that compiles beforehand says its own."""
+
+    def run(context, seconds):
+        cache_entry(context.cache, f"entry-{len(triton_cache.entries(context.cache))}", "sum_tiles")
+        return Outcome()
+
+    chosen = [Stage(name, run, 1, 10) for name in ("compile", "smoke", "test")]
+    report, summary = run_stages(tmp_path, chosen, 100, Clock())
+    counts = {name: entry["figures"].get("kernels_not_in_cache") for name, entry in summary["stages"].items()}
+    assert counts == {"compile": None, "smoke": 1, "test": 1}
+    assert "kernels_not_in_cache 1" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_given_is_used_where_it_is(tmp_path, two_stages, capsys):
+    used = []
+    two_stages(lambda context, seconds: used.append(context.cache) or Outcome())
+    cache_entry(tmp_path / "cache", "A", "sum_tiles", Path("/elsewhere"))
+    _, summary = main(tmp_path, "--cache", str(tmp_path / "cache"))
+    assert used == [tmp_path / "cache"] and summary["cache"] == {"given": True, "kernels": 1}
+    assert "Triton's cache: 1 kernels, 1 moved here" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(tmp_path, "--cache", str(tmp_path / "none"))
+
+
+def wheel(folder, name, version):
+    """A package of one file, as pip takes it."""
+    facts = f"{name}-{version}.dist-info"
+    files = {f"{name}.py": f"__version__ = {version!r}\n"}
+    files |= {f"{facts}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"}
+    files |= {f"{facts}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{facts}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{facts}/RECORD"]))
+
+
+def test_packages_that_are_given_are_on_the_path(tmp_path, two_stages, monkeypatch):
+    """Also of the processes of the stages; what they need besides is not asked for."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(context, seconds):
+        (done,) = context.run([python("import fbkd_given; print(fbkd_given.__version__)")], 60)
+        return Outcome("ok", {"output": done.output})
+
+    two_stages(run)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with pytest.raises(SystemExit, match="there is no .*whl"):
+        main(tmp_path, "--wheels", str(wheels))
+    wheel(wheels, "fbkd_given", "3.1")
+    code, summary = main(tmp_path, "--wheels", str(wheels))
+    assert code == 0 and summary["stages"]["first"]["figures"]["output"] == "3.1\n"
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("")
+    with pytest.raises(SystemExit, match="WHEELS: "):
+        main(tmp_path, "--wheels", str(wheels))
+
+
 def test_unknown_stages_are_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(["--stages", "test", "tset"])
@@ -594,6 +934,9 @@ def fake_tool(folder, name, runs, texts, other=""):
     path.chmod(0o755)
 
 
+FILES = ["log.txt", "microbench.json", "ncu.json", "smoke.json", "summary.json"]
+
+
 @NO_CPU
 def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     """With stand-ins for the tools, which run the program that they are given and print what the tools would."""
@@ -607,15 +950,21 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     assert code == 0 and summary["complete"] and summary["dry_run"]
     assert {"cpu", "torch", "revision", "modified"} <= set(summary["environment"])
     figures = {name: entry["figures"] for name, entry in summary["stages"].items()}
-    assert all(figures[name]["passed"] for name in ("test", "opcheck", "graph"))
+    assert all(figures[name]["passed"] for name in ("test", "more_tests", "opcheck", "graph"))
+    assert figures["compile"]["compiled"] == 1 and figures["smoke"]["others_launches"] > 0
     assert figures["sanitizer"] == {"memcheck_cpu": 0, "racecheck_cpu": 0, "initcheck_cpu": 0}
-    assert figures["ncu"]["cpu float32"]["sum_tiles"]["us"] == 12.5
+    for name in ("ncu", "kernels"):
+        (kernels,) = (value for value in figures[name].values() if isinstance(value, dict))
+        assert kernels["sum_tiles"]["us"] == 12.5
     assert figures["bench"]["complete"] and figures["build"]["cpu"] == "loaded"
-    files = [path.name for path in (tmp_path / "out").iterdir()]
-    assert sorted(files) == ["log.txt", "microbench.json", "ncu.json", "summary.json"]
+    files = list((tmp_path / "out").iterdir())
+    assert sorted(path.name for path in files) == FILES and len(FILES) <= 6
+    assert max(path.stat().st_size for path in files) < 16 << 20
     lines = capsys.readouterr().out.splitlines()
     rows = lines[lines.index(next(line for line in lines if line.startswith("stage "))) + 1 :]
     assert [row.split()[:2] for row in rows[:-1]] == [[name, "ok"] for name in stages.STAGES]
+    for name in stages.STAGES:  # each was told as soon as it had ended
+        assert lines[lines.index(f"{name} ...") + 1].split()[:2] == [name, "ok"]
     assert "pip install" in (tmp_path / "out" / "log.txt").read_text()
 
 

@@ -117,7 +117,7 @@ def test_a_whole_steps_loss_is_checked_as_the_loss(monkeypatch):
     broken["fbkd_ops"] = lambda case: lambda *tensors: 2 * broken["reference"](case)(*tensors)
     monkeypatch.setitem(suites.SUITES, "fbkd_loss", dataclasses.replace(loss_suites.FBKD_LOSS, implementations=broken))
     peers, (case,) = ["no_distillation", "fbkd_ops"], suites.SUITES["train_step"].cases
-    wrong = measurement._wrongs(measurement.Job("train_step", case, "default", peers, 1, 1, 0.0), peers)
+    wrong = measurement.mistakes(measurement.Job("train_step", case, "default", peers, 1, 1, 0.0), peers)
     assert wrong["no_distillation"] == "" and wrong["fbkd_ops"].startswith("WRONG")
 
 

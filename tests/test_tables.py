@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -135,26 +136,33 @@ def test_a_machine_is_described_by_what_matters_there():
     assert "\n\nThe tables that this run did not replace: `python x.py`: A CPU" in tables.provenance(later)
 
 
+SUMS = {"launches": 2, "us": 9.5}
 STAGES = {
     "build": {"status": "ok", "seconds": 60.0, "figures": {"cuda": "loaded"}},
     "bench": {"status": "skipped: out of time"},
+    "smoke": {"status": "ok", "figures": {"N=1 wall_ms": 5.0, "kernels": {"sums": SUMS | {"predicted_us": 9.0}}}},
     "ncu": {
         "status": "ok",
         "seconds": 70.0,
-        "figures": {"cuda float32": {"sums": {"launches": 2, "us": 9.5, "dram_percent": 91.0, "warps_percent": None}}},
+        "figures": {"cuda float32": {"sums": SUMS | {"dram_percent": 91.0, "warps_percent": None}}},
     },
+    "kernels": {"status": "ok", "figures": {"triton float32": {"sums": SUMS | {"dram_percent": 90.0}}, "launches": 2}},
 }
 
 
 def test_stages_and_kernels_of_a_gpu():
     text = tables.stage_tables({"environment": MACHINE, "stages": STAGES})
-    stages, kernels = text.split("ncu, cuda float32")
+    stages, seen, kernels, others = re.split("A step of the whole loss|ncu, cuda float32|ncu, triton float32", text)
     assert rows_of(stages)[1:] == [
         ["build", "ok", "60.0", "cuda loaded"],
         ["bench", "skipped: out of time", "–", ""],
+        ["smoke", "ok", "–", "N=1 wall_ms 5.0"],
         ["ncu", "ok", "70.0", ""],
+        ["kernels", "ok", "–", "launches 2"],
     ]
+    assert rows_of(seen) == [["kernel", "launches", "µs", "µs predicted"], ["`sums`", "2", "9.5", "9.0"]]
     assert rows_of(kernels)[1] == ["`sums`", "2", "9.5", "91.0", "–"]
+    assert rows_of(others)[1] == ["`sums`", "2", "9.5", "90.0"]
 
 
 @pytest.fixture

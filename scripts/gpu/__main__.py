@@ -1,16 +1,20 @@
 """Builds, tests, measures and profiles the package on a GPU in one call; see ``make gpu``.
 
-    python -m scripts.gpu [--stages test bench] [--out FOLDER] [--deadline SECONDS] [--dry-run]
+    python -m scripts.gpu [--stages test bench] [--out FOLDER] [--deadline SECONDS] [--cache FOLDER] [--wheels FOLDER]
+        [--dry-run]
 
-The defaults come from the variables STAGES, OUT and DEADLINE. Ends with 0 if no stage failed, 1 if one did, 2 without
-a CUDA device and for a wrong argument, 130 if interrupted. ``summary.json`` in the folder is complete at any time.
+The defaults come from the variables STAGES, OUT, DEADLINE, CACHE and WHEELS. Ends with 0 if no stage failed, 1 if one
+did, 2 without a CUDA device and for a wrong argument, 130 if interrupted. What is known is printed and stands in the
+folder's ``summary.json`` after each stage.
 """
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +29,15 @@ except ModuleNotFoundError:
 
 from benchmarks.environment import environment
 from scripts.gpu.processes import Interrupted, interruptible
-from scripts.gpu.stages import ROOT, STAGES, THREADS, TOLD, Context, Outcome, Stage
+from scripts.gpu.stages import PYTHON, ROOT, STAGES, THREADS, TOLD, Context, Outcome, Stage, missing_requirements
+from scripts.gpu.triton_cache import entries, relocate
 
 __all__ = ["Report", "check", "main", "parse", "shown"]
 
-DEADLINE = 520.0  # seconds
+DEADLINE = 700.0  # seconds
 COLUMNS = "{:<10} {:<11} {:>7}  {}"
-SHOWN_FIGURES = 100  # characters
+SHOWN_FIGURES = 120  # characters
+COMPILE = "compile"  # the stage whose own figures say what it compiled
 SAME = ("revision", "modified", "sources", "gpu", "torch")  # of the environments of runs that belong together
 
 
@@ -101,32 +107,68 @@ def check(
         begin = clock()
         outcome = attempt(stage, context, min(stage.limit, max(stage.least, left - reserved)))
         report.end(stage.name, outcome, clock() - begin)
-        for line in outcome.why[:TOLD]:
-            print(f"  {line}", flush=True)
+        told = [row(stage.name, report.content["stages"][stage.name]), *details(outcome.figures)]
+        print("\n".join([*told, *(f"  {line}" for line in outcome.why[:TOLD])]), flush=True)
     report.finish()
 
 
 def attempt(stage: Stage, context: Context, seconds: float) -> Outcome:
-    """A stage's outcome; a mistake in the stage itself is one too, and does not end the run."""
+    """A stage's outcome, with the kernels that it compiled; a mistake in the stage itself does not end the run."""
+    before = entries(context.cache)
     try:
-        return stage.run(context, seconds)
+        outcome = stage.run(context, seconds)
     except Exception as error:
-        return Outcome("failed", {}, [f"{type(error).__name__}: {error}"])
+        outcome = Outcome("failed", {}, [f"{type(error).__name__}: {error}"])
+    if stage.name != COMPILE and (compiled := len(entries(context.cache).keys() - before.keys())):
+        outcome.figures["kernels_not_in_cache"] = compiled
+    return outcome
 
 
 def table(report: Report) -> str:
-    lines = [COLUMNS.format("stage", "status", "seconds", "figures")]
-    for name, entry in report.content["stages"].items():
-        status, _, reason = entry["status"].partition(": ")
-        told = reason or shown(entry.get("figures", {}))
-        lines.append(COLUMNS.format(name, status, entry.get("seconds", "–"), told).rstrip())
-    return "\n".join(lines)
+    rows = [row(name, entry) for name, entry in report.content["stages"].items()]
+    return "\n".join([COLUMNS.format("stage", "status", "seconds", "figures"), *rows])
+
+
+def row(name: str, entry: dict) -> str:
+    """A stage's line of the table."""
+    status, _, reason = entry["status"].partition(": ")
+    told = reason or shown(entry.get("figures", {}))
+    return COLUMNS.format(name, status, entry.get("seconds", "–"), told).rstrip()
 
 
 def shown(figures: dict) -> str:
     """The figures that are no tables of their own, as many as fit on a line."""
     text = ", ".join(f"{name} {value}" for name, value in figures.items() if not isinstance(value, (dict, list)))
     return text if len(text) <= SHOWN_FIGURES else text[: SHOWN_FIGURES - 1] + "…"
+
+
+def details(figures: dict, indent: str = "  ") -> list[str]:
+    """The tables among a stage's figures, a line each row."""
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict) and value:
+            lines.append(f"{indent}{name}: {shown(value)}".rstrip(": "))
+            lines += details(value, indent + "  ")
+    return lines
+
+
+def unpacked(wheels: Path, scratch: Path) -> Path:
+    """A folder for PYTHONPATH with the packages of the wheels in a folder; nothing else is installed or asked for.
+
+    Raises:
+        SystemExit: there are none, or pip cannot install them.
+    """
+    files = sorted(map(str, wheels.glob("*.whl")))
+    if not files:
+        sys.exit(f"WHEELS: there is no *.whl in {wheels}")
+    target = scratch / "packages"
+    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    done = subprocess.run([*command, "--target", str(target), *files], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"WHEELS: {done.stderr.strip()}")
+    sys.path.insert(0, str(target))  # the summary names their versions
+    importlib.invalidate_caches()
+    return target
 
 
 def default_folder(dry_run: bool) -> Path:
@@ -145,6 +187,9 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="folder of the results, or OUT")
     seconds = os.environ.get("DEADLINE") or DEADLINE
     parser.add_argument("--deadline", type=float, default=seconds, help="seconds for all stages, or DEADLINE")
+    cache, wheels = (os.environ.get(name) or None for name in ("CACHE", "WHEELS"))
+    parser.add_argument("--cache", type=Path, default=cache, help="of `make gpu-cache`, or CACHE; grows with the run")
+    parser.add_argument("--wheels", type=Path, default=wheels, help="folder of packages to use, or WHEELS")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, on tiny inputs, building nothing")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.stages if name not in STAGES]
@@ -152,7 +197,20 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if not options.deadline > 0:
         parser.error(f"--deadline must be > 0 seconds, got {options.deadline:g}")
+    for name in ("cache", "wheels"):
+        folder = getattr(options, name)
+        if folder and not folder.is_dir():
+            parser.error(f"--{name}: there is no folder {folder}")
     return options
+
+
+def cache_of(options: argparse.Namespace, scratch: Path) -> Path:
+    """The folder that Triton compiles into: the one that was given, or one that stays for the next run."""
+    if options.cache:
+        cache = options.cache.resolve()
+        print(f"Triton's cache: {len(entries(cache))} kernels, {relocate(cache)} moved here")
+        return cache
+    return scratch / "triton-cache" if options.dry_run else ROOT / "build" / "triton-cache"
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
@@ -164,9 +222,15 @@ def main(arguments: Optional[list[str]] = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")  # of the latest run
     stages = [stage for stage in STAGES.values() if not options.stages or stage.name in options.stages]
-    with interruptible(), tempfile.TemporaryDirectory() as scratch:
-        context = Context(out, Path(scratch), options.dry_run)
+    with interruptible(), tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        packages = unpacked(options.wheels.resolve(), scratch) if options.wheels else None
+        context = Context(out, scratch, options.dry_run, cache_of(options, scratch), packages)
+        missing = missing_requirements()
+        for line in missing:
+            print(line, flush=True)
         facts = {"environment": environment(context.device, THREADS), "dry_run": options.dry_run}
+        facts |= {"missing": missing, "cache": {"given": bool(options.cache), "kernels": len(entries(context.cache))}}
         report = Report(out / "summary.json", facts, [stage.name for stage in stages])
         try:
             check(stages, context, report, options.deadline)

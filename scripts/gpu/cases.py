@@ -2,6 +2,7 @@
 
     python -m scripts.gpu.cases small --backend triton                       # ragged shapes, dtypes, layouts
     python -m scripts.gpu.cases large --backend cuda --dtype bfloat16        # one call each, with the profiler on
+    python -m scripts.gpu.cases loss --backend auto --dtype bfloat16         # a step of the whole loss, likewise
 
 With ``--device cpu`` it runs the CPU's kernels, or Triton's interpreter where TRITON_INTERPRET=1 is set. Ends with an
 error if the backend has an op that ``small`` has not called.
@@ -17,12 +18,27 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case
+from benchmarks.measurement import Runner
+from benchmarks.suites import SUITES
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, backends, functional
 from fbkd_ops.autograd import ops
 
-__all__ = ["CASES", "called_ops", "cases_of", "large", "main", "registered_ops", "small", "small_features"]
+__all__ = [
+    "CASES",
+    "SIZES",
+    "called_ops",
+    "cases_of",
+    "large",
+    "loss_step",
+    "main",
+    "registered_ops",
+    "small",
+    "small_features",
+]
 
-P2 = (4, 256, 200, 336)
+# Of P2; what the whole loss gets are P2..P5.
+SIZES = {"large": (4, 256, 200, 336), "loss": (16, 256, 200, 336)}
 SHAPES = [(2, 5, 3, 7), (1, 33, 1, 17), (3, 16, 9, 12)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -201,6 +217,22 @@ def large(backend: str, device: str, dtype: torch.dtype, shape: tuple[int, ...])
                 call(case, inputs)
 
 
+def loss_step(shape: tuple[int, ...], dtype: str, device: str) -> Callable[[], object]:
+    """The benchmark's step of the whole loss, forward and backward, beside float32 parameters; P2 has the shape."""
+    suite = SUITES["fbkd_loss"]
+    case = Case(shape, dtype, device=device, strides=suite.strides(shape))
+    return Runner(suite.implementations["fbkd_ops"](case), suite.inputs(case)).step
+
+
+def loss(backend: str, device: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """One step of the whole loss, after one that compiles and allocates."""
+    step = loss_step(shape, dtype, device)
+    with backends.use_backend(backend):
+        step()
+        with profiler_on(device):
+            step()
+
+
 @contextlib.contextmanager
 def profiler_on(device: str) -> Iterator[None]:
     """What ``ncu --profile-from-start off`` measures."""
@@ -216,19 +248,23 @@ def profiler_on(device: str) -> Iterator[None]:
 
 def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("size", choices=("small", "large"))
+    parser.add_argument("size", choices=("small", *SIZES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), required=True)
+    parser.add_argument("--backend", choices=("auto", "cuda", "triton", "cpu"), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--shape", type=int, nargs=4, default=P2, metavar=("N", "C", "H", "W"), help="of large")
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"), help="of P2 in large and loss")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
     options = parse(arguments)
     torch.manual_seed(0)
-    if options.size == "large":
-        large(options.backend, options.device, getattr(torch, options.dtype), tuple(options.shape))
+    if options.size in SIZES:
+        shape = tuple(options.shape or SIZES[options.size])
+        if options.size == "loss":
+            loss(options.backend, options.device, options.dtype, shape)
+        else:
+            large(options.backend, options.device, getattr(torch, options.dtype), shape)
         return
     expected = registered_ops(options.backend)
     if not expected:

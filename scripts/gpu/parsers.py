@@ -12,6 +12,7 @@ __all__ = [
     "NCU_METRICS",
     "Tests",
     "failed_rows",
+    "kernel_name",
     "kernel_table",
     "library_states",
     "ncu_obstacle",
@@ -26,6 +27,8 @@ __all__ = [
 # Column of the table: ncu's metric.
 NCU_METRICS = {
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "us": "gpu__time_duration.sum",
 }
@@ -122,7 +125,7 @@ def ncu_rows(output: str) -> list[dict]:
     names = {metric: column for column, metric in NCU_METRICS.items()}
     launches = {}
     for row in table:
-        empty = {"kernel": _kernel_name(row["Kernel Name"])} | dict.fromkeys(NCU_METRICS)
+        empty = {"kernel": kernel_name(row["Kernel Name"])} | dict.fromkeys(NCU_METRICS)
         launch = launches.setdefault(row["ID"], empty)
         column = names.get(row["Metric Name"])
         if column:
@@ -130,9 +133,10 @@ def ncu_rows(output: str) -> list[dict]:
     return list(launches.values())
 
 
-def _kernel_name(name: str) -> str:
+def kernel_name(name: str) -> str:
     """Without return type, namespaces, template arguments and parameters."""
-    return re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip()
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", name)[0].split("::")[-1].strip()
 
 
 def _value(text: str, unit: str) -> Optional[float]:
@@ -154,7 +158,7 @@ def kernel_table(rows: list[dict]) -> dict[str, dict]:
 def _kernel_figures(launches: list[dict]) -> dict:
     timed = [row for row in launches if row["us"]]
     figures = {"launches": len(launches), "us": round(sum(row["us"] for row in timed), 1)}
-    for column in ("dram_percent", "warps_percent"):
+    for column in (name for name in NCU_METRICS if name.endswith("_percent")):
         known = [row for row in timed if row[column] is not None]
         total = sum(row["us"] for row in known)
         figures[column] = round(sum(row["us"] * row[column] for row in known) / total, 1) if known else None
@@ -189,7 +193,7 @@ def failed_rows(report: dict) -> list[str]:
         f"{_title(result)}, {name}: {row['status']}"
         for result in report["results"]
         for name, row in result["peers"].items()
-        if name.startswith("fbkd_ops") and re.match("WRONG|failed|killed", row["status"])
+        if name.startswith("fbkd_ops") and re.match("WRONG|failed|killed|cannot be captured", row["status"])
     ]
 
 
