@@ -4,6 +4,7 @@ MMRazor does not import whole on a recent torch, so its three files are loaded o
 """
 
 import functools
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
@@ -20,6 +21,8 @@ __all__ = ["INSTALL", "Loss", "NotInstalledError", "RelationTerm", "connector", 
 
 VERSION = "1.0.0"
 PACKAGES = ("mmrazor", "mmcv-lite", "mmengine")
+# Compiled packages that mmcv and mmengine import and that the three files do not use.
+UNUSED = ("cv2", "yaml")
 INSTALL = f"pip install mmrazor=={VERSION} mmcv-lite==2.1.0"
 
 
@@ -38,8 +41,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _StandIn(types.ModuleType):
+    """A module that is not installed: each of its names is 0."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 0
+
+
 def load(root: Path) -> tuple[ModuleType, ModuleType]:
     """MMRazor's loss module and connector module; ``root`` is the folder that has the package ``mmrazor`` in it."""
+    for name in UNUSED:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = _StandIn(name)
     from mmengine.registry import Registry
 
     connectors = "mmrazor.models.architectures.connectors"
