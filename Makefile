@@ -2,7 +2,7 @@
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
 # make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE, CACHE, WHEELS and
-# FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for ARCH into CACHE.
+# FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -10,7 +10,7 @@ ARGS ?=
 DEVICE ?= cpu
 BENCH_OUT ?= build/bench
 
-ARCH ?= 90
+GPU_ARCH ?= 90
 
 BIN := $(VENV)/bin
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
@@ -46,7 +46,7 @@ gpu:
 
 # Needs no GPU, but the Triton and the Python version of the machine that has one, and any PyTorch.
 gpu-cache:
-	$(GPU_PYTHON) -m scripts.gpu.triton_cache $(or $(CACHE),build/triton-cache) --arch $(ARCH) $(ARGS)
+	$(GPU_PYTHON) -m scripts.gpu.triton_cache $(or $(CACHE),build/triton-cache) --arch $(GPU_ARCH) $(ARGS)
 
 demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)

@@ -201,20 +201,23 @@ def benchmark(status="ok", complete=True):
     step = {"ms": {"median": 1.5}, "gb_s": 2000.0, "ceiling_percent": 80.0, "speed_vs_eager": {"median": 3.0}}
     peers = {"eager": {"status": "failed: of no interest"}, "fbkd_ops": {"status": "ok", "step": step}}
     peers["fbkd_ops:cuda"] = {"status": status}
-    table = {"suite": "attention_pool", "case": {"title": "P2 float32 contiguous"}, "peers": peers}
+    table = {"suite": "attention_pool", "case": {"title": "P2 float32 contiguous"}, "state": "graphs", "peers": peers}
     return {"results": [table], "complete": complete}
 
 
 def test_benchmark_figures_and_failures():
     figures = {"ms": 1.5, "gb_s": 2000.0, "ceiling_percent": 80.0, "times_as_fast": 3.0}
-    assert parsers.step_times(benchmark()) == {"attention_pool, P2 float32 contiguous": figures}
+    assert parsers.step_times(benchmark()) == {"attention_pool, P2 float32 contiguous, graphs": figures}
+    both = benchmark()
+    both["results"].append(both["results"][0] | {"state": "eager"})
+    assert [title.split(", ")[-1] for title in parsers.step_times(both)] == ["graphs", "eager"]
     without_cost = benchmark()
     without_cost["results"][0]["peers"]["fbkd_ops"]["step"] |= {"gb_s": None, "ceiling_percent": None}
     (figures,) = parsers.step_times(without_cost).values()
     assert figures == {"ms": 1.5, "gb_s": None, "ceiling_percent": None, "times_as_fast": 3.0}
     assert parsers.failed_rows(benchmark()) == []
     (failed,) = parsers.failed_rows(benchmark("WRONG with gradients: off"))
-    assert failed == "attention_pool, P2 float32 contiguous, fbkd_ops:cuda: WRONG with gradients: off"
+    assert failed == "attention_pool, P2 float32 contiguous, graphs, fbkd_ops:cuda: WRONG with gradients: off"
 
 
 # Stages, on made-up output of their commands
@@ -701,6 +704,31 @@ def triton_process(tmp_path):
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+NEEDED = """
+import json
+from benchmarks.cases import Case
+from benchmarks.suites import SUITES
+from scripts.gpu import triton_cache
+
+def kernels(images):
+    suite, shape = SUITES["fbkd_loss"], (images, 32, 24, 40)
+    call = lambda: triton_cache.passes(suite, Case(shape, "bfloat16", strides=suite.strides(shape)))
+    return [[each.kernel.__name__, each.arguments[0]] for each in triton_cache.needed([call])]
+
+triton_cache.use_target(90)
+with triton_cache.on_the_cpu():
+    print(json.dumps([kernels(1), kernels(3)]))
+"""
+
+
+@NO_TRITON
+def test_the_number_of_images_changes_no_kernel(tmp_path, triton_process):
+    """So one image stands for all when a cache is made."""
+    one, three = triton_process(["-c", NEEDED], tmp_path)
+    assert sorted(one) == sorted(three) and {"residual_sums", "pool_convolutions"} <= {name for name, _ in one}
+    assert not triton_cache.entries(tmp_path)  # nothing was compiled
 
 
 @NO_TRITON

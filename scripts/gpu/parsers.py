@@ -198,4 +198,4 @@ def failed_rows(report: dict) -> list[str]:
 
 
 def _title(result: dict) -> str:
-    return f"{result['suite']}, {result['case']['title']}"
+    return f"{result['suite']}, {result['case']['title']}, {result['state']}"
