@@ -23,6 +23,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP = "cpu-microbench.json", "cpu-sweep.json"
+SMALL, ULTRALYTICS = "cpu-small.json", "cpu-ultralytics-step.json"
 STAGES, GPU_BENCH = "summary.json", "microbench.json"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 OPS = ("attention_pool", "masked_l2", "adapted_masked_l2")
@@ -125,6 +126,38 @@ def scaling() -> str:
 def sweep() -> str:
     report = report_of(SWEEP)
     return f"{tables.provenance(report)}\n\n{tables.sweep_table(report['results'])}" if report else NOT_YET
+
+
+def small() -> str:
+    """The grid of small pyramids: how many times as fast as each peer, and milliseconds."""
+    report = report_of(SMALL)
+    if report is None:
+        return NOT_YET
+    grid = {}
+    for entry in report["entries"]:
+        if "row" in entry:
+            grid.setdefault(entry["row"], {})[entry["threads"], entry["dtype"]] = entry["peers"]
+    states = list(dict.fromkeys(state for row in grid.values() for state in row))
+    header = ["pyramid", *(f"{dtype}, {threads} thread{'s'[: threads - 1]}" for threads, dtype in states)]
+    rows = [[name, *(small_cell(row.get(state)) for state in states)] for name, row in grid.items()]
+    return f"{tables.provenance(report)}\n\n{table(header, rows)}"
+
+
+def small_cell(peers: Optional[dict]) -> str:
+    if peers is None:
+        return "-"
+    ratios = " / ".join(f"{1 / peers[name]['ratio']:.2f}" for name in ("reference", "mmrazor") if name in peers)
+    return f"{ratios} ({peers['fbkd_ops']['median']:.3g} ms)"
+
+
+def ultralytics_step() -> str:
+    report = report_of(ULTRALYTICS)
+    if report is None:
+        return NOT_YET
+    times, size = report["milliseconds"], report["size"]
+    rows = [[name, f"{value:.0f}", f"{value / times['built-in']:.2f}"] for name, value in times.items()]
+    what = f"{size['student']} from {size['teacher']}, {size['batch']} images of {size['imgsz']} px, {size['threads']} thread"
+    return f"{what}. {tables.machine(report['environment'])}.\n\n" + table(["step", "ms", "of the built-in"], rows)
 
 
 def slower() -> str:
@@ -262,6 +295,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "sweep": sweep,
     "sweep_pictures": lambda: pictures("cpu-sweep"),
+    "small": small,
+    "ultralytics_step": ultralytics_step,
     "slower": slower,
     "gpu": gpu,
     "predicted": predicted,

@@ -1,0 +1,88 @@
+"""The suite of small pyramids: what it measures, and the choice of forms held to its committed result."""
+
+import json
+
+import pytest
+import torch
+from cases import NO_CPU
+
+from benchmarks import small
+from benchmarks.mmrazor import versions
+from fbkd_ops.relation_forms import RelationSizes, cheaper_form
+
+# The rule may pick a form that was up to so much slower than the other one.
+MOST_SLOWER = 1.1
+
+
+def entries() -> list[dict]:
+    return json.loads(small.RESULT.read_text())["entries"]
+
+
+@pytest.mark.parametrize("dtype", small.DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_form_of_a_level_was_not_the_slower_one(threads, dtype):
+    chosen = {}
+    for entry in entries():
+        if "level" in entry and (entry["threads"], entry["dtype"]) == (threads, dtype):
+            form = cheaper_form(RelationSizes(*entry["sizes"]))
+            other = next(name for name in small.FORMS if name != form)
+            chosen[tuple(entry["level"])] = entry["forms"][form]["median"] / entry["forms"][other]["median"]
+    assert len(chosen) >= 60
+    assert {level: ratio for level, ratio in chosen.items() if ratio > MOST_SLOWER} == {}
+
+
+def test_the_rule_picks_each_form_somewhere():
+    forms = {cheaper_form(RelationSizes(*entry["sizes"])) for entry in entries() if "level" in entry}
+    assert forms == set(small.FORMS)
+
+
+def test_the_result_has_every_row():
+    measured = {(entry["row"], entry["threads"], entry["dtype"]) for entry in entries() if "row" in entry}
+    assert measured == {(row.name, n, dtype) for row in small.rows() for n in (1, 2) for dtype in small.DTYPES}
+
+
+def test_rows_have_the_sizes_that_their_names_say():
+    rows = {row.name: row for row in small.rows()}
+    assert len(rows) == 26
+    assert [tuple(level)[:5] for level in rows["yolo n/m 320 px x16"].levels] == [
+        (16, 64, 192, 40, 40),
+        (16, 128, 384, 20, 20),
+        (16, 256, 576, 10, 10),
+    ]
+    assert [level.height for level in rows["faster_rcnn 512 px x2"].levels] == [128, 64, 32, 16, 8]
+    assert [level.stride for level in rows["retinanet 128 px x2"].levels] == [16, 8, 4, 2, 1]
+    assert not rows["yolo s/m 160 px x4"].has_one_width and rows["1024 channels 13x21 x2"].has_one_width
+
+
+@NO_CPU
+@pytest.mark.skipif("mmrazor" not in versions(), reason="MMRazor is not installed")
+def test_peers_compute_the_same():
+    row = small.pyramid("", "mmrazor", 2, [(16, 16)] * 2, [(8, 8), (4, 4)])
+    features, loss = row.features(torch.float32), row.loss()
+    runs = {"fbkd_ops": small.our_step(loss, features), "reference": small.our_step(loss, features, "reference")}
+    runs |= {form: small.in_form(runs["fbkd_ops"], form) for form in small.FORMS}
+    values = {name: float(run()) for name, run in runs.items()}
+    assert len({round(value, 6) for value in values.values()}) == 1
+    assert features[0][0].grad is not None and small.their_step(row, features)().isfinite()
+
+
+@NO_CPU
+def test_what_computes_something_else_is_not_timed():
+    with pytest.raises(SystemExit, match="the peers disagree by 1.0e"):
+        small.check({"fbkd_ops": lambda: torch.tensor(1.1), "reference": lambda: torch.tensor(1.0)})
+
+
+@NO_CPU
+def test_a_brief_run_writes_its_entries(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "SECONDS", 0.0)
+    monkeypatch.setattr(small, "LEVEL_SECONDS", 0.0)
+    path, count = tmp_path / "small.json", torch.get_num_threads()
+    try:
+        small.main(["--threads", "1", "--dtype", "float32", "--rows", "yolo n/s 160 px x4", "--json", str(path)])
+    finally:
+        torch.set_num_threads(count)
+    report = json.loads(path.read_text())
+    assert report["environment"]["revision"] and len(report["entries"]) == 1 + 3
+    row, *levels = report["entries"]
+    assert row["peers"]["fbkd_ops"]["ratio"] == 1 and set(row["peers"]) == {"fbkd_ops", "reference"}
+    assert all(set(level["forms"]) == set(small.FORMS) for level in levels)
