@@ -68,6 +68,8 @@ class Program:
 
 def triton_code(text: str, threads: int) -> TritonCode:
     """The kernel in ``text``; ``threads`` of a program share the elements of a tile."""
+    if " tt.call " in text:
+        raise ValueError("a kernel calls a function: what runs there is not counted")
     header = next(line for line in text.splitlines() if line.strip().startswith("tt.func"))
     arguments = re.findall(r'(%[\w.$-]+): [^%]*?loc\("([^"]+)"\(', header)
     lines = [line for line in map(_without_location, text.splitlines()) if line and not line.startswith("#")]
@@ -204,7 +206,8 @@ class _Walk:
             self.values[index] = at
             self.values.update(zip((name for name, _ in names), values))
             given = self.run(operation.regions[0], operation.loop, factor * passes / len(ends))
-            values = [old if old == new or passes == 1 else _carried(old, new) for old, new in zip(values, given)]
+            # What changes from pass to pass is not known before the last one.
+            values = given if at == ends[-1] else [old if old == new else None for old, new in zip(values, given)]
         return values
 
     def _while(self, operation: Operation, factor: float) -> list[Value]:
@@ -259,10 +262,6 @@ class _Walk:
         if operation.name in _SAME or "ptr<" in operation.types or "tensordesc" in operation.types:
             return operands[0] if operands else None
         return None
-
-
-def _carried(old: Value, new: Value) -> Value:
-    return new if isinstance(new, Pointer) and old == new else None
 
 
 def _tile_bytes(types: str) -> float:

@@ -1,5 +1,6 @@
 """The model of a GPU's time: what it reads of compiled code, the times it makes of that, the committed prediction."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -15,11 +17,14 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import code_report, gpu_model  # noqa: E402
+from benchmarks import code_report, gpu_model, gpu_model_step  # noqa: E402
+from benchmarks.cases import Case  # noqa: E402
 from benchmarks.gpu_model_sass import Block, machine_code  # noqa: E402
 from benchmarks.gpu_model_step import SmallOp, Step, cuda_kernels  # noqa: E402
 from benchmarks.gpu_model_tables import model_tables  # noqa: E402
 from benchmarks.gpu_model_ttir import Pointer, evaluate, triton_code  # noqa: E402
+from fbkd_ops import backends  # noqa: E402
+from fbkd_ops.kernels import pyramid  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 REPORTS = [RESULTS / name for name in ("gpu-model.json", "gpu-model-before.json")]
@@ -121,6 +126,31 @@ def test_a_program_that_leaves_a_branch_out_does_less():
     assert done.passes[1] == 0 and 0 < done.passes[0] < 1 and not done.tensors
 
 
+CARRIED = """
+  tt.func public @kernel(%n: i32 loc("n"(#loc)), %m: i32 loc("m"(#loc))) attributes {noinline = false} {
+    %zero = arith.constant 0 : i32 loc(#loc)
+    %one = arith.constant 1 : i32 loc(#loc)
+    %sum = scf.for %k = %zero to %n step %one iter_args(%a = %m) -> (i32)  : i32 {
+      %next = arith.addi %a, %one : i32 loc(#loc)
+      scf.yield %next : i32 loc(#loc)
+    } loc(#loc)
+    scf.for %k = %zero to %sum step %one  : i32 {
+      %next = arith.addi %k, %one : i32 loc(#loc)
+      scf.yield loc(#loc)
+    } loc(#loc)
+    tt.return loc(#loc)
+  } loc(#loc)
+"""
+
+
+def test_what_a_loop_hands_on_is_known_after_no_pass_or_one():
+    code = triton_code(CARRIED, threads=32)
+    assert evaluate(code, {"n": 0, "m": 4}, program=0).passes[1:] == [0, 4]
+    assert evaluate(code, {"n": 1, "m": 4}, program=0).passes[1:] == [1, 5]
+    with pytest.raises(ValueError, match="bounds of a loop"):
+        evaluate(code, {"n": 2, "m": 4}, program=0)
+
+
 def test_a_loop_whose_bounds_are_not_known_is_refused():
     with pytest.raises(ValueError, match="bounds of a loop"):
         evaluate(triton_code(TTIR, threads=128), {"x.0": Pointer("x.0"), "n": None}, program=3)
@@ -188,6 +218,29 @@ def test_the_host_is_charged_for_ops_views_nodes_and_launches():
     step = Step(ops={"forward": [SmallOp("mul", 0, 0)], "backward": [SmallOp("add", 0, 0)] * 2}, views=3, nodes=5)
     parts = zip((3, 3, 5), ("host_op", "host_view", "host_node"))
     assert gpu_model.host_us(step) == sum(count * gpu_model.constant(name) for count, name in parts)
+
+
+def test_a_step_is_captured_as_on_a_gpu():
+    """Without compiling: kernels' names alone are noted."""
+    launched, case, resolve = [], Case((2, 32, 32, 40), "bfloat16", strides=(4, 2)), backends.resolve
+
+    @contextlib.contextmanager
+    def noted(_):
+        with mock.patch.object(pyramid, "_launch_once", lambda kernel, *_: launched.append(kernel.__name__)):
+            yield
+
+    with mock.patch.object(gpu_model_step, "launches_noted", noted):
+        step = gpu_model_step.captured_step(case)
+    assert backends.resolve is resolve
+    assert {"adapted_sums", "residual_sums", "weight_gradients"} <= set(launched)
+    kernels = [launch.kernel for launch in step.launches]  # of the CUDA library
+    assert kernels[:4] == 2 * ["attention_pool_sums", "attention_pool_finish"]
+    maps = case.pixels * 32 * 2
+    means = 2 * 4 * (case.pixels + 2 * len(case.shapes) * 32)
+    assert (step.launches[0].bytes, step.launches[1].bytes) == (maps + means, 2 * means)
+    names = [{op.name for op in ops} for ops in step.ops.values()]
+    assert all(names) and not any("view" in name or "empty" in name for name in set.union(*names))
+    assert step.nodes > 0 and step.views > 0
 
 
 def test_kernels_of_a_cuda_op_are_read_from_its_launcher():
