@@ -120,8 +120,7 @@ def _access_bytes(modifiers: list[str]) -> int:
 def instances_of(resources: str, code: str, arch: int) -> Iterator[Instance]:
     """Every kernel in the outputs of ``cuobjdump -res-usage`` and ``-sass`` for one architecture."""
     bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", code, re.DOTALL))
-    for symbol, usage in re.findall(r"Function (\S+?):\s*\n(.*)", resources):
-        size = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    for symbol, size in resource_usage(resources):
         body = bodies[symbol]
         yield Instance(
             kernel=kernel_name(symbol),
@@ -136,15 +135,25 @@ def instances_of(resources: str, code: str, arch: int) -> Iterator[Instance]:
         )
 
 
+def resource_usage(resources: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Symbol and REG, STACK, SHARED, LOCAL of every kernel in the output of ``cuobjdump -res-usage``."""
+    for symbol, usage in re.findall(r"Function (\S+?):\s*\n(.*)", resources):
+        yield symbol, {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
 def cuda_instances() -> Iterator[Instance]:
     """Of the built library; nothing where there is none."""
-    for library in sorted(Path(_extension.__file__).parent.glob("_cuda*.so")):
-        built = cuobjdump("--list-elf", library)
-        for arch in ARCHS:
-            if f"sm_{arch}.cubin" in built:
-                selected = ("-arch", f"sm_{arch}")
-                resources = cuobjdump(*selected, "-res-usage", library)
-                yield from instances_of(resources, cuobjdump(*selected, "-sass", library), arch)
+    for arch in ARCHS:
+        for library in cuda_libraries(arch):
+            selected = ("-arch", f"sm_{arch}")
+            resources = cuobjdump(*selected, "-res-usage", library)
+            yield from instances_of(resources, cuobjdump(*selected, "-sass", library), arch)
+
+
+def cuda_libraries(arch: int) -> list[Path]:
+    """The built CUDA library if it has code for an architecture."""
+    built = sorted(Path(_extension.__file__).parent.glob("_cuda*.so"))
+    return [library for library in built if f"sm_{arch}.cubin" in cuobjdump("--list-elf", library)]
 
 
 def _pyramid(dtype: torch.dtype, layout: str = "contiguous") -> list[torch.Tensor]:

@@ -13,20 +13,22 @@ dealt to the multiprocessors in order.
 """
 
 import argparse
+import functools
 import heapq
 import json
 import math
 import os
 import random
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from benchmarks.cases import LEVELS, Case
-from benchmarks.code_report import cuobjdump, instances_of
+from benchmarks.code_report import cuda_libraries, cuobjdump, instances_of, kernel_name, resource_usage
 from benchmarks.environment import modified, revision
 from benchmarks.gpu_model_sass import Block, Loop, machine_code
-from benchmarks.gpu_model_step import ARCH, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
+from benchmarks.gpu_model_step import ARCH, CUDA_SOURCES, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
 from benchmarks.gpu_model_tables import model_tables
 from benchmarks.gpu_model_ttir import Program, evaluate, triton_code
 from benchmarks.loss_suites import FBKD_LOSS, STRIDES
@@ -260,10 +262,29 @@ def dram_bytes(launch: TritonLaunch, programs: list[Program]) -> float:
 
 
 def predict_cuda(launch: CudaLaunch) -> dict:
-    """The row of a kernel that is limited by memory."""
+    """The row of a kernel that is limited by memory; registers and shared memory only where its library is built."""
     seconds = launch.bytes / constant("dram")
-    row = {"kernel": launch.kernel, "dram_gb": round(launch.bytes / 1e9, 4), "busiest": "DRAM"}
+    kernel = cuda_resources().get(launch.kernel)
+    row = {"kernel": launch.kernel}
+    if kernel:
+        row |= {"warps": kernel.warps, "registers": kernel.registers, "shared": kernel.shared}
+        row |= {"programs_at_once": kernel.programs_at_once}
+    row |= {"dram_gb": round(launch.bytes / 1e9, 4), "busiest": "DRAM"}
     return row | {"floor_us": round(1e6 * seconds, 2), "predicted_us": round(1e6 * seconds + constant("launch"), 2)}
+
+
+@functools.cache
+def cuda_resources() -> dict[str, Kernel]:
+    """What the kernels of the CUDA library take, by name: the instance with the most registers, of any dtype."""
+    kernels: dict[str, Kernel] = {}
+    warps = int(re.search(r"kWarps = (\d+)", (CUDA_SOURCES / "device.cuh").read_text()).group(1))
+    for library in cuda_libraries(ARCH):
+        for symbol, size in resource_usage(cuobjdump("-arch", f"sm_{ARCH}", "-res-usage", library)):
+            kernel = Kernel([], True, None, size["REG"], size["SHARED"], warps)
+            known = kernels.setdefault(kernel_name(symbol), kernel)
+            if kernel.registers > known.registers:
+                kernels[kernel_name(symbol)] = kernel
+    return kernels
 
 
 # --- The step ---------------------------------------------------------------------------------------------------------

@@ -86,22 +86,17 @@ def _kernel_cells(rows: list[dict]) -> list[str]:
     longest, products = max(rows, key=lambda row: row["predicted_us"]), Counter()
     for row in rows:
         products.update(row.get("gflop", {}))
-    count, floor = str(len(rows)), _ms(_sum(rows, "floor_us"))
-    if "registers" not in longest:
-        return [count, *[ABSENT] * 5, longest["busiest"], floor]
-    code = f"{longest['registers']} / {longest['shared'] / 1024:.0f} / {longest['programs_at_once']}"
-    flops = ", ".join(f"{value:.0f} {kind}" for kind, value in sorted(products.items()) if value >= 0.5)
-    moved = f"{_sum(rows, 'l2_gb'):.1f}"
-    return [
-        count,
-        str(longest["warps"]),
-        code,
-        f"{longest['waves']:.1f}",
-        flops or ABSENT,
-        moved,
-        longest["busiest"],
-        floor,
-    ]
+    code = [str(longest["warps"]), " / ".join(_resources(longest))] if "registers" in longest else [ABSENT] * 2
+    if "waves" in longest:
+        flops = ", ".join(f"{value:.0f} {kind}" for kind, value in sorted(products.items()) if value >= 0.5)
+        done = [f"{longest['waves']:.1f}", flops or ABSENT, f"{_sum(rows, 'l2_gb'):.1f}"]
+    else:
+        done = [ABSENT] * 3
+    return [str(len(rows)), *code, *done, longest["busiest"], _ms(_sum(rows, "floor_us"))]
+
+
+def _resources(row: dict) -> list[str]:
+    return [str(row["registers"]), f"{row['shared'] / 1024:.0f}", str(row["programs_at_once"])]
 
 
 def _sum(rows: list[dict], key: str) -> float:

@@ -248,6 +248,14 @@ def test_kernels_of_a_cuda_op_are_read_from_its_launcher():
     assert cuda_kernels("no_such_op") == []
 
 
+@pytest.mark.skipif(not code_report.cuobjdump_path(), reason="there is no triton that has cuobjdump")
+def test_kernels_of_the_cuda_library_show_what_they_take():
+    if not code_report.cuda_libraries(90):
+        pytest.skip("the CUDA library has no code for sm_90")
+    kernel = gpu_model.cuda_resources()["attention_pool_sums"]
+    assert kernel.warps == 8 and 32 <= kernel.registers <= 64 and kernel.programs_at_once == 4
+
+
 @pytest.fixture(scope="module")
 def products():
     """What the model makes of a matrix product of 1024x1024, in three precisions, compiled by another process."""
