@@ -30,14 +30,16 @@ from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 
 ARCHS = (80, 90, 100)
-# Dtypes of the features and of the parameters of the adapted distance. Triton cannot compile products of 16 bits beside
-# float64: the launchers have to know.
+# Dtypes and layouts of the student and the teacher of the adapted distance, whose parameters are float32: they are
+# rounded before a kernel multiplies them. Triton cannot compile products of 16 bits beside float64: the launchers have
+# to know.
 ADAPTED = (
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float32),
-    (torch.float64, torch.bfloat16),
+    (torch.float16, torch.float16, "contiguous"),
+    (torch.bfloat16, torch.bfloat16, "contiguous"),
+    (torch.bfloat16, torch.bfloat16, "channels_last"),
+    (torch.bfloat16, torch.float32, "contiguous"),
+    (torch.float32, torch.float32, "contiguous"),
+    (torch.bfloat16, torch.float64, "contiguous"),
 )
 # Dtypes and layouts of the student and the teacher of the relation residual.
 RELATION = (
@@ -55,6 +57,7 @@ STATISTICS = (
     (torch.float32, "contiguous"),
     (torch.float64, "contiguous"),
 )
+MAPS = ("student", "teacher", "residual", "x")  # names of feature maps among a Triton kernel's arguments
 
 
 class Instance(NamedTuple):
@@ -69,6 +72,8 @@ class Instance(NamedTuple):
     widest_load: int
     widest_store: int
     tensor_cores: bool
+    tf32: bool = False  # whether it multiplies float32 on them; of Triton kernels
+    maps: tuple[str, ...] = ()  # Triton's names of the dtypes of its feature maps
 
 
 def cuobjdump_path() -> Optional[Path]:
@@ -169,9 +174,9 @@ def _pools(pyramid: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor
 def launches() -> Iterator[Callable[[], object]]:
     """Calls of the Triton launchers whose kernels are reported: every kernel, width of elements and mixed layouts.
 
-    float16 shares the code of bfloat16 but for products of the adapted distance.
+    float16 shares the code of bfloat16 but for the weights' gradient of the adapted distance.
     """
-    from fbkd_ops.kernels import adapted_masked_l2, attention_masks, attention_pool, masked_l2
+    from fbkd_ops.kernels import attention_masks, attention_pool, masked_l2
 
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         student, teacher, other = _pyramid(dtype), _pyramid(dtype), _pyramid(dtype, "channels_last")
@@ -186,17 +191,23 @@ def launches() -> Iterator[Callable[[], object]]:
             pair = student, second, pools[::4], absent
             yield lambda: masked_l2.masked_l2_forward(*pair)
             yield lambda: masked_l2.masked_l2_backward(*pair, grad)
-    for dtype, parameters in ADAPTED:
-        student, teacher = _pyramid(dtype), _pyramid(dtype)
-        sums = accumulation_dtype(*student)
-        pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
-        weights = [torch.empty(x.shape[1], x.shape[1], dtype=parameters) for x in student]
-        biases = [torch.empty(x.shape[1], dtype=parameters) for x in student]
-        adapted = student, weights, biases, teacher, pools[::4], absent
-        yield lambda: adapted_masked_l2.adapted_masked_l2_forward(*adapted)
-        yield lambda: adapted_masked_l2.adapted_masked_l2_backward(*adapted, grad, pools, absent)
+    yield from _adapted_launches()
     yield from _relation_launches()
     yield from _statistics_launches()
+
+
+def _adapted_launches() -> Iterator[Callable[[], object]]:
+    from fbkd_ops.kernels import adapted_masked_l2
+
+    for of_student, of_teacher, layout in ADAPTED:
+        student, teacher = _pyramid(of_student, layout), _pyramid(of_teacher, layout)
+        sums = accumulation_dtype(*student, *teacher)
+        pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
+        weights = [torch.empty(x.shape[1], x.shape[1]) for x in student]
+        biases = [torch.empty(x.shape[1]) for x in student]
+        level = student, weights, biases, teacher, pools[::4], pools[1::4]
+        yield lambda: adapted_masked_l2.adapted_masked_l2_forward(*level, False)
+        yield lambda: adapted_masked_l2.adapted_masked_l2_backward(*level, [], grad, pools, absent)
 
 
 def _relation_launches() -> Iterator[Callable[[], object]]:
@@ -281,7 +292,9 @@ def _triton_instance(kernel, arch: int) -> Instance:
         file.write(kernel.asm["cubin"])
         file.flush()
         (instance,) = instances_of(cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name), arch)
-    return instance._replace(shared=kernel.metadata.shared)
+    maps = {kernel.src.signature.get(name, ("",))[0].removeprefix("*") for name in MAPS} - {""}
+    tf32 = bool(re.search(r"mma.*[.:]tf32\b", kernel.asm["ptx"]))
+    return instance._replace(shared=kernel.metadata.shared, tf32=tf32, maps=tuple(sorted(maps)))
 
 
 def triton_instances() -> Iterator[Instance]:

@@ -101,8 +101,9 @@ def _adapted_eager(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tenso
 def _adapted_cost(case: Case) -> Cost:
     """The traffic of the plain distance and of the parameters; one matrix product forward, two backward.
 
-    Backward needs the adapted difference again. Five maps in all, either way: it is recomputed from a second read of
-    both maps (a fourth product, not counted), or forward makes the gradient up to a factor and backward scales it.
+    Backward needs the adapted difference again. Five maps in all: it is recomputed from a second read of both maps (a
+    fourth product, not counted), or forward makes the gradient up to a factor and backward scales it. On a GPU forward
+    writes the difference, which spares the fourth product and costs two maps more (not counted either).
     """
     n, channels, height, width = case.shape
     plain, parameters = _distance_cost(case), 4 * channels * (channels + 1)

@@ -16,10 +16,10 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
       "Tensor grad) -> Tensor[]");
   m.def(
       "adapted_masked_l2_forward(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
-      "Tensor?[] spatial_mask, Tensor?[] channel_mask) -> Tensor");
+      "Tensor?[] spatial_mask, Tensor?[] channel_mask, bool keep) -> Tensor[]");
   m.def(
       "adapted_masked_l2_backward(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
-      "Tensor?[] spatial_mask, Tensor?[] channel_mask, Tensor grad, Tensor?[] pool_grads, "
+      "Tensor?[] spatial_mask, Tensor?[] channel_mask, Tensor[] residual, Tensor grad, Tensor?[] pool_grads, "
       "Tensor?[] grad_student) -> Tensor[]");
   // The forward pass together with the gradients that a grad of ones would give, and what makes them a backward pass's.
   m.def(

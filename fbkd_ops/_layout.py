@@ -5,7 +5,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-__all__ = ["MatrixView", "empty_gradient", "in_place_layout", "matrix_layout", "matrix_view"]
+from ._numerics import residual_dtype
+
+__all__ = ["MatrixView", "empty_gradient", "empty_residual", "in_place_layout", "matrix_layout", "matrix_view"]
 
 
 class MatrixView(NamedTuple):
@@ -60,6 +62,12 @@ def in_place_layout(x: Tensor) -> Tensor:
 def empty_gradient(x: Tensor) -> Tensor:
     """Memory for the gradient of an ``x`` that is read in place: densely packed in its layout."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x))
+
+
+def empty_residual(student: Tensor, teacher: Tensor) -> Tensor:
+    """Memory for a kept residual ``(N, Ct, H, W)``: densely packed in the teacher's layout."""
+    dtype, layout = residual_dtype(student, teacher), matrix_layout(teacher)
+    return torch.empty(teacher.shape, dtype=dtype, device=teacher.device, memory_format=layout)
 
 
 def matrix_view(x: Tensor) -> MatrixView:

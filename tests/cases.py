@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from helpers import rms
 
 import fbkd_ops
 from fbkd_ops import _extension
@@ -175,6 +176,25 @@ def assert_as_good(ours, eager, exact, extra=0.0, accumulation=None, units=8):
     excess = (ours.double() - exact).abs() - allowed
     assert not ours.isnan().any()
     assert (excess <= 0).all(), f"worst excess {excess.max():.3g} with a floor of {floor:.3g}"
+
+
+def assert_close_to_truth(ours, eager, truth, eps):
+    """No further from the truth than twice plain PyTorch, on the RMS, plus some eps."""
+    assert ours.shape == truth.shape and ours.dtype == eager.dtype
+    if ours.numel():
+        assert rms(ours.double() - truth) <= 2 * rms(eager.double() - truth) + eps * rms(truth)
+
+
+def precision_of(backend, student, teacher):
+    """In which dtype plain PyTorch is as precise as a backend's products, and the eps that it may be off besides.
+
+    Triton's tensor cores multiply features of one 16-bit dtype with matrices and residuals rounded to it. The CPU
+    vendor's products of very few rows add all pixels into one float.
+    """
+    if backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2:
+        return student.dtype, torch.finfo(student.dtype).eps / 4
+    accumulation = accumulation_of(student.dtype, teacher.dtype)
+    return accumulation, 16 * torch.finfo(accumulation).eps
 
 
 def truncation(backend, device, dtype):

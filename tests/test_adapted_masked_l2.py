@@ -1,5 +1,6 @@
 """The adapted masked distance on every backend with kernels of it: values, gradients, memory, compilation, errors."""
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cases import (
     PAIRS_OF_LAYOUTS,
     accumulation_of,
     assert_as_good,
+    assert_close_to_truth,
     assert_compiled_agrees,
     assert_same_bits,
     channels_last,
@@ -27,15 +29,19 @@ from cases import (
     name_of,
     op_of,
     poison,  # noqa: F401
+    precision_of,
     threads,
     truncation,
     with_values,
 )
+from helpers import rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fbkd_ops
-from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
+from fbkd_ops._layout import empty_gradient, in_place_layout
+from fbkd_ops._numerics import residual_dtype
+from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 from fbkd_ops.functional import adapted_masked_l2_loss, attention_pool
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
@@ -60,6 +66,16 @@ LARGE = [
     (3, 64, 48, 70, 70),  # six blocks, in as many groups of partial gradients
     (40, 3, 4, 2, 2),  # 40 blocks in 32 groups; sums over pixels shorter than a vector
     (2, 6, 1030, 3, 50),  # more channels than a piece; pixels in two pieces of 128
+]
+# For the Triton kernels: more than one tile of every extent on both code paths, and an image in several splits.
+TILES = [
+    (torch.bfloat16, (1, 72, 136, 12, 12)),
+    (torch.bfloat16, (1, 66, 67, 3, 45)),
+    (torch.float16, (1, 136, 72, 12, 12)),
+    (torch.float16, (2, 3, 4, 26, 40)),
+    (torch.float32, (1, 24, 72, 12, 12)),
+    (torch.float32, (1, 66, 67, 3, 45)),
+    (torch.float64, (1, 18, 66, 5, 13)),
 ]
 # Weights so large that the product's own threads run it, one image after the other.
 ONE_BY_ONE = (2, 1100, 1100, 9, 9)
@@ -87,12 +103,39 @@ def run(level, backend, scale=1.0):
     return loss.detach(), *torch.autograd.grad(scale * loss, leaves)
 
 
+def wide(level):
+    return [x if x is None else x.double() for x in level]
+
+
+def difference_in(level, dtype):
+    """``A S + a - T`` in plain PyTorch in ``dtype``."""
+    student, weight, bias, teacher = (x.to(dtype) for x in level[:4])
+    return torch.nn.functional.conv2d(student, weight[:, :, None, None], bias) - teacher
+
+
+def literal(level, dtype):
+    """The loss and its gradients, with the products in plain PyTorch in ``dtype``: as under autocast."""
+    leaves = [x.detach().requires_grad_() for x in level[:3]]
+    squares = difference_in([*leaves, level[3]], dtype).to(accumulation_of(level[0].dtype, level[3].dtype)).square()
+    spatial, channel = level[4:]
+    squares = squares if spatial is None else squares * spatial[:, None]
+    squares = squares if channel is None else squares * channel[:, :, None, None]
+    loss = squares.sum().sqrt()
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
 def check(level, backend):
-    ours, eager = run(level, backend), run(level, "reference")
-    exact = run([x if x is None else x.double() for x in level], "reference")
+    dtype, eps = precision_of(backend, level[0], level[3])
+    ours, exact = run(level, backend), run(wide(level), "reference")
     student, teacher = level[0], level[3]
     accumulation = accumulation_of(student.dtype, teacher.dtype)
     assert [x.dtype for x in ours] == [accumulation, *(x.dtype for x in level[:3])]
+    assert ours[1].stride() == empty_gradient(in_place_layout(student)).stride()
+    if dtype != accumulation:
+        for mine, theirs, truth in zip(ours, literal(level, dtype), exact):
+            assert_close_to_truth(mine, theirs, truth, eps + truncation(backend, student.device.type, student.dtype))
+        return ours
+    eager = run(level, "reference")
     assert_as_good(ours[0], eager[0], exact[0], accumulation=accumulation)
     for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:]):
         extra = 4 * torch.finfo(accumulation).eps + truncation(backend, student.device.type, mine.dtype)
@@ -139,11 +182,170 @@ def test_mixtures_in_the_interpreter(backend, device, dtypes):
     check(draw_level((1, 5, 4, 3, 7), dtypes, MASKS[index // 4], device, PAIRS_OF_LAYOUTS[index % 4]), backend)
 
 
-@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("backend, device", [INTERPRETED])
-def test_tiles_in_the_interpreter(backend, device, layouts):
-    """More than one tile of every dimension."""
-    check(draw_level((1, 66, 67, 1, 70), device=device, layouts=layouts), backend)
+@pytest.mark.parametrize("index", range(len(TILES)))
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_tiles(backend, device, index):
+    dtype, size = TILES[index]
+    check(draw_level(size, (dtype, dtype), device=device, layouts=PAIRS_OF_LAYOUTS[index % 4]), backend)
+
+
+# What the gradients of features of 16 bits, and of other mixtures, are made from on a GPU.
+KEPT = [(torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2]
+
+
+@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS[:4:3], ids=name_of)
+@pytest.mark.parametrize("dtypes", KEPT, ids=name_of)
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_kept_difference(backend, device, dtypes, layouts):
+    """It has no masks, keeping it changes nothing, and backward makes the same of it as of one computed anew."""
+    level = draw_level((2, 5, 4, 3, 7), dtypes, device=device, layouts=layouts)
+    arguments = [[x] for x in level]
+    forward, backward = (op_of(f"adapted_masked_l2_{which}", backend) for which in ("forward", "backward"))
+    squares, difference = forward(*arguments, True)
+    dtype, eps = precision_of(backend, level[0], level[3])
+    plain = difference_in(level, dtype).to(residual_dtype(level[0], level[3]))
+    assert_close_to_truth(difference, plain, difference_in(wide(level), torch.float64), eps)
+    assert difference.stride() == empty_gradient(level[3]).stride()
+    assert_same_bits([squares], forward(*arguments, False))
+    added = torch.full_like(squares, 0.37), pool_gradients(level), [None]
+    assert_same_bits(*(backward(*arguments, kept, *added) for kept in ([difference], [])))
+
+
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_launches(backend, device, monkeypatch):
+    """No more of them than gradients are made, whatever the number of levels; without the difference one again."""
+    names, pyramid = [], importlib.import_module("fbkd_ops.kernels.pyramid")
+    launch_once = pyramid._launch_once
+
+    def recording(kernel, *arguments):
+        names.append(kernel.fn.__name__)
+        launch_once(kernel, *arguments)
+
+    monkeypatch.setattr(pyramid, "_launch_once", recording)
+    levels = [draw_level((1, 3, 4, height, 5), device=device) for height in (2, 3)]
+    for memory_efficient in (False, True):
+        total, leaves = squares_of(levels, backend, memory_efficient)
+        assert names == ["adapted_sums", "add_partials"]
+        names.clear()
+        torch.autograd.grad(total, leaves)
+        again = ["adapted_sums"] if memory_efficient else []
+        assert names == [*again, "student_gradients", "weight_gradients", "add_splits"]
+        names.clear()
+
+
+def squares_of(levels, backend, memory_efficient=False):
+    """The sum of the levels' squares as a part of FBKDLoss makes them, and the leaves."""
+    levels, leaves = leaves_of(levels)
+    with torch.no_grad(), fbkd_ops.use_backend("reference"):
+        means = [attention_pool(level[0]) for level in levels]
+    squares, _, _ = student_pyramid(backend, AdaptedLevels(*map(list, zip(*levels))), means, memory_efficient)
+    return squares.sum(), leaves
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_what_forward_keeps(backend, device, dtype):
+    """Nothing under memory_efficient; else, on the CPU, the gradients where they need no rounding, on a GPU D."""
+    levels = [draw_level((2, 5, 4, 3, 7), (dtype, dtype), device=device) for _ in range(2)]
+    for memory_efficient in (False, True):
+        total, _ = squares_of(levels, backend, memory_efficient)
+        node = total.grad_fn.next_functions[0][0]
+        kept = node.saved_tensors[sum(map(len, levels)) :]
+        wide_on_cpu = backend == "cpu" and dtype == torch.float32 and not memory_efficient
+        assert (node.ready is not None) == wide_on_cpu
+        shapes = [level[3].shape for level in levels] if backend == "triton" and not memory_efficient else []
+        assert [x.shape for x in kept] == shapes and all(x.dtype == dtype for x in kept)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.bfloat16,) * 2], ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_nothing_kept_gives_the_same_gradients(backend, device, dtypes):
+    levels = [draw_level(size, dtypes, device=device) for size in ((2, 5, 4, 3, 7), (1, 3, 6, 4, 4))]
+    results = []
+    for memory_efficient in (False, True):
+        total, leaves = squares_of(levels, backend, memory_efficient)
+        results.append(torch.autograd.grad(0.37 * total, leaves))
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+def enlarge_tiles(monkeypatch):
+    """Tiles that no GPU has registers for: the interpreter's time goes by the number of programs."""
+    module = importlib.import_module("fbkd_ops.kernels.adapted_masked_l2")
+    for name, rows, inner in (("_SUMS", 4096, 16), ("_STUDENT", 4096, 16), ("_WEIGHT", 16, 4096)):
+        blocks = dict.fromkeys(getattr(module, name), module.Blocks(rows, 16, inner, 8))
+        monkeypatch.setattr(module, name, blocks)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_float16_with_one_pixel_that_takes_the_whole_softmax(backend, device, monkeypatch):
+    """A mask beyond float16's largest number, on a map of the size that it takes, and a channel mask of that kind.
+
+    Ms D is a million where float16 ends at 65504. Parameters of 1 / 16 keep the gradients themselves in range.
+    """
+    if (backend, device) == ("triton", "cpu"):
+        enlarge_tiles(monkeypatch)
+    n, from_channels, to_channels, height, width = size = (1, 8, 16, 200, 336)
+    level = draw_level(size, (torch.float16,) * 2, (False, False), device)
+    for index in (0, 3):
+        level[index] = (10 * level[index].float().sign() + level[index].float()).half()
+    level[1] /= 16
+    attention = torch.randn(n, height, width, device=device)
+    attention[0, 150, 200] = 60.0
+    level[4] = height * width * attention.flatten(1).softmax(1).view_as(attention)
+    level[5] = to_channels * (6 * torch.eye(to_channels, device=device)[:n]).softmax(1)
+    assert level[4].max() > 2**16
+    for result in check(level, backend):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("spatial", [1e-6, 1.0, 1e30], ids=str)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_float16_with_masks_of_any_size(backend, device, spatial):
+    """The loss does not see how large the spatial mask is: its gradients grow with the root."""
+    level = draw_level((2, 5, 4, 3, 7), (torch.float16,) * 2, device=device)
+    expected = run(level, backend)
+    level[4] *= spatial
+    loss, of_student, *gradients = run(level, backend, scale=spatial**-0.5)
+    torch.testing.assert_close(loss * spatial**-0.5, expected[0])
+    for ours, of_one in zip(gradients, expected[2:]):
+        assert rms(ours - of_one) <= torch.finfo(torch.float16).eps * rms(of_one)
+    torch.testing.assert_close(of_student, expected[1], rtol=2e-3, atol=2e-3 * rms(expected[1]))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_float16_with_a_factor_beyond_its_range(backend, device):
+    """The factor comes from a scaled loss: it meets sums, not 16-bit values."""
+    level = draw_level((2, 5, 4, 3, 7), (torch.float16,) * 2, device=device)
+    level[1] /= 64
+    expected = run(level, backend)[1:]
+    for factor in (2.0**-40, 2.0**13):
+        of_student, *gradients = run(level, backend, scale=factor)[1:]
+        for ours, of_one in zip(gradients, expected[1:]):
+            torch.testing.assert_close(ours, factor * of_one, rtol=1e-5, atol=1e-5 * factor)
+    torch.testing.assert_close(of_student, factor * expected[0], rtol=2e-3, atol=2e-3 * factor)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+def test_tf32_where_pytorch_may_use_it(backend, device, monkeypatch, allowed):
+    products, seen = importlib.import_module("fbkd_ops.kernels.products"), {}
+    launch = products.launch
+
+    def recording(kernel, *arguments, **constants):
+        seen[kernel.fn.__name__] = constants.get("PRECISION")
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(products, "launch", recording)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        run(draw_level((1, 3, 4, 2, 5), device=device), backend)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert {seen[name] for name in ("adapted_sums", "student_gradients", "weight_gradients")} == {
+        "tf32" if allowed else "tf32x3"
+    }
 
 
 @pytest.mark.parametrize("of_teacher", LAYOUTS, ids=name_of)
@@ -160,7 +362,7 @@ def test_layouts_in_the_interpreter(backend, device, layout):
 
 
 def check_layouts(backend, device, of_student, of_teacher):
-    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2):
         level = draw_level((3, 6, 7, 5, 8), dtypes, device=device, layouts=(of_student, of_teacher))
         gradient = check(level, backend)[1]
         last = of_student in (channels_last, channels_last_slice)
@@ -192,8 +394,9 @@ def test_parameters_of_other_dtypes(backend, device, dtypes, parameters):
 @pytest.mark.parametrize("parameter", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_parameters_of_other_dtypes_in_the_interpreter(backend, device, parameter):
-    level = draw_level((1, 5, 4, 3, 7), device=device)
-    check([level[0], level[1].to(parameter), level[2].to(parameter), *level[3:]], backend)
+    for dtypes in (torch.float32,) * 2, (torch.bfloat16,) * 2:
+        level = draw_level((1, 5, 4, 3, 7), dtypes, device=device)
+        check([level[0], level[1].to(parameter), level[2].to(parameter), *level[3:]], backend)
 
 
 @pytest.mark.parametrize("backend, device", COMPILED)
@@ -293,9 +496,10 @@ def test_a_perfect_adaptation_has_loss_and_gradients_zero(backend, device):
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_empty_batch(backend, device, layouts):
-    loss, *gradients = run(draw_level((0, 3, 4, 5, 6), device=device, layouts=layouts), backend)
+def test_empty_batch(backend, device, dtype, layouts):
+    loss, *gradients = run(draw_level((0, 3, 4, 5, 6), (dtype, dtype), device=device, layouts=layouts), backend)
     assert loss == 0 and [tuple(x.shape) for x in gradients] == [(0, 3, 5, 6), (4, 3), (4,)]
     assert all(torch.equal(x, torch.zeros_like(x)) for x in gradients)
 
@@ -475,13 +679,14 @@ def test_opcheck(backend, device):
     arguments = list(map(list, zip(*levels)))
     forward = op_of("adapted_masked_l2_forward", backend)
     backward = op_of("adapted_masked_l2_backward", backend)
-    squares = forward(*arguments)
+    squares, *differences = forward(*arguments, backend != "cpu")
     means = [mean for level in levels for mean in pool_gradients(level)]
-    torch.library.opcheck(forward, arguments)
+    for keep in (False, True)[: 1 + (backend != "cpu")]:
+        torch.library.opcheck(forward, (*arguments, keep))
     added = means, [torch.ones_like(level[0].contiguous()) for level in levels]
     for pools, dense in (added, ([None] * 4 * len(levels), [None] * len(levels))):
         dense = [x if x is None else of_layout(x, level[0]) for x, level in zip(dense, levels)]
-        torch.library.opcheck(backward, (*arguments, squares, pools, dense))
+        torch.library.opcheck(backward, (*arguments, differences, squares, pools, dense))
 
 
 def pool_gradients(level):
@@ -519,7 +724,7 @@ def test_op_names_what_is_wrong():
 
     def forward(**changed):
         of = dict(student=[x], weight=[weight], bias=[bias], teacher=[teacher], spatial=[spatial], channel=[channel])
-        return op.adapted_masked_l2_forward(*(of | changed).values())
+        return op.adapted_masked_l2_forward(*(of | changed).values(), False)
 
     with pytest.raises(RuntimeError, match="weight must have 1 entries, got 2"):
         forward(weight=[weight, weight])
@@ -537,19 +742,28 @@ def test_op_names_what_is_wrong():
         forward(channel=[torch.zeros(2, 3)])
     arguments = [[x], [weight], [bias], [teacher], [None], [None]]
     with pytest.raises(RuntimeError, match="pool_grads must have 4 entries, got 0"):
-        op.adapted_masked_l2_backward(*arguments, torch.ones(1), [], [None])
+        op.adapted_masked_l2_backward(*arguments, [], torch.ones(1), [], [None])
     with pytest.raises(RuntimeError, match="grad must be contiguous with 1 elements, got 2"):
-        op.adapted_masked_l2_backward(*arguments, torch.ones(2), [None] * 4, [None])
+        op.adapted_masked_l2_backward(*arguments, [], torch.ones(2), [None] * 4, [None])
     for wrong in (x.double(), x[:1], channels_last(x), x[..., :5]):
         with pytest.raises(
             RuntimeError, match="grad_student must have the shape and the type of the map, and its gradient's layout"
         ):
-            op.adapted_masked_l2_backward(*arguments, torch.ones(1), [None] * 4, [wrong])
+            op.adapted_masked_l2_backward(*arguments, [], torch.ones(1), [None] * 4, [wrong])
     for empty in (x[:, :0].contiguous(), x[:, :, :0].contiguous()):
         with pytest.raises(RuntimeError, match="student must have at least one channel and one pixel"):
             forward(student=[empty], weight=[weight[:, : empty.shape[1]].contiguous()])
     with pytest.raises(RuntimeError, match="teacher must have at least one channel and one pixel"):
         forward(teacher=[teacher[:, :0].contiguous()], weight=[weight[:0]], bias=[bias[:0]], channel=[None])
+
+
+@NO_CPU
+def test_the_cpu_keeps_no_difference():
+    op, arguments = torch.ops.fbkd_ops, [[x] for x in draw_level((2, 3, 4, 5, 6))]
+    with pytest.raises(RuntimeError, match="keep must be false on the CPU"):
+        op.adapted_masked_l2_forward(*arguments, True)
+    with pytest.raises(RuntimeError, match="residual must have 0 entries, got 1"):
+        op.adapted_masked_l2_backward(*arguments, arguments[3], torch.ones(1), [None] * 4, [None])
 
 
 @NO_CPU

@@ -12,6 +12,7 @@ from cases import (
     ON_TRITON,
     PAIRS_OF_LAYOUTS,
     accumulation_of,
+    assert_close_to_truth,
     assert_compiled_agrees,
     assert_same_bits,
     batch_slice,
@@ -25,6 +26,7 @@ from cases import (
     op_of,
     permuted,
     poison,  # noqa: F401
+    precision_of,
     threads,
     truncation,
     with_values,
@@ -114,28 +116,8 @@ def wide(level):
     return [x if x is None else x.double() for x in level]
 
 
-def assert_close_to_truth(ours, eager, truth, eps):
-    """No further from the truth than twice plain PyTorch, on the RMS, plus some eps."""
-    assert ours.shape == truth.shape and ours.dtype == eager.dtype
-    if ours.numel():
-        assert rms(ours.double() - truth) <= 2 * rms(eager.double() - truth) + eps * rms(truth)
-
-
-def precision_of(level, backend):
-    """In which dtype plain PyTorch is as precise as a backend, and the eps that it may be off besides.
-
-    Triton's tensor cores multiply features of one 16-bit dtype with matrices and residuals rounded to it. The CPU
-    vendor's products of very few rows add all pixels into one float.
-    """
-    student, teacher = level[0], level[2]
-    if backend == "triton" and student.dtype == teacher.dtype and student.dtype.itemsize == 2:
-        return student.dtype, torch.finfo(student.dtype).eps / 4
-    accumulation = accumulation_of(student.dtype, teacher.dtype)
-    return accumulation, 16 * torch.finfo(accumulation).eps
-
-
 def check(level, backend, **options):
-    dtype, eps = precision_of(level, backend)
+    dtype, eps = precision_of(backend, level[0], level[2])
     results = run(level, backend, **options), literal(level, dtype), literal(wide(level), torch.float64)
     for ours, eager, truth in zip(*results):
         assert_close_to_truth(ours, eager, truth, eps + truncation(backend, ours.device.type, ours.dtype))
@@ -183,7 +165,7 @@ def test_kept_residual(backend, device, dtypes, layouts):
     arguments = [[x] for x in level]
     forward, backward = (op_of(f"relation_residual_{which}", backend) for which in ("forward", "backward"))
     squares, residual = forward(*arguments, True)
-    dtype, eps = precision_of(level, backend)
+    dtype, eps = precision_of(backend, level[0], level[2])
     assert_close_to_truth(
         residual,
         residual_in(level, dtype).to(residual_dtype(level[0], level[2])),

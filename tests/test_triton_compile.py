@@ -27,6 +27,10 @@ PRODUCTS = {"adapted_sums", "student_gradients", "weight_gradients"}
 PRODUCTS |= {"residual_sums", "student_residual_gradients", "residual_products"}
 GRADIENTS |= {"add_map_gradients", "pool_weight_gradients"}
 PRODUCTS |= {"pool_convolutions", "covariance_tiles", "add_map_gradients", "pool_weight_gradients"}
+# Kernels of the residuals of two features, and Triton's names of the dtypes of their maps.
+RESIDUALS = {"adapted_sums", "student_gradients", "weight_gradients"}
+RESIDUALS |= {"residual_sums", "student_residual_gradients", "residual_products"}
+MAPS = ("bf16",), ("fp32",)
 SHARED_MEMORY = 163 * 1024  # what a block can have on sm_80
 
 
@@ -65,7 +69,7 @@ def test_triton_kernels_use_the_hardware_and_do_not_spill(triton_instances):
     """No local memory, the shared memory of sm_80 at most, 16-byte accesses, and tensor cores for all products."""
     kernels = by_kernel(triton_instances)
     # Launchers pass the kernel first; those that take it as a parameter call it `kernel`.
-    launched = kernels_in((ROOT / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\((?!kernel\b)(\w+), ")
+    launched = kernels_in((ROOT / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\w*\((?!kernel\b)(\w+), ")
     assert set(kernels) == launched >= MEMORY_BOUND | GRADIENTS | PRODUCTS
     assert_no_local_memory(triton_instances)
     assert max(each.shared for each in triton_instances) <= SHARED_MEMORY
@@ -74,6 +78,14 @@ def test_triton_kernels_use_the_hardware_and_do_not_spill(triton_instances):
     for name in GRADIENTS:
         assert max(each.widest_store for each in kernels[name]) >= 16, f"{name} never stores 16 bytes"
     assert not [each for name in PRODUCTS for each in kernels[name] if not each.tensor_cores]
+
+
+def test_features_of_16_bits_are_multiplied_as_such(triton_instances):
+    """Beside float32 parameters too: as TF32, three products of twice the cost each would take the place of one."""
+    kernels = by_kernel(triton_instances)
+    for name in RESIDUALS:
+        tf32 = {maps: {each.tf32 for each in kernels[name] if tuple(each.maps) == maps} for maps in MAPS}
+        assert tf32 == {("bf16",): {False}, ("fp32",): {True}}, name
 
 
 @pytest.fixture(scope="module")

@@ -329,14 +329,17 @@ Backward backward(const AdaptedArguments& of, const Tensor* grad, const Optional
   return result;
 }
 
-Tensor forward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
-                  const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask) {
-  return forward({student, weight, bias, teacher, spatial_mask, channel_mask});
+// The difference is never kept: in cache, computing it again costs less than it would take to write and read it.
+Tensors forward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
+                   const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, bool keep) {
+  STD_TORCH_CHECK(!keep, "adapted_masked_l2_forward: keep must be false on the CPU");
+  return {forward({student, weight, bias, teacher, spatial_mask, channel_mask})};
 }
 
 Tensors backward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
-                    const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, const Tensor& grad,
-                    const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
+                    const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, const Tensors& residual,
+                    const Tensor& grad, const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
+  check_length(residual, 0, "adapted_masked_l2_backward", "residual");
   const AdaptedArguments of{student, weight, bias, teacher, spatial_mask, channel_mask};
   return backward(of, &grad, pool_grads, grad_student).all();
 }

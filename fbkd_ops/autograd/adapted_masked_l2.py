@@ -1,12 +1,13 @@
 """Adapted masked squared distances of a pyramid, and everything that flows back to a student's level in one write."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._layout import empty_gradient, in_place_layout, matrix_layout
+from .._layout import empty_gradient, empty_residual, in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype
 from ..types import AttentionPool
 from .attention_pool import pools_of
@@ -29,7 +30,7 @@ class AdaptedLevels(NamedTuple):
 
 def adapted_masked_l2_squares(backend: str, levels: AdaptedLevels) -> Tensor:
     """``sum(Ms * Mc * (A S + a - T)**2)`` of every level, ``(levels,)``, on a backend that has kernels."""
-    return _apply(backend, levels, [])[0]
+    return _apply(backend, levels, [], False)[0]
 
 
 def student_pyramid(
@@ -44,7 +45,8 @@ def student_pyramid(
         backend: one that has kernels.
         levels: the distance's arguments.
         pools: the students' four means, without gradient.
-        memory_efficient: keep no gradient made by the forward pass.
+        memory_efficient: keep nothing for the backward pass, which then repeats the forward pass's product. Else one
+            feature map a level is kept: on the CPU the student's gradient up to a factor, on a GPU the difference.
 
     Returns:
         The squares ``(levels,)``, the means and the students, all with gradient.
@@ -54,28 +56,29 @@ def student_pyramid(
     return squares, pools_of(outputs[: 4 * count]), outputs[4 * count :]
 
 
-def _apply(
-    backend: str, levels: AdaptedLevels, means: list[Tensor], memory_efficient: bool = False
-) -> tuple[Tensor, ...]:
+def _apply(backend: str, levels: AdaptedLevels, means: list[Tensor], memory_efficient: bool) -> tuple[Tensor, ...]:
     teachers = [teacher.detach() for teacher in levels.teachers]
     masks = level_masks(levels.students, teachers, levels.spatial_masks, levels.channel_masks)
     prepared = levels._replace(teachers=teachers, spatial_masks=masks[0], channel_masks=masks[1])
     tensors = [tensor for group in prepared for tensor in group]
-    # The compiled graph cannot hold a gradient that a first backward pass uses up.
-    keep = torch.is_grad_enabled() and not (memory_efficient or torch.compiler.is_compiling())
-    keep = keep and _keeps_gradient(backend, levels)
+    keep = torch.is_grad_enabled() and not memory_efficient
     return AdaptedMaskedL2Function.apply(backend, len(levels.students), keep, *tensors, *means)
 
 
-def _keeps_gradient(backend: str, levels: AdaptedLevels) -> bool:
+def _makes_gradient(backend: str, arguments: list[list[Optional[Tensor]]], needed: Sequence[bool]) -> bool:
     """Whether the forward pass makes the gradient, up to a factor, instead of repeating a matrix product later.
 
-    On the CPU the product costs more than the memory traffic. In another dtype than the one it is computed in, the
-    gradient would be rounded twice, and could overflow before it is scaled.
+    On the CPU the product costs more than the memory traffic. A compiled graph cannot hold a gradient that a first
+    backward pass uses up; in another dtype than the one it is computed in, the gradient would be rounded twice, and
+    could overflow before it is scaled.
     """
-    return backend == "cpu" and all(
-        s.requires_grad and {s.dtype, weight.dtype, bias.dtype} == {accumulation_dtype(s, t)}
-        for s, weight, bias, t in zip(*levels[:4])
+    return (
+        backend == "cpu"
+        and not torch.compiler.is_compiling()
+        and all(
+            wanted and {s.dtype, weight.dtype, bias.dtype} == {accumulation_dtype(s, t)}
+            for s, weight, bias, t, wanted in zip(*arguments[:4], needed)
+        )
     )
 
 
@@ -93,12 +96,14 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
         masks, means = tensors[4 * count : 6 * count], tensors[6 * count :]
         arguments = _groups((*students, *parameters, *teachers, *masks), count)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(tensor for group in arguments for tensor in group))
         ctx.backend, ctx.count, ctx.means, ctx.ready = backend, count, len(means), None
-        if keep:
+        needed, residuals = ctx.needs_input_grad[3:], []
+        if keep and _makes_gradient(backend, arguments, needed[:count]):
             squares, *ctx.ready = kernel("adapted_masked_l2_with_gradient", backend)(*arguments)
         else:
-            squares = kernel("adapted_masked_l2_forward", backend)(*arguments)
+            keep = keep and backend != "cpu" and any(needed)
+            squares, *residuals = kernel("adapted_masked_l2_forward", backend)(*arguments, keep)
+        ctx.save_for_backward(*(tensor for group in arguments for tensor in group), *residuals)
         if not means:
             return (squares,)
         return (squares, *(mean.view_as(mean) for mean in means), *(x.view_as(x) for x in tensors[:count]))
@@ -106,7 +111,8 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *grads):
-        arguments, count = _groups(ctx.saved_tensors, ctx.count), ctx.count
+        saved, count = ctx.saved_tensors, ctx.count
+        arguments, residuals = _groups(saved[: 6 * count], count), list(saved[6 * count :])
         students, teachers = arguments[0], arguments[3]
         pool_grads = list(grads[: ctx.means]) or [None] * (4 * count)
         student_grads = list(grads[ctx.means :]) or [None] * count
@@ -118,19 +124,21 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
             pool_grads = [g if g is None else g.to(dtypes[i // 4]).contiguous() for i, g in enumerate(pool_grads)]
             # The gradient that the forward pass made becomes the student's own memory: it is good for one pass.
             ready, ctx.ready = ctx.ready, None
-            gradients = _gradients(ctx.backend, arguments, (grad.contiguous(), pool_grads, student_grads), ready)
+            added = grad.contiguous(), pool_grads, student_grads
+            gradients = _gradients(ctx.backend, arguments, residuals, added, ready)
         return None, None, None, *gradients, *[None] * (3 * count + ctx.means)
 
 
 def _gradients(
     backend: str,
     arguments: list[list[Optional[Tensor]]],
+    residuals: list[Tensor],
     added: tuple[Tensor, list[Optional[Tensor]], list[Optional[Tensor]]],
     ready: Optional[list[Tensor]],
 ) -> list[Tensor]:
     """Gradients of all students, weights and biases: what the forward pass made, finished in place, or anew."""
     if ready is None:
-        return kernel("adapted_masked_l2_backward", backend)(*arguments, *added)
+        return kernel("adapted_masked_l2_backward", backend)(*arguments, residuals, *added)
     count, grad = len(arguments[0]), added[0]
     kernel("adapted_masked_l2_finish_", backend)(ready[:count], arguments[0], *added)
     for index, parameter_grad in enumerate(ready[count:]):
@@ -160,8 +168,9 @@ def _packed(grad: Tensor, student: Tensor) -> Tensor:
     return grad.to(student.dtype).contiguous(memory_format=matrix_layout(student))
 
 
-def _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks):
-    return students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
+def _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks, keep):
+    squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
+    return [squares, *(empty_residual(*features) for features in zip(students, teachers) if keep)]
 
 
 def _fake_backward(students, weights, biases, *_):
@@ -169,15 +178,20 @@ def _fake_backward(students, weights, biases, *_):
 
 
 def _fake_with_gradient(students, weights, biases, teachers, spatial_masks, channel_masks):
-    squares = _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks)
-    return [squares, *_fake_backward(students, weights, biases)]
+    arguments = students, weights, biases, teachers, spatial_masks, channel_masks
+    return [*_fake_forward(*arguments, False), *_fake_backward(*arguments)]
 
 
 _ARGUMENTS = (
     "Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask"
 )
 _ADDED = "Tensor grad, Tensor?[] pool_grads, Tensor?[] grad_student"
-register("adapted_masked_l2_forward", f"({_ARGUMENTS}) -> Tensor", _fake_forward, "adapted_masked_l2")
-register("adapted_masked_l2_backward", f"({_ARGUMENTS}, {_ADDED}) -> Tensor[]", _fake_backward, "adapted_masked_l2")
+register("adapted_masked_l2_forward", f"({_ARGUMENTS}, bool keep) -> Tensor[]", _fake_forward, "adapted_masked_l2")
+register(
+    "adapted_masked_l2_backward",
+    f"({_ARGUMENTS}, Tensor[] residual, {_ADDED}) -> Tensor[]",
+    _fake_backward,
+    "adapted_masked_l2",
+)
 register("adapted_masked_l2_with_gradient", None, _fake_with_gradient)
 register("adapted_masked_l2_finish_", None, lambda *_: None)

@@ -1,12 +1,17 @@
 """Triton kernels of the masked squared difference after a 1x1 adaptation, and its gradients.
 
-``D = weight @ S + bias - T`` and what follows from it exist a tile at a time in registers: the forward kernel's
-epilogue turns a tile of products into one partial sum, and both backward kernels recompute the tiles that they need
-(once for each block of student channels that a program's accumulator holds).
+``D = A S + a - T`` exists a tile at a time in registers: the forward kernel's epilogue turns a tile of products into
+one partial sum and, where D is kept, into a tile of D. The backward pass makes both gradients of the kept D, or of one
+that the same kernel computes again.
 
-Products are added in float32. Operands keep their 16 bits where the student and the weight share a 16-bit dtype; else,
-and wherever ``E = 2 * grad * Ms * Mc * D`` is an operand, they are float32, multiplied as TF32 where PyTorch may do so
-and else as three TF32 products that together keep float32's precision. float64 has tensor cores of its own.
+The operands of features that share a 16-bit dtype are of that dtype, A and D rounded to it; those of others are float32
+or float64, see products.py. D is kept without its masks, which may be as large as the number of pixels or channels:
+
+- ``dS = 2 grad Ms (Mc A)^T D``: the inner axis is the teacher's channels. ``Mc A`` is rounded once, an image at a time:
+  float16 holds it up to ``65504 = 2048 * 32``, the largest mask of 2048 channels times a weight of 32. Ms and grad
+  scale float32 sums.
+- ``dA = sum 2 grad Mc (Ms D) S^T``: the inner axis is the pixels. ``Ms D`` is computed in float32 before it is rounded,
+  for float16 with Ms divided by a power of two above its peak, so that no element is larger than that of D.
 """
 
 from typing import NamedTuple, Optional
@@ -16,22 +21,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import matrix_layout, matrix_view
+from .._layout import empty_gradient, empty_residual, matrix_view
 from .._numerics import accumulation_dtype
 from .products import (
     ALIGNED,
     STUDENT_PLANAR,
     TEACHER_PLANAR,
-    across,
+    Blocks,
+    Images,
+    Pair,
+    PixelSplits,
+    PixelWeights,
     add_product,
     add_up,
     dense_tile,
-    error_product,
     fit_for_products,
     indices,
-    precision,
-    splits_of,
-    sum_of_splits,
+    known_extents,
+    launch_products,
+    map_tile,
+    pairs_of,
+    residual_by_map,
+    residual_by_matrix,
+    split_pixels,
+    store_partials,
 )
 from .pyramid import (
     Level,
@@ -40,22 +53,73 @@ from .pyramid import (
     find_level,
     find_tile,
     in_place_of_none,
-    launch,
     load_mask,
     pick,
     pick_all,
     pick_sizes,
     scaled_gradient,
     store_rounded,
-    tile_pointers,
-    vector_length,
-    whole_vectors,
 )
 
 __all__ = ["adapted_masked_l2_backward", "adapted_masked_l2_forward"]
 
-# A level's sizes: Cs, Ct, pixels, the student's image stride and pitch, the teacher's, whether each mask is given; from
-# index 9 on the kernel's own.
+PEAK_PIXELS = tl.constexpr(1024)  # of a mask whose peak is sought, in one step
+
+
+class SumSizes(NamedTuple):
+    """A level's sizes in adapted_sums."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    student_stride: int  # from image to image
+    student_pitch: int
+    teacher_stride: int
+    teacher_pitch: int
+    spatial_given: int  # whether the mask is there
+    channel_given: int
+    first: int  # of the level's partial sums
+    pixel_tiles: int
+    channel_tiles: int
+
+
+class StudentSizes(NamedTuple):
+    """A level's sizes in student_gradients."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    student_stride: int
+    student_pitch: int
+    matrix_stride: int  # 0 where the images share the matrix
+    slot: int  # of the level's grad
+    spatial_given: int
+    spatial_abs_given: int
+    channel_abs_given: int
+    spatial_plain_given: int
+    channel_plain_given: int
+    student_given: int
+    pixel_tiles: int
+    channel_tiles: int
+
+
+class WeightSizes(NamedTuple):
+    """A level's sizes in weight_gradients."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    student_stride: int
+    student_pitch: int
+    slot: int
+    spatial_given: int
+    channel_given: int
+    parts: int
+    splits: int
+    row_tiles: int
+    col_tiles: int
+    tiles_of_image: int
+    tiles_of_split: int
 
 
 @triton.jit
@@ -66,37 +130,48 @@ def adapted_sums(
     teacher,  # a level: (N, Ct, H, W)
     spatial_mask,  # a level: (N, H, W)
     channel_mask,  # a level: (N, Ct)
+    residual,  # a level: (N, Ct, H, W), densely packed in the teacher's layout
     partials,  # one a program
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STUDENT: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Partial sums of ``Ms Mc D^2``, and D."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
-    inputs = pick_all((student, weight, bias, teacher, spatial_mask, channel_mask), level)
-    first, pixel_tiles, channel_tiles = size[9:12]
-    image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
-    pixel, channel = indices(pixel_tile, PIXELS), indices(channel_tile, TEACHER)
+    size = SumSizes(*pick_sizes(sizes, level))
+    inputs = pick_all((student, weight, bias, teacher), level)
+    spatial_mask, channel_mask = pick_all((spatial_mask, channel_mask), level)
+    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
+    pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(inputs, size, PATHS[index])
-            difference = difference_tile(inputs, known, image, pixel, channel, True, PATHS[index], PRECISION, INNER)
-            squares = difference * difference * mask_tile(inputs, known, image, pixel, channel, True)
-            tl.store(partials + first + program, tl.sum(squares).to(partials.dtype.element_ty))
+            extents = known_extents(size, PATHS[index], inputs[0], inputs[1], inputs[3])
+            _, channels, pixels = extents
+            dtype: tl.constexpr = spatial_mask.dtype.element_ty
+            difference = difference_tile(
+                inputs, size, extents, image, pixel, channel, dtype, PATHS[index], PRECISION, INNER
+            )
+            by_pixel = load_mask(spatial_mask, image * pixels + pixel, pixel < pixels, size.spatial_given)
+            by_channel = load_mask(channel_mask, image * channels + channel, channel < channels, size.channel_given)
+            squares = difference * difference * by_channel[None, :] * by_pixel[:, None]
+            tl.store(partials + size.first + program, tl.sum(squares).to(partials.dtype.element_ty))
+            if KEEP:
+                PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
+                kept = pick(residual, level)
+                at, inside = dense_tile(kept, image, pixel, channel, pixels, channels, ALIGNED & PATHS[index], PLANAR)
+                store_rounded(at, difference, inside)
 
 
 @triton.jit
 def student_gradients(
+    residual,  # a level: D (N, Ct, H, W), densely packed in the teacher's layout
+    matrix,  # a level: Mc A (N, Ct, Cs), or A (Ct, Cs)
     student,  # a level: (N, Cs, H, W)
-    weight,  # a level: (Ct, Cs)
-    bias,  # a level: (Ct,)
-    teacher,  # a level: (N, Ct, H, W)
     spatial_mask,  # a level: (N, H, W)
-    channel_mask,  # a level: (N, Ct)
     gradient,  # a level: (N, Cs, H, W), densely packed
     grad_student,  # a level: (N, Cs, H, W), densely packed
     spatial_abs,  # a level: (N, H, W)
@@ -107,379 +182,214 @@ def student_gradients(
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STUDENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """``2 grad Ms (Mc A)^T D``, and what flows back to the student from elsewhere."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
-    inputs = pick_all((student, weight, bias, teacher, spatial_mask, channel_mask), level)
+    size = StudentSizes(*pick_sizes(sizes, level))
+    residual, matrix, student = pick_all((residual, matrix, student), level)
+    spatial_mask, gradient, grad_student = pick_all((spatial_mask, gradient, grad_student), level)
     pools = pick_all((spatial_abs, channel_abs, spatial_plain, channel_plain), level)
-    pixel_tiles, student_tiles = size[10:12]
-    image, pixel_tile, student_tile = find_tile(program, pixel_tiles, student_tiles)
-    pixel, column = indices(pixel_tile, PIXELS), indices(student_tile, STUDENT)
+    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
+    pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(inputs, size, PATHS[index])
-            total = weighted_errors(
-                inputs, grad, known, image, pixel, column, PIXELS, TEACHER, STUDENT, INNER, PATHS[index], PRECISION
+            PLANAR: tl.constexpr = STUDENT_PLANAR & PATHS[index]
+            IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+            extents = known_extents(size, PATHS[index], residual, matrix, student)
+            channels, _, pixels = extents
+            matrices = Images(matrix, size.matrix_stride, channels)
+            total = residual_by_matrix(
+                residual, matrices, image, pixel, channel, extents, PATHS[index], PRECISION, INNER
             )
-            total += pooled_gradients(inputs, pools, known, image, pixel, column, PATHS[index])
-            at, inside = student_tile_of(pick(grad_student, level), known, image, pixel, column, PATHS[index])
-            total += tl.load(at, mask=inside & (size[16] != 0), other=0.0).to(total.dtype)
-            at, inside = student_tile_of(pick(gradient, level), known, image, pixel, column, PATHS[index])
+            weight = load_mask(spatial_mask, image * pixels + pixel, pixel < pixels, size.spatial_given)
+            total *= (2 * tl.load(grad + size.slot).to(total.dtype) * weight)[:, None]
+            total = add_pooled_gradients(total, student, pools, size, extents, image, pixel, channel, PATHS[index])
+            at, inside = dense_tile(grad_student, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+            total += tl.load(at, mask=inside & (size.student_given != 0), other=0.0).to(total.dtype)
+            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
             store_rounded(at, total, inside)
 
 
 @triton.jit
 def weight_gradients(
+    residual,  # a level: D (N, Ct, H, W), densely packed in the teacher's layout
     student,  # a level: (N, Cs, H, W)
-    weight,  # a level: (Ct, Cs)
-    bias,  # a level: (Ct,)
-    teacher,  # a level: (N, Ct, H, W)
     spatial_mask,  # a level: (N, H, W)
     channel_mask,  # a level: (N, Ct)
-    partials,  # a level, in whole tiles: (splits, Ct, Cs) for the weight, then (splits, Ct) for the bias
+    partials,  # a level, in whole tiles: (N * splits, Ct, Cs) for the weight, then (N * splits, Ct) for the bias
     grad,  # (levels,)
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STUDENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Partial sums over pixels of ``2 grad Mc (Ms D) S^T`` and of ``2 grad Mc (Ms D)``."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
-    inputs = pick_all((student, weight, bias, teacher, spatial_mask, channel_mask), level)
-    teacher_tiles, student_tiles, splits = size[10:13]
-    split, teacher_tile, student_tile = find_tile(program, teacher_tiles, student_tiles)
-    channel, column = indices(teacher_tile, TEACHER), indices(student_tile, STUDENT)
-    to = pick(partials, level)
+    size = WeightSizes(*pick_sizes(sizes, level))
+    residual, student, partials = pick_all((residual, student, partials), level)
+    spatial_mask, channel_mask = pick_all((spatial_mask, channel_mask), level)
+    dtype: tl.constexpr = partials.dtype.element_ty
+    part, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
+    row, col = indices(row_tile, ROWS), indices(col_tile, COLS)
+    image, first = part // size.splits, part % size.splits * size.tiles_of_split
+    tiles = tl.minimum(size.tiles_of_split, size.tiles_of_image - first)
+    begin, end = first * INNER, tl.minimum((first + tiles) * INNER, size.pixels)
+    scale = tl.full((), 1.0, dtype)
+    if residual.dtype.element_ty == tl.float16:
+        scale = below_one(spatial_mask + image * size.pixels, begin, end, size.spatial_given)
+    factor = 2 * tl.load(grad + size.slot).to(dtype) / scale
+    at = image * size.teacher_channels + row
+    factor *= load_mask(channel_mask, at, row < size.teacher_channels, size.channel_given)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(inputs, size, PATHS[index])
-            weight_sum, bias_sum = errors_by_student(
-                inputs, grad, known, split, channel, column, PIXELS, TEACHER, STUDENT, INNER, PATHS[index], PRECISION
+            product, total = residual_by_map(
+                residual,
+                Images(student, size.student_stride, size.student_pitch),
+                PixelWeights(spatial_mask, size.spatial_given, scale),
+                image,
+                first,
+                tiles,
+                row,
+                col,
+                known_extents(size, PATHS[index], residual, student, student),
+                dtype,
+                INNER,
+                PATHS[index],
+                PRECISION,
             )
-            pitch = student_tiles * STUDENT
-            stride = teacher_tiles * TEACHER * pitch
-            at = tile_pointers(to, split, stride, pitch, channel[:, None], column[None, :], True, False)
-            tl.store(at, weight_sum)
-            at = to + splits * stride + split * teacher_tiles * TEACHER + channel
-            tl.store(at, bias_sum, mask=(channel >= 0) & (student_tile == 0))
+            product, total, is_first = factor[:, None] * product, factor * total, col_tile == 0
+            rows, cols = size.row_tiles * ROWS, size.col_tiles * COLS
+            store_partials(partials, part, size.parts, row, col, rows, cols, product, total, is_first)
 
 
 @triton.jit
-def known_sizes(inputs, size, PATH: tl.constexpr):
-    """The sizes, with those extents known to be whole vectors along which 16 bytes are read at a time.
-
-    Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
-    """
-    student, weight, _, teacher, _, _ = inputs
-    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, weight.dtype.element_ty, teacher.dtype.element_ty)
-    student_channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
-    BY_CHANNEL: tl.constexpr = (ALIGNED & PATH) and not (TEACHER_PLANAR & PATH)
-    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
-    teacher_channels = whole_vectors(size[1].to(tl.int32), BY_CHANNEL, VECTOR)
-    pixels = whole_vectors(size[2].to(tl.int32), BY_PIXEL, VECTOR)
-    return [student_channels, teacher_channels, pixels] + size[3:]
-
-
-@triton.jit
-def weighted_errors(
-    inputs,
-    grad,
-    size,
-    image,
-    pixel,
-    column,
-    PIXELS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STUDENT: tl.constexpr,
-    INNER: tl.constexpr,
-    PATH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile ``(pixels, student channels)`` of ``weight^T E``."""
-    student_channels, teacher_channels = size[:2]
-    weight = inputs[1]
-    dtype: tl.constexpr = inputs[4].dtype.element_ty
-    total = tl.zeros((PIXELS, STUDENT), dtype)
-    for first in range(0, teacher_channels, TEACHER):
-        channel = first + tl.arange(0, TEACHER)
-        error = error_tile(inputs, grad, size, image, pixel, channel, True, PATH, PRECISION, INNER)
-        at = tile_pointers(weight, 0, 0, student_channels, channel[:, None], column[None, :], ALIGNED & PATH, False)
-        inside = (channel < teacher_channels)[:, None] & (column < student_channels)[None, :]
-        total = error_product(error, tl.load(at, mask=inside, other=0.0), total, PRECISION)
-    return total
-
-
-@triton.jit
-def errors_by_student(
-    inputs,
-    grad,
-    size,
-    split,
-    channel,
-    column,
-    PIXELS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STUDENT: tl.constexpr,
-    INNER: tl.constexpr,
-    PATH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A split's part of ``E S^T (teacher channels, student channels)`` and of the sum of E over the pixels."""
-    student_channels, _, pixels, image_stride, pitch = size[:5]
-    tiles_of_image, tiles, tiles_of_split = size[13:16]
-    student = inputs[0]
-    dtype: tl.constexpr = inputs[4].dtype.element_ty
-    total = tl.zeros((TEACHER, STUDENT), dtype)
-    errors = tl.zeros((TEACHER,), dtype)
-    for tile in range(split * tiles_of_split, tl.minimum((split + 1) * tiles_of_split, tiles)):
-        image = tile // tiles_of_image
-        pixel = indices(tile % tiles_of_image, PIXELS)
-        error = error_tile(inputs, grad, size, image, pixel, channel, False, PATH, PRECISION, INNER)
-        errors += tl.sum(error, axis=1)
-        at = tile_pointers(
-            student, image, image_stride, pitch, pixel[:, None], column[None, :], ALIGNED & PATH, STUDENT_PLANAR & PATH
-        )
-        inside = (pixel < pixels)[:, None] & (column < student_channels)[None, :]
-        total = error_product(error, tl.load(at, mask=inside, other=0.0), total, PRECISION)
-    return total, errors
-
-
-@triton.jit
-def error_tile(
-    inputs,
-    grad,
-    size,
-    image,
-    pixel,
-    channel,
-    PIXELS_FIRST: tl.constexpr,
-    PATH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """A tile of ``E = 2 * grad * Ms * Mc * D``."""
-    difference = difference_tile(inputs, size, image, pixel, channel, PIXELS_FIRST, PATH, PRECISION, INNER)
-    scale = 2 * tl.load(grad + size[9]).to(difference.dtype)
-    return scale * mask_tile(inputs, size, image, pixel, channel, PIXELS_FIRST) * difference
+def below_one(mask, begin, end, given):
+    """A power of two, times which the float32 mask is below 1 on the pixels from ``begin`` to ``end``."""
+    peak = tl.zeros((PEAK_PIXELS,), tl.float32)
+    for first in range(begin, end, PEAK_PIXELS):
+        pixel = first + tl.arange(0, PEAK_PIXELS)
+        peak = tl.maximum(peak, tl.abs(tl.load(mask + pixel, mask=(pixel < end) & (given != 0), other=0.0)))
+    peak = tl.where(given != 0, tl.max(peak, axis=0), 1.0)
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 255
+    return (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def difference_tile(
     inputs,
     size,
+    extents,
     image,
     pixel,
     channel,
-    PIXELS_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
     PATH: tl.constexpr,
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile of ``D``, ``(pixels, teacher channels)`` or the other way round; zeros outside."""
-    _, teacher_channels, pixels, _, _, image_stride, pitch = size[:7]
-    bias, teacher = inputs[2], inputs[3]
-    adapted = product_tile(inputs, size, image, pixel, channel, PIXELS_FIRST, PATH, PRECISION, INNER)
-    row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    at = tile_pointers(teacher, image, image_stride, pitch, row, col, ALIGNED & PATH, TEACHER_PLANAR & PATH)
-    inside = (row < pixels) & (col < teacher_channels)
-    value = tl.load(at, mask=inside, other=0.0).to(adapted.dtype)
-    shift = tl.load(bias + col, mask=col < teacher_channels, other=0.0).to(adapted.dtype)
-    return tl.where(inside, adapted + shift - value, 0.0)
-
-
-@triton.jit
-def product_tile(
-    inputs,
-    size,
-    image,
-    pixel,
-    channel,
-    PIXELS_FIRST: tl.constexpr,
-    PATH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """A tile of ``weight @ S``, ``(pixels, teacher channels)`` or the other way round."""
-    student_channels, teacher_channels, pixels, image_stride, pitch = size[:5]
-    student, weight = inputs[0], inputs[1]
-    dtype: tl.constexpr = inputs[4].dtype.element_ty
-    NARROW: tl.constexpr = student.dtype == weight.dtype and student.dtype.element_ty.primitive_bitwidth == 16
-    operand: tl.constexpr = student.dtype.element_ty if NARROW and dtype == tl.float32 else dtype
-    ROWS: tl.constexpr = pixel.shape[0] if PIXELS_FIRST else channel.shape[0]
-    COLS: tl.constexpr = channel.shape[0] if PIXELS_FIRST else pixel.shape[0]
-    return add_product(
-        tl.zeros((ROWS, COLS), dtype),
-        (student, image_stride, pitch),
-        (weight, 0, student_channels),
+    """A tile ``(pixels, teacher channels)`` of D; zeros outside."""
+    student_channels, teacher_channels, pixels = extents
+    student, weight, bias, teacher = inputs
+    value = add_product(
+        tl.zeros((pixel.shape[0], channel.shape[0]), DTYPE),
+        Images(student, size.student_stride, size.student_pitch),
+        Images(weight, 0, student_channels),
         image,
         pixel,
         channel,
         (pixels, teacher_channels, student_channels),
-        PIXELS_FIRST,
         STUDENT_PLANAR & PATH,
         False,
         ALIGNED & PATH,
-        operand,
+        weight.dtype.element_ty,
         PRECISION,
         INNER,
     )
+    teachers = Images(teacher, size.teacher_stride, size.teacher_pitch)
+    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, TEACHER_PLANAR & PATH)
+    value += tl.load(bias + channel, mask=channel < teacher_channels, other=0.0).to(DTYPE)[None, :]
+    value -= tl.load(at, mask=inside, other=0.0).to(DTYPE)
+    return tl.where(inside, value, 0.0)
 
 
 @triton.jit
-def mask_tile(inputs, size, image, pixel, channel, PIXELS_FIRST: tl.constexpr):
-    """A tile of the product of the masks."""
-    _, teacher_channels, pixels = size[:3]
-    spatial_given, channel_given = size[7:9]
-    row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    spatial = load_mask(inputs[4], image * pixels + row, row < pixels, spatial_given)
-    return spatial * load_mask(inputs[5], image * teacher_channels + col, col < teacher_channels, channel_given)
-
-
-@triton.jit
-def pooled_gradients(inputs, pools, size, image, pixel, column, PATH: tl.constexpr):
-    """What the gradients of the student's four means add to a tile ``(pixels, student channels)``."""
-    channels, _, pixels, image_stride, pitch = size[:5]
-    spatial_abs_given, channel_abs_given, spatial_plain_given, channel_plain_given = size[12:16]
+def add_pooled_gradients(total, student, pools, size, extents, image, pixel, channel, PATH: tl.constexpr):
+    """A tile ``(pixels, student channels)`` plus what the gradients of the student's four means add to it."""
+    channels, _, pixels = extents
     spatial_abs, channel_abs, spatial_plain, channel_plain = pools
-    row, col = pixel[:, None], column[None, :]
+    row, col = pixel[:, None], channel[None, :]
     spatial_at, channel_at = image * pixels + row, image * channels + col
-    by_pixel = scaled_gradient(spatial_plain, spatial_at, row < pixels, spatial_plain_given, channels)
-    total = by_pixel + scaled_gradient(channel_plain, channel_at, col < channels, channel_plain_given, pixels)
-    if spatial_abs_given + channel_abs_given > 0:
-        at = tile_pointers(inputs[0], image, image_stride, pitch, row, col, ALIGNED & PATH, STUDENT_PLANAR & PATH)
-        value = tl.load(at, mask=(row < pixels) & (col < channels), other=0.0)
-        sign = (value > 0).to(total.dtype) - (value < 0).to(total.dtype)
-        by_pixel = scaled_gradient(spatial_abs, spatial_at, row < pixels, spatial_abs_given, channels)
-        by_channel = scaled_gradient(channel_abs, channel_at, col < channels, channel_abs_given, pixels)
-        total += sign * (by_pixel + by_channel)
+    total += scaled_gradient(spatial_plain, spatial_at, row < pixels, size.spatial_plain_given, channels)
+    total += scaled_gradient(channel_plain, channel_at, col < channels, size.channel_plain_given, pixels)
+    if size.spatial_abs_given + size.channel_abs_given > 0:
+        students = Images(student, size.student_stride, size.student_pitch)
+        at, inside = map_tile(students, image, pixel, channel, pixels, channels, ALIGNED & PATH, STUDENT_PLANAR & PATH)
+        value = tl.load(at, mask=inside, other=0.0)
+        by_pixel = scaled_gradient(spatial_abs, spatial_at, row < pixels, size.spatial_abs_given, channels)
+        by_channel = scaled_gradient(channel_abs, channel_at, col < channels, size.channel_abs_given, pixels)
+        absolute = by_pixel + by_channel
+        total += tl.where(value > 0, absolute, tl.where(value < 0, -absolute, 0.0))
     return total
 
 
-@triton.jit
-def student_tile_of(x, size, image, pixel, column, PATH: tl.constexpr):
-    """Where a tile of a tensor lies that is densely packed in the student's layout."""
-    return dense_tile(x, image, pixel, column, size[2], size[0], ALIGNED & PATH, STUDENT_PLANAR & PATH)
-
-
-class _Blocks(NamedTuple):
-    """Extents of a program's tiles, and its warps."""
-
-    PIXELS: int
-    TEACHER: int  # channels
-    STUDENT: int  # channels of the gradient kernels' accumulator
-    INNER: int  # student channels of one step of weight @ S
-    num_warps: int
-
-
-# By the bytes of an operand of weight @ S and by whether everything is read 16 bytes at a time, which takes fewer
-# registers. The largest tiles without spills on sm_80, sm_90 and sm_100, as compiled; registers are the limit, shared
-# memory stays below half of sm_80's. The warps of a gradient kernel lie along the rows of its accumulator, 16 rows
-# each, so that the errors are operands where they were computed.
+# By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
+# largest tiles without spills on sm_80, sm_90 and sm_100, as compiled: registers are the limit.
 _SUMS = {
-    (2, True): _Blocks(128, 128, 16, 64, 8),
-    (2, False): _Blocks(64, 64, 16, 32, 4),
-    (4, True): _Blocks(64, 64, 16, 32, 4),
-    (4, False): _Blocks(64, 64, 16, 16, 4),
-    (8, True): _Blocks(32, 64, 16, 16, 4),
-    (8, False): _Blocks(32, 64, 16, 16, 4),
+    (2, True): Blocks(128, 128, 64, 8),
+    (2, False): Blocks(128, 64, 32, 8),
+    (4, True): Blocks(128, 64, 16, 8),
+    (4, False): Blocks(64, 64, 16, 8),
+    (8, True): Blocks(64, 64, 16, 8),
+    (8, False): Blocks(64, 64, 16, 8),
 }
-_STUDENT = {
-    (2, True): _Blocks(128, 16, 128, 32, 8),
-    (2, False): _Blocks(64, 32, 64, 32, 4),
-    (4, True): _Blocks(64, 32, 64, 32, 4),
-    (4, False): _Blocks(64, 32, 32, 16, 4),
-    (8, True): _Blocks(64, 16, 32, 16, 4),
-    (8, False): _Blocks(64, 16, 32, 16, 4),
-}
-_WEIGHT = {
-    (2, True): _Blocks(32, 64, 128, 32, 4),
-    (2, False): _Blocks(32, 32, 32, 32, 4),
-    (4, True): _Blocks(32, 64, 64, 16, 4),
-    (4, False): _Blocks(32, 32, 32, 16, 4),
-    (8, True): _Blocks(16, 64, 32, 16, 4),
-    (8, False): _Blocks(16, 32, 32, 16, 4),
-}
+_STUDENT = _SUMS | dict.fromkeys(((8, True), (8, False)), Blocks(64, 32, 16, 8))
+_WEIGHT = _SUMS | {(2, True): Blocks(128, 128, 32, 8), (4, False): Blocks(128, 64, 16, 8)}
 
 
-class _Pair(NamedTuple):
-    student: Tensor  # (N, Cs, H, W)
+class _Adaptation(NamedTuple):
+    """A level's features, and what takes the student's to the teacher's."""
+
+    pair: Pair
     weight: Tensor  # (Ct, Cs)
     bias: Tensor  # (Ct,)
-    teacher: Tensor  # (N, Ct, H, W)
     spatial_mask: Optional[Tensor]  # (N, H, W)
     channel_mask: Optional[Tensor]  # (N, Ct)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.student, self.teacher)
+    def masks(self) -> list[Tensor]:
+        """Of pixels and of channels; where there is none, a tensor that is not read."""
+        return in_place_of_none((self.spatial_mask, self.channel_mask), self.pair.student, self.pair.dtype)
 
     @property
-    def kind(self) -> tuple[int, bool]:
-        """Bytes of an operand of weight @ S, and whether everything is read 16 bytes at a time."""
-        narrow = self.student.dtype == self.weight.dtype and self.dtype == torch.float32
-        return self.student.element_size() if narrow else self.dtype.itemsize, self.path % 2 == 1
+    def masks_given(self) -> tuple[int, int]:
+        return int(self.spatial_mask is not None), int(self.channel_mask is not None)
 
     @property
-    def path(self) -> int:
-        view, teacher_view = matrix_view(self.student), matrix_view(self.teacher)
-        student_channels, teacher_channels, pixels = self.extents
-        extents = [student_channels]
-        extents += [pixels] if view.rows_are_channels or teacher_view.rows_are_channels else []
-        extents += [] if teacher_view.rows_are_channels else [teacher_channels]
-        aligned = (
-            aligned_to_16_bytes(self.student, view.image_stride, view.row_stride, *extents)
-            and aligned_to_16_bytes(self.teacher, teacher_view.image_stride, teacher_view.row_stride, *extents)
-            and aligned_to_16_bytes(self.weight, *extents)
-        )
-        return 4 * view.rows_are_channels + 2 * teacher_view.rows_are_channels + aligned
+    def student_strides(self) -> tuple[int, int]:
+        """From image to image, and from row to row."""
+        view = matrix_view(self.pair.student)
+        return view.image_stride, view.row_stride
 
-    @property
-    def images(self) -> int:
-        return self.student.shape[0]
-
-    @property
-    def extents(self) -> tuple[int, int, int]:
-        """Student channels, teacher channels, pixels."""
-        return self.weight.shape[1], self.weight.shape[0], self.student.shape[2] * self.student.shape[3]
-
-    def tiles(self, blocks: _Blocks) -> tuple[int, int, int]:
-        return tuple(triton.cdiv(n, block or 1) for n, block in zip(self.extents, (blocks[2], blocks[1], blocks[0])))
+    def masked_weight(self) -> Tensor:
+        """``Mc A (N, Ct, Cs)``, or ``A (1, Ct, Cs)`` for all images, rounded once to the residual's dtype."""
+        if self.channel_mask is None:
+            return self.weight.to(self.pair.operand)[None]
+        result = self.weight.new_empty((self.pair.images, *self.weight.shape), dtype=self.pair.operand)
+        return torch.mul(self.channel_mask[:, :, None], self.weight, out=result)
 
 
-def _pairs(students, weights, biases, teachers, spatial_masks, channel_masks) -> list[_Pair]:
-    pairs = []
-    for student, weight, bias, teacher, *masks in zip(
-        students, weights, biases, teachers, spatial_masks, channel_masks
-    ):
-        tensors, dtype = (
-            (student, weight.contiguous(), bias.contiguous(), teacher),
-            accumulation_dtype(student, teacher),
-        )
-        pairs.append(_Pair(*(fit_for_products(x, dtype) for x in tensors), *masks))
-    return pairs
-
-
-def _level(pair: _Pair, programs: int, pointers: tuple[Tensor, ...], sizes: tuple[int, ...]) -> Level:
-    """A level with the pointers and the sizes that all kernels take, and the given ones of one kernel."""
-    view, teacher_view = matrix_view(pair.student), matrix_view(pair.teacher)
-    masks = pair.spatial_mask, pair.channel_mask
-    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
-    sizes = *pair.extents, *strides, *(mask is not None for mask in masks), *sizes
-    pointers = *pair[:4], *in_place_of_none(masks, pair.student, pair.dtype), *pointers
-    return Level(programs, pointers, sizes, pair.path)
-
-
-def _launch(kernel, pairs: list[_Pair], levels: list[Level], blocks: dict, *shared: Tensor) -> None:
-    for kind, block in blocks.items():
-        chosen = [level for level, pair in zip(levels, pairs) if pair.kind == kind]
-        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **block._asdict())
+def _adaptations(students, weights, biases, teachers, spatial_masks, channel_masks) -> list[_Adaptation]:
+    parameters = zip(weights, biases, spatial_masks, channel_masks)
+    levels = zip(pairs_of(students, teachers), parameters)
+    return [
+        _Adaptation(pair, weight.contiguous(), bias.contiguous(), *masks) for pair, (weight, bias, *masks) in levels
+    ]
 
 
 def adapted_masked_l2_forward(
@@ -489,18 +399,43 @@ def adapted_masked_l2_forward(
     teachers: list[Tensor],  # (N, Ct, H, W)
     spatial_masks: list[Optional[Tensor]],  # (N, H, W)
     channel_masks: list[Optional[Tensor]],  # (N, Ct)
-) -> Tensor:
-    """``sum(Ms * Mc * (weight @ S + bias - T)**2)`` of each level, ``(levels,)``."""
-    pairs = _pairs(students, weights, biases, teachers, spatial_masks, channel_masks)
-    levels, first = [], 0
-    for pair in pairs:
-        _, teacher_tiles, pixel_tiles = pair.tiles(_SUMS[pair.kind])
-        programs = pair.images * pixel_tiles * teacher_tiles
-        levels.append(_level(pair, programs, (), (first, pixel_tiles, teacher_tiles)))
-        first += programs
-    partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
-    _launch(adapted_sums, pairs, levels, _SUMS, partials)
-    return add_partial_sums(partials, [level.programs for level in levels])
+    keep: bool,
+) -> list[Tensor]:
+    """``sum(Ms * Mc * (A S + a - T)**2)`` of each level, ``(levels,)``; then, if kept, each level's D."""
+    levels = _adaptations(students, weights, biases, teachers, spatial_masks, channel_masks)
+    residuals = _empty_residuals(students, teachers) if keep else []
+    partials, counts = _write_residuals(levels, residuals)
+    return [add_partial_sums(partials, counts), *residuals]
+
+
+def _empty_residuals(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    return [empty_residual(*features) for features in zip(students, teachers)]
+
+
+def _write_residuals(levels: list[_Adaptation], residuals: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Write D of each level, unless the list is empty; the partial sums, and how many of them each level has."""
+    launched, first = [], 0
+    for level, residual in zip(levels, residuals or [level.pair.teacher for level in levels]):
+        launched.append(_sums_level(level, residual, first))
+        first += launched[-1].programs
+    pairs = [level.pair for level in levels]
+    dtype = accumulation_dtype(*(feature for pair in pairs for feature in pair))
+    partials = pairs[0].student.new_empty(first, dtype=dtype)
+    launch_products(adapted_sums, pairs, launched, _SUMS, partials, KEEP=bool(residuals))
+    return partials, [level.programs for level in launched]
+
+
+def _sums_level(level: _Adaptation, residual: Tensor, first: int) -> Level:
+    pair, weight = level.pair, level.weight.to(level.pair.operand)
+    path = pair.path(weight, residual)
+    blocks = _SUMS[pair.kind(path)]
+    view = matrix_view(pair.teacher)
+    _, channels, pixels = pair.extents
+    tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
+    strides = *level.student_strides, view.image_stride, view.row_stride
+    sizes = SumSizes(*pair.extents, *strides, *level.masks_given, first, *tiles)
+    pointers = pair.student, weight, level.bias, pair.teacher, *level.masks, residual
+    return Level(pair.images * tiles[0] * tiles[1], pointers, sizes, path)
 
 
 def adapted_masked_l2_backward(
@@ -510,51 +445,77 @@ def adapted_masked_l2_backward(
     teachers: list[Tensor],
     spatial_masks: list[Optional[Tensor]],
     channel_masks: list[Optional[Tensor]],
+    residuals: list[Tensor],  # D as the forward pass kept it; empty: it is computed again
     grad: Tensor,  # (levels,)
     pool_grads: list[Optional[Tensor]],  # of the student's four means, 4 a level
     grad_students: list[Optional[Tensor]],  # like the students, densely packed
 ) -> list[Tensor]:
     """All gradients of the students, then of the weights, then of the biases."""
-    pairs = _pairs(students, weights, biases, teachers, spatial_masks, channel_masks)
-    extra = [(pool_grads[4 * at : 4 * at + 4], grad_students[at]) for at in range(len(pairs))]
-    layouts = [matrix_layout(student) for student in students]
-    dS = [torch.empty_like(pair.student, memory_format=layout) for pair, layout in zip(pairs, layouts)]
-    levels = [_student_level(pair, dS[slot], *extra[slot], slot) for slot, pair in enumerate(pairs)]
-    _launch(student_gradients, pairs, levels, _STUDENT, grad)
-    gradients = zip([*dS, *_parameter_gradients(pairs, grad)], [*students, *weights, *biases])
-    return [gradient.to(like.dtype) for gradient, like in gradients]
+    levels = _adaptations(students, weights, biases, teachers, spatial_masks, channel_masks)
+    if not residuals:
+        residuals = _empty_residuals(students, teachers)
+        _write_residuals(levels, residuals)
+    added = [(pool_grads[4 * slot : 4 * slot + 4], grad_students[slot]) for slot in range(len(levels))]
+    gradients = _student_gradients(levels, residuals, added, grad) + _parameter_gradients(levels, residuals, grad)
+    return [gradient.to(like.dtype) for gradient, like in zip(gradients, [*students, *weights, *biases])]
+
+
+def _student_gradients(
+    levels: list[_Adaptation],
+    residuals: list[Tensor],
+    added: list[tuple[list[Optional[Tensor]], Optional[Tensor]]],  # gradients of the means and of the student
+    grad: Tensor,
+) -> list[Tensor]:
+    gradients, launched = [], []
+    for slot, (level, residual, (pool_grads, grad_student)) in enumerate(zip(levels, residuals, added)):
+        gradients.append(empty_gradient(level.pair.student))
+        launched.append(_student_level(level, residual, gradients[-1], pool_grads, grad_student, slot))
+    launch_products(student_gradients, [level.pair for level in levels], launched, _STUDENT, grad)
+    return gradients
 
 
 def _student_level(
-    pair: _Pair, dS: Tensor, pool_grads: list[Optional[Tensor]], grad_student: Optional[Tensor], slot: int
+    level: _Adaptation,
+    residual: Tensor,
+    gradient: Tensor,
+    pool_grads: list[Optional[Tensor]],
+    grad_student: Optional[Tensor],
+    slot: int,
 ) -> Level:
-    student_tiles, _, pixel_tiles = pair.tiles(_STUDENT[pair.kind])
-    pools = in_place_of_none(pool_grads, pair.student, pair.dtype)
+    pair, matrix = level.pair, level.masked_weight()
     if grad_student is not None:
         grad_student = fit_for_products(grad_student, pair.dtype)
         if not aligned_to_16_bytes(grad_student):
-            grad_student = grad_student.clone()  # the kernel reads it as it writes dS
-    given = (gradient is not None for gradient in (*pool_grads, grad_student))
-    sizes = slot, pixel_tiles, student_tiles, *given
-    pointers = dS, dS if grad_student is None else grad_student, *pools
-    return _level(pair, pair.images * pixel_tiles * student_tiles, pointers, sizes)
+            grad_student = grad_student.clone()  # the kernel reads it as it writes the gradient
+    given = (int(x is not None) for x in (*pool_grads, grad_student))
+    path = pair.path(matrix, residual, gradient)
+    blocks = _STUDENT[pair.kind(path)]
+    channels, _, pixels = pair.extents
+    tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
+    matrix_stride = 0 if level.channel_mask is None else level.weight.numel()
+    sizes = *level.student_strides, matrix_stride, slot, level.masks_given[0], *given, *tiles
+    pointers = residual, matrix, pair.student, level.masks[0], gradient
+    pointers += gradient if grad_student is None else grad_student, *in_place_of_none(pool_grads, gradient, pair.dtype)
+    return Level(pair.images * tiles[0] * tiles[1], pointers, StudentSizes(*pair.extents, *sizes), path)
 
 
-def _parameter_gradients(pairs: list[_Pair], grad: Tensor) -> list[Tensor]:
+def _parameter_gradients(levels: list[_Adaptation], residuals: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Gradients of all weights, then of all biases."""
-    weights, biases = [torch.empty_like(pair.weight) for pair in pairs], [torch.empty_like(pair.bias) for pair in pairs]
-    levels, parameters = [], []
-    for slot, (pair, weight, bias) in enumerate(zip(pairs, weights, biases)):
-        blocks = _WEIGHT[pair.kind]
-        student_tiles, teacher_tiles, tiles_of_image = pair.tiles(blocks)
-        splits, tiles_of_split = splits_of(pair.images * tiles_of_image, student_tiles * teacher_tiles, blocks.PIXELS)
-        rows, pitch = teacher_tiles * blocks.TEACHER, student_tiles * blocks.STUDENT
-        partials = pair.student.new_empty(splits * rows * (pitch + 1), dtype=pair.dtype)
-        tiles = tiles_of_image, pair.images * tiles_of_image, tiles_of_split
-        sizes = slot, teacher_tiles, student_tiles, splits, *tiles
-        levels.append(_level(pair, splits * teacher_tiles * student_tiles, (partials,), sizes))
-        parameters.append(sum_of_splits(weight, partials, 0, splits, rows * pitch, pitch))
-        parameters.append(sum_of_splits(bias[None], partials, splits * rows * pitch, splits, rows, rows))
-    _launch(weight_gradients, pairs, levels, _WEIGHT, grad)
-    add_up(parameters)
+    weights, biases = ([torch.empty_like(x) for x in group] for group in zip(*((of.weight, of.bias) for of in levels)))
+    launched, sums = [], []
+    for slot, (level, residual, weight, bias) in enumerate(zip(levels, residuals, weights, biases)):
+        path = level.pair.path(residual)
+        splits = split_pixels(level.pair, weight.shape[1], _WEIGHT[level.pair.kind(path)])
+        partials = splits.partials(residual, level.pair.dtype)
+        launched.append(_weight_level(level, residual, splits, partials, slot, path))
+        sums += [splits.product(weight, partials), splits.total(bias, partials)]
+    launch_products(weight_gradients, [level.pair for level in levels], launched, _WEIGHT, grad)
+    add_up(sums)
     return [*weights, *biases]
+
+
+def _weight_level(
+    level: _Adaptation, residual: Tensor, splits: PixelSplits, partials: Tensor, slot: int, path: int
+) -> Level:
+    sizes = WeightSizes(*level.pair.extents, *level.student_strides, slot, *level.masks_given, *splits.sizes)
+    return Level(splits.programs, (residual, level.pair.student, *level.masks, partials), sizes, path)

@@ -21,6 +21,7 @@ from .._layout import matrix_view
 from .._numerics import accumulation_dtype, without_autocast
 from .products import (
     ALIGNED,
+    Images,
     across,
     add_product,
     add_up,
@@ -128,13 +129,12 @@ def fold_columns(
         end = whole_vectors((corner // width + row + 1) * width, BY_PIXEL, VECTOR)  # of the row of pixels
         value = add_product(
             tl.zeros((PIXELS, CHANNELS), shift.dtype),
-            (x, size[3], size[4]),
-            (weight, 0, channels),
+            Images(x, size[3], size[4]),
+            Images(weight, 0, channels),
             image,
             start + lane,
             channel,
             (end, outputs, channels),
-            True,
             PLANAR & PATH,
             False,
             ALIGNED & PATH,
@@ -307,13 +307,12 @@ def gradient_tile(
     operand: tl.constexpr = weight.dtype.element_ty
     total = add_product(
         tl.zeros((pixel.shape[0], channel.shape[0]), shift.dtype.element_ty),
-        (x, size[3], size[4]),
-        (matrix, channels.to(tl.int64) * channels, channels),
+        Images(x, size[3], size[4]),
+        Images(matrix, channels.to(tl.int64) * channels, channels),
         image,
         pixel,
         channel,
         (pixels, channels, channels * matrix_given),
-        True,
         PLANAR & PATH,
         False,
         ALIGNED & PATH,

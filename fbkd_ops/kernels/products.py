@@ -3,42 +3,65 @@
 Operands that share a 16-bit dtype keep it. float32 operands are multiplied as TF32 where PyTorch may do so, and else as
 three TF32 products that together keep float32's precision; float64 has tensor cores of its own. Sums are float32, or
 float64. A sum over the pixels of a level is split among programs, whose partial sums are added in a fixed order.
+
+Both ops that square a residual of two maps keep it in their forward pass and multiply it twice in their backward pass:
+by a matrix for the student's gradient (:func:`residual_by_matrix`), by a map for that of a matrix
+(:func:`residual_by_map`).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._layout import matrix_view
+from .._numerics import accumulation_dtype, residual_dtype
 from .pyramid import (
     Level,
     add_tiles,
+    aligned_to_16_bytes,
     find_level,
     find_tile,
     launch,
+    load_mask,
     pick,
     pick_sizes,
     store_rounded,
     tile_pointers,
+    vector_length,
+    whole_vectors,
 )
 
 __all__ = [
     "ALIGNED",
     "STUDENT_PLANAR",
     "TEACHER_PLANAR",
+    "Blocks",
+    "Extents",
+    "Images",
+    "Pair",
+    "PixelWeights",
     "across",
     "add_product",
     "add_splits",
     "add_up",
     "dense_tile",
-    "error_product",
     "fit_for_products",
     "indices",
+    "known_extents",
+    "launch_products",
+    "map_tile",
     "multiply",
+    "pairs_of",
     "precision",
+    "residual_by_map",
+    "residual_by_matrix",
+    "split_pixels",
     "splits_of",
+    "store_partials",
     "sum_of_splits",
 ]
 
@@ -52,6 +75,30 @@ SPLIT_PIXELS, SPLIT_PROGRAMS = 1024, 512
 SPLITS_AT_ONCE, FINISH_OUTPUTS = 8, 256
 
 
+class Extents(NamedTuple):
+    """Extents of a level in a kernel; of a product with another map, ``student_channels`` are that map's."""
+
+    student_channels: tl.tensor
+    teacher_channels: tl.tensor
+    pixels: tl.tensor
+
+
+class Images(NamedTuple):
+    """One matrix or map per image in a kernel, with strides in elements."""
+
+    data: tl.tensor
+    stride: tl.tensor  # from image to image
+    pitch: tl.tensor  # from row to row of a matrix; of a map from channel to channel, or from pixel to pixel
+
+
+class PixelWeights(NamedTuple):
+    """Factors of an image's pixels in a kernel; ones where the mask is absent."""
+
+    mask: tl.tensor  # (N, H, W)
+    given: tl.tensor
+    scale: tl.tensor  # times the mask
+
+
 @triton.jit
 def indices(tile, BLOCK: tl.constexpr):
     return tile.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
@@ -63,24 +110,42 @@ def across(index, FIRST: tl.constexpr):
 
 
 @triton.jit
-def dense_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
-    """Where a tile ``(pixels, channels)`` of a densely packed map lies, and what of it is inside."""
-    pitch = pixels if PLANAR else channels
+def known_extents(size, PATH: tl.constexpr, a, b, c):
+    """Extents whose multiples the compiler knows where 16 bytes are read at a time from the pointers a, b and c.
+
+    Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
+    """
+    VECTOR: tl.constexpr = vector_length(a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
+    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
+    student_channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
+    teacher_channels = whole_vectors(size[1].to(tl.int32), ALIGNED & PATH, VECTOR)
+    return Extents(student_channels, teacher_channels, whole_vectors(size[2].to(tl.int32), BY_PIXEL, VECTOR))
+
+
+@triton.jit
+def map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
+    """Where a tile ``(pixels, channels)`` of a map lies, and what of it is inside."""
     row, col = pixel[:, None], channel[None, :]
-    at = tile_pointers(x, image, channels.to(tl.int64) * pixels, pitch, row, col, IS_ALIGNED, PLANAR)
+    at = tile_pointers(x.data, image, x.stride, x.pitch, row, col, IS_ALIGNED, PLANAR)
     return at, (row < pixels) & (col < channels)
 
 
 @triton.jit
+def dense_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
+    """The same of a densely packed map, given its pointer."""
+    x = Images(x, channels.to(tl.int64) * pixels, pixels if PLANAR else channels)
+    return map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+
+
+@triton.jit
 def add_product(
-    total,  # (pixels, channels), or the other way round
-    x,  # pointer, image stride and pitch of a map of ``inner`` channels
-    matrix,  # pointer, image stride and pitch: (channels, inner), or (TRANSPOSED) (inner, channels)
+    total,  # (pixels, channels)
+    x,  # Images: maps of ``inner`` channels
+    matrix,  # Images: matrices (channels, inner), or (TRANSPOSED) (inner, channels)
     image,
     pixel,
     channel,
     extents,  # pixels, channels, inner
-    PIXELS_FIRST: tl.constexpr,
     PLANAR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
@@ -90,38 +155,15 @@ def add_product(
 ):
     """``total`` plus a tile of ``matrix @ x``, whose operands are OPERANDs."""
     pixels, channels, inner = extents
-    row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
+    col = channel[None, :]
     for first in range(0, inner, INNER):
         k = first + tl.arange(0, INNER)
-        k_of_x, k_of_matrix = across(k, not PIXELS_FIRST), across(k, PIXELS_FIRST)
-        at = tile_pointers(x[0], image, x[1], x[2], row, k_of_x, IS_ALIGNED, PLANAR)
-        features = tl.load(at, mask=(row < pixels) & (k_of_x < inner), other=0.0).to(OPERAND)
-        at = tile_pointers(matrix[0], image, matrix[1], matrix[2], col, k_of_matrix, IS_ALIGNED, TRANSPOSED)
-        factors = tl.load(at, mask=(col < channels) & (k_of_matrix < inner), other=0.0).to(OPERAND)
-        left, right = (features, factors) if PIXELS_FIRST else (factors, features)
-        total = multiply(left, right, total, PRECISION)
-    return total
-
-
-@triton.jit
-def error_product(error, factor, total, PRECISION: tl.constexpr):
-    """``total + error @ factor`` with all of a float32 error's bits, unless TF32 is allowed.
-
-    A factor of 16 bits is exact in the tensor cores' formats, and only the error has to be split: into three
-    bfloat16, 24 bits, beside bfloat16; into two TF32, 22 bits, beside float16, whose range the error could leave.
-    """
-    SPLIT: tl.constexpr = PRECISION == "tf32x3" and error.dtype == tl.float32
-    if SPLIT and factor.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
-            part = error.to(tl.bfloat16)
-            total = multiply(part, factor, total, PRECISION)
-            error -= part.to(tl.float32)
-    elif SPLIT and factor.dtype == tl.float16:
-        part = (error.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        total = multiply(part, factor.to(tl.float32), total, "tf32")
-        total = multiply(error - part, factor.to(tl.float32), total, "tf32")
-    else:
-        total = multiply(error, factor.to(error.dtype), total, PRECISION)
+        at, inside = map_tile(x, image, pixel, k, pixels, inner, IS_ALIGNED, PLANAR)
+        features = tl.load(at, mask=inside, other=0.0).to(OPERAND)
+        row = k[:, None]
+        at = tile_pointers(matrix.data, image, matrix.stride, matrix.pitch, row, col, IS_ALIGNED, not TRANSPOSED)
+        factors = tl.load(at, mask=(row < inner) & (col < channels), other=0.0).to(OPERAND)
+        total = multiply(features, factors, total, PRECISION)
     return total
 
 
@@ -131,6 +173,98 @@ def multiply(left, right, total, PRECISION: tl.constexpr):
     if INTERPRETED:
         left, right = left.to(total.dtype), right.to(total.dtype)
     return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def residual_by_matrix(
+    residual,  # (N, Ct, H, W), densely packed in the teacher's layout
+    matrix,  # Images: (Ct, Cs)
+    image,
+    pixel,
+    channel,
+    extents,
+    PATH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile ``(pixels, student channels)`` of ``matrix^T @ residual``."""
+    student_channels, teacher_channels, pixels = extents
+    operand: tl.constexpr = residual.dtype.element_ty
+    total: tl.constexpr = tl.float64 if operand == tl.float64 else tl.float32
+    pitch = pixels if TEACHER_PLANAR & PATH else teacher_channels
+    return add_product(
+        tl.zeros((pixel.shape[0], channel.shape[0]), total),
+        Images(residual, teacher_channels.to(tl.int64) * pixels, pitch),
+        matrix,
+        image,
+        pixel,
+        channel,
+        (pixels, student_channels, teacher_channels),
+        TEACHER_PLANAR & PATH,
+        True,
+        ALIGNED & PATH,
+        operand,
+        PRECISION,
+        INNER,
+    )
+
+
+@triton.jit
+def residual_by_map(
+    residual,  # (N, Ct, H, W), densely packed in the teacher's layout
+    x,  # Images: maps of ``extents.student_channels`` channels
+    weights,  # PixelWeights, or None for ones
+    image,
+    first,  # tile of INNER pixels
+    tiles,
+    row,  # teacher channels
+    col,  # channels of x
+    extents,
+    DTYPE: tl.constexpr,
+    INNER: tl.constexpr,
+    PATH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``e x^T (teacher channels, channels of x)`` and the sum of e over a range of an image's pixels, e weighted.
+
+    Weights and sums are DTYPEs; the product's operand e is rounded to the residual's dtype once it is weighted.
+    """
+    channels, teacher_channels, pixels = extents
+    total = tl.zeros((row.shape[0], col.shape[0]), DTYPE)
+    errors = tl.zeros((row.shape[0],), DTYPE)
+    for step in range(0, tiles):
+        pixel = indices(first + step, INNER)
+        PLANAR: tl.constexpr = TEACHER_PLANAR & PATH
+        at, inside = dense_tile(residual, image, pixel, row, pixels, teacher_channels, ALIGNED & PATH, PLANAR)
+        error = tl.load(at, mask=inside, other=0.0).T
+        wide = error.to(DTYPE)
+        if weights is not None:
+            factor = load_mask(weights.mask, image * pixels + pixel, pixel < pixels, weights.given)
+            wide *= (weights.scale * factor)[None, :]
+            error = wide.to(error.dtype)
+        errors += tl.sum(wide, axis=1)
+        at, inside = map_tile(x, image, pixel, col, pixels, channels, ALIGNED & PATH, STUDENT_PLANAR & PATH)
+        total = multiply(error, tl.load(at, mask=inside, other=0.0).to(error.dtype), total, PRECISION)
+    return total, errors
+
+
+@triton.jit
+def store_partials(
+    partials,  # in whole tiles: (parts, rows, cols) for products, then (parts, rows) for sums
+    part,
+    parts,
+    row,
+    col,
+    rows,
+    cols,
+    product,
+    total,
+    with_total,
+):
+    """Store a part's tile of a product, and (``with_total``: once for each tile of rows) the sums of its rows."""
+    at = tile_pointers(partials, part, rows * cols, cols, row[:, None], col[None, :], True, False)
+    tl.store(at, product)
+    tl.store(partials + parts * rows * cols + part * rows + row, total, mask=(row >= 0) & with_total)
 
 
 @triton.jit
@@ -180,6 +314,129 @@ def add_up(levels: list[Level]) -> None:
 def fit_for_products(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` for kernels that multiply in ``dtype``: as float64 in place of 16 bits, which Triton 3.8 cannot compile."""
     return x.to(dtype) if dtype == torch.float64 and x.element_size() == 2 else x
+
+
+class Pair(NamedTuple):
+    """Both features of a level."""
+
+    student: Tensor  # (N, Cs, H, W)
+    teacher: Tensor  # (N, Ct, H, W)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.student, self.teacher)
+
+    @property
+    def operand(self) -> torch.dtype:
+        return residual_dtype(self.student, self.teacher)
+
+    @property
+    def images(self) -> int:
+        return self.student.shape[0]
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """Student channels, teacher channels, pixels."""
+        return self.student.shape[1], self.teacher.shape[1], self.student.shape[2] * self.student.shape[3]
+
+    def path(self, *others: Tensor) -> int:
+        """The code path of a level whose kernel also reads or writes the other tensors."""
+        views = [matrix_view(feature) for feature in self]
+        planar = [view.rows_are_channels for view in views]
+        student_channels, teacher_channels, pixels = self.extents
+        extents = [student_channels, teacher_channels, *([pixels] if any(planar) else [])]
+        aligned = all(aligned_to_16_bytes(x, *extents) for x in (*self, *others)) and all(
+            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views)
+        )
+        return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + ALIGNED.value * aligned
+
+    def kind(self, path: int) -> tuple[int, bool]:
+        """Which of a kernel's blocks a level takes."""
+        return self.operand.itemsize, bool(path & ALIGNED.value)
+
+
+class Blocks(NamedTuple):
+    """Extents of a program's tile of a product, of one step of its sum, and its warps."""
+
+    ROWS: int  # pixels; where the product is summed over pixels: teacher channels
+    COLS: int  # channels
+    INNER: int  # channels; where the product is summed over pixels: pixels
+    num_warps: int
+
+
+def pairs_of(students: list[Tensor], teachers: list[Tensor]) -> list[Pair]:
+    dtypes = [accumulation_dtype(*pair) for pair in zip(students, teachers)]
+    features = zip(students, teachers, dtypes)
+    return [Pair(fit_for_products(s, dtype), fit_for_products(t, dtype)) for s, t, dtype in features]
+
+
+def launch_products(
+    kernel, pairs: list[Pair], levels: list[Level], blocks: dict[tuple[int, bool], Blocks], *shared: Tensor, **constants
+) -> None:
+    """Launch the kernel for all levels, each with the blocks of its pair's :meth:`Pair.kind`."""
+    for kind, block in blocks.items():
+        chosen = [level for level, pair in zip(levels, pairs) if pair.kind(level.path) == kind]
+        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **constants, **block._asdict())
+
+
+class PixelSplits(NamedTuple):
+    """How a sum over pixels of products ``(rows, cols)`` is shared by programs: every image is split by itself.
+
+    A program makes a tile of one split's sum, which :func:`store_partials` stores.
+    """
+
+    images: int
+    splits: int  # of an image
+    row_tiles: int
+    col_tiles: int
+    tiles_of_image: int  # of pixels
+    tiles_of_split: int
+    blocks: Blocks
+
+    @property
+    def parts(self) -> int:
+        return self.images * self.splits
+
+    @property
+    def programs(self) -> int:
+        return self.parts * self.row_tiles * self.col_tiles
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """For a kernel: parts, splits, tiles of rows and of columns, tiles of pixels of an image and of a split."""
+        return self.parts, *self[1:6]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a partial sum, in whole tiles."""
+        return self.row_tiles * self.blocks.ROWS
+
+    @property
+    def cols(self) -> int:
+        return self.col_tiles * self.blocks.COLS
+
+    def partials(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(self.parts * self.rows * (self.cols + 1), dtype=dtype)
+
+    def product(self, gradient: Tensor, partials: Tensor) -> Level:
+        """For :func:`add_up`: the sum of the products, ``(images, rows, cols)`` or of all images ``(rows, cols)``."""
+        splits = self.splits if gradient.dim() == 3 else self.parts
+        return sum_of_splits(gradient, partials, 0, splits, self.rows * self.cols, self.cols)
+
+    def total(self, gradient: Tensor, partials: Tensor) -> Level:
+        """For :func:`add_up`: the sum of the residuals, ``(images, rows)`` or of all images ``(rows,)``."""
+        splits = self.splits if gradient.dim() == 2 else self.parts
+        first = self.parts * self.rows * self.cols
+        return sum_of_splits(gradient.unsqueeze(-2), partials, first, splits, self.rows, self.rows)
+
+
+def split_pixels(pair: Pair, channels: int, blocks: Blocks) -> PixelSplits:
+    """For products of a residual and a map of ``channels`` channels."""
+    _, teacher_channels, pixels = pair.extents
+    row_tiles, col_tiles = triton.cdiv(teacher_channels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
+    tiles = triton.cdiv(pixels, blocks.INNER)
+    splits, tiles_of_split = splits_of(tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
+    return PixelSplits(pair.images, splits, row_tiles, col_tiles, tiles, tiles_of_split, blocks)
 
 
 def precision() -> str:

@@ -23,14 +23,19 @@ from .products import (
     ALIGNED,
     STUDENT_PLANAR,
     TEACHER_PLANAR,
+    Images,
     add_product,
     add_up,
     dense_tile,
-    error_product,
     fit_for_products,
     indices,
+    known_extents,
+    map_tile,
     precision,
+    residual_by_map,
+    residual_by_matrix,
     splits_of,
+    store_partials,
     sum_of_splits,
 )
 from .pyramid import (
@@ -44,9 +49,6 @@ from .pyramid import (
     pick_all,
     pick_sizes,
     store_rounded,
-    tile_pointers,
-    vector_length,
-    whole_vectors,
 )
 
 __all__ = ["relation_residual_backward", "relation_residual_forward"]
@@ -80,13 +82,15 @@ def residual_sums(
     pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], inputs[2]))
-            value = residual_tile(inputs, known, image, pixel, channel, PATHS[index], PRECISION, INNER)
+            extents = known_extents(size, PATHS[index], inputs[0], inputs[1], inputs[2])
+            value = residual_tile(inputs, size, extents, image, pixel, channel, PATHS[index], PRECISION, INNER)
             tl.store(partials + first + program, tl.sum(value * value).to(partials.dtype.element_ty))
             if KEEP:
+                _, teacher_channels, pixels = extents
                 PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
-                to = pick(residual, level)
-                at, inside = dense_tile(to, image, pixel, channel, known[2], known[1], ALIGNED & PATHS[index], PLANAR)
+                IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+                kept = pick(residual, level)
+                at, inside = dense_tile(kept, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, PLANAR)
                 store_rounded(at, value, inside)
 
 
@@ -106,16 +110,21 @@ def student_residual_gradients(
     """``-P^T E``."""
     level, path, program = find_level(sizes)
     size = pick_sizes(sizes, level)
-    inputs, to = pick_all((residual, student_matrix), level), pick(gradient, level)
+    residual, student_matrix, gradient = pick_all((residual, student_matrix, gradient), level)
     slot, pixel_tiles, channel_tiles = size[3:6]
     image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
     pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             PLANAR: tl.constexpr = STUDENT_PLANAR & PATHS[index]
-            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], to))
-            product = errors_by_matrix(inputs, known, image, pixel, channel, PATHS[index], PRECISION, INNER)
-            at, inside = dense_tile(to, image, pixel, channel, known[2], known[0], ALIGNED & PATHS[index], PLANAR)
+            IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+            extents = known_extents(size, PATHS[index], residual, student_matrix, gradient)
+            channels, teacher_channels, pixels = extents
+            matrix = Images(student_matrix, teacher_channels.to(tl.int64) * channels, channels)
+            product = residual_by_matrix(
+                residual, matrix, image, pixel, channel, extents, PATHS[index], PRECISION, INNER
+            )
+            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
             store_rounded(at, -2 * tl.load(grad + slot).to(product.dtype) * product, inside)
 
 
@@ -135,61 +144,54 @@ def residual_products(
     """Partial sums over pixels of ``factor / 2 * E x^T`` and of ``factor / 2 * E``."""
     level, path, program = find_level(sizes)
     size = pick_sizes(sizes, level)
-    inputs, to = pick_all((residual, x), level), pick(partials, level)
-    slot, factor, parts, splits, row_tiles, col_tiles = size[5:11]
+    residual, x, partials = pick_all((residual, x, partials), level)
+    dtype: tl.constexpr = partials.dtype.element_ty
+    image_stride, pitch, slot, factor, parts, splits, row_tiles, col_tiles, tiles_of_image, tiles_of_split = size[3:13]
     part, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
     row, col = indices(row_tile, ROWS), indices(col_tile, COLS)
-    scale = factor.to(to.dtype.element_ty) * tl.load(grad + slot).to(to.dtype.element_ty)
+    first = part % splits * tiles_of_split
+    tiles = tl.minimum(tiles_of_split, tiles_of_image - first)
+    scale = factor.to(dtype) * tl.load(grad + slot).to(dtype)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(size, PATHS[index], narrowest_vector(inputs[0], inputs[1], inputs[1]))
-            product, total = errors_by_map(
-                inputs, known, part, row, col, to.dtype.element_ty, ROWS, COLS, INNER, PATHS[index], PRECISION
+            product, total = residual_by_map(
+                residual,
+                Images(x, image_stride, pitch),
+                None,
+                part // splits,
+                first,
+                tiles,
+                row,
+                col,
+                known_extents(size, PATHS[index], residual, x, x),
+                dtype,
+                INNER,
+                PATHS[index],
+                PRECISION,
             )
-            pitch = col_tiles * COLS
-            stride = row_tiles * ROWS * pitch
-            at = tile_pointers(to, part, stride, pitch, row[:, None], col[None, :], True, False)
-            tl.store(at, scale * product)
-            at = to + parts * stride + part * row_tiles * ROWS + row
-            tl.store(at, scale * total, mask=(row >= 0) & (col_tile == 0))
-
-
-@triton.jit
-def known_sizes(size, PATH: tl.constexpr, VECTOR: tl.constexpr):
-    """The sizes, with those extents known to be whole vectors along which 16 bytes are read at a time.
-
-    Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
-    """
-    channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
-    teacher_channels = whole_vectors(size[1].to(tl.int32), ALIGNED & PATH, VECTOR)
-    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
-    return [channels, teacher_channels, whole_vectors(size[2].to(tl.int32), BY_PIXEL, VECTOR)] + size[3:]
-
-
-@triton.jit
-def narrowest_vector(a, b, c):
-    """Elements of the narrowest of the pointers' dtypes in 16 bytes."""
-    return vector_length(a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
+            rows, cols = row_tiles * ROWS, col_tiles * COLS
+            product, total, is_first = scale * product, scale * total, col_tile == 0
+            store_partials(partials, part, parts, row, col, rows, cols, product, total, is_first)
 
 
 @triton.jit
 def residual_tile(
-    inputs, size, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
+    inputs, size, extents, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
 ):
     """A tile ``(pixels, teacher channels)`` of e; zeros outside."""
-    student_channels, teacher_channels, pixels, image_stride, pitch, teacher_stride, teacher_pitch = size[:7]
+    student_channels, teacher_channels, pixels = extents
+    image_stride, pitch, teacher_stride, teacher_pitch = size[3:7]
     student, student_matrix, teacher, teacher_matrix, offset = inputs
     operand: tl.constexpr = student_matrix.dtype.element_ty
     value = tl.zeros((pixel.shape[0], channel.shape[0]), offset.dtype.element_ty)
     value = add_product(
         value,
-        (student, image_stride, pitch),
-        (student_matrix, teacher_channels.to(tl.int64) * student_channels, student_channels),
+        Images(student, image_stride, pitch),
+        Images(student_matrix, teacher_channels.to(tl.int64) * student_channels, student_channels),
         image,
         pixel,
         channel,
         (pixels, teacher_channels, student_channels),
-        True,
         STUDENT_PLANAR & PATH,
         False,
         ALIGNED & PATH,
@@ -197,15 +199,15 @@ def residual_tile(
         PRECISION,
         INNER,
     )
+    teachers = Images(teacher, teacher_stride, teacher_pitch)
     value = add_product(
         -value,
-        (teacher, teacher_stride, teacher_pitch),
-        (teacher_matrix, teacher_channels.to(tl.int64) * teacher_channels, teacher_channels),
+        teachers,
+        Images(teacher_matrix, teacher_channels.to(tl.int64) * teacher_channels, teacher_channels),
         image,
         pixel,
         channel,
         (pixels, teacher_channels, teacher_channels),
-        True,
         TEACHER_PLANAR & PATH,
         False,
         ALIGNED & PATH,
@@ -213,77 +215,12 @@ def residual_tile(
         PRECISION,
         INNER,
     )
-    row, col = pixel[:, None], channel[None, :]
-    inside = (row < pixels) & (col < teacher_channels)
-    at = tile_pointers(teacher, image, teacher_stride, teacher_pitch, row, col, ALIGNED & PATH, TEACHER_PLANAR & PATH)
+    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, TEACHER_PLANAR & PATH)
     value += tl.load(at, mask=inside, other=0.0).to(value.dtype)
+    col = channel[None, :]
     value += tl.load(offset + image * teacher_channels + col, mask=col < teacher_channels, other=0.0)
     return tl.where(inside, value, 0.0)
-
-
-@triton.jit
-def errors_by_matrix(
-    inputs, size, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
-):
-    """A tile ``(pixels, student channels)`` of ``P^T e``."""
-    student_channels, teacher_channels, pixels = size[:3]
-    residual, student_matrix = inputs[:2]
-    operand: tl.constexpr = residual.dtype.element_ty
-    total: tl.constexpr = tl.float64 if operand == tl.float64 else tl.float32
-    teacher_elements = teacher_channels.to(tl.int64)
-    return add_product(
-        tl.zeros((pixel.shape[0], channel.shape[0]), total),
-        (residual, teacher_elements * pixels, pixels if TEACHER_PLANAR & PATH else teacher_channels),
-        (student_matrix, teacher_elements * student_channels, student_channels),
-        image,
-        pixel,
-        channel,
-        (pixels, student_channels, teacher_channels),
-        True,
-        TEACHER_PLANAR & PATH,
-        True,
-        ALIGNED & PATH,
-        operand,
-        PRECISION,
-        INNER,
-    )
-
-
-@triton.jit
-def errors_by_map(
-    inputs,
-    size,
-    part,
-    row,
-    col,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    INNER: tl.constexpr,
-    PATH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A split's part of ``e x^T (teacher channels, channels)`` and of the sum of e over an image's pixels."""
-    channels, teacher_channels, pixels, image_stride, pitch = size[:5]
-    splits, tiles_of_image, tiles_of_split = size[8], size[11], size[12]
-    residual, x = inputs
-    image, split = part // splits, part % splits
-    total = tl.zeros((ROWS, COLS), DTYPE)
-    errors = tl.zeros((ROWS,), DTYPE)
-    first = split * tiles_of_split
-    for step in range(0, tl.minimum(tiles_of_split, tiles_of_image - first)):
-        pixel = indices(first + step, INNER)
-        at, inside = dense_tile(
-            residual, image, pixel, row, pixels, teacher_channels, ALIGNED & PATH, TEACHER_PLANAR & PATH
-        )
-        error = tl.load(at, mask=inside, other=0.0).T
-        errors += tl.sum(error.to(DTYPE), axis=1)
-        at = tile_pointers(
-            x, image, image_stride, pitch, pixel[:, None], col[None, :], ALIGNED & PATH, STUDENT_PLANAR & PATH
-        )
-        inside = (pixel < pixels)[:, None] & (col < channels)[None, :]
-        total = error_product(error, tl.load(at, mask=inside, other=0.0), total, PRECISION)
-    return total, errors
 
 
 class _Blocks(NamedTuple):
