@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._layout import empty_gradient, in_place_layout
-from .._numerics import accumulation_dtype, residual_dtype
+from .._layout import empty_gradient, empty_residual, in_place_layout
+from .._numerics import accumulation_dtype
 from .ops import kernel, register
 
 __all__ = ["RelationLevels", "RelationResidualFunction", "relation_residual"]
@@ -102,12 +102,7 @@ def _by_argument(gradients: list[Tensor], count: int, student_gradient: bool, ne
 
 def _fake_forward(students, student_matrices, teachers, teacher_matrices, teacher_projections, offsets, keep):
     squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
-    if not keep:
-        return [squares]
-    return [
-        squares,
-        *(torch.empty_like(empty_gradient(t), dtype=residual_dtype(s, t)) for s, t in zip(students, teachers)),
-    ]
+    return [squares, *(empty_residual(*features) for features in zip(students, teachers) if keep)]
 
 
 def _fake_gradients(students, matrices, student_gradient):

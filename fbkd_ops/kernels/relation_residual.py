@@ -10,41 +10,41 @@ The operands of features that share a 16-bit dtype are of that dtype, matrices a
 are float32 or float64, see products.py. ``E = 2 grad e`` is never stored: grad scales float32 sums.
 """
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import empty_gradient, matrix_layout, matrix_view
-from .._numerics import accumulation_dtype, residual_dtype, without_autocast
+from .._layout import empty_gradient, empty_residual, matrix_view
+from .._numerics import accumulation_dtype, without_autocast
 from .products import (
     ALIGNED,
     STUDENT_PLANAR,
     TEACHER_PLANAR,
+    Blocks,
     Images,
+    Pair,
+    PixelSplits,
     add_product,
     add_up,
     dense_tile,
-    fit_for_products,
     indices,
     known_extents,
+    launch_products,
     map_tile,
-    precision,
+    pairs_of,
     residual_by_map,
     residual_by_matrix,
-    splits_of,
+    split_pixels,
     store_partials,
-    sum_of_splits,
 )
 from .pyramid import (
     Level,
     add_partial_sums,
-    aligned_to_16_bytes,
     find_level,
     find_tile,
-    launch,
     pick,
     pick_all,
     pick_sizes,
@@ -223,85 +223,25 @@ def residual_tile(
     return tl.where(inside, value, 0.0)
 
 
-class _Blocks(NamedTuple):
-    """Extents of a program's tile of a product, of one step of its sum, and its warps."""
-
-    ROWS: int  # pixels; in residual_products: teacher channels
-    COLS: int  # channels
-    INNER: int  # channels; in residual_products: pixels
-    num_warps: int
-
-
 # By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
 # largest tiles without spills on sm_80, sm_90 and sm_100, as compiled: registers are the limit.
 _SUMS = {
-    (2, True): _Blocks(128, 128, 64, 8),
-    (2, False): _Blocks(128, 64, 32, 8),
-    (4, True): _Blocks(128, 64, 16, 8),
-    (4, False): _Blocks(64, 64, 16, 8),
-    (8, True): _Blocks(64, 64, 16, 8),
-    (8, False): _Blocks(64, 64, 16, 8),
+    (2, True): Blocks(128, 128, 64, 8),
+    (2, False): Blocks(128, 64, 32, 8),
+    (4, True): Blocks(128, 64, 16, 8),
+    (4, False): Blocks(64, 64, 16, 8),
+    (8, True): Blocks(64, 64, 16, 8),
+    (8, False): Blocks(64, 64, 16, 8),
 }
 _STUDENT = {
-    (2, True): _Blocks(128, 128, 64, 8),
-    (2, False): _Blocks(128, 64, 32, 8),
-    (4, True): _Blocks(128, 128, 16, 8),
-    (4, False): _Blocks(128, 64, 16, 8),
-    (8, True): _Blocks(64, 64, 16, 8),
-    (8, False): _Blocks(64, 64, 16, 8),
+    (2, True): Blocks(128, 128, 64, 8),
+    (2, False): Blocks(128, 64, 32, 8),
+    (4, True): Blocks(128, 128, 16, 8),
+    (4, False): Blocks(128, 64, 16, 8),
+    (8, True): Blocks(64, 64, 16, 8),
+    (8, False): Blocks(64, 64, 16, 8),
 }
-_PRODUCTS = _STUDENT | {(4, True): _Blocks(128, 64, 16, 8)}
-
-
-class _Pair(NamedTuple):
-    """Both features of a level."""
-
-    student: Tensor  # (N, Cs, H, W)
-    teacher: Tensor  # (N, Ct, H, W)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return accumulation_dtype(self.student, self.teacher)
-
-    @property
-    def operand(self) -> torch.dtype:
-        return residual_dtype(self.student, self.teacher)
-
-    @property
-    def images(self) -> int:
-        return self.student.shape[0]
-
-    @property
-    def extents(self) -> tuple[int, int, int]:
-        """Student channels, teacher channels, pixels."""
-        return self.student.shape[1], self.teacher.shape[1], self.student.shape[2] * self.student.shape[3]
-
-    def path(self, *others: Tensor) -> int:
-        """The code path of a level whose kernel also reads or writes the other tensors."""
-        views = [matrix_view(feature) for feature in self]
-        planar = [view.rows_are_channels for view in views]
-        student_channels, teacher_channels, pixels = self.extents
-        extents = [student_channels, teacher_channels, *([pixels] if any(planar) else [])]
-        aligned = all(aligned_to_16_bytes(x, *extents) for x in (*self, *others)) and all(
-            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views)
-        )
-        return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + ALIGNED.value * aligned
-
-    def kind(self, path: int) -> tuple[int, bool]:
-        """Which of a kernel's blocks a level takes."""
-        return self.operand.itemsize, bool(path & ALIGNED.value)
-
-
-def _pairs(students: list[Tensor], teachers: list[Tensor]) -> list[_Pair]:
-    dtypes = [accumulation_dtype(*pair) for pair in zip(students, teachers)]
-    features = zip(students, teachers, dtypes)
-    return [_Pair(fit_for_products(s, dtype), fit_for_products(t, dtype)) for s, t, dtype in features]
-
-
-def _launch(kernel, pairs: list[_Pair], levels: list[Level], blocks: dict, *shared: Tensor, **constants) -> None:
-    for kind, block in blocks.items():
-        chosen = [level for level, pair in zip(levels, pairs) if pair.kind(level.path) == kind]
-        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **constants, **block._asdict())
+_PRODUCTS = _STUDENT | {(4, True): Blocks(128, 64, 16, 8)}
 
 
 def relation_residual_forward(
@@ -314,21 +254,17 @@ def relation_residual_forward(
     keep: bool,
 ) -> list[Tensor]:
     """``sum(e**2)`` of each level, ``(levels,)``; then, to keep, e of each level in the teacher's layout."""
-    pairs = _pairs(students, teachers)
+    pairs = pairs_of(students, teachers)
     products = [_product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections)]
-    residuals = [_empty_residual(*features) for features in zip(students, teachers)] if keep else []
+    residuals = [empty_residual(*features) for features in zip(students, teachers)] if keep else []
     levels, first = [], 0
     unused = [pair.teacher for pair in pairs]
     for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or unused):
         levels.append(_sums_level(pair, *tensors, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
-    _launch(residual_sums, pairs, levels, _SUMS, partials, KEEP=keep)
+    launch_products(residual_sums, pairs, levels, _SUMS, partials, KEEP=keep)
     return [add_partial_sums(partials, [level.programs for level in levels]), *residuals]
-
-
-def _empty_residual(student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.empty_like(teacher, dtype=residual_dtype(student, teacher), memory_format=matrix_layout(teacher))
 
 
 def _product(teacher_matrix: Tensor, projection: Optional[Tensor]) -> Tensor:
@@ -338,7 +274,7 @@ def _product(teacher_matrix: Tensor, projection: Optional[Tensor]) -> Tensor:
 
 
 def _sums_level(
-    pair: _Pair,
+    pair: Pair,
     student_matrix: Tensor,
     teacher_matrix: Tensor,
     offset: Tensor,
@@ -370,7 +306,7 @@ def relation_residual_backward(
     if not residuals:
         matrices = student_matrices, teachers, teacher_matrices, teacher_projections, offsets
         _, *residuals = relation_residual_forward(students, *matrices, True)
-    pairs = _pairs(students, teachers)
+    pairs = pairs_of(students, teachers)
     gradients = [empty_gradient(student) for student in students] if student_gradient else []
     _write_student_gradients(pairs, student_matrices, residuals, gradients, grad)
     by_student, by_teacher, by_offset = _parameter_gradients(pairs, student_matrices, offsets, residuals, grad)
@@ -380,7 +316,7 @@ def relation_residual_backward(
 
 
 def _write_student_gradients(
-    pairs: list[_Pair],
+    pairs: list[Pair],
     student_matrices: list[Tensor],
     residuals: list[Tensor],
     gradients: list[Tensor],  # empty: not wanted
@@ -395,60 +331,41 @@ def _write_student_gradients(
         tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
         sizes = *pair.extents, slot, *tiles
         levels.append(Level(pair.images * tiles[0] * tiles[1], (residual, matrix, gradient), sizes, path))
-    _launch(student_residual_gradients, pairs, levels, _STUDENT, grad)
+    launch_products(student_residual_gradients, pairs, levels, _STUDENT, grad)
 
 
 def _parameter_gradients(
-    pairs: list[_Pair], student_matrices: list[Tensor], offsets: list[Tensor], residuals: list[Tensor], grad: Tensor
+    pairs: list[Pair], student_matrices: list[Tensor], offsets: list[Tensor], residuals: list[Tensor], grad: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Of each level: ``-sum E s^T (N, Ct, Cs)``, ``sum E t^T (N, Ct, Ct)`` and ``sum E (N, Ct)``."""
     by_student, by_offset = [torch.empty_like(x) for x in student_matrices], [torch.empty_like(x) for x in offsets]
     by_teacher = [x.new_empty((*x.shape, x.shape[1])) for x in offsets]
-    partials = [
-        _partials(pair, residual, pair[side], slot, factor)
-        for side, factor in enumerate((-2, 2))
-        for slot, (pair, residual) in enumerate(zip(pairs, residuals))
-    ]
-    _launch(residual_products, pairs * 2, [of_one.level for of_one in partials], _PRODUCTS, grad)
-    sums = [of_one.product(gradient) for of_one, gradient in zip(partials, [*by_student, *by_teacher])]
-    sums += [of_one.total(gradient) for of_one, gradient in zip(partials[len(pairs) :], by_offset)]
+    launched, sums = [], []
+    for side, factor, gradients in ((0, -2, by_student), (1, 2, by_teacher)):
+        for slot, (pair, residual, gradient) in enumerate(zip(pairs, residuals, gradients)):
+            path = _products_path(pair, residual, pair[side])
+            splits = split_pixels(pair, pair[side].shape[1], _PRODUCTS[pair.kind(path)])
+            partials = splits.partials(residual, pair.dtype)
+            launched.append(_products_level(pair, residual, pair[side], partials, splits, slot, factor, path))
+            sums.append(splits.product(gradient, partials))
+            if side == 1:
+                sums.append(splits.total(by_offset[slot], partials))
+    launch_products(residual_products, pairs * 2, launched, _PRODUCTS, grad)
     add_up(sums)
     return by_student, by_teacher, by_offset
 
 
-class _Partials(NamedTuple):
-    """A level of residual_products, and how its partial sums are added."""
-
-    level: Level
-    images: int
-    splits: int  # of an image
-    rows: int  # in whole tiles
-    pitch: int
-
-    def product(self, gradient: Tensor) -> Level:
-        """For the sum of ``E x^T``, ``(N, Ct, C)``."""
-        return sum_of_splits(gradient, self.level.pointers[2], 0, self.splits, self.rows * self.pitch, self.pitch)
-
-    def total(self, gradient: Tensor) -> Level:
-        """For the sum of E, ``(N, Ct)``."""
-        first = self.images * self.splits * self.rows * self.pitch
-        return sum_of_splits(gradient[:, None], self.level.pointers[2], first, self.splits, self.rows, self.rows)
+def _products_level(
+    pair: Pair, residual: Tensor, x: Tensor, partials: Tensor, splits: PixelSplits, slot: int, factor: int, path: int
+) -> Level:
+    view, (_, channels, pixels) = matrix_view(x), pair.extents
+    sizes = x.shape[1], channels, pixels, view.image_stride, view.row_stride, slot, factor, *splits.sizes
+    return Level(splits.programs, (residual, x, partials), sizes, path)
 
 
-def _partials(pair: _Pair, residual: Tensor, x: Tensor, slot: int, factor: int) -> _Partials:
-    view, shared = matrix_view(x), pair.path(residual) & (TEACHER_PLANAR.value | ALIGNED.value)
-    path = STUDENT_PLANAR.value * view.rows_are_channels + shared
-    blocks = _PRODUCTS[pair.kind(path)]
-    _, channels, pixels = pair.extents
-    row_tiles, col_tiles = triton.cdiv(channels, blocks.ROWS), triton.cdiv(x.shape[1], blocks.COLS)
-    tiles = triton.cdiv(pixels, blocks.INNER)
-    splits, tiles_of_split = splits_of(tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
-    parts, rows, pitch = pair.images * splits, row_tiles * blocks.ROWS, col_tiles * blocks.COLS
-    memory = x.new_empty(parts * rows * (pitch + 1), dtype=pair.dtype)
-    strides = view.image_stride, view.row_stride
-    sizes = x.shape[1], channels, pixels, *strides, slot, factor, parts, splits, row_tiles, col_tiles
-    level = Level(parts * row_tiles * col_tiles, (residual, x, memory), (*sizes, tiles, tiles_of_split), path)
-    return _Partials(level, pair.images, splits, rows, pitch)
+def _products_path(pair: Pair, residual: Tensor, x: Tensor) -> int:
+    shared = pair.path(residual) & (TEACHER_PLANAR.value | ALIGNED.value)
+    return STUDENT_PLANAR.value * matrix_view(x).rows_are_channels + shared
 
 
 def _factor_gradients(
