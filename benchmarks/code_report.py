@@ -176,7 +176,7 @@ def launches() -> Iterator[Callable[[], object]]:
 
     float16 shares the code of bfloat16 but for the weights' gradient of the adapted distance.
     """
-    from fbkd_ops.kernels import attention_masks, attention_pool, masked_l2
+    from fbkd_ops.kernels import attention_masks, attention_pool, masked_l2, spatial_l2
 
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         student, teacher, other = _pyramid(dtype), _pyramid(dtype), _pyramid(dtype, "channels_last")
@@ -191,6 +191,11 @@ def launches() -> Iterator[Callable[[], object]]:
             pair = student, second, pools[::4], absent
             yield lambda: masked_l2.masked_l2_forward(*pair)
             yield lambda: masked_l2.masked_l2_backward(*pair, grad)
+    for dtype in (torch.float32, torch.float64):
+        maps = [torch.empty(shape[0], *shape[2:], dtype=dtype) for shape in LEVELS.values()]
+        layers = [[torch.empty(count, dtype=dtype) for _ in maps] for count in (9, 1)]
+        for gradient in (False, True):
+            yield lambda: spatial_l2.spatial_l2(maps, *layers, maps, gradient)
     yield from _adapted_launches()
     yield from _relation_launches()
     yield from _statistics_launches()

@@ -8,6 +8,10 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
   m.def("attention_pool_forward(Tensor[] x) -> Tensor[]");
   m.def("attention_pool_backward(Tensor[] x, Tensor?[] grads) -> Tensor[]");
   m.def("attention_masks(Tensor?[] student, Tensor[] teacher, float[] temperature, bool[] joint) -> Tensor[]");
+  // Sums (levels, 1): squares; with gradient (levels, 11): also their derivatives by the nine weights and the bias for a
+  // grad of 1, followed by that of each level's student.
+  m.def(
+      "spatial_l2(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient) -> Tensor[]");
   m.def(
       "masked_l2_forward(Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask) -> "
       "Tensor");

@@ -21,6 +21,7 @@ __all__ = [
     "check_number",
     "check_pair",
     "check_same_device",
+    "check_spatial_map",
     "check_stride",
     "check_tensor",
     "check_weights",
@@ -83,6 +84,15 @@ def check_feature(feature: Any, name: str) -> None:
         raise ValueError(f"{name} must have shape (N, C, H, W), got {_shape(feature)}")
     if 0 in feature.shape[1:]:
         raise ValueError(f"{name} must have at least one channel and one pixel, got {_shape(feature)}")
+
+
+def check_spatial_map(x: Any, name: str) -> None:
+    """A spatial map: a floating-point tensor ``(N, H, W)`` with at least one pixel."""
+    check_tensor(x, None, x, name)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must have shape (N, H, W), got {_shape(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one pixel, got {_shape(x)}")
 
 
 def check_pair(

@@ -13,13 +13,14 @@ __all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-# Backends that have kernels of an op. Those without "cuda" are matrix products, which Triton writes for the tensor
-# cores of every GPU.
+# Backends that have kernels of an op. On a GPU those without "cuda" are Triton's: matrix products, which it writes for
+# the tensor cores of every GPU, and what takes as little time as a single channel does.
 OPS = {
     "attention_pool": ("cpu", "cuda", "triton"),
     "attention_masks": ("cpu", "cuda", "triton"),
     "masked_l2_loss": ("cpu", "cuda", "triton"),
     "adapted_masked_l2_loss": ("cpu", "triton"),
+    "spatial_l2_loss": ("cpu", "triton"),
     "non_local": ("cpu", "triton"),
     "relation_loss": ("cpu", "triton"),
 }

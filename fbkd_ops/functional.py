@@ -19,6 +19,7 @@ from ._validation import (
     check_number,
     check_pair,
     check_same_device,
+    check_spatial_map,
     check_stride,
     check_tensor,
     check_weights,
@@ -29,6 +30,7 @@ from .autograd.attention_masks import MaskRequest
 from .autograd.attention_masks import attention_masks as attention_masks_op
 from .autograd.attention_pool import attention_pools as attention_pools_op
 from .autograd.masked_l2 import masked_l2_squares
+from .autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
 from .linear_non_local import Block
 from .presets import CHOICES, MODES
 from .relation import RelationTerm, relation_squares
@@ -43,6 +45,7 @@ __all__ = [
     "masked_l2_loss",
     "non_local",
     "relation_loss",
+    "spatial_l2_loss",
 ]
 
 
@@ -264,6 +267,45 @@ def adapted_masked_l2_loss(
             return reference.adapted_masked_l2_loss(student, weight, bias, teacher, spatial_mask, channel_mask)
     levels = AdaptedLevels([student], [weight], [bias], [teacher], [spatial_mask], [channel_mask])
     return root(adapted_masked_l2_squares(backend, levels)[0])
+
+
+def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    """``sqrt(sum((conv3x3(s) + b - t)**2))`` over the whole batch, zeros around the maps; the gradient at 0 is 0.
+
+    Student, weight and bias receive gradients, once.
+
+    Args:
+        student: spatial attention map or mean ``(N, H, W)``, see :func:`attention_pool`.
+        weight: ``(3, 3)``, of the convolution that adapts the map: ``conv.weight[0, 0]``.
+        bias: ``(1,)``.
+        teacher: ``(N, H, W)``.
+
+    Returns:
+        A scalar. It grows with ``sqrt(N * H * W)``.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes or devices that do not agree, a map without pixels.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 25, 42), torch.randn(2, 25, 42)
+        >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+        >>> loss = spatial_l2_loss(student, layer.weight[0, 0], layer.bias, teacher)
+        >>> torch.allclose(loss, (layer(student[:, None])[:, 0] - teacher).norm(), rtol=1e-4)
+        True
+
+    Source: Zhang & Ma 2021, attention transfer loss ``L_AT``, with the adaptation layer of the released code.
+    """
+    check_spatial_map(student, "student")
+    check_spatial_map(teacher, "teacher")
+    check_tensor(teacher, student.shape, student, "teacher")
+    check_tensor(weight, (3, 3), student, "weight")
+    check_tensor(bias, (1,), student, "bias")
+    backend = backends.resolve("spatial_l2_loss", student)
+    if backend == "reference":
+        with without_autocast(student):
+            return reference.spatial_l2_loss(student, weight, bias, teacher)
+    return root(spatial_l2_squares(backend, SpatialLevels([student], [weight], [bias], [teacher]))[0])
 
 
 def _check_masks(spatial_mask: Optional[Tensor], channel_mask: Optional[Tensor], teacher: Tensor) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "max_pool",
     "non_local",
     "relation_loss",
+    "spatial_l2_loss",
 ]
 
 
@@ -114,6 +115,18 @@ def adapted_masked_l2_loss(
     dtype = accumulation_dtype(student, teacher)
     adapted = _conv1x1(student.to(dtype), weight.to(dtype), bias.to(dtype))
     return masked_l2_loss(adapted, teacher, spatial_mask, channel_mask)
+
+
+def spatial_l2_loss(
+    student: Tensor,  # (N, H, W)
+    weight: Tensor,  # (3, 3)
+    bias: Tensor,  # (1,)
+    teacher: Tensor,  # (N, H, W)
+) -> Tensor:
+    """``sqrt(sum((conv3x3(s) + b - t)**2))`` over the whole batch, zeros around the maps."""
+    dtype = accumulation_dtype(student, teacher)
+    adapted = F.conv2d(student.to(dtype)[:, None], weight.to(dtype)[None, None], bias.to(dtype), padding=1)
+    return root(((teacher.detach().to(dtype)[:, None] - adapted) ** 2).sum())
 
 
 def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
@@ -246,11 +259,12 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
     if level.channel_adaptation is not None:
         s = pool_s.channel_attention if attention else pool_s.channel_mean
         t = pool_t.channel_attention if attention else pool_t.channel_mean
-        terms["channel"] = root(((t - _apply(level.channel_adaptation, s)) ** 2).sum())
+        terms["channel"] = root(((t - _linear(level.channel_adaptation, s)) ** 2).sum())
     if level.spatial_adaptation is not None:
         s = pool_s.spatial_attention if attention else pool_s.spatial_mean
         t = pool_t.spatial_attention if attention else pool_t.spatial_mean
-        terms["spatial"] = root(((t[:, None] - _apply(level.spatial_adaptation, s[:, None])) ** 2).sum())
+        layer = level.spatial_adaptation
+        terms["spatial"] = spatial_l2_loss(s, layer.weight[0, 0], layer.bias, t)
     if level.relation_adaptation is not None:
         terms["relation"] = relation_loss(
             student,
@@ -269,12 +283,9 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
     return terms
 
 
-def _apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """The adaptation layer ``layer`` on ``x``, in x's dtype."""
-    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=layer.padding)
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer on ``x``, in x's dtype."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor, Optional[Tensor]]:
@@ -292,7 +303,7 @@ def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor,
     if settings.channel_mask_source == "teacher":
         attention_s = None
     elif attention_s.shape != pool_t.channel_attention.shape:
-        attention_s = _apply(level.channel_adaptation, attention_s)
+        attention_s = _linear(level.channel_adaptation, attention_s)
     channel = attention_mask(
         attention_s,
         pool_t.channel_attention,

@@ -78,6 +78,7 @@ CALLS = {
         x, 2 * x, BLOCK.weights(), BLOCK.weights(), BLOCK.weights().out_weight, BLOCK.weights().out_bias
     ),
     "adapted_masked_l2_loss": lambda x: functional.adapted_masked_l2_loss(x, x[0, :, :2, 0], x[0, :, 0, 0], x),
+    "spatial_l2_loss": lambda x: functional.spatial_l2_loss(x[:, 0], torch.eye(3), x[0, 0, 0, :1], x[:, 1]),
 }
 
 # The kernels that each of them takes where nothing needs a gradient.
@@ -86,6 +87,7 @@ KERNELS = {
     "attention_masks": {"attention_masks"},
     "masked_l2_loss": {"masked_l2_forward"},
     "adapted_masked_l2_loss": {"adapted_masked_l2_forward"},
+    "spatial_l2_loss": {"spatial_l2"},
     "non_local": {"non_local_statistics_forward"},
     "relation_loss": {"attention_pool_forward", "non_local_statistics_forward", "relation_residual_forward"},
 }

@@ -219,19 +219,21 @@ def store_rounded(at, value, inside):
 
 @triton.jit
 def add_partials(partials, result, sizes, PATHS: tl.constexpr, BLOCK: tl.constexpr):
-    level, _, _ = find_level(sizes)
+    level, _, program = find_level(sizes)
     first, count, slot = pick_sizes(sizes, level)
+    first += program * count
     total = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, count, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         total += tl.load(partials + first + at, mask=at < count, other=0.0).to(tl.float64)
-    tl.store(result + slot, tl.sum(total, axis=0).to(result.dtype.element_ty))
+    tl.store(result + slot + program, tl.sum(total, axis=0).to(result.dtype.element_ty))
 
 
-def add_partial_sums(partials: Tensor, counts: list[int]) -> Tensor:
-    """The sum of each level's partial sums ``(levels,)``; they lie one level after the other."""
-    result = partials.new_empty(len(counts))
-    firsts = accumulate(counts, initial=0)
-    levels = [Level(1, (), sizes) for sizes in zip(firsts, counts, range(len(counts)))]
+def add_partial_sums(partials: Tensor, counts: list[int], sums: int = 1) -> Tensor:
+    """Each level's sums ``(levels * sums,)``; a level has ``count`` partials of its first sum, then of the next."""
+    result = partials.new_empty(len(counts) * sums)
+    firsts = accumulate((count * sums for count in counts), initial=0)
+    slots = range(0, len(result), sums)
+    levels = [Level(sums, (), sizes) for sizes in zip(firsts, counts, slots)]
     launch(add_partials, levels, partials, result, BLOCK=PARTIALS)
     return result

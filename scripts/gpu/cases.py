@@ -102,6 +102,14 @@ def adapted_masked_l2_loss(f: Features) -> Tensor:
     return masked + functional.adapted_masked_l2_loss(f.student, *adaptation(f), f.wide)
 
 
+def spatial_l2_loss(f: Features) -> Tensor:
+    """With gradients, and without."""
+    student, teacher = f.student.float().mean(1), f.teacher.float().mean(1)
+    weight, bias = torch.randn(3, 3, device=student.device), torch.randn(1, device=student.device)
+    functional.spatial_l2_loss(student.detach(), weight, bias, teacher)
+    return functional.spatial_l2_loss(student, weight.requires_grad_(), bias.requires_grad_(), teacher)
+
+
 def non_local(f: Features) -> Tensor:
     return NonLocalBlock2d(f.student.shape[1], stride=2).to(f.student.device)(f.student).sum()
 
@@ -134,6 +142,7 @@ CASES = {
     "attention_masks": attention_masks,
     "masked_l2_loss": masked_l2_loss,
     "adapted_masked_l2_loss": adapted_masked_l2_loss,
+    "spatial_l2_loss": spatial_l2_loss,
     "non_local": non_local,
     "relation_loss": relation_loss,
     "whole_loss": whole_loss,

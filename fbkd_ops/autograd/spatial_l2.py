@@ -1,0 +1,76 @@
+"""Squared distances of 3x3-convolved spatial maps of a pyramid to the teacher's, on any backend."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._numerics import accumulation_dtype
+from .ops import kernel, register
+
+__all__ = ["SpatialL2Function", "SpatialLevels", "spatial_l2_squares"]
+
+
+# The sum of squares, its derivatives by the nine weights, and by the bias.
+SUMS = 11
+
+
+class SpatialLevels(NamedTuple):
+    """Lists of one entry per level."""
+
+    students: list[Tensor]  # (N, H, W)
+    weights: list[Tensor]  # (3, 3)
+    biases: list[Tensor]  # (1,)
+    teachers: list[Tensor]  # (N, H, W)
+
+
+def spatial_l2_squares(backend: str, levels: SpatialLevels) -> Tensor:
+    """Return ``sum((t - conv3x3(s) - b)**2)`` of every level, ``(levels,)``, on a backend that has kernels."""
+    levels = levels._replace(teachers=[teacher.detach() for teacher in levels.teachers])
+    dtypes = [accumulation_dtype(s, t) for s, t in zip(levels.students, levels.teachers, strict=True)]
+    tensors = [x.to(dtype).contiguous() for group in levels for x, dtype in zip(group, dtypes, strict=True)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return SpatialL2Function.apply(backend, len(dtypes), *tensors)
+    (sums,) = kernel("spatial_l2", backend)(*_groups(tensors, len(dtypes)), False)
+    return sums[:, 0]
+
+
+class SpatialL2Function(torch.autograd.Function):
+    """The forward pass makes the gradients for a grad of 1, beside the residual that both need.
+
+    They are as small as the maps themselves, a channel's worth of a feature: backward multiplies them by the real grad.
+    """
+
+    @staticmethod
+    def forward(ctx, backend, count, *tensors):
+        sums, *student_gradients = kernel("spatial_l2", backend)(*_groups(tensors, count), True)
+        ctx.save_for_backward(sums, *student_gradients)
+        ctx.shapes = [x.shape for x in tensors[count : 3 * count]]
+        return sums[:, 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        sums, *student_gradients = ctx.saved_tensors
+        count = len(student_gradients)
+        dtypes = [gradient.dtype for gradient in student_gradients]
+        students = [gradient * scale for gradient, scale in zip(student_gradients, grad.unbind(), strict=True)]
+        parameters = sums[:, 1:] * grad[:, None]  # (levels, SUMS - 1)
+        rows = [row.to(dtype) for row, dtype in zip(parameters.unbind(), dtypes, strict=True)]
+        gradients = [row[:9] for row in rows] + [row[9:] for row in rows]
+        gradients = [gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes, strict=True)]
+        return None, None, *students, *gradients, *[None] * count
+
+
+def _groups(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
+    return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
+
+
+def _fake(students, weights, biases, teachers, gradient):
+    sums = students[0].new_empty((len(students), SUMS if gradient else 1), dtype=accumulation_dtype(*students))
+    return [sums, *(torch.empty_like(s) for s in students)] if gradient else [sums]
+
+
+_ARGUMENTS = "Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient"
+register("spatial_l2", f"({_ARGUMENTS}) -> Tensor[]", _fake, "spatial_l2")
