@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "residual_dtype", "root", "without_autocast"]
+__all__ = ["accumulation_dtype", "constant_vector", "residual_dtype", "root", "without_autocast"]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -33,3 +33,34 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     matrices inside the relation term to half precision.
     """
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+# Of every loss and size that was met. A full dictionary stays as it is: captured CUDA graphs read what is in it.
+_constants: dict[tuple, Tensor] = {}
+MAX_CONSTANTS = 1024
+
+
+def constant_vector(values: list[float], dtype: torch.dtype, device: torch.device, keep: bool) -> Tensor:
+    """Return ``values`` as a tensor, the same one in every step. It is filled on the device: nothing waits for a copy.
+
+    Args:
+        values: the elements.
+        dtype, device: of the tensor.
+        keep: whether later calls may get it too. False while a CUDA graph is captured, whose tensors are filled by its
+            replays only.
+    """
+    if torch.compiler.is_compiling():
+        return _filled_vector(values, dtype, device)
+    key = (*values, dtype, device)
+    if key in _constants:
+        return _constants[key]
+    # Made in inference mode it could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        vector = _filled_vector(values, dtype, device)
+    if keep and len(_constants) < MAX_CONSTANTS and type(vector) is Tensor:
+        _constants[key] = vector
+    return vector
+
+
+def _filled_vector(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

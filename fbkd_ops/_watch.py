@@ -3,6 +3,7 @@
 None of it waits for a GPU, and none of it is part of a compiled graph. Copies and pickles of a watch start anew.
 """
 
+import math
 import warnings
 from typing import Optional
 
@@ -61,37 +62,39 @@ class FiniteWatch(_Watch):
         """Look at ``terms (K,)`` of the levels and kinds ``names``."""
         if self._warned:
             return
-        finite = terms.detach().isfinite()
-        if finite.device.type == "cpu":
-            self._report(finite, names, students, teachers)
-        elif finite.device.type == "cuda":
-            self._see_later(finite, names)
+        terms = terms.detach()
+        if terms.device.type == "cpu":
+            self._report(terms, names, students, teachers)
+        elif terms.device.type == "cuda":
+            self._see_later(terms, names)
 
-    def _see_later(self, finite: Tensor, names: list[tuple[int, str]]) -> None:
+    def _see_later(self, terms: Tensor, names: list[tuple[int, str]]) -> None:
         """Report the last call's terms if they are on the CPU by now, and send these on their way if none are."""
         if self._pending is not None:
             arrived, event, arrived_names = self._pending
             if not event.query():
                 return
             self._report(arrived, arrived_names, [], [])
-        arriving = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-        arriving.copy_(finite, non_blocking=True)
+        arriving = torch.empty(terms.shape, dtype=terms.dtype, pin_memory=True)
+        arriving.copy_(terms, non_blocking=True)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(finite.device))
+        event.record(torch.cuda.current_stream(terms.device))
         self._pending = (arriving, event, names)
 
     def _report(
-        self, finite: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]
+        self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]
     ) -> None:
-        if finite.all():
+        """Warn of values that are not finite. Numbers of Python tell it of the few terms without an op of PyTorch."""
+        broken: dict[int, list[str]] = {}
+        for (level, term), value in zip(names, terms.tolist(), strict=True):
+            if not math.isfinite(value):
+                broken.setdefault(level, []).append(term)
+        if not broken:
             return
         self._warned = True
-        broken: dict[int, list[str]] = {}
-        for (level, term), is_finite in zip(names, finite.tolist()):
-            if not is_finite:
-                broken.setdefault(level, []).append(term)
         levels = "; ".join(
-            f"level {level}: {', '.join(terms)}{_origin(level, students, teachers)}" for level, terms in broken.items()
+            f"level {level}: {', '.join(terms)}{_origin(level, students, teachers)}"
+            for level, terms in sorted(broken.items())
         )
         warnings.warn(f"terms of the FBKD loss are not finite: {levels} (said once)")
 

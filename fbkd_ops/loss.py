@@ -1,8 +1,9 @@
 """The FBKD loss as a module: attention-masked features, pooled attention, non-local relations."""
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from ._batch_norm import synchronizes, uses_batch_statistics
-from ._numerics import accumulation_dtype, root, without_autocast
+from ._numerics import accumulation_dtype, constant_vector, without_autocast
 from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
 from ._watch import FiniteWatch, GradientWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
+from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
+from .autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
+from .autograd.weighted_roots import weighted_roots
 from .non_local_block import NonLocalBlock2d
 from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
 from .relation import RelationTerm, relation_squares
@@ -25,6 +29,14 @@ from .types import AttentionPool
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
 Channels = Union[int, Sequence[int]]
+
+
+class TermSquares(NamedTuple):
+    """One term's sums of squares."""
+
+    term: str  # one of presets.TERMS
+    levels: list[int]  # indices of the levels that have it
+    squares: Tensor  # (len(levels),)
 
 
 class FBKDLoss(nn.Module):
@@ -147,75 +159,98 @@ class FBKDLoss(nn.Module):
         with without_autocast(students[0]):
             backend = backends.resolve("relation_loss", students[0])
             squares = self._squares(backend, students, teachers)
-            terms = self._weighted(squares, students, teachers)
+            terms = self._weighted_terms(squares, students, teachers)
         if self.training and can_watch(students[0]):
             self._gradient_watch.see(students, [teacher for _, _, _, teacher in pairs])
             self._update_watch.see(self, terms)
         return terms
 
-    def _squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[tuple[int, str], Tensor]:
-        """The sum under the root of each level's terms; ``backend`` of the relation term."""
-        if backend == "reference":
-            terms = [reference.level_terms(*level) for level in zip(students, teachers, self.levels)]
-            return {(index, term): value.square() for index, level in enumerate(terms) for term, value in level.items()}
-        return self._fused(backend, students, teachers)
-
-    def _fused(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> dict[tuple[int, str], Tensor]:
-        """The sums, with one launch for all levels of each step that has kernels."""
-        pools_t = attention_pools(teachers)
-        students, pools_s, features = self._start(students, teachers, pools_t)
-        having = [index for index, level in enumerate(self.levels) if level.relation_adaptation is not None]
-        relations = [
-            self.levels[index].relation_term(students[index], teachers[index], pools_s[index], pools_t[index])
-            for index in having
+    def _squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
+        """The sums under the roots of every term and level; ``backend`` of the relation term."""
+        if backend != "reference":
+            return self._fused_squares(backend, students, teachers)
+        levels = [reference.level_terms(*level) for level in zip(students, teachers, self.levels, strict=True)]
+        chosen = {term: [index for index, roots in enumerate(levels) if term in roots] for term in TERMS}
+        return [
+            TermSquares(term, indices, torch.stack([levels[index][term] for index in indices]).square())
+            for term, indices in chosen.items()
+            if indices
         ]
-        relations = dict(zip(having, relation_squares(backend, relations, self.memory_efficient)))
-        squares = {}
-        for index, level in enumerate(self.levels):
-            pooled = level.pooled_squares(pools_s[index], pools_t[index])
-            squares |= {(index, term): value for term, value in pooled.items()}
-            if index in features:
-                squares[index, "feature"] = features[index]
-            if index in relations:
-                squares[index, "relation"] = relations[index]
+
+    def _fused_squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
+        """The sums, with one launch for all levels of each step that has kernels."""
+        students, pools_s, pools_t, squares = self._feature_squares(students, teachers)
+        indices = self._levels_with("channel_adaptation")
+        if indices:
+            squares.append(TermSquares("channel", indices, _channel_squares(*self._select(indices, pools_s, pools_t))))
+        indices = self._levels_with("spatial_adaptation")
+        if indices:
+            squares.append(TermSquares("spatial", indices, _spatial_squares(*self._select(indices, pools_s, pools_t))))
+        indices = self._levels_with("relation_adaptation")
+        if indices:
+            sides = self._select(indices, students, teachers, pools_s, pools_t)
+            terms = [level.relation_term(*side) for level, *side in zip(*sides, strict=True)]
+            relations = torch.stack(relation_squares(backend, terms, self.memory_efficient))
+            squares.append(TermSquares("relation", indices, relations))
         return squares
 
-    def _weighted(
-        self, squares: dict[tuple[int, str], Tensor], students: list[Tensor], teachers: list[Tensor]
+    def _feature_squares(
+        self, students: list[Tensor], teachers: list[Tensor]
+    ) -> tuple[list[Tensor], list[AttentionPool], list[AttentionPool], list[TermSquares]]:
+        """The students and both sides' means for the other terms to start from, and the feature term's sums."""
+        indices = self._levels_with("feature_adaptation")
+        with torch.no_grad():
+            pools = attention_pools([*teachers, *(students[index] for index in indices)])
+        students, pools_s, pools_t = list(students), [None] * len(students), pools[: len(teachers)]
+        others = [index for index in range(len(students)) if index not in indices]
+        if others:
+            for index, pool in zip(others, attention_pools([students[index] for index in others]), strict=True):
+                pools_s[index] = pool
+        if not indices:
+            return students, pools_s, pools_t, []
+        levels, *sides = self._select(indices, students, teachers, pools_t)
+        outputs, means, squares = _feature_terms(levels, *sides, pools[len(teachers) :], self.memory_efficient)
+        for index, student, pool in zip(indices, outputs, means, strict=True):
+            students[index], pools_s[index] = student, pool
+        return students, pools_s, pools_t, [TermSquares("feature", indices, squares)]
+
+    def _levels_with(self, layer: str) -> list[int]:
+        return [index for index, level in enumerate(self.levels) if getattr(level, layer) is not None]
+
+    def _select(self, indices: list[int], *lists: list) -> list[list]:
+        """The levels of these indices, and their entries of each list."""
+        return [[entries[index] for index in indices] for entries in (self.levels, *lists)]
+
+    def _weighted_terms(
+        self, squares: list[TermSquares], students: list[Tensor], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
         """The loss's terms from the sums of each level's."""
         dtype = accumulation_dtype(*students, *teachers)
-        totals = {name: students[0].new_zeros((), dtype=dtype) for name in self.term_names}
         if not squares:
-            return totals
-        sums = torch.stack([square.to(dtype) for square in squares.values()])  # (K,)
-        elements = [self.levels[index].elements(term, teachers[index].shape) for index, term in squares]
-        if self.synchronize:
-            sums, elements = _over_processes(sums, elements)
-        roots = root(sums)
+            return {name: students[0].new_zeros((), dtype=dtype) for name in self.term_names}
+        names = [(index, each.term) for each in squares for index in each.levels]
+        sums = torch.cat([each.squares.to(dtype) for each in squares])  # (K,)
+        sums, scales = self._sums_and_scales(sums, names, teachers)
+        roots, values = weighted_roots(sums, scales, [len(each.levels) for each in squares])
         if self.training and can_watch(sums):
-            self._finite_watch.see(roots, list(squares), students, teachers)
-        for (index, term), value, count in zip(squares, roots.unbind(), elements):
-            name = f"loss_fbkd_{term}"
-            totals[name] = totals[name] + self.levels[index].term_scale(term, count) * value
-        return totals
+            self._finite_watch.see(roots, names, students, teachers)
+        terms = {f"loss_fbkd_{each.term}": value for each, value in zip(squares, values, strict=True)}
+        return {name: terms[name] if name in terms else sums.new_zeros(()) for name in self.term_names}
 
-    def _start(
-        self, students: list[Tensor], teachers: list[Tensor], pools_t: list[AttentionPool]
-    ) -> tuple[list[Tensor], list[AttentionPool], dict[int, Tensor]]:
-        """The students and their means for the other terms to start from, and the feature term's sum of each level."""
-        having = [index for index, level in enumerate(self.levels) if level.feature_adaptation is not None]
-        lacking = [index for index in range(len(self.levels)) if index not in having]
-        students, pools_s, features = list(students), [None] * len(students), {}
-        if lacking:
-            for index, pool in zip(lacking, attention_pools([students[index] for index in lacking])):
-                pools_s[index] = pool
-        if having:
-            chosen = [self.levels[index] for index in having]
-            sides = ([side[index] for index in having] for side in (students, teachers, pools_t))
-            for index, *outputs in zip(having, *_feature_terms(chosen, *sides, self.memory_efficient)):
-                students[index], pools_s[index], features[index] = outputs
-        return students, pools_s, features
+    def _sums_and_scales(
+        self, sums: Tensor, names: list[tuple[int, str]], teachers: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The sums ``(K,)``, over all processes where asked for, and what their roots are multiplied with ``(K,)``."""
+        weights, counts = [], []
+        for index, term in names:
+            weights.append(getattr(self.levels[index].settings, f"{term}_weight"))
+            counts.append(self.levels[index].mean_count(term, teachers[index].shape))
+        constant = functools.partial(constant_vector, dtype=sums.dtype, device=sums.device, keep=can_watch(sums))
+        if not self.synchronize:
+            scales = [weight / math.sqrt(max(count, 1)) for weight, count in zip(weights, counts, strict=True)]
+            return sums, constant(scales)
+        sums, counts = _over_processes(sums, constant(counts))
+        return sums, constant(weights) * counts.clamp(min=1).rsqrt()
 
     def check_levels(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         """Refuse features of other levels, widths or devices than the loss was made for.
@@ -266,32 +301,17 @@ class FBKDLevel(nn.Module):
         self.student_non_local = _non_local_block(student_channels, settings) if has["relation"] else None
         self.teacher_non_local = _non_local_block(teacher_channels, settings) if has["relation"] else None
 
-    def pooled_squares(self, pool_s: AttentionPool, pool_t: AttentionPool) -> dict[str, Tensor]:
-        """The channel and the spatial term squared, where they have a weight, from the four means of both sides."""
-        terms = {}
-        if self.channel_adaptation is not None:
-            s, t = self._pooled(pool_s, "channel"), self._pooled(pool_t, "channel")  # (N, Cs), (N, Ct)
-            dtype = accumulation_dtype(s, t)
-            terms["channel"] = (t.to(dtype) - self._adapted_channels(s.to(dtype))).square().sum()
-        if self.spatial_adaptation is not None:
-            s, t = self._pooled(pool_s, "spatial"), self._pooled(pool_t, "spatial")  # (N, H, W)
-            dtype = accumulation_dtype(s, t)
-            terms["spatial"] = (t.to(dtype) - _conv3x3(s.to(dtype), self.spatial_adaptation)).square().sum()
-        return terms
+    def mean_count(self, term: str, shape: tuple[int, int, int, int]) -> int:
+        """How many squares the term is the mean of; 0 under ``normalize="none"``, where it is their sum.
 
-    def elements(self, term: str, shape: tuple[int, int, int, int]) -> int:
-        """How many squares the term sums; ``shape`` is the teacher's ``(N, Ct, H, W)``."""
+        Args:
+            term: one of ``presets.TERMS``.
+            shape: the teacher's ``(N, Ct, H, W)``.
+        """
+        if self.settings.normalize == "none":
+            return 0
         n, channels, height, width = shape
         return {"channel": n * channels, "spatial": n * height * width}.get(term, n * channels * height * width)
-
-    def term_scale(self, term: str, elements: Union[int, Tensor]) -> Union[float, Tensor]:
-        """What the term is multiplied with: its weight, over the root of ``elements`` under ``normalize="mean"``."""
-        weight = getattr(self.settings, f"{term}_weight")
-        if self.settings.normalize == "none":
-            return weight
-        if isinstance(elements, Tensor):
-            return weight * elements.clamp(min=1).rsqrt()
-        return weight / math.sqrt(max(elements, 1))
 
     def check_statistics(self, student: Tensor, name: str) -> None:
         """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated.
@@ -328,7 +348,7 @@ class FBKDLevel(nn.Module):
         layer = self.channel_adaptation
         return F.linear(channels, layer.weight.to(channels.dtype), layer.bias.to(channels.dtype))
 
-    def _pooled(self, pool: AttentionPool, axis: str) -> Tensor:
+    def pooled(self, pool: AttentionPool, axis: str) -> Tensor:
         """What the channel or the spatial term compares: a plain mean or a mean of absolute values."""
         return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
 
@@ -354,18 +374,18 @@ def _feature_terms(
     students: list[Tensor],
     teachers: list[Tensor],
     pools_t: list[AttentionPool],
+    pools_s: list[AttentionPool],
     memory_efficient: bool,
 ) -> tuple[list[Tensor], list[AttentionPool], Tensor]:
     """Students, their means and the feature terms squared ``(levels,)`` of levels that all have this term.
 
     The students and the means are outputs of the feature term's op, for the other terms to start from: what flows
-    back into them joins the term's own gradient as that is written.
+    back into them joins the term's own gradient as that is written. ``pools_s`` are the same means without gradient.
     """
     with torch.no_grad():
-        pools_s = attention_pools(students)
-        requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t)]
+        requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t, strict=True)]
         masks = iter(attention_masks([request for level in requests for request in level]))
-        masks = [[next(masks) for _ in level] + [None] for level in requests]
+    masks = [[next(masks) for _ in level] + [None] for level in requests]
     layers = [level.feature_adaptation for level in levels]
     arguments = AdaptedLevels(
         students,
@@ -383,23 +403,38 @@ def _feature_terms(
     return students, pools_s, squares
 
 
-def _over_processes(sums: Tensor, elements: list[int]) -> tuple[Tensor, Tensor]:
-    """Sums and their numbers of elements ``(K,)`` over all processes; one alone has them already."""
-    counts = sums.new_tensor(elements)
+def _over_processes(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of squares ``(K,)`` over all processes; one alone has them already."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums, counts
     return SumOverProcessesFunction.apply(torch.cat([sums, counts])).chunk(2)
 
 
-def _conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer``, one channel to one, on ``x (N, H, W)``, as nine shifted sums.
+def _channel_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
+    """The channel term squared ``(levels,)`` of levels that all have this term."""
+    return channel_l2_squares(
+        ChannelLevels(
+            [level.pooled(pool, "channel") for level, pool in zip(levels, pools_s, strict=True)],
+            [level.channel_adaptation.weight for level in levels],
+            [level.channel_adaptation.bias for level in levels],
+            [level.pooled(pool, "channel") for level, pool in zip(levels, pools_t, strict=True)],
+        )
+    )
 
-    torch.compile with dynamic sizes fails on the convolution of this shape.
-    """
-    height, width = x.shape[1:]
-    padded, weight = F.pad(x, (1, 1, 1, 1)), layer.weight[0, 0].to(x.dtype)
-    shifted = [weight[i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return sum(shifted, layer.bias.to(x.dtype))
+
+def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
+    """The spatial term squared ``(levels,)`` of levels that all have this term."""
+    arguments = SpatialLevels(
+        [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_s, strict=True)],
+        [level.spatial_adaptation.weight.view(3, 3) for level in levels],
+        [level.spatial_adaptation.bias for level in levels],
+        [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_t, strict=True)],
+    )
+    backend = backends.resolve("spatial_l2_loss", arguments.students[0])
+    if backend == "reference":
+        losses = [reference.spatial_l2_loss(*level) for level in zip(*arguments, strict=True)]
+        return torch.stack(losses).square()
+    return spatial_l2_squares(backend, arguments)
 
 
 def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:

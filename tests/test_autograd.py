@@ -13,7 +13,9 @@ import fbkd_ops
 from fbkd_ops import FBKDLoss
 from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 from fbkd_ops.autograd.attention_pool import attention_pools
+from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from fbkd_ops.autograd.masked_l2 import masked_l2_squares
+from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
 
 WIDTHS, TEACHER_WIDTHS, MAPS = (3, 4), (5, 2), ((4, 5), (2, 2))
 
@@ -71,13 +73,34 @@ def pyramid(backend, device):
     return function, parameters(device)
 
 
+def spatial_l2(backend, device):
+    """Of the students' means, so that the parameters' gradients and theirs are both seen."""
+    teachers = [draw((2, *size), torch.float32, device) for size in MAPS]
+
+    def function(*leaves):
+        students = [x.mean(1) for x in leaves[:2]]
+        return weighted(spatial_l2_squares(backend, SpatialLevels(students, leaves[2:4], leaves[4:], teachers)))
+
+    return function, [draw(shape, torch.float32, device) for shape in ((3, 3), (3, 3), (1,), (1,))]
+
+
+def channel_l2(backend, device):
+    teachers = [draw((2, width), torch.float32, device) for width in TEACHER_WIDTHS]
+
+    def function(*leaves):
+        students = [x.mean((2, 3)) for x in leaves[:2]]
+        return weighted(channel_l2_squares(ChannelLevels(students, leaves[2:4], leaves[4:], teachers)))
+
+    return function, parameters(device)
+
+
 def loss(backend, device):
     module = randomise(FBKDLoss(list(WIDTHS), list(TEACHER_WIDTHS), num_levels=2)).to(device)
     teachers = features(TEACHER_WIDTHS, device)
     return lambda *leaves: weighted(module(list(leaves[:2]), teachers).values()), list(module.parameters())
 
 
-FUNCTIONS = [pools, masked_l2, adapted_masked_l2, pyramid, loss]
+FUNCTIONS = [pools, masked_l2, adapted_masked_l2, pyramid, spatial_l2, channel_l2, loss]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED, ON_TRITON])
 OF_EVERY_FUNCTION = pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)
 

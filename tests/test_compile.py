@@ -85,7 +85,8 @@ def test_the_fused_ops_are_in_the_graph():
     run_sizes(loss, torch.compile(loss, fullgraph=True, backend=recorder), SIZES[:1])
     (graph,) = recorder.graphs
     code = "".join(module.code for module in graph.modules() if hasattr(module, "code"))
-    for op in ("attention_pool", "attention_masks", "adapted_masked_l2", "relation_residual", "non_local_statistics"):
+    ops = ("attention_pool", "attention_masks", "adapted_masked_l2", "spatial_l2")
+    for op in (*ops, "relation_residual", "non_local_statistics"):
         assert f"fbkd_ops.{op}" in code, op
 
 

@@ -22,10 +22,10 @@ def step(loss, students, teachers):
     return terms
 
 
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_forward_and_backward_replay(memory_efficient):
+@pytest.mark.parametrize("memory_efficient, normalize", [(False, "none"), (True, "mean")])
+def test_forward_and_backward_replay(memory_efficient, normalize):
     """In training, so with the watches' hooks at the warm-up, and with running statistics that move at every replay."""
-    loss = randomise(FBKDLoss(8, 12, num_levels=2, memory_efficient=memory_efficient)).cuda()
+    loss = randomise(FBKDLoss(8, 12, num_levels=2, memory_efficient=memory_efficient, normalize=normalize)).cuda()
     eager = copy.deepcopy(loss)
     students, teachers = pyramid(8, requires_grad=True), pyramid(12)
     start = copy.deepcopy(dict(loss.named_buffers()))
@@ -59,3 +59,15 @@ def test_forward_and_backward_replay(memory_efficient):
         for captured, expected in pairs:
             torch.testing.assert_close(captured.grad, expected.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(dict(loss.named_buffers()), dict(eager.named_buffers()))
+
+
+def test_a_step_waits_for_nothing():
+    """Nor does the first one: what it makes for all others is filled on the device."""
+    loss = randomise(FBKDLoss(8, 12, num_levels=2, normalize="mean")).cuda()
+    students, teachers = pyramid(8, requires_grad=True), pyramid(12)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            step(loss, students, teachers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -235,6 +235,16 @@ def test_equal_features_give_finite_gradients():
     assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
 
 
+def test_a_second_derivative_raises():
+    """The ops have first derivatives only, and the roots in front of them must not hide it."""
+    loss = randomise(FBKDLoss(4, num_levels=1, stride=1))
+    student, teacher = torch.randn(2, 4, 5, 6, requires_grad=True), torch.randn(2, 4, 5, 6)
+    for term in loss([student], [teacher]).values():
+        (gradient,) = torch.autograd.grad(term, student, create_graph=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
 def test_a_nan_feature_is_not_silenced():
     student, teacher = pyramid(4, 1)[0], pyramid(4, 1, seed=1)[0]
     student[0, 0, 0, 0] = float("nan")

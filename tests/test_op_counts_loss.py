@@ -1,0 +1,66 @@
+"""How many operations a step of the loss dispatches beside the relation term."""
+
+import pytest
+import torch
+from cases import INTERPRETED, ON_CPU, poison  # noqa: F401
+from op_counts import count_ops
+
+from fbkd_ops import FBKDLoss
+from fbkd_ops.presets import PRESETS
+
+# With the Triton kernels stubbed the terms are what was in the memory: NaN, of which the loss warns in the first step.
+pytestmark = pytest.mark.filterwarnings("ignore:terms of the FBKD loss are not finite")
+
+ON_EACH_PATH = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED])
+SIDES = (32, 16, 8, 4)
+# The distances' own ops, whose number does not depend on that of the levels: pools of both sides, masks, distances.
+FUSED_FORWARD = {"cpu": 4, "triton": 8}
+FUSED_BACKWARD = {"cpu": 1, "triton": 3}
+
+
+def counts_of(backend, student_widths, teacher_widths, **settings):
+    """Of the second step, forward and backward: the first one makes constants, and copies for a warning."""
+    loss = FBKDLoss(list(student_widths), list(teacher_widths), relation_weight=0.0, **settings)
+    terms = None
+
+    def forward():
+        nonlocal terms
+        terms = loss(students, teachers)
+
+    for _ in range(2):
+        loss.zero_grad(set_to_none=True)
+        students = [torch.randn(2, width, side, side, requires_grad=True) for width, side in zip(student_widths, SIDES)]
+        teachers = [torch.randn(2, width, side, side) for width, side in zip(teacher_widths, SIDES)]
+        counts = count_ops(backend, forward), count_ops(backend, lambda: sum(terms.values()).backward())
+    assert all(leaf.grad is not None for leaf in (*students, *loss.parameters()))
+    return counts
+
+
+def small(counts):
+    return sum(counts.small.values())
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+@pytest.mark.parametrize("preset", PRESETS)
+@ON_EACH_PATH
+def test_four_levels_of_one_width(backend, device, preset, normalize):
+    forward, backward = counts_of(backend, (16,) * 4, (16,) * 4, preset=preset, normalize=normalize)
+    assert small(forward) <= 18 and small(backward) <= 40, f"{forward}\n{backward}"
+    assert sum(forward.fused.values()) <= FUSED_FORWARD[backend]
+    assert sum(backward.fused.values()) <= FUSED_BACKWARD[backend]
+
+
+@pytest.mark.parametrize("preset", ["two_stage", "paper"])
+@ON_EACH_PATH
+def test_three_levels_of_six_widths(backend, device, preset):
+    forward, backward = counts_of(backend, (8, 16, 32), (12, 24, 40), preset=preset)
+    assert small(forward) <= 25 and small(backward) <= 36, f"{forward}\n{backward}"
+    assert sum(forward.fused.values()) <= FUSED_FORWARD[backend]
+    assert sum(backward.fused.values()) <= FUSED_BACKWARD[backend]
+
+
+@ON_EACH_PATH
+def test_more_levels_do_not_take_more_launches(backend, device):
+    forward, backward = counts_of(backend, (4,) * 2, (4,) * 2, preset="paper")
+    assert sum(forward.fused.values()) <= FUSED_FORWARD[backend]
+    assert sum(backward.fused.values()) <= FUSED_BACKWARD[backend]
