@@ -141,8 +141,7 @@ def _gradients(
         return kernel("adapted_masked_l2_backward", backend)(*arguments, residuals, *added)
     count, grad = len(arguments[0]), added[0]
     kernel("adapted_masked_l2_finish_", backend)(ready[:count], arguments[0], *added)
-    for index, parameter_grad in enumerate(ready[count:]):
-        parameter_grad.mul_(grad[index % count])
+    torch._foreach_mul_(ready[count:], [*grad.unbind()] * 2)
     return ready
 
 
