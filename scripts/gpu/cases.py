@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.measurement import Runner
+from benchmarks.small import in_form
 from benchmarks.suites import SUITES
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, backends, functional
 from fbkd_ops.autograd import ops
@@ -115,6 +116,12 @@ def non_local(f: Features) -> Tensor:
 
 
 def relation_loss(f: Features) -> Tensor:
+    """In both forms where the backend has both."""
+    forms = ("collapsed", "cells") if backends.resolve("relation_loss", f.student) == "cpu" else ("collapsed",)
+    return sum(in_form(lambda: relation_losses(f), form)() for form in forms)
+
+
+def relation_losses(f: Features) -> Tensor:
     """With φ and g pooled and at full resolution, keeping a map for backward and not."""
     total = 0.0
     for stride, memory_efficient in itertools.product((1, 2), (False, True)):
