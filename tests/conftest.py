@@ -32,3 +32,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cells", "collapsed"])
+def relation_form(request, monkeypatch):
+    """Every relation term of a CPU in one form, whatever its sizes."""
+    from fbkd_ops import relation
+
+    monkeypatch.setattr(relation, "cheaper_form", lambda sizes: request.param)
+    return request.param

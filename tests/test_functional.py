@@ -51,6 +51,7 @@ def run_relation(parts, student, teacher, function, mode, stride, autocast=False
     return loss.detach(), student.grad, gradients, dict(parts.named_buffers())
 
 
+@pytest.mark.usefixtures("relation_form")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size,stride", SIZES_AND_STRIDES)
 @pytest.mark.parametrize("norm", ["batch", "none"])
@@ -64,6 +65,7 @@ def test_relation_loss_equals_the_reference(mode, size, stride, norm):
     assert results[1].abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("relation_form")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_narrow_blocks_equal_the_reference(mode, stride):
@@ -75,6 +77,7 @@ def test_narrow_blocks_equal_the_reference(mode, stride):
     torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.usefixtures("relation_form")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("norm", CHOICES["norm"])
 @pytest.mark.parametrize("training", [True, False])
@@ -105,6 +108,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, lambda x: x)
 
 
+@pytest.mark.usefixtures("relation_form")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_memory_efficient_keeps_no_map_and_changes_nothing(mode, norm):
@@ -204,6 +208,7 @@ def test_a_nan_reaches_every_pixel_also_where_no_pair_counts():
     assert y.isnan().all()
 
 
+@pytest.mark.usefixtures("relation_form")
 def test_gradcheck_of_the_relation_loss():
     parts = relation_pair("dot_product", 2, norm="none")
     parameters = [p for p in parts.parameters()]
@@ -230,6 +235,7 @@ def test_gradcheck_of_the_relation_loss():
     assert torch.autograd.gradcheck(loss, (student, *parameters), nondet_tol=1e-12)
 
 
+@pytest.mark.usefixtures("relation_form")
 def test_relation_residual_has_no_second_derivative():
     parts = relation_pair("dot_product", 1)
     student = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -246,6 +252,7 @@ def test_relation_residual_has_no_second_derivative():
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("relation_form")
 @pytest.mark.parametrize(
     "dtypes",
     [

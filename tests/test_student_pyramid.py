@@ -31,7 +31,7 @@ from cases import (
 from helpers import randomise
 
 import fbkd_ops
-from fbkd_ops import AttentionPool, FBKDLoss, reference
+from fbkd_ops import AttentionPool, FBKDLoss, reference, relation
 from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from fbkd_ops.autograd.attention_pool import attention_pools
 from fbkd_ops.presets import PRESETS, TERMS
@@ -385,15 +385,21 @@ def test_a_student_of_which_one_level_is_frozen():
 
 @NO_CPU
 @pytest.mark.parametrize(
-    "terms, forward, backward",
-    [(TERMS, 2, 3), (("feature", "channel", "spatial"), 1, 1)],
-    ids=["all", "no relation"],
+    "terms, form, forward, backward",
+    [
+        (TERMS, "cells", 2, 2),
+        (TERMS, "collapsed", 2, 3),
+        (("feature", "channel", "spatial"), "none", 1, 1),
+    ],
+    ids=["cells", "collapsed", "no relation"],
 )
-def test_how_often_a_gradient_of_the_students_size_is_written(terms, forward, backward):
+def test_how_often_a_gradient_of_the_students_size_is_written(monkeypatch, terms, form, forward, backward):
     """By the forward pass once for the relation and once for the other terms together; then in place.
 
-    The relation's is scaled, the statistics' gradients join it, and with it the other terms' is finished.
+    The relation's is scaled, in the collapsed form the statistics' gradients join it, and with it the other terms' is
+    finished.
     """
+    monkeypatch.setattr(relation, "cheaper_form", lambda sizes: form)
     ours, literal = writes("auto", terms), writes("reference", terms)
     assert (len(ours["forward"]), len(ours["backward"])) == (forward, backward), ours
     assert len(literal["backward"]) > forward + backward
