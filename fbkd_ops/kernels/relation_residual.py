@@ -231,7 +231,7 @@ _SUMS = {
     (4, True): Blocks(128, 64, 16, 8),
     (4, False): Blocks(64, 64, 16, 8),
     (8, True): Blocks(64, 64, 16, 8),
-    (8, False): Blocks(64, 64, 16, 8),
+    (8, False): Blocks(64, 32, 16, 8),
 }
 _STUDENT = {
     (2, True): Blocks(128, 128, 64, 8),
