@@ -14,13 +14,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
+    "Fold",
     "FrozenBatchNorm2d",
     "Moments",
+    "RunningUpdate",
+    "SharedMoments",
+    "batch_moments",
+    "check_count",
+    "fold",
+    "folded_offsets",
     "is_frozen",
-    "refuse_one_value",
+    "moment_gradients",
     "scale_and_shift",
+    "shared_moment_gradients",
+    "shared_moments",
     "synchronizes",
+    "update_running_statistics",
     "uses_batch_statistics",
+    "weight_gradient",
     "without_updates",
 ]
 
@@ -125,24 +136,31 @@ def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tu
     if synchronizes(norm):
         mean, variance, count = _OverProcesses.apply(mean, variance, count, norm.process_group)
         count = int(count)
-    refuse_one_value(count, len(mean))
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        _update_running_statistics(norm, mean.detach(), variance.detach(), count)
+    check_count(count, len(mean))
+    update_running_statistics([RunningUpdate(norm, mean.detach(), variance.detach(), count)])
     return mean.to(like.dtype), variance.to(like.dtype)
 
 
-def refuse_one_value(count: int, channels: int) -> None:
-    """Raise what BatchNorm raises where its own statistics would be those of ``count`` = 1 values a channel."""
+def check_count(count: int, channels: int) -> None:
+    """Refuse a single value a channel, as BatchNorm does."""
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {[1, channels, 1, 1]}")
 
 
 def _over_images(moments: Moments) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance ``(C,)`` of u over all images, zeros for none, and the number of values a channel."""
-    images = len(moments.image_means)
-    mean = moments.image_means.sum(dim=0) / max(images, 1)
-    between = (moments.image_means - mean).square()  # (N, C)
-    return mean, (moments.variances + between).sum(dim=0) / max(images, 1), images * moments.pixels
+    mean, variance, _ = batch_moments(moments.image_means, moments.variances)
+    return mean, variance, len(moments.image_means) * moments.pixels
+
+
+def batch_moments(image_means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance ``(C,)`` over images from those of each image ``(N, C)``, and ``image_means - mean``."""
+    if not image_means.shape[0]:
+        zeros = image_means.sum(dim=0)
+        return zeros, torch.zeros_like(zeros), image_means
+    mean = image_means.mean(dim=0)
+    deviations = image_means - mean
+    return mean, torch.addcmul(variances, deviations, deviations).mean(dim=0), deviations
 
 
 class _OverProcesses(torch.autograd.Function):
@@ -154,43 +172,141 @@ class _OverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean: Tensor, variance: Tensor, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
-        own = torch.cat([mean, variance, mean.new_tensor([count])])
-        every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
-        torch.distributed.all_gather(every, own, group=group)
-        means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], dim=1)  # (P, C), (P, C), (P, 1)
-        total = counts.sum()
-        shares = counts / total.clamp(min=1)
-        global_mean = (shares * means).sum(dim=0)
-        within_and_between = variances + (means - global_mean).square()
+        found = shared_moments(mean, variance, torch.full_like(mean, count), group)
         ctx.group = group
-        ctx.save_for_backward(mean - global_mean, count / total.clamp(min=1))
+        ctx.save_for_backward(found.deviations, found.shares)
+        total = found.counts[0]
         ctx.mark_non_differentiable(total)
-        return global_mean, (shares * within_and_between).sum(dim=0), total
+        return found.means, found.variances, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, mean_gradient: Tensor, variance_gradient: Tensor, _):
-        deviation, share = ctx.saved_tensors
-        gradients = torch.stack([mean_gradient, variance_gradient])
-        torch.distributed.all_reduce(gradients, group=ctx.group)
-        mean_gradient, variance_gradient = share * gradients
-        return mean_gradient + 2 * deviation * variance_gradient, variance_gradient, None, None
+        return *shared_moment_gradients(mean_gradient, variance_gradient, *ctx.saved_tensors, ctx.group), None, None
 
 
-def _update_running_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
+class SharedMoments(NamedTuple):
+    """The moments of the values of several processes, a channel each, and what their gradients need."""
+
+    means: Tensor  # (C,)
+    variances: Tensor  # (C,), biased
+    counts: Tensor  # (C,) of all processes' values
+    deviations: Tensor  # (C,), of this process' means from all processes'
+    shares: Tensor  # (C,), of this process in all counts
+
+
+def shared_moments(means: Tensor, variances: Tensor, counts: Tensor, group) -> SharedMoments:
+    """The moments of all processes' values by the law of total variance; means, variances and counts are ``(C,)``."""
+    own = torch.stack([means, variances, counts])
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(every, own, group=group)
+    process_means, process_variances, process_counts = torch.stack(every, dim=1)  # (P, C) each
+    total = process_counts.sum(dim=0)
+    shares = process_counts / total.clamp(min=1)
+    global_means = (shares * process_means).sum(dim=0)
+    within_and_between = process_variances + (process_means - global_means).square()
+    global_variances = (shares * within_and_between).sum(dim=0)
+    return SharedMoments(global_means, global_variances, total, means - global_means, counts / total.clamp(min=1))
+
+
+def shared_moment_gradients(
+    mean_gradient: Tensor, variance_gradient: Tensor, deviations: Tensor, shares: Tensor, group
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a process' own moments, given its loss's gradients of the shared ones: the others' are added."""
+    gradients = torch.stack([mean_gradient, variance_gradient])
+    torch.distributed.all_reduce(gradients, group=group)
+    mean_gradient, variance_gradient = shares * gradients
+    return mean_gradient + 2 * deviations * variance_gradient, variance_gradient
+
+
+class Fold(NamedTuple):
+    """A norm as ``scale * (u - mean) + bias``, for channels ``(C,)``."""
+
+    mean: Tensor
+    inverse_deviation: Tensor  # 1 / sqrt(variance + eps)
+    scale: Tensor
+
+
+def fold(mean: Tensor, variance: Tensor, eps: float, weight: Optional[Tensor]) -> Fold:
+    inverse = (variance + eps).rsqrt_()
+    return Fold(mean, inverse, inverse if weight is None else inverse * weight)
+
+
+def folded_offsets(folded: Fold, bias: Optional[Tensor], offsets: Tensor) -> Tensor:
+    """What the norm makes of ``offsets (N, C)``."""
+    if bias is None:
+        return folded.scale * (offsets - folded.mean)
+    shift = torch.addcmul(bias, folded.scale, folded.mean, value=-1)
+    return torch.addcmul(shift, folded.scale, offsets)
+
+
+def weight_gradient(folded: Fold, scale_gradient: Tensor, shift_gradient: Tensor) -> Tensor:
+    """``(C,)``, given the gradients of ``scale`` and ``shift`` in ``scale * u + shift``."""
+    return torch.addcmul(scale_gradient, shift_gradient, folded.mean, value=-1).mul_(folded.inverse_deviation)
+
+
+def moment_gradients(
+    folded: Fold, weight_gradient: Tensor, shift_gradient: Tensor, images: int
+) -> tuple[Tensor, Tensor]:
+    """``d mean / N`` and ``2 d variance / N (C,)`` of the batch's moments, N its number of images."""
+    factor = folded.scale * (-1 / max(images, 1))
+    return shift_gradient * factor, (weight_gradient * factor).mul_(folded.inverse_deviation)
+
+
+class RunningUpdate(NamedTuple):
+    """What a batch tells a norm in training."""
+
+    norm: nn.Module
+    mean: Tensor  # (C,)
+    variance: Tensor  # (C,), biased
+    count: int  # of values a channel
+
+
+def update_running_statistics(updates: list[RunningUpdate]) -> None:
     """What BatchNorm does to its buffers in training: unbiased variance, momentum or average.
 
-    An empty batch is counted, but leaves the statistics.
+    An empty batch is counted, but leaves the statistics. A norm that has none, or does not train, is left alone.
     """
     if not _updates:
         return
-    batches, momentum = norm.num_batches_tracked, norm.momentum
-    if batches is not None:
-        batches.add_(1)
-    if count == 0:
-        return
-    if momentum is None:
-        momentum = 0.0 if batches is None else batches.to(norm.running_mean.dtype).reciprocal()
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    unbiased = variance * (count / (count - 1))
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    updates = [update for update in updates if _tracks(update.norm)]
+    while updates:
+        distinct, repeated = [], []  # a norm that two blocks share is updated twice, one after the other
+        for update in updates:
+            known = any(update.norm is other.norm for other in distinct)
+            (repeated if known else distinct).append(update)
+        _update_distinct(distinct)
+        updates = repeated
+
+
+def _tracks(norm: nn.Module) -> bool:
+    return norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
+def _update_distinct(updates: list[RunningUpdate]) -> None:
+    counters = [update.norm.num_batches_tracked for update in updates if update.norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    groups = {}
+    for update in updates:
+        if update.count != 0:
+            groups.setdefault(update.norm.momentum, []).append(update)
+    for momentum, group in groups.items():
+        unbiased = torch._foreach_mul(
+            [update.variance for update in group], [update.count / (update.count - 1) for update in group]
+        )
+        if momentum is None:
+            for update, variance in zip(group, unbiased):
+                _average_in(update.norm, update.mean, variance)
+            continue
+        buffers = [update.norm.running_mean for update in group] + [update.norm.running_var for update in group]
+        values = [update.mean for update in group] + list(unbiased)
+        torch._foreach_lerp_(buffers, [value.to(to.dtype) for value, to in zip(values, buffers)], momentum)
+
+
+def _average_in(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    """The average over all batches so far."""
+    batches, dtype = norm.num_batches_tracked, norm.running_mean.dtype
+    momentum = 0.0 if batches is None else batches.to(dtype).reciprocal()
+    norm.running_mean.lerp_(mean.to(dtype), momentum)
+    norm.running_var.lerp_(variance.to(dtype), momentum)

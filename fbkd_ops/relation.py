@@ -4,26 +4,29 @@ import contextlib
 from typing import NamedTuple, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import linear_non_local
 from ._batch_norm import (
-    _update_running_statistics,
-    refuse_one_value,
+    RunningUpdate,
+    check_count,
     synchronizes,
+    update_running_statistics,
     uses_batch_statistics,
     without_updates,
 )
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
+from .autograd.attention_pool import attention_pools
 from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
+from .autograd.collapsed_relation import BlockTensors, CollapsedRelationFunction, LevelOutputs
 from .autograd.relation_residual import RelationLevels, relation_residual
-from .collapsed_non_local import CollapsedNonLocal, collapse
 from .linear_non_local import Block, pool_cells
 from .relation_forms import RelationSizes, cheaper_form
+from .relation_plan import Plan, make_plan
 
-__all__ = ["RelationTerm", "relation_squares"]
+__all__ = ["RelationTerm", "collapsed_levels", "relation_squares"]
 
 
 class RelationTerm(NamedTuple):
@@ -66,21 +69,35 @@ def _term_dtype(term: RelationTerm) -> torch.dtype:
 
 def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
     """``(levels,)``: both blocks of a level are affine maps of its pixels, and so is their difference."""
-    dtypes = [_term_dtype(term) for term in terms]
-    students = collapse(
-        backend,
-        [_accumulated_in(dtype, term.student) for dtype, term in zip(dtypes, terms)],
-        [term.student_block for term in terms],
-        [_known_in(dtype, term.student_mean) for dtype, term in zip(dtypes, terms)],
+    return relation_residual(backend, collapsed_levels(backend, terms), memory_efficient)
+
+
+def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
+    """What the terms' residuals are made of. Updates the norms' running statistics.
+
+    What flows back into the students is added to in place: it must come from an op that keeps no hold of it.
+    """
+    dtypes = [_term_dtype(term) for term in terms for _ in range(2)]
+    blocks = [block for term in terms for block in (term.student_block, term.teacher_block)]
+    maps = [x for term in terms for x in (term.student, term.teacher.detach())]
+    maps = [_accumulated_in(dtype, x) for dtype, x in zip(dtypes, maps)]
+    plan = make_plan(backend, maps, blocks, dtypes)
+    for x, block in zip(maps, blocks):
+        if uses_batch_statistics(block.norm) and not synchronizes(block.norm):
+            check_count(_values_of(x), x.shape[1])
+    means = _means(plan, maps, [mean for term in terms for mean in (term.student_mean, term.teacher_mean)])
+    tensors = [x for row in map(_block_tensors, maps, means, blocks) for x in row]
+    tensors += [x for term in terms for x in (term.adaptation_weight, term.adaptation_bias)]
+    process_groups = [getattr(block.norm, "process_group", None) for block in blocks]
+    outputs = CollapsedRelationFunction.apply(backend, plan, process_groups, *tensors)
+    end = len(LevelOutputs._fields) * len(terms)
+    columns = LevelOutputs(*(list(outputs[first : first + len(terms)]) for first in range(0, end, len(terms))))
+    _update_statistics(plan, maps, blocks, outputs[end:])
+    students = [through if x.requires_grad else x for through, x in zip(columns.student, maps[::2])]
+    projections = [w if w.numel() else None for w in columns.projection]
+    return RelationLevels(
+        students, columns.student_matrix, maps[1::2], columns.teacher_matrix, projections, columns.offset
     )
-    teachers = collapse(
-        backend,
-        [_accumulated_in(dtype, term.teacher) for dtype, term in zip(dtypes, terms)],
-        [term.teacher_block for term in terms],
-        [_known_in(dtype, term.teacher_mean) for dtype, term in zip(dtypes, terms)],
-    )
-    levels = [_affine_level(*level) for level in zip(terms, students, teachers)]
-    return relation_residual(backend, RelationLevels(*map(list, zip(*levels))), memory_efficient)
 
 
 def _accumulated_in(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -88,24 +105,62 @@ def _accumulated_in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if accumulation_dtype(x) == dtype else x.to(dtype)
 
 
-def _known_in(dtype: torch.dtype, mean: Optional[Tensor]) -> Optional[Tensor]:
-    """A mean that is known already, unless it is less precise than ``dtype``."""
-    return mean if mean is not None and mean.dtype == dtype else None
+def _values_of(x: Tensor) -> int:
+    """How many values a channel has."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _affine_level(
-    term: RelationTerm, student: tuple[Tensor, CollapsedNonLocal], teacher: tuple[Tensor, CollapsedNonLocal]
-) -> tuple[Optional[Tensor], ...]:
-    """A level's entries of :class:`RelationLevels`."""
-    (s, student_block), (t, teacher_block), dtype = student, teacher, _term_dtype(term)
-    adaptation, bias = term.adaptation_weight.to(dtype), term.adaptation_bias.to(dtype)
-    relation = torch.matmul(adaptation, student_block.matrix)  # (N, Ct, cs)
-    student_matrix = adaptation + torch.matmul(relation, student_block.projection)  # (N, Ct, Cs)
-    offset = teacher_block.offset - torch.matmul(student_block.offset, adaptation.mT) - bias
-    matrix, projection = teacher_block.matrix, teacher_block.projection
-    if 2 * projection.shape[0] >= projection.shape[1]:  # as many products, or more, in two steps as in one
-        matrix, projection = torch.matmul(matrix, projection), None
-    return s, student_matrix, t, matrix, projection, offset
+def _means(plan: Plan, maps: list[Tensor], known: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """``(N, C)`` over the pixels of each map whose block needs it; one that is known in too few bits is made anew."""
+    needed = [block for group in plan.groups if group.takes_moments for block in group.blocks]
+    means = [None] * plan.blocks
+    for block in needed:
+        mean = known[block]
+        means[block] = mean.detach() if mean is not None and mean.dtype == accumulation_dtype(maps[block]) else None
+    lacking = [block for block in needed if means[block] is None]
+    if lacking:
+        for block, pool in zip(lacking, attention_pools([maps[block].detach() for block in lacking])):
+            means[block] = pool.channel_mean
+    return [mean if mean is None else mean.contiguous() for mean in means]
+
+
+def _block_tensors(x: Tensor, mean: Optional[Tensor], block: Block) -> BlockTensors:
+    weights, norm = block.weights, block.norm
+    fixed = norm is not None and not uses_batch_statistics(norm)
+    return BlockTensors(
+        x,
+        mean,
+        weights.theta_weight,
+        weights.theta_bias,
+        weights.phi_weight,
+        weights.phi_bias,
+        weights.g_weight,
+        weights.g_bias,
+        weights.out_weight,
+        weights.out_bias,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        norm.running_mean if fixed else None,
+        norm.running_var if fixed else None,
+    )
+
+
+def _update_statistics(plan: Plan, maps: list[Tensor], blocks: list[Block], statistics: tuple[Tensor, ...]) -> None:
+    """Tell each block's norm the batch's moments, which ``statistics`` has family by family."""
+    found, updates = iter(statistics), {}
+    for family in plan.families:
+        if family.norm != "batch":
+            continue
+        order, widths = plan.order(family), plan.widths(family)
+        means, variances = (next(found).split(widths) for _ in range(2))
+        counts = [_values_of(maps[block]) for block in order]
+        if family.synchronizes:
+            counts = [int(count[0]) for count in next(found).split(widths)]
+        for block, width, mean, variance, count in zip(order, widths, means, variances, counts):
+            check_count(count, width)
+            updates[block] = RunningUpdate(blocks[block].norm, mean, variance, count)
+    # Students before teachers, should they share a norm.
+    update_running_statistics([updates[block] for block in sorted(updates, key=lambda block: (block % 2, block))])
 
 
 def _recomputed(backend: str, term: RelationTerm) -> Tensor:
@@ -157,21 +212,18 @@ def _sizes(term: RelationTerm) -> RelationSizes:
 
 def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
     """``(levels,)``: a pixel's products with the few pooled cells are all that a block adds to it."""
-    norms = [(term, block.norm) for term in terms for block in (term.student_block, term.teacher_block)]
-    norms = [(norm, _values_of_a_channel(term)) for term, norm in norms]
-    for norm, count in norms:
+    norms = [(block.norm, term.student) for term in terms for block in (term.student_block, term.teacher_block)]
+    for norm, x in norms:
         if uses_batch_statistics(norm):
-            refuse_one_value(count, norm.num_features)
+            check_count(_values_of(x), norm.num_features)
     squares, moments = cell_relation([_cell_level(term) for term in terms], memory_efficient)
-    for (norm, count), (mean, variance) in zip(norms, moments):
-        if uses_batch_statistics(norm):
-            _note_statistics(norm, mean, variance, count)
+    updates = [
+        RunningUpdate(norm, mean, variance, _values_of(x))
+        for (norm, x), (mean, variance) in zip(norms, moments)
+        if uses_batch_statistics(norm)
+    ]
+    update_running_statistics(updates[::2] + updates[1::2])  # students before teachers, should they share a norm
     return squares
-
-
-def _values_of_a_channel(term: RelationTerm) -> int:
-    images, _, height, width = term.student.shape
-    return images * height * width
 
 
 def _cell_level(term: RelationTerm) -> CellLevel:
@@ -195,8 +247,3 @@ def _cell_block(dtype: torch.dtype, block: Block) -> CellBlock:
     fixed = norm is not None and not uses_batch_statistics(norm)
     statistics = (norm.running_mean, norm.running_var) if fixed else (None, None)
     return CellBlock(*(x if x is None else x.to(dtype) for x in (*convolutions, *learned, *statistics)))
-
-
-def _note_statistics(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        _update_running_statistics(norm, mean, variance, count)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 __all__ = ["RelationSizes", "cheaper_form"]
 
-# Passes over a map's elements beside the products, as many multiply-adds as take as long: the cell form makes its passes
+# Passes over the elements of a map, in multiply-adds that take as long: the cell form makes its passes
 # on whole maps, the collapsed form on blocks in cache.
 _CELL_PASSES, _COLLAPSED_PASSES = 300, 100
 # The same for an element of the collapsed form's matrices, and for its calls whatever the sizes.

@@ -1,7 +1,7 @@
 """How many operations a function dispatches: what a step costs the host, whatever the sizes.
 
-A *small* operation is an ATen call that computes something: no view, no allocation. One that is made inside the package's
-own ops counts as well. A *fused* one is a launch of a Triton kernel, or a call of a C++ op.
+A *small* operation is an ATen call that computes something: no view, no allocation. One that the package's own ops make
+counts as well. A *fused* one is a launch of a Triton kernel, or a call of a C++ op.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
-import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 

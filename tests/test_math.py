@@ -8,10 +8,12 @@ from helpers import randomise
 
 from fbkd_ops import NonLocalBlock2d, reference
 from fbkd_ops._batch_norm import Moments, _over_images, scale_and_shift
-from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
+from fbkd_ops.autograd.non_local_statistics import NO_POOL, StatisticsRequest, non_local_statistics
+from fbkd_ops.autograd.ops import kernel
 from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
-from fbkd_ops.collapsed_non_local import _all_pairs, _pooled_pairs, collapse
+from fbkd_ops.collapsed_non_local import all_pairs, fill_covariances, pooled_pairs, project_moments
 from fbkd_ops.linear_non_local import Response, _concatenation, _moments
+from fbkd_ops.relation import RelationTerm, collapsed_levels
 
 BACKEND = "cpu"
 pytestmark = NO_CPU
@@ -32,6 +34,13 @@ def block_of(inner: int = INNER, **settings) -> NonLocalBlock2d:
     return randomise(NonLocalBlock2d(CHANNELS, inner, **settings).double(), seed=1)
 
 
+def level_of(student, teacher, student_block, teacher_block, weight, bias):
+    """P, ``U W`` and v of one level."""
+    term = RelationTerm(student, teacher, student_block.block(), teacher_block.block(), weight, bias)
+    _, (p,), _, (u,), (w,), (v,) = collapsed_levels(BACKEND, [term])
+    return p, u if w is None else u @ w, v
+
+
 def conv(x, layer):
     """``layer`` on x, ``(N, c, L)``."""
     return F.conv2d(x, layer.weight, layer.bias).flatten(2)
@@ -46,26 +55,37 @@ def covariance(vectors):
 def test_1_the_sum_over_pairs_comes_first():
     theta, phi, g = (torch.randn(IMAGES, INNER, n, dtype=torch.float64) for n in (56, 12, 12))
     literal = torch.einsum("nci,ncj,ndj->ndi", theta, phi, g) / 12
-    close(_pooled_pairs(torch.cat([phi, g], 1)).mT @ theta, literal)
+    close(pooled_pairs(torch.cat([phi, g], 1)[None], [12])[0].mT @ theta, literal)
 
 
 @pytest.mark.parametrize("inner", [3, INNER, CHANNELS])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_2_the_block_is_an_affine_map_of_its_input(inner, stride):
     block, x = block_of(inner, stride=stride, norm="none"), features()
-    ((_, collapsed),) = collapse(BACKEND, [x], [block.block()], [None])
-    z = x.flatten(2) + collapsed.matrix @ (collapsed.projection @ x.flatten(2)) + collapsed.offset[:, :, None]
+    nothing = torch.zeros(CHANNELS, CHANNELS).double(), torch.zeros(CHANNELS).double()  # is left of the student
+    matrix, offset = level_of(x, x, block, block, *nothing)[1:]
+    z = x.flatten(2) + matrix @ x.flatten(2) + offset[:, :, None]
     close(z.reshape(x.shape), reference.non_local(x, block.weights(), stride=stride))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_3_pairs_of_all_pixels_from_a_covariance(narrow):
     block, x = block_of(), features()
-    weights = block.weights()
-    projection = torch.cat([weights.theta_weight, weights.phi_weight, weights.g_weight]) if narrow else None
-    request = StatisticsRequest(x, x.mean((2, 3)), projection)
-    phi, g = conv(x, block.phi), conv(x, block.g)
-    close(_all_pairs(non_local_statistics(BACKEND, [request])[0], request, weights), phi @ g.mT / (HEIGHT * WIDTH))
+    weights, mean = block.weights(), x.mean((2, 3))
+    projection = torch.cat([weights.theta_weight, weights.phi_weight, weights.g_weight])
+    bias = torch.cat([weights.theta_bias, weights.phi_bias, weights.g_bias])
+    statistics = kernel("non_local_statistics_forward", BACKEND)
+    *_, found = statistics([x], [mean], [projection if narrow else None], [None], [None], NO_POOL)
+    moments = torch.zeros(1, IMAGES, 2 + 3 * INNER, CHANNELS, dtype=torch.float64)
+    moments[0, :, 1] = mean
+    if narrow:
+        moments[0, :, 2:] = found
+    else:
+        fill_covariances(moments[:, :, 2:], projection[None], found[None])
+    probes = project_moments(moments, projection[None])
+    probes[:, :, :2] += bias
+    phi, g, pairs = conv(x, block.phi), conv(x, block.g), all_pairs(probes, INNER)
+    close(pairs[0], phi @ g.mT / (HEIGHT * WIDTH))
 
 
 def test_4_concatenation_from_suffix_sums():
@@ -152,12 +172,8 @@ def test_9_the_relation_residual_is_affine_in_both_maps(inner):
     adaptation = randomise(torch.nn.Conv2d(CHANNELS, 6, 1).double(), seed=3)
     s, t = features(), features(5, channels=6)
     literal = teacher_block(t) - adaptation(student_block(s))
-    ((_, of_s),) = collapse(BACKEND, [s], [student_block.block()], [None])
-    ((_, of_t),) = collapse(BACKEND, [t], [teacher_block.block()], [None])
-    b = adaptation.weight.flatten(1)
-    r = torch.eye(6, dtype=torch.float64) + of_t.matrix @ of_t.projection
-    p = b @ (torch.eye(CHANNELS, dtype=torch.float64) + of_s.matrix @ of_s.projection)
-    v = of_t.offset - of_s.offset @ b.mT - adaptation.bias
+    p, matrix, v = level_of(s, t, student_block, teacher_block, adaptation.weight.flatten(1), adaptation.bias)
+    r = torch.eye(6, dtype=torch.float64) + matrix
     close((r @ t.flatten(2) - p @ s.flatten(2) + v[:, :, None]).reshape(t.shape), literal)
 
 

@@ -5,8 +5,14 @@ import torch
 from cases import INTERPRETED, ON_CPU
 from op_counts import count_ops
 
+from fbkd_ops import FBKDLoss
 from fbkd_ops.autograd.attention_pool import attention_pools
 from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
+from fbkd_ops.relation import relation_squares
+
+SIZES = [(40, 64), (20, 32), (10, 16), (5, 8)]
+ONE_WIDTH = [256] * 4, [256] * 4
+SIX_WIDTHS = [64, 128, 256], [192, 384, 576]  # YOLO n and m
 
 # With the Triton kernels stubbed the terms are what was in the memory.
 pytestmark = pytest.mark.filterwarnings("ignore:terms of the FBKD loss are not finite")
@@ -39,3 +45,37 @@ def test_a_backward_pass_is_counted(backend, device):
     counts = count_ops(backend, lambda: attention_pools([leaf])[0].spatial_mean.sum().backward())
     assert counts.small == {"sum": 1, "ones_like": 1, "clone": 1}  # the op wants its gradient contiguous
     assert leaf.grad is not None and sum(counts.fused.values()) == {"cpu": 2, "triton": 3}[backend]
+
+
+def relation_counts(backend, widths, preset, dtype):
+    """The relation term's operations, forward and backward."""
+    torch.manual_seed(0)
+    loss = FBKDLoss(*widths, preset=preset, num_levels=len(widths[0]))
+    students, teachers = (
+        [torch.randn(2, width, *size).to(dtype) for width, size in zip(side, SIZES)] for side in widths
+    )
+    pools = zip(attention_pools(students), attention_pools(teachers))
+    leaves = [x.requires_grad_() for x in students]
+    terms = [
+        level.relation_term(student, teacher, *pair)
+        for level, student, teacher, pair in zip(loss.levels, leaves, teachers, pools)
+    ]
+
+    grads = [torch.ones(()) for _ in terms]
+
+    def step():
+        torch.autograd.backward(relation_squares(backend, terms), grads)
+
+    return count_ops(backend, step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", ["two_stage", "one_stage", "mmrazor", "paper"])
+@ON_EACH_PATH
+def test_the_relation_term(backend, device, preset, dtype):
+    one, six = (relation_counts(backend, widths, preset, dtype) for widths in (ONE_WIDTH, SIX_WIDTHS))
+    print(f"{backend}, {preset}, {dtype}\none width: {one}\nsix widths: {six}")
+    assert sum(one.small.values()) <= 140
+    assert sum(six.small.values()) <= 200
+    for counts in (one, six):
+        assert sum(counts.fused.values()) <= {"cpu": 4, "triton": 11}[backend]

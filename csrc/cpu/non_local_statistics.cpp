@@ -512,7 +512,7 @@ Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const Optional
   return outputs;
 }
 
-// Adds to every gradient, if there are any, and fills grad_weight where something is pooled.
+// Adds to every gradient that is not empty, if there are any, and fills grad_weight where something is pooled.
 void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tensors& x,
                  const OptionalTensors& mean, const OptionalTensors& projection, const OptionalTensors& inner,
                  const OptionalTensors& shift, const OptionalTensors& weight, const Tensors& winners,
@@ -527,7 +527,8 @@ void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tens
     const ScalarType type = accumulation_type(map.scalar_type());
     const int64_t images = map.size(0), cells = images * level.pooled * level.cells();
     StatisticsGradient wanted{};
-    if (!gradient.empty()) wanted.dx = checked_gradient(gradient[index], map, level.view, op, "gradient");
+    if (!gradient.empty() && gradient[index].numel() > 0)
+      wanted.dx = checked_gradient(gradient[index], map, level.view, op, "gradient");
     wanted.inner = checked_data(inner[index], type, images * level.rank * level.channels(), map, op, "inner");
     level.mean = checked_data(mean[index], type, images * level.channels(), map, op, "mean");
     STD_TORCH_CHECK(wanted.inner == nullptr || level.mean != nullptr || images == 0, op, ": inner needs a mean");

@@ -10,7 +10,14 @@ from .._layout import in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype, without_autocast
 from .ops import kernel, register
 
-__all__ = ["NO_POOL", "MapStatistics", "NonLocalStatisticsFunction", "StatisticsRequest", "non_local_statistics"]
+__all__ = [
+    "NO_POOL",
+    "MapStatistics",
+    "NonLocalStatisticsFunction",
+    "StatisticsRequest",
+    "non_local_statistics",
+    "own_memory",
+]
 
 NO_POOL = (0, 0, 0, 0)
 
@@ -99,7 +106,7 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         dcovariances = [None if m is None else g for m, g in zip(means, dcovariances)]
         with without_autocast(maps[0]):
             inner, shifts, dprojections = zip(*map(_affine, maps, projections, cross, dcovariances, dmeans))
-        dx = [_own_memory(g, x) for g, x in zip(incoming, maps)] if ctx.wants_x else []
+        dx = [own_memory(g, x) for g, x in zip(incoming, maps)] if ctx.wants_x else []
         dpooled = [None if w is None or g is None else g.contiguous() for w, g in zip(weights, dpooled)]
         # Outputs that the op fills: torch.compile takes no op that changes some arguments and returns others.
         dweights = [x.new_empty(0) if w is None else torch.empty_like(w) for x, w in zip(maps, weights)]
@@ -139,7 +146,7 @@ def _affine(
     return inner.contiguous(), shift, None if projection is None else torch.bmm(symmetric, cross).sum(0)
 
 
-def _own_memory(grad: Optional[Tensor], x: Tensor) -> Tensor:
+def own_memory(grad: Optional[Tensor], x: Tensor) -> Tensor:
     """Memory in the layout of x's gradient that holds what flows in from elsewhere, and may be changed."""
     layout = matrix_layout(x)
     if grad is None:

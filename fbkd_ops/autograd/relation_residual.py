@@ -85,8 +85,7 @@ class RelationResidualFunction(torch.autograd.Function):
                 *arguments, list(saved[6 * count :]), grad.contiguous(), ctx.student_gradient
             )
         else:
-            for index, gradient in enumerate(ready):
-                gradient.mul_(grad[index % count])
+            torch._foreach_mul_(ready, list(grad.unbind()) * (len(ready) // count))
         return None, None, None, *_by_argument(ready, count, ctx.student_gradient, ctx.needs_input_grad[3:])
 
 

@@ -26,6 +26,7 @@ from .products import (
     add_product,
     add_up,
     dense_tile,
+    in_dtypes,
     indices,
     multiply,
     precision,
@@ -532,6 +533,7 @@ def _pool(
     pools: list[tuple[int, ...]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     pooled, winners, levels = [], [], []
+    weights = in_dtypes(weights, [x.dtype for x in maps])
     for x, weight, bias, pool in zip(maps, weights, biases, pools):
         shape = (0,)
         if weight is not None:
@@ -540,7 +542,7 @@ def _pool(
         pooled.append(x.new_empty(shape, dtype=accumulation_dtype(x)))
         winners.append(x.new_empty(shape, dtype=torch.int32))
         if weight is not None:
-            levels.append(_pool_level(x, weight.to(x.dtype), bias, pooled[-1], winners[-1], cells))
+            levels.append(_pool_level(x, weight, bias, pooled[-1], winners[-1], cells))
     _launch(pool_convolutions, levels, _POOL, [level.pointers[0].dtype for level in levels])
     return pooled, winners
 
@@ -590,7 +592,7 @@ def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Lev
 
 
 def non_local_statistics_backward_(
-    gradients: list[Tensor],  # (N, C, H, W), densely packed; an empty list: none is wanted
+    gradients: list[Tensor],  # (N, C, H, W), densely packed, an empty one is not wanted; an empty list: none is
     grad_weights: list[Tensor],  # (p, C), to fill
     maps: list[Tensor],  # (N, C, H, W)
     means: list[Optional[Tensor]],  # (N, C)
@@ -607,9 +609,12 @@ def non_local_statistics_backward_(
     pools = _by_level(pools)
     operands = [_gradient_operand(x) for x in maps]
     if gradients:
-        matrices = [_product(p, i) for p, i in zip(projections, inner)]
-        columns = gradients, maps, means, matrices, shifts, weights, winners, grad_pooled, pools
-        _launch(add_map_gradients, [_gradient_level(*level) for level in zip(*columns)], _GRADIENT, operands)
+        matrices = in_dtypes([_product(p, i) for p, i in zip(projections, inner)], operands)
+        offsets = _offsets(matrices, means, shifts)
+        columns = gradients, maps, matrices, offsets, in_dtypes(weights, operands), winners, grad_pooled, pools
+        levels = [_gradient_level(*level) for level in zip(*columns)]
+        wanted = [index for index, gradient in enumerate(gradients) if gradient.numel()]
+        _launch(add_map_gradients, [levels[i] for i in wanted], _GRADIENT, [operands[i] for i in wanted])
     columns = grad_weights, maps, winners, grad_pooled, pools
     pooled = [_weight_levels(*level) for level in zip(*columns) if level[3] is not None]
     operands = [_gradient_operand(partial.pointers[0]) for partial, _ in pooled]
@@ -625,17 +630,24 @@ def _product(projection: Optional[Tensor], inner: Optional[Tensor]) -> Optional[
         return torch.matmul(projection.mT, inner)
 
 
-def _offset(matrix: Tensor, mean: Tensor, shift: Optional[Tensor]) -> Tensor:
-    """``shift - matrix mean (N, C)``, of a matrix that is rounded already: the same one meets x."""
-    with without_autocast(matrix):
-        centre = torch.matmul(matrix.to(mean.dtype), mean[:, :, None])[:, :, 0]
-    return -centre if shift is None else shift - centre
+def _offsets(
+    matrices: list[Optional[Tensor]], means: list[Optional[Tensor]], shifts: list[Optional[Tensor]]
+) -> list[Optional[Tensor]]:
+    """``shift - matrix mean (N, C)``, of matrices that are rounded already: the same ones meet x."""
+    matrices = in_dtypes(matrices, [None if mean is None else mean.dtype for mean in means])
+    offsets = list(shifts)
+    for index, (matrix, mean, shift) in enumerate(zip(matrices, means, shifts)):
+        if matrix is not None:
+            mean, beta = mean[:, :, None], 0 if shift is None else 1
+            with without_autocast(matrix):
+                centre = torch.baddbmm(mean if shift is None else shift[:, :, None], matrix, mean, beta=beta, alpha=-1)
+            offsets[index] = centre[:, :, 0]
+    return offsets
 
 
 def _gradient_level(
     gradient: Tensor,
     x: Tensor,
-    mean: Optional[Tensor],
     matrix: Optional[Tensor],
     shift: Optional[Tensor],
     weight: Optional[Tensor],
@@ -644,12 +656,9 @@ def _gradient_level(
     pool: tuple[int, ...],
 ) -> Level:
     operand = _gradient_operand(x)
-    if matrix is not None:
-        matrix = matrix.to(operand)
-        shift = _offset(matrix, mean, shift)
     given = matrix is not None, shift is not None
     outputs, cells = (0, _cells(x, (1, 1, 1, 1))) if grad_pooled is None else (grad_pooled.shape[1], _cells(x, pool))
-    factors = in_place_of_none((m if m is None else m.to(operand) for m in (matrix, weight)), x, operand)
+    factors = in_place_of_none((matrix, weight), x, operand)
     path = _path(x, (gradient, *factors), _pixels(x))
     blocks = _blocks(_GRADIENT, operand, path)
     tiles = triton.cdiv(_pixels(x), blocks.PIXELS), triton.cdiv(x.shape[1], blocks.CHANNELS)

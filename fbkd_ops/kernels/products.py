@@ -10,7 +10,7 @@ by a matrix for the student's gradient (:func:`residual_by_matrix`), by a map fo
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -50,6 +50,7 @@ __all__ = [
     "add_up",
     "dense_tile",
     "fit_for_products",
+    "in_dtypes",
     "indices",
     "known_extents",
     "launch_products",
@@ -314,6 +315,20 @@ def add_up(levels: list[Level]) -> None:
 def fit_for_products(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` for kernels that multiply in ``dtype``: as float64 in place of 16 bits, which Triton 3.8 cannot compile."""
     return x.to(dtype) if dtype == torch.float64 and x.element_size() == 2 else x
+
+
+def in_dtypes(tensors: list[Optional[Tensor]], dtypes: list[torch.dtype]) -> list[Optional[Tensor]]:
+    """Each tensor in its dtype, contiguous if it had another, with one copy for all of these."""
+    results, copies, sources = [], [], []
+    for tensor, dtype in zip(tensors, dtypes):
+        if tensor is not None and tensor.dtype != dtype:
+            copies.append(tensor.new_empty(tensor.shape, dtype=dtype))
+            sources.append(tensor)
+            tensor = copies[-1]
+        results.append(tensor)
+    if copies:
+        torch._foreach_copy_(copies, sources)
+    return results
 
 
 class Pair(NamedTuple):

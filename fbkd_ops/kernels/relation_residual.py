@@ -30,6 +30,7 @@ from .products import (
     add_product,
     add_up,
     dense_tile,
+    in_dtypes,
     indices,
     known_extents,
     launch_products,
@@ -256,6 +257,9 @@ def relation_residual_forward(
     """``sum(e**2)`` of each level, ``(levels,)``; then, to keep, e of each level in the teacher's layout."""
     pairs = pairs_of(students, teachers)
     products = [_product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections)]
+    operands = [pair.operand for pair in pairs]
+    matrices = in_dtypes([*student_matrices, *products], operands * 2)
+    student_matrices, products = matrices[: len(pairs)], matrices[len(pairs) :]
     residuals = [empty_residual(*features) for features in zip(students, teachers)] if keep else []
     levels, first = [], 0
     unused = [pair.teacher for pair in pairs]
@@ -281,7 +285,6 @@ def _sums_level(
     residual: Tensor,  # if it is not kept, any tensor
     first: int,
 ) -> Level:
-    student_matrix, teacher_matrix = student_matrix.to(pair.operand), teacher_matrix.to(pair.operand)
     path = pair.path(student_matrix, teacher_matrix, residual)
     blocks = _SUMS[pair.kind(path)]
     _, channels, pixels = pair.extents
@@ -323,8 +326,8 @@ def _write_student_gradients(
     grad: Tensor,
 ) -> None:
     levels = []
-    for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, student_matrices, residuals, gradients)):
-        matrix = matrix.to(pair.operand)
+    matrices = in_dtypes(student_matrices, [pair.operand for pair in pairs]) if gradients else []
+    for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, matrices, residuals, gradients)):
         path = pair.path(matrix, residual, gradient)
         blocks = _STUDENT[pair.kind(path)]
         channels, _, pixels = pair.extents
