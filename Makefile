@@ -13,7 +13,8 @@ BENCH_OUT ?= build/bench
 GPU_ARCH ?= 90
 
 BIN := $(VENV)/bin
-GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+# PYTHON of the command line, else that of .venv.
+GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
@@ -39,7 +40,7 @@ bench: venv
 	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief \
 		--json $(BENCH_OUT)/$(DEVICE)-microbench.json --plot $(BENCH_OUT) $(ARGS)
 
-# Installs nothing but the package: in .venv if there is one, else with PYTHON, whose torch is taken as it is.
+# Installs nothing but the package, beside the torch that is there.
 gpu:
 	PYTHON="$(GPU_PYTHON)" STAGES="$(STAGES)" OUT="$(OUT)" DEADLINE="$(DEADLINE)" CACHE="$(CACHE)" \
 		WHEELS="$(WHEELS)" bash scripts/gpu_check.sh $(ARGS)
