@@ -24,7 +24,7 @@ from .autograd.collapsed_relation import BlockTensors, CollapsedRelationFunction
 from .autograd.relation_residual import RelationLevels, relation_residual
 from .linear_non_local import Block, pool_cells
 from .relation_forms import RelationSizes, cheaper_form
-from .relation_plan import Plan, make_plan
+from .relation_plan import Plan, count_blocks, make_plan
 
 __all__ = ["RelationTerm", "collapsed_levels", "relation_squares"]
 
@@ -113,7 +113,7 @@ def _values_of(x: Tensor) -> int:
 def _means(plan: Plan, maps: list[Tensor], known: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
     """``(N, C)`` over the pixels of each map whose block needs it; one that is known in too few bits is made anew."""
     needed = [block for group in plan.groups if group.takes_moments for block in group.blocks]
-    means = [None] * plan.blocks
+    means = [None] * count_blocks(plan)
     for block in needed:
         mean = known[block]
         means[block] = mean.detach() if mean is not None and mean.dtype == accumulation_dtype(maps[block]) else None

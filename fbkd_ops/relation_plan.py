@@ -9,7 +9,7 @@ from ._batch_norm import synchronizes, uses_batch_statistics
 from .autograd.non_local_statistics import NO_POOL
 from .linear_non_local import Block, pool_cells
 
-__all__ = ["Family", "Group", "LevelGroup", "Place", "Plan", "make_plan"]
+__all__ = ["Family", "Group", "LevelGroup", "Place", "Plan", "count_blocks", "make_plan", "moment_rank"]
 
 
 class Group(NamedTuple):
@@ -21,11 +21,6 @@ class Group(NamedTuple):
     pools: bool
     projects: bool  # whether the kernel projects the covariance; else it gives that of the map itself
     takes_moments: bool  # whether the map's mean and covariance are needed
-
-    @property
-    def rank(self) -> int:
-        """Rows of the projection that the moments are taken of: theta's, without pooling also those of phi and g."""
-        return self.inner if self.pools else 3 * self.inner
 
 
 class Family(NamedTuple):
@@ -60,10 +55,6 @@ class Plan(NamedTuple):
     levels: tuple[LevelGroup, ...]
     pools: tuple[int, ...]  # four a block: cell height and width, and those of the first pool in a nested order
 
-    @property
-    def blocks(self) -> int:
-        return len(self.pools) // 4
-
     def order(self, family: Family) -> list[int]:
         """The family's blocks as their channels lie side by side."""
         return [block for group in family.groups for block in self.groups[group].blocks]
@@ -72,6 +63,18 @@ class Plan(NamedTuple):
         """Channels of each of these blocks."""
         members = [self.groups[group] for group in family.groups]
         return [member.channels for member in members for _ in member.blocks]
+
+
+# No properties: torch.compile of torch 2.10 reads none of a named tuple.
+
+
+def moment_rank(group: Group) -> int:
+    """Rows of the projection that the moments are taken of: theta's, without pooling also those of phi and g."""
+    return group.inner if group.pools else 3 * group.inner
+
+
+def count_blocks(plan: Plan) -> int:
+    return len(plan.pools) // 4
 
 
 class _Kind(NamedTuple):
@@ -154,7 +157,7 @@ def _kind_of(x: Tensor, block: Block, dtype: torch.dtype, pools: bool) -> _Kind:
 def _group(backend: str, width: _Width, blocks: list[int]) -> Group:
     group = Group(tuple(blocks), width.channels, width.inner, width.pools, False, width.kind.takes_moments)
     # Two products with the projection's rows, or one with the map's, of which symmetry saves a quarter.
-    return group._replace(projects=backend == "cpu" and group.takes_moments and 2 * group.rank < width.channels)
+    return group._replace(projects=backend == "cpu" and group.takes_moments and 2 * moment_rank(group) < width.channels)
 
 
 def _family(kind: _Kind, widths: list[_Width]) -> Family:

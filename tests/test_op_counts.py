@@ -71,6 +71,7 @@ def relation_counts(backend, widths, preset, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", ["two_stage", "one_stage", "mmrazor", "paper"])
+@pytest.mark.usefixtures("relation_form")
 @ON_EACH_PATH
 def test_the_relation_term(backend, device, preset, dtype):
     one, six = (relation_counts(backend, widths, preset, dtype) for widths in (ONE_WIDTH, SIX_WIDTHS))

@@ -1,4 +1,4 @@
-"""How many operations a step of the loss dispatches beside the relation term."""
+"""How many operations a step of the loss dispatches, beside the relation term and with it."""
 
 import pytest
 import torch
@@ -18,9 +18,13 @@ FUSED_FORWARD = {"cpu": 4, "triton": 8}
 FUSED_BACKWARD = {"cpu": 1, "triton": 3}
 
 
-def counts_of(backend, student_widths, teacher_widths, **settings):
-    """Of the second step, forward and backward: the first one makes constants, and copies for a warning."""
-    loss = FBKDLoss(list(student_widths), list(teacher_widths), relation_weight=0.0, **settings)
+def counts_of(backend, student_widths, teacher_widths, dtype=torch.float32, relation_weight=0.0, **settings):
+    """Of the second step, forward and backward: the first one makes constants, and copies for a warning.
+
+    ``relation_weight=None`` is the preset's.
+    """
+    settings |= {} if relation_weight is None else {"relation_weight": relation_weight}
+    loss = FBKDLoss(list(student_widths), list(teacher_widths), **settings)
     terms = None
 
     def forward():
@@ -29,8 +33,11 @@ def counts_of(backend, student_widths, teacher_widths, **settings):
 
     for _ in range(2):
         loss.zero_grad(set_to_none=True)
-        students = [torch.randn(2, width, side, side, requires_grad=True) for width, side in zip(student_widths, SIDES)]
-        teachers = [torch.randn(2, width, side, side) for width, side in zip(teacher_widths, SIDES)]
+        students, teachers = (
+            [torch.randn(2, width, side, side).to(dtype) for width, side in zip(widths, SIDES)]
+            for widths in (student_widths, teacher_widths)
+        )
+        students = [x.requires_grad_() for x in students]
         counts = count_ops(backend, forward), count_ops(backend, lambda: sum(terms.values()).backward())
     assert all(leaf.grad is not None for leaf in (*students, *loss.parameters()))
     return counts
@@ -64,3 +71,18 @@ def test_more_levels_do_not_take_more_launches(backend, device):
     forward, backward = counts_of(backend, (4,) * 2, (4,) * 2, preset="paper")
     assert sum(forward.fused.values()) <= FUSED_FORWARD[backend]
     assert sum(backward.fused.values()) <= FUSED_BACKWARD[backend]
+
+
+@pytest.mark.usefixtures("relation_form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ON_EACH_PATH
+def test_the_whole_loss(backend, device, dtype):
+    """Beside the fused launches: 16 + 11 in Triton at aligned sizes before the small operations were put together."""
+    for preset in PRESETS:
+        one = counts_of(backend, (256,) * 4, (256,) * 4, dtype, relation_weight=None, preset=preset)
+        six = counts_of(backend, (64, 128, 256), (192, 384, 576), dtype, relation_weight=None, preset=preset)  # YOLO n, m
+        print(f"{backend}, {preset}, {dtype}: one width {sum(map(small, one))}, six widths {sum(map(small, six))}")
+        assert sum(map(small, one)) <= 200, one
+        assert sum(map(small, six)) <= 300, six
+        for forward, backward in (one, six):
+            assert sum(forward.fused.values()) <= 16 and sum(backward.fused.values()) <= 11

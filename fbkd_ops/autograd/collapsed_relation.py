@@ -15,7 +15,7 @@ from .. import _batch_norm as norms
 from .. import collapsed_non_local as algebra
 from .._layout import in_place_layout
 from .._numerics import without_autocast
-from ..relation_plan import Family, Group, LevelGroup, Place, Plan
+from ..relation_plan import Family, Group, LevelGroup, Place, Plan, count_blocks, moment_rank
 from .non_local_statistics import own_memory
 from .ops import kernel
 
@@ -68,11 +68,6 @@ class _GroupState(NamedTuple):
     unscaled: Optional[Tensor] = None  # (B, N, c, C)
     matrices: Optional[Tensor] = None  # V (B, N, C, c)
 
-    @property
-    def theta(self) -> Tensor:
-        """``(B, c, C)``."""
-        return self.projections[:, : self.out_weights.shape[2]]
-
 
 class _Channels(NamedTuple):
     """Vectors of a family's blocks, side by side."""
@@ -96,14 +91,19 @@ class _FamilyState(NamedTuple):
     shared_deviations: Optional[Tensor] = None  # (C,), of this process' mean from all processes'
     shares: Optional[Tensor] = None  # (C,)
 
-    @property
-    def folded(self) -> norms.Fold:
-        return norms.Fold(self.mean, self.inverse_deviation, self.scale)
-
 
 class _LevelState(NamedTuple):
     adaptations: Tensor  # B (levels, Ct, Cs)
     relations: Tensor  # B V_s (levels, N, Ct, cs)
+
+
+def _theta(group: _GroupState) -> Tensor:
+    """``(B, c, C)``."""
+    return group.projections[:, : group.out_weights.shape[2]]
+
+
+def _folded(family: _FamilyState) -> norms.Fold:
+    return norms.Fold(family.mean, family.inverse_deviation, family.scale)
 
 
 class _State(NamedTuple):
@@ -132,13 +132,13 @@ class CollapsedRelationFunction(torch.autograd.Function):
         ctx.save_for_backward(*(tensor for part in state for row in part for tensor in row))
         ctx.backend, ctx.plan, ctx.process_groups = backend, plan, process_groups
         width = len(BlockTensors._fields)
-        ctx.wanted = [ctx.needs_input_grad[3 + width * block] for block in range(plan.blocks)]
+        ctx.wanted = [ctx.needs_input_grad[3 + width * block] for block in range(count_blocks(plan))]
         return (*levels, *statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        plan, count = ctx.plan, ctx.plan.blocks // 2
+        plan, count = ctx.plan, count_blocks(ctx.plan) // 2
         state = _restored(plan, ctx.saved_tensors)
         end = len(LevelOutputs._fields) * count
         columns = LevelOutputs(*(list(grads[first : first + count]) for first in range(0, end, count)))
@@ -153,16 +153,16 @@ class CollapsedRelationFunction(torch.autograd.Function):
 def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tuple[Tensor, Tensor]]]:
     """Blocks with maps that the kernels can read, and weight and bias of each level's adaptation."""
     width = len(BlockTensors._fields)
-    blocks = [BlockTensors(*tensors[width * block : width * (block + 1)]) for block in range(plan.blocks)]
+    blocks = [BlockTensors(*tensors[width * block : width * (block + 1)]) for block in range(count_blocks(plan))]
     blocks = [block._replace(x=in_place_layout(block.x)) for block in blocks]
-    rest = tensors[width * plan.blocks :]
+    rest = tensors[width * count_blocks(plan) :]
     return blocks, [tuple(rest[first : first + 2]) for first in range(0, len(rest), 2)]
 
 
 def _restored(plan: Plan, saved: tuple) -> _State:
     """The state from its tensors, one after the other."""
     parts, first = [], 0
-    counts = plan.blocks, len(plan.groups), len(plan.families), len(plan.levels)
+    counts = count_blocks(plan), len(plan.groups), len(plan.families), len(plan.levels)
     for row, count in zip((_MapState, _GroupState, _FamilyState, _LevelState), counts):
         width = len(row._fields)
         parts.append([row(*saved[first + width * index : first + width * (index + 1)]) for index in range(count)])
@@ -262,10 +262,10 @@ def _joined(lists: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
 
 def _kernel_parameters(plan: Plan, groups: list[_GroupState]) -> tuple[list[Optional[Tensor]], ...]:
     """What the statistics' kernels take of each block: projection of the covariance, weight and bias of the pool."""
-    parameters = [(None, None, None)] * plan.blocks
+    parameters = [(None, None, None)] * count_blocks(plan)
     for member, group in zip(plan.groups, groups):
         for slot, block in enumerate(member.blocks):
-            projection = group.projections[slot, : member.rank] if member.projects else None
+            projection = group.projections[slot, : moment_rank(member)] if member.projects else None
             pooled = (group.projections[slot, member.inner :], group.biases[slot, member.inner :])
             parameters[block] = (projection, *(pooled if member.pools else (None, None)))
     return tuple(list(column) for column in zip(*parameters))
@@ -279,7 +279,7 @@ def _map_statistics(
     parameters = _kernel_parameters(plan, groups)
     outputs = kernel("non_local_statistics_forward", backend)(maps, means, *parameters, list(plan.pools))
     pooled, winners, covariances = (
-        outputs[first : first + plan.blocks] for first in range(0, 3 * plan.blocks, plan.blocks)
+        outputs[first : first + count_blocks(plan)] for first in range(0, 3 * count_blocks(plan), count_blocks(plan))
     )
     return [_MapState(*state) for state in zip(maps, means, winners)], pooled, covariances
 
@@ -322,7 +322,7 @@ def _with_statistics(
         if member.pools:
             group = group._replace(pooled=copies.stack([pooled[block] for block in member.blocks]))
         if member.takes_moments:
-            shape = len(member.blocks), maps[member.blocks[0]].x.shape[0], 2 + member.rank, member.channels
+            shape = len(member.blocks), maps[member.blocks[0]].x.shape[0], 2 + moment_rank(member), member.channels
             group = group._replace(moments=group.projections.new_empty(shape))
             copies.zeros.append(group.moments[:, :, 0])
             for slot, block in enumerate(member.blocks):
@@ -334,7 +334,7 @@ def _with_statistics(
         results.append(group)
     copies.run()
     for member, group, stack in unprojected:
-        algebra.fill_covariances(group.moments[:, :, 2:], group.projections[:, : member.rank], stack)
+        algebra.fill_covariances(group.moments[:, :, 2:], group.projections[:, : moment_rank(member)], stack)
     return results
 
 
@@ -345,9 +345,9 @@ def _with_probes(plan: Plan, groups: list[_GroupState], maps: list[_MapState]) -
             images = maps[member.blocks[0]].x.shape[0]
             probes = group.biases[:, None, None, : member.inner].expand(-1, images, -1, -1)
         else:
-            probes = algebra.project_moments(group.moments, group.projections[:, : member.rank])
+            probes = algebra.project_moments(group.moments, group.projections[:, : moment_rank(member)])
             rows.append(probes[:, :, :2])
-            biases.append(group.biases[:, None, None, : member.rank])
+            biases.append(group.biases[:, None, None, : moment_rank(member)])
         results.append(group._replace(probes=probes))
     if rows:
         torch._foreach_add_(rows, biases)
@@ -477,7 +477,7 @@ def _level_outputs(
         stacks.append((student, teacher, projection, torch.baddbmm(o_t, o_s, weights.mT, alpha=-1)))
     torch._foreach_add_([stack[0] for stack in stacks], [weights[:, None] for weights, _ in adaptations])
     torch._foreach_sub_([stack[3] for stack in stacks], [biases[:, None] for _, biases in adaptations])
-    columns = [[None] * (plan.blocks // 2) for _ in range(4)]
+    columns = [[None] * (count_blocks(plan) // 2) for _ in range(4)]
     for chosen, stack in zip(plan.levels, stacks):
         for column, tensors in zip(columns, stack):
             for level, tensor in zip(chosen.levels, tensors.unbind()):
@@ -496,7 +496,7 @@ def _side(chosen: LevelGroup, place: Place, groups: list[_GroupState], offsets: 
     """Also the blocks' offsets ``(levels, N, C)``."""
     blocks = slice(place.first, place.first + len(chosen.levels))
     group = groups[place.group]
-    return _Side(group.matrices[blocks], group.theta[blocks]), offsets[place.group][blocks]
+    return _Side(group.matrices[blocks], _theta(group)[blocks]), offsets[place.group][blocks]
 
 
 # The backward pass.
@@ -615,9 +615,9 @@ def _family_gradients(
         )
         of_images = _side_by_side([row for part in parts for row in part.sum(dim=3).unbind()])
         scale = torch.addcmul(of_images, rows[-1], own.values).sum(dim=0)
-        weights[-1] = norms.weight_gradient(own.folded, scale, shifts[-1])
+        weights[-1] = norms.weight_gradient(_folded(own), scale, shifts[-1])
         if family.norm == "batch":
-            moments[-1] = norms.moment_gradients(own.folded, weights[-1], shifts[-1], rows[-1].shape[0])
+            moments[-1] = norms.moment_gradients(_folded(own), weights[-1], shifts[-1], rows[-1].shape[0])
     moments = _shared_gradients(plan, process_groups, state.families, moments)
     return [_channel_gradients(own, *columns) for own, *columns in zip(state.families, rows, shifts, weights, moments)]
 
@@ -719,13 +719,13 @@ def _finish_map_gradients(
     """Add to each map's gradient in place; return that of the pooled weights ``(2c, C)``. One read of each map."""
     maps, means, winners = map(list, zip(*state.maps))
     projections, weights, _ = _kernel_parameters(plan, state.groups)
-    inner, shifts, pooled = ([None] * plan.blocks for _ in range(3))
+    inner, shifts, pooled = ([None] * count_blocks(plan) for _ in range(3))
     for member, group, found in zip(plan.groups, state.groups, groups):
         for slot, block in enumerate(member.blocks if member.takes_moments else ()):
             if gradients[block] is not None:
                 inner[block], shifts[block] = algebra.map_gradient(
                     found.probes[slot],
-                    group.projections[slot, : member.rank],
+                    group.projections[slot, : moment_rank(member)],
                     maps[block].shape[2] * maps[block].shape[3],
                     member.projects,
                 )
@@ -751,7 +751,7 @@ def _block_gradients(
 ) -> list[BlockTensors]:
     biases = _bias_gradients(plan, groups)
     vectors = zip(*(_by_group(plan, list(column)) for column in zip(*(family[:3] for family in families))))
-    blocks = [None] * plan.blocks
+    blocks = [None] * count_blocks(plan)
     for member, group, columns in zip(plan.groups, groups, vectors):
         pooled = group.pooled.sum((1, 3)) if member.pools else None  # (B, 2c)
         for slot, block in enumerate(member.blocks):
@@ -769,7 +769,7 @@ def _block_gradients(
 
 def _bias_gradients(plan: Plan, groups: list[_GroupGradients]) -> list[Tensor]:
     """Of the projections' biases, ``(r,)`` of each block."""
-    biases = [None] * plan.blocks
+    biases = [None] * count_blocks(plan)
     for family in plan.families:
         members = [
             (slot, block, index) for index in family.groups for slot, block in enumerate(plan.groups[index].blocks)
@@ -784,7 +784,7 @@ def _bias_gradients(plan: Plan, groups: list[_GroupGradients]) -> list[Tensor]:
 def _adaptation_gradients(plan: Plan, weights: list[Tensor], families: list[_FamilyGradients]) -> list[Tensor]:
     """Of weight and bias of each level in turn."""
     shifts = _by_group(plan, [family.norm_bias.neg() for family in families])
-    gradients = [None] * plan.blocks
+    gradients = [None] * count_blocks(plan)
     for chosen, weight in zip(plan.levels, weights):
         for slot, level in enumerate(chosen.levels):
             bias = shifts[chosen.teacher.group][chosen.teacher.first + slot]
