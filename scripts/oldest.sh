@@ -12,8 +12,8 @@ readonly python=$folder/venv/bin/python
 readonly packages=("numpy<2.4" "pytest>=8" "hypothesis>=6" ninja pybind11 "setuptools>=77")
 readonly arch=9.0
 readonly nvcc=$(command -v nvcc || true) # without one nothing of CUDA is compiled
-files=() together=()
-for op in attention_pool attention_masks masked_l2 adapted_masked_l2 non_local_statistics relation_residual; do
+files=(tests/test_{channel_l2,weighted_roots,cell_relation,loss,compile,oldest}.py) together=()
+for op in attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 non_local_statistics relation_residual; do
     part=$([[ $op == attention_masks ]] && echo masks || echo levels)
     files+=("tests/test_$op.py")
     together+=("tests/test_$op.py::test_${part}_together_equal_${part}_alone")
@@ -57,11 +57,11 @@ compile_cuda_sources() {
 pytest() { "$python" -m pytest -p no:cacheprovider -m "not gpu" "$@"; }
 
 # What a release can change: how ops are registered, called, differentiated and compiled. The arithmetic on every size and
-# layout is the package's own, and `make test` has it.
+# layout, for any number of threads, is the package's own, and `make test` has it.
 test_on_the_cpu() {
+    local left_out="interpreter or inductor or layouts or sizes or offsets or large or threads or one_graph_for_every"
     say "tests on the CPU"
-    pytest "${files[@]}" tests/test_loss.py tests/test_compile.py tests/test_oldest.py \
-        -k "not interpreter and not inductor and not layouts and not sizes and not one_graph_for_every"
+    pytest "${files[@]}" -k "not ($left_out)"
 }
 
 # One test of each op in Triton's interpreter; then every instance of its kernels, compiled.
