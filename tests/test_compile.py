@@ -7,7 +7,7 @@ import torch
 from helpers import randomise
 
 import fbkd_ops
-from fbkd_ops import FBKDLoss
+from fbkd_ops import FBKDLoss, relation
 from fbkd_ops.presets import MODES
 
 # Both levels are larger than every preset's strides: a clamped stride is another graph.
@@ -79,14 +79,19 @@ def test_every_mode_compiles_with_and_without_pooling(mode):
     torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_the_fused_ops_are_in_the_graph():
+RELATION_OPS = {"cells": ["cell_relation"], "collapsed": ["relation_residual", "non_local_statistics"]}
+
+
+@pytest.mark.parametrize("form", RELATION_OPS)
+def test_the_fused_ops_are_in_the_graph(monkeypatch, form):
+    monkeypatch.setattr(relation, "cheaper_form", lambda sizes: form)
     torch.compiler.reset()
     loss, recorder = randomise(FBKDLoss(4, 6, num_levels=2)), Recorder()
     run_sizes(loss, torch.compile(loss, fullgraph=True, backend=recorder), SIZES[:1])
     (graph,) = recorder.graphs
     code = "".join(module.code for module in graph.modules() if hasattr(module, "code"))
-    ops = ("attention_pool", "attention_masks", "adapted_masked_l2", "spatial_l2")
-    for op in (*ops, "relation_residual", "non_local_statistics"):
+    ops = ["attention_pool", "attention_masks", "adapted_masked_l2", "spatial_l2"]
+    for op in ops + RELATION_OPS[form]:
         assert f"fbkd_ops.{op}" in code, op
 
 
@@ -99,7 +104,7 @@ def test_another_backend_is_another_graph():
     with fbkd_ops.use_backend("reference"):
         run_sizes(loss, compiled, SIZES[:1])
     first, second = ("".join(m.code for m in graph.modules() if hasattr(m, "code")) for graph in recorder.graphs)
-    assert "fbkd_ops.relation_residual" in first and "fbkd_ops.relation_residual" not in second
+    assert "fbkd_ops.cell_relation" in first and "fbkd_ops.cell_relation" not in second
 
 
 def test_training_steps_do_not_compile_anew():
