@@ -143,6 +143,23 @@ def small() -> str:
     return f"{tables.provenance(report)}\n\n{table(header, rows)}"
 
 
+def small_headline() -> str:
+    """The slowest and the fastest row beside each peer, and a step in Ultralytics' trainer."""
+    report, step = report_of(SMALL), report_of(ULTRALYTICS)
+    if report is None or step is None:
+        return NOT_YET
+    rows = [entry["peers"] for entry in report["entries"] if "row" in entry]
+    spans = []
+    for name in ("reference", "mmrazor"):
+        ratios = [1 / peers[name]["ratio"] for peers in rows if name in peers]
+        spans.append(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as `{name}`")
+    share = step["milliseconds"]["fbkd_ops"] / step["milliseconds"]["built-in"]
+    return (
+        f"- `fbkd_loss` on pyramids of YOLO11, RetinaNet and Faster R-CNN at 128 to 640 px: {', '.join(spans)}.\n"
+        f"- A step of `FBKDTrainer` takes {share:.2f} times what Ultralytics' built-in distillation takes."
+    )
+
+
 def small_cell(peers: Optional[dict]) -> str:
     if peers is None:
         return "-"
@@ -296,6 +313,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sweep": sweep,
     "sweep_pictures": lambda: pictures("cpu-sweep"),
     "small": small,
+    "small_headline": small_headline,
     "ultralytics_step": ultralytics_step,
     "slower": slower,
     "gpu": gpu,

@@ -128,9 +128,9 @@ class UpdateWatch(_Watch):
             used.register_hook(lambda _: self._count(module))
 
     def _count(self, module: nn.Module) -> None:
-        weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
+        weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         if self._passes == 0:
-            self._first = {name: (weight._version, weight.clone()) for name, weight in weights.items()}
+            self._first = {name: (weight._version, weight.detach().clone()) for name, weight in weights.items()}
         self._passes += 1
         self._first = {
             name: first for name, first in self._first.items() if name in weights and weights[name]._version == first[0]

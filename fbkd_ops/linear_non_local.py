@@ -20,7 +20,7 @@ from .autograd.projection import projection
 from .reference import max_pool, pool_kernels
 from .types import NonLocalWeights
 
-__all__ = ["AffineNonLocal", "Block", "BlockSettings", "non_local", "pool_cells", "stacked", "to_affine"]
+__all__ = ["AffineNonLocal", "Block", "BlockSettings", "as_matrices", "non_local", "pool_cells", "stacked", "to_affine"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class BlockSettings:
 
 
 class Block(NamedTuple):
-    """A non-local block: its convolutions as matrices, how it compares pixels, its norm if it has one."""
+    """A non-local block: its convolutions, how it compares pixels, its norm if it has one.
+
+    The convolutions' weights are matrices ``(out, in)``, or ``(out, in, 1, 1)`` as the layers hold them.
+    """
 
     weights: NonLocalWeights
     settings: BlockSettings
@@ -55,6 +58,11 @@ class AffineNonLocal(NamedTuple):
     vectors: Tensor  # (N, c, L)
     matrix: Tensor  # (N, C, c)
     offset: Tensor  # (N, C)
+
+
+def as_matrices(weights: NonLocalWeights) -> NonLocalWeights:
+    """The convolutions' weights as matrices."""
+    return NonLocalWeights(*(w.flatten(1) if w is not None and w.dim() == 4 else w for w in weights))
 
 
 def non_local(
@@ -79,7 +87,7 @@ def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockS
 
     What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.
     """
-    weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
+    weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in as_matrices(weights)))
     n, channels = x.shape[:2]
     bias = weights.out_bias if weights.out_bias is not None else x.new_zeros(channels)
     x, theta, phi, g = _projections(backend, x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)

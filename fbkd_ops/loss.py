@@ -362,7 +362,7 @@ class FBKDLevel(nn.Module):
             teacher,
             self.student_non_local.block(),
             self.teacher_non_local.block(),
-            layer.weight.flatten(1),
+            layer.weight,
             layer.bias,
             pool_s.channel_mean,
             pool_t.channel_mean,

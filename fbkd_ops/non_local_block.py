@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from . import functional
 from ._batch_norm import FrozenBatchNorm2d, is_frozen
 from ._validation import check_choice, check_stride, is_int
-from .linear_non_local import Block, BlockSettings
+from .linear_non_local import Block, BlockSettings, as_matrices
 from .presets import CHOICES
 from .types import NonLocalWeights
 
@@ -99,29 +99,36 @@ class NonLocalBlock2d(nn.Module):
 
     def weights(self) -> NonLocalWeights:
         """The block's convolutions as matrices, in the layout that the functions take."""
+        return as_matrices(self._convolutions())
 
-        def matrix(layer: Optional[nn.Conv2d]) -> Optional[Tensor]:
-            return None if layer is None else layer.weight.flatten(1)
+    def _convolutions(self) -> NonLocalWeights:
+        """Weights in the layers' own shapes."""
+
+        def weight(layer: Optional[nn.Conv2d]) -> Optional[Tensor]:
+            return None if layer is None else layer.weight
 
         def bias(layer: Optional[nn.Conv2d]) -> Optional[Tensor]:
             return None if layer is None else layer.bias
 
         return NonLocalWeights(
-            g_weight=matrix(self.g),
+            g_weight=weight(self.g),
             g_bias=bias(self.g),
-            out_weight=matrix(self.out),
+            out_weight=weight(self.out),
             out_bias=bias(self.out),
-            theta_weight=matrix(self.theta),
+            theta_weight=weight(self.theta),
             theta_bias=bias(self.theta),
-            phi_weight=matrix(self.phi),
+            phi_weight=weight(self.phi),
             phi_bias=bias(self.phi),
             pair_weight=None if self.pair is None else self.pair.weight.flatten(),
         )
 
     def block(self) -> Block:
-        """Weights, settings and norm as the layers below take them."""
+        """Weights, settings and norm as the layers below take them.
+
+        The weights keep the layers' shapes: each view of a parameter is a node of the autograd graph.
+        """
         settings = BlockSettings(self.mode, self.stride, self.pool_order, self.use_scale)
-        return Block(self.weights(), settings, self.norm)
+        return Block(self._convolutions(), settings, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.non_local(

@@ -36,7 +36,7 @@ class RelationTerm(NamedTuple):
     teacher: Tensor  # (N, Ct, H, W), without gradient
     student_block: Block
     teacher_block: Block
-    adaptation_weight: Tensor  # B (Ct, Cs)
+    adaptation_weight: Tensor  # B (Ct, Cs), or (Ct, Cs, 1, 1) as a layer holds it
     adaptation_bias: Tensor  # (Ct,)
     student_mean: Optional[Tensor] = None  # (N, Cs) over pixels, where it is known already
     teacher_mean: Optional[Tensor] = None  # (N, Ct)
@@ -176,7 +176,7 @@ def _recomputed(backend: str, term: RelationTerm) -> Tensor:
 def _response_squares(backend: str, term: RelationTerm) -> Tensor:
     """The residual ``t + U_t r_t - B s - B U_s r_s + v`` from the responses r of both sides, in plain PyTorch."""
     dtype = _term_dtype(term)
-    adaptation, bias = term.adaptation_weight.to(dtype), term.adaptation_bias.to(dtype)
+    adaptation, bias = term.adaptation_weight.to(dtype).flatten(1), term.adaptation_bias.to(dtype)
     student, s = linear_non_local.to_affine(backend, term.student.to(dtype), term.student_block)
     teacher, t = linear_non_local.to_affine(backend, term.teacher.to(dtype), term.teacher_block)
     return affine_residual(

@@ -131,6 +131,7 @@ class CollapsedRelationFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*statistics)
         ctx.save_for_backward(*(tensor for part in state for row in part for tensor in row))
         ctx.backend, ctx.plan, ctx.process_groups = backend, plan, process_groups
+        ctx.shapes = _convolution_shapes(plan, tensors)
         width = len(BlockTensors._fields)
         ctx.wanted = [ctx.needs_input_grad[3 + width * block] for block in range(count_blocks(plan))]
         return (*levels, *statistics)
@@ -146,8 +147,9 @@ class CollapsedRelationFunction(torch.autograd.Function):
         maps = _own_map_gradients(state, columns.student, ctx.wanted)
         with without_autocast(state.maps[0].x):
             gradients = _backward(ctx.backend, plan, ctx.process_groups, state, columns, maps)
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(g if wanted else None for g, wanted in zip(gradients, needed))
+        needed, found = ctx.needs_input_grad[3:], zip(gradients, ctx.shapes)
+        found = [g if g is None or shape is None else g.view(shape) for g, shape in found]
+        return None, None, None, *(g if wanted else None for g, wanted in zip(found, needed))
 
 
 def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tuple[Tensor, Tensor]]]:
@@ -157,6 +159,14 @@ def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tupl
     blocks = [block._replace(x=in_place_layout(block.x)) for block in blocks]
     rest = tensors[width * count_blocks(plan) :]
     return blocks, [tuple(rest[first : first + 2]) for first in range(0, len(rest), 2)]
+
+
+def _convolution_shapes(plan: Plan, tensors: tuple) -> list[Optional[tuple[int, ...]]]:
+    """Shapes of the weights that are no matrices ``(out, in)`` but ``(out, in, 1, 1)``; None for all other tensors."""
+    maps = range(0, len(BlockTensors._fields) * count_blocks(plan), len(BlockTensors._fields))
+    return [
+        tuple(x.shape) if x is not None and x.dim() == 4 and index not in maps else None for index, x in enumerate(tensors)
+    ]
 
 
 def _restored(plan: Plan, saved: tuple) -> _State:
@@ -264,10 +274,12 @@ def _kernel_parameters(plan: Plan, groups: list[_GroupState]) -> tuple[list[Opti
     """What the statistics' kernels take of each block: projection of the covariance, weight and bias of the pool."""
     parameters = [(None, None, None)] * count_blocks(plan)
     for member, group in zip(plan.groups, groups):
-        for slot, block in enumerate(member.blocks):
-            projection = group.projections[slot, : moment_rank(member)] if member.projects else None
-            pooled = (group.projections[slot, member.inner :], group.biases[slot, member.inner :])
-            parameters[block] = (projection, *(pooled if member.pools else (None, None)))
+        absent = [None] * len(member.blocks)
+        projections = group.projections[:, : moment_rank(member)].unbind() if member.projects else absent
+        weights = group.projections[:, member.inner :].unbind() if member.pools else absent
+        biases = group.biases[:, member.inner :].unbind() if member.pools else absent
+        for block, *of_block in zip(member.blocks, projections, weights, biases):
+            parameters[block] = of_block
     return tuple(list(column) for column in zip(*parameters))
 
 
@@ -753,17 +765,17 @@ def _block_gradients(
     vectors = zip(*(_by_group(plan, list(column)) for column in zip(*(family[:3] for family in families))))
     blocks = [None] * count_blocks(plan)
     for member, group, columns in zip(plan.groups, groups, vectors):
-        pooled = group.pooled.sum((1, 3)) if member.pools else None  # (B, 2c)
-        for slot, block in enumerate(member.blocks):
-            weight, bias = [group.projections[slot]], [biases[block]]
-            if member.pools:
-                weight.append(weights[block])
-                bias.append(pooled[slot])
-            # One stack of three, or theta apart from phi and g.
-            parts = ([x for stack in column for x in stack.split(member.inner)] for column in (weight, bias))
-            layers = [x for layer in zip(*parts) for x in layer]
-            norm = [None if column is None else column[slot] for column in columns]
-            blocks[block] = BlockTensors(maps[block], None, *layers, group.out_weights[slot], *norm, None, None)
+        stacks, outs = group.projections.unbind(), group.out_weights.unbind()
+        norms_of_blocks = zip(*([None] * len(stacks) if column is None else column.unbind() for column in columns))
+        pooled = group.pooled.sum((1, 3)).unbind() if member.pools else None  # (2c,) each
+        for slot, (block, norm) in enumerate(zip(member.blocks, norms_of_blocks)):
+            if member.pools:  # theta apart from phi and g
+                weight = stacks[slot], *weights[block].split(member.inner)
+                bias = biases[block], *pooled[slot].split(member.inner)
+            else:
+                weight, bias = stacks[slot].split(member.inner), biases[block].split(member.inner)
+            layers = [x for layer in zip(weight, bias) for x in layer]
+            blocks[block] = BlockTensors(maps[block], None, *layers, outs[slot], *norm, None, None)
     return blocks
 
 
