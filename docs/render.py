@@ -173,7 +173,7 @@ def ultralytics_step() -> str:
         return NOT_YET
     times, size = report["milliseconds"], report["size"]
     rows = [[name, f"{value:.0f}", f"{value / times['built-in']:.2f}"] for name, value in times.items()]
-    what = f"{size['student']} from {size['teacher']}, {size['batch']} images of {size['imgsz']} px, {size['threads']} thread"
+    what = f"{size['student']} from {size['teacher']}, {size['batch']} images of {size['imgsz']} px"
     return f"{what}. {tables.machine(report['environment'])}.\n\n" + table(["step", "ms", "of the built-in"], rows)
 
 

@@ -10,7 +10,7 @@ __all__ = ["RelationSizes", "cheaper_form"]
 
 # Passes over the elements of a map, in multiply-adds that take as long: the cell form makes its passes
 # on whole maps, the collapsed form on blocks in cache.
-_CELL_PASSES, _COLLAPSED_PASSES = 300, 100
+_CELL_PASSES, _COLLAPSED_PASSES = 350, 100
 # The same for an element of the collapsed form's matrices, and for its calls whatever the sizes.
 _MATRIX_PASSES, _COLLAPSED_CALLS = 100, 4e7
 

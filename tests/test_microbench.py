@@ -824,8 +824,8 @@ CODE = """
 
 def test_compiled_code_is_read():
     pool, finish = code_report.instances_of(RESOURCES, CODE, 90)
-    assert pool == ("pool", 90, 30, 0, 1024, 0, 16, 8, False)
-    assert finish == ("finish", 90, 255, 16, 0, 2, 2, 0, False)
+    assert pool[:9] == ("pool", 90, 30, 0, 1024, 0, 16, 8, False)
+    assert finish[:9] == ("finish", 90, 255, 16, 0, 2, 2, 0, False)
     other = pool._replace(registers=40, widest_load=4)
     assert code_report.summaries([pool, other]) == [
         {

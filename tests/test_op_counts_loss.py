@@ -80,7 +80,8 @@ def test_the_whole_loss(backend, device, dtype):
     """Beside the fused launches: 16 + 11 in Triton at aligned sizes before the small operations were put together."""
     for preset in PRESETS:
         one = counts_of(backend, (256,) * 4, (256,) * 4, dtype, relation_weight=None, preset=preset)
-        six = counts_of(backend, (64, 128, 256), (192, 384, 576), dtype, relation_weight=None, preset=preset)  # YOLO n, m
+        yolo_n, yolo_m = (64, 128, 256), (192, 384, 576)
+        six = counts_of(backend, yolo_n, yolo_m, dtype, relation_weight=None, preset=preset)
         print(f"{backend}, {preset}, {dtype}: one width {sum(map(small, one))}, six widths {sum(map(small, six))}")
         assert sum(map(small, one)) <= 200, one
         assert sum(map(small, six)) <= 300, six

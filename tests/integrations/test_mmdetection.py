@@ -1,6 +1,7 @@
 """FBKDDetector under MMEngine's Runner."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_a_run_changes_the_student_and_the_loss_only(tmp_path, teacher_ckpt):
     run.train()
     assert model.step == 4
     assert not unchanged(model.student, before["student"])
-    assert not unchanged(model.loss, before["loss"])
+    # A BatchNorm makes 1 and -1 of the single pixels of two images: what comes before it there learns from rounding.
+    assert all(re.match(r"levels\.[34]\.\w+_non_local\.", name) for name in unchanged(model.loss, before["loss"]))
     assert all(torch.equal(value, teacher[key]) for key, value in model.teacher.state_dict().items())
     assert not any(module.training for module in model.teacher.modules())
 
