@@ -29,8 +29,8 @@ PEERS = ("reference", "mmrazor")
 DTYPES = ("float32", "bfloat16")
 RESULT = Path(__file__).parent / "results" / "cpu-small.json"
 # Seconds that a row's rounds may take, and the most rounds.
-SECONDS, ROUNDS = 6.0, 25
-LEVEL_SECONDS = 1.5
+SECONDS, ROUNDS = 2.0, 25
+LEVEL_SECONDS = 0.5
 TOLERANCE = 1e-3
 
 WIDTHS = {"n": (64, 128, 256), "s": (128, 256, 512), "m": (192, 384, 576)}
