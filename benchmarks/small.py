@@ -203,6 +203,10 @@ def measure_level(level: Level, dtype: str) -> dict[str, dict[str, float]]:
     return summarized(timing.interleaved(runs, ROUNDS, "cpu", LEVEL_SECONDS))
 
 
+def chosen_form(level: Level, dtype: str) -> str:
+    return cheaper_form(level.sizes._replace(repeats=dtype != "float32"))
+
+
 def measure(options: argparse.Namespace, write: Callable[[dict], None]) -> None:
     chosen = [row for row in rows() if not options.rows or any(row.name.startswith(name) for name in options.rows)]
     levels = list(dict.fromkeys(level for row in chosen for level in row.levels))
@@ -221,7 +225,7 @@ def measure(options: argparse.Namespace, write: Callable[[dict], None]) -> None:
             write({"level": level, "sizes": level.sizes, **state, "forms": forms})
             shown = ", ".join(f"{name} {form['median']:.1f} ms" for name, form in forms.items())
             print(
-                f"{tuple(level)}, {threads} threads, {dtype}: {shown}; chosen: {cheaper_form(level.sizes)}", flush=True
+                f"{tuple(level)}, {threads} threads, {dtype}: {shown}; chosen: {chosen_form(level, dtype)}", flush=True
             )
 
 

@@ -207,7 +207,8 @@ def _sizes(term: RelationTerm) -> RelationSizes:
     rows, cols, _, _ = pool_cells(term.student, term.student_block.settings)
     inner = (block.weights.g_bias.shape[0] for block in (term.student_block, term.teacher_block))
     cells = (height // rows) * (width // cols)
-    return RelationSizes(images, height * width, cells, student_channels, term.teacher.shape[1], *inner)
+    repeats = term.student.dtype != _term_dtype(term)
+    return RelationSizes(images, height * width, cells, student_channels, term.teacher.shape[1], *inner, repeats)
 
 
 def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:

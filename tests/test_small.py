@@ -8,7 +8,6 @@ from cases import NO_CPU
 
 from benchmarks import small
 from benchmarks.mmrazor import versions
-from fbkd_ops.relation_forms import RelationSizes, cheaper_form
 
 # The rule may pick a form that was up to so much slower than the other one.
 MOST_SLOWER = 1.1
@@ -24,7 +23,7 @@ def test_the_form_of_a_level_was_not_the_slower_one(threads, dtype):
     chosen = {}
     for entry in entries():
         if "level" in entry and (entry["threads"], entry["dtype"]) == (threads, dtype):
-            form = cheaper_form(RelationSizes(*entry["sizes"]))
+            form = small.chosen_form(small.Level(*entry["level"]), dtype)
             other = next(name for name in small.FORMS if name != form)
             chosen[tuple(entry["level"])] = entry["forms"][form]["median"] / entry["forms"][other]["median"]
     assert len(chosen) >= 60
@@ -32,7 +31,7 @@ def test_the_form_of_a_level_was_not_the_slower_one(threads, dtype):
 
 
 def test_the_rule_picks_each_form_somewhere():
-    forms = {cheaper_form(RelationSizes(*entry["sizes"])) for entry in entries() if "level" in entry}
+    forms = {small.chosen_form(small.Level(*entry["level"]), "float32") for entry in entries() if "level" in entry}
     assert forms == set(small.FORMS)
 
 

@@ -430,7 +430,7 @@ _POOL = {
     (8, False): _Blocks(POOL_PIXELS, 64, 16, 8),
 }
 _COVARIANCE = {
-    (4, True): _Blocks(64, 64, 0, 4),
+    (4, True): _Blocks(32, 64, 0, 4),
     (4, False): _Blocks(32, 64, 0, 8),
     (8, True): _Blocks(16, 64, 0, 4),
     (8, False): _Blocks(16, 64, 0, 4),
