@@ -164,7 +164,7 @@ def main() -> None:
         print(f"{way:10} {milliseconds:7.1f} ms a step, {ratio:.2f} times the built-in distillation's")
     if arguments.json:
         size = {name: value for name, value in vars(arguments).items() if name != "json"}
-        report = {"environment": environment("cpu"), "size": size, "milliseconds": medians}
+        report = {"environment": environment("cpu", arguments.threads), "size": size, "milliseconds": medians}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
