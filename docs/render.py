@@ -140,7 +140,7 @@ def small() -> str:
     states = list(dict.fromkeys(state for row in grid.values() for state in row))
     header = ["pyramid", *(f"{dtype}, {threads} thread{'s'[: threads - 1]}" for threads, dtype in states)]
     rows = [[name, *(small_cell(row.get(state)) for state in states)] for name, row in grid.items()]
-    return f"{tables.provenance(report)}\n\n{table(header, rows)}"
+    return f"`python -m benchmarks.small`: {tables.machine(report['environment'])}.\n\n{table(header, rows)}"
 
 
 def small_headline() -> str:
