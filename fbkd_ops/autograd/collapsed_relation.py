@@ -163,9 +163,12 @@ def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tupl
 
 def _convolution_shapes(plan: Plan, tensors: tuple) -> list[Optional[tuple[int, ...]]]:
     """Shapes of the weights that are no matrices ``(out, in)`` but ``(out, in, 1, 1)``; None for all other tensors."""
-    maps = range(0, len(BlockTensors._fields) * count_blocks(plan), len(BlockTensors._fields))
-    has_layer_shape = (x is not None and x.dim() == 4 and index not in maps for index, x in enumerate(tensors))
-    return [tuple(x.shape) if kept else None for kept, x in zip(has_layer_shape, tensors)]
+    width = len(BlockTensors._fields)
+    end, shapes = width * count_blocks(plan), []
+    for index, x in enumerate(tensors):
+        is_map = index < end and index % width == 0
+        shapes.append(None if is_map or x is None or x.dim() != 4 else tuple(x.shape))
+    return shapes
 
 
 def _restored(plan: Plan, saved: tuple) -> _State:
