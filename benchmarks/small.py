@@ -25,7 +25,6 @@ from fbkd_ops import relation
 from fbkd_ops.relation_forms import RelationSizes, cheaper_form
 
 FORMS = ("cells", "collapsed")
-PEERS = ("reference", "mmrazor")
 DTYPES = ("float32", "bfloat16")
 RESULT = Path(__file__).parent / "results" / "cpu-small.json"
 # Seconds that a row's rounds may take, and the most rounds.
@@ -36,7 +35,7 @@ TOLERANCE = 1e-3
 WIDTHS = {"n": (64, 128, 256), "s": (128, 256, 512), "m": (192, 384, 576)}
 STRIDES = {"one_stage": (8, 4, 2, 2, 2), "mmrazor": (16, 8, 4, 4, 4)}
 RATIOS = (0.25, 0.25, 0.5, 0.5, 0.5)
-PREFACTORS = ("feature", "channel", "spatial")
+OTHER_TERMS = ("feature", "channel", "spatial")
 
 
 class Level(NamedTuple):
@@ -196,7 +195,7 @@ def measure_row(row: Row, dtype: str) -> dict[str, dict[str, float]]:
 def measure_level(level: Level, dtype: str) -> dict[str, dict[str, float]]:
     """Of the relation term alone."""
     row = Row("", "mmrazor", (level,))
-    loss, features = row.loss(**{f"{term}_weight": 0.0 for term in PREFACTORS}), row.features(getattr(torch, dtype))
+    loss, features = row.loss(**{f"{term}_weight": 0.0 for term in OTHER_TERMS}), row.features(getattr(torch, dtype))
     run = our_step(loss, features)
     runs = {form: in_form(run, form) for form in FORMS}
     check(runs | {"reference": our_step(copy.deepcopy(loss), features, "reference")})
