@@ -111,10 +111,13 @@ def summary(names: Container[str]) -> str:
 
 
 def headline() -> str:
-    """A whole training step, the whole loss, and the relation term without pooling."""
+    """Where it was measured; a whole training step, the whole loss, and the relation term without pooling."""
+    report = report_of(MICROBENCH)
+    if report is None:
+        return NOT_YET
     whole = results_of((*STEP, "fbkd_loss"))
     shown = [*whole, *(x for x in results_of(("relation",)) if set(x["case"]["strides"]) == {1})]
-    return tables.comparisons(shown) or NOT_YET
+    return f"{tables.machine(report['environment'])}:\n\n{tables.comparisons(shown)}"
 
 
 def scaling() -> str:
@@ -155,6 +158,7 @@ def small_headline() -> str:
         spans.append(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as `{name}`")
     share = step["milliseconds"]["fbkd_ops"] / step["milliseconds"]["built-in"]
     return (
+        f"{tables.machine(report['environment'])}:\n\n"
         f"- `fbkd_loss` on pyramids of YOLO11, RetinaNet and Faster R-CNN at 128 to 640 px: {', '.join(spans)}.\n"
         f"- A step of `FBKDTrainer` takes {share:.2f} times what Ultralytics' built-in distillation takes."
     )
