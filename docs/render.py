@@ -112,12 +112,11 @@ def summary(names: Container[str]) -> str:
 
 def headline() -> str:
     """Where it was measured; a whole training step, the whole loss, and the relation term without pooling."""
-    report = report_of(MICROBENCH)
-    if report is None:
+    unpooled = [result for result in results_of(("relation",)) if set(result["case"]["strides"]) == {1}]
+    shown = [*results_of((*STEP, "fbkd_loss")), *unpooled]
+    if not shown:
         return NOT_YET
-    whole = results_of((*STEP, "fbkd_loss"))
-    shown = [*whole, *(x for x in results_of(("relation",)) if set(x["case"]["strides"]) == {1})]
-    return f"{tables.machine(report['environment'])}:\n\n{tables.comparisons(shown)}"
+    return f"{tables.machine(report_of(MICROBENCH)['environment'])}:\n\n{tables.comparisons(shown)}"
 
 
 def scaling() -> str:

@@ -12,7 +12,7 @@ readonly python=$folder/venv/bin/python
 readonly packages=("numpy<2.4" "pytest>=8" "hypothesis>=6" ninja pybind11 "setuptools>=77")
 readonly arch=9.0
 readonly nvcc=$(command -v nvcc || true) # without one nothing of CUDA is compiled
-files=(tests/test_{channel_l2,weighted_roots,cell_relation,loss,compile,oldest}.py) together=()
+files=(tests/test_{channel_l2,weighted_roots,cell_relation,collapsed_relation,loss,compile,oldest}.py) together=()
 for op in attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 non_local_statistics relation_residual; do
     part=$([[ $op == attention_masks ]] && echo masks || echo levels)
     files+=("tests/test_$op.py")

@@ -8,15 +8,17 @@
 // and takes K products a pixel and channel where theta alone would take c. docs/math.md derives it and its gradients.
 //
 // Maps are copied into matrices (C, N L) of all images' pixels, so that the vendor's product gets long rows.
+#include "../stable_abi.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
 #include "../masked_l2_levels.h"
-#include "../stable_abi.h"
 #include "masked_rows.h"
 #include "max_pool.h"
 #include "pixel_blocks.h"
+#include "vectors.h"
 
 namespace fbkd {
 namespace {
@@ -25,40 +27,6 @@ namespace {
 constexpr size_t kSideTensors = 12, kLearned = 10, kLevelTensors = 2 + 2 * kSideTensors;
 // Winners pass their gradients as a dense product with zeros at the other pixels if a cell has fewer pixels than these.
 constexpr int64_t kDensePixels = 8;
-
-template <typename A>
-FBKD_CLONES A sum_of(const A* x, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
-}
-
-template <typename A>
-FBKD_CLONES A dot(const A* __restrict__ x, const A* __restrict__ y, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-template <typename A>
-FBKD_CLONES void add_number(A* x, A number, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) x[i] += number;
-}
-
-template <typename A>
-FBKD_CLONES void add_multiple(A* __restrict__ sum, A factor, const A* __restrict__ x, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) sum[i] += factor * x[i];
-}
-
-template <typename A>
-FBKD_CLONES void multiply_by(A* x, A factor, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
-}
 
 // Columns [first, first + count) of a matrix.
 template <typename A>
@@ -79,12 +47,12 @@ struct OwnMatrix {
   int64_t rows = 0, cols = 0;
 };
 
-// Calls f(image) for all images, side by side where there is enough work.
+// Call f(index) for every index below `count`, in parallel if all together handle enough elements.
 template <typename F>
-void for_images(int64_t images, int64_t elements, F&& f) {
-  const int64_t grain = max64(1, images * kThreadElements / max64(1, elements));
-  torch::stable::parallel_for(0, images, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) f(image);
+void parallel_each(int64_t count, int64_t elements, F&& f) {
+  const int64_t grain = max64(1, count * kThreadElements / max64(1, elements));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) f(index);
   });
 }
 
@@ -105,7 +73,7 @@ template <typename A>
 OwnMatrix<A> packed(ScalarType type, const void* data, const MatrixView& view) {
   const int64_t channels = view.channels(), pixels = view.pixels();
   OwnMatrix<A> matrix(channels, view.images * pixels);
-  for_images(view.images, view.numel(), [&](int64_t image) {
+  parallel_each(view.images, view.numel(), [&](int64_t image) {
     std::vector<A> buffer(static_cast<size_t>(view.cols));
     for (int64_t row = 0; row < view.rows; ++row) {
       A* copy = view.rows_are_channels ? matrix.row(row) + image * pixels : buffer.data();
@@ -123,7 +91,7 @@ OwnMatrix<A> packed(ScalarType type, const void* data, const MatrixView& view) {
 template <typename A>
 void unpack(const OwnMatrix<A>& matrix, ScalarType type, void* data, const MatrixView& map) {
   const MatrixView view = gradient_view(map);
-  for_images(view.images, view.numel(), [&](int64_t image) {
+  parallel_each(view.images, view.numel(), [&](int64_t image) {
     std::vector<A> buffer(static_cast<size_t>(view.cols));
     for (int64_t row = 0; row < view.rows; ++row) {
       const A* piece = matrix.row(row) + image * view.cols;
@@ -140,7 +108,7 @@ template <typename A>
 OwnMatrix<A> transposed(const OwnMatrix<A>& matrix) {
   constexpr int64_t kTile = 16;
   OwnMatrix<A> result(matrix.cols, matrix.rows);
-  for_images(ceil_div(matrix.cols, kTile), matrix.rows * matrix.cols, [&](int64_t tile) {
+  parallel_each(ceil_div(matrix.cols, kTile), matrix.rows * matrix.cols, [&](int64_t tile) {
     const int64_t begin = tile * kTile, end = min64(matrix.cols, begin + kTile);
     for (int64_t row = 0; row < matrix.rows; ++row)
       for (int64_t col = begin; col < end; ++col) result.row(col)[row] = matrix.row(row)[col];
@@ -194,7 +162,7 @@ struct PooledConvolution {
   void run(const OwnMatrix<A>& x) {
     OwnMatrix<A> y(weight.rows, size.all_pixels());
     matmul(y.view(), weight, x.view());
-    for_images(weight.rows, weight.rows * y.cols, [&](int64_t channel) {
+    parallel_each(weight.rows, weight.rows * y.cols, [&](int64_t channel) {
       std::vector<A> best(static_cast<size_t>(size.width));
       std::vector<int32_t> best_row(static_cast<size_t>(size.width));
       for (int64_t image = 0; image < size.images; ++image) pool(y, channel, image, best, best_row);
@@ -240,14 +208,14 @@ struct PooledConvolution {
 
   void pass_one_by_one(const OwnMatrix<A>& dvalues, const OwnMatrix<A>& x, const OwnMatrix<A>& dx, A* dweight) const {
     const int64_t work = weight.rows * weight.cols * dvalues.cols;
-    for_images(weight.rows, work, [&](int64_t c) {
+    parallel_each(weight.rows, work, [&](int64_t c) {
       A* row = dweight + c * weight.cols;
       std::fill(row, row + weight.cols, A(0));
       for (int64_t i = 0; i < dvalues.cols; ++i)
         add_multiple(row, dvalues.row(c)[i], x.row(winners[c * dvalues.cols + i]), weight.cols);
     });
     if (dx.rows == 0) return;
-    for_images(size.images, work, [&](int64_t image) {
+    parallel_each(size.images, work, [&](int64_t image) {
       for (int64_t c = 0; c < weight.rows; ++c)
         for (int64_t i = image * size.cells(); i < (image + 1) * size.cells(); ++i)
           add_multiple(dx.row(winners[c * dvalues.cols + i]), dvalues.row(c)[i], weight.data + c * weight.cols,
@@ -498,7 +466,7 @@ struct CellLevel {
   // Sum of e^2.
   double forward() {
     for (CellBlock<A>& side : sides) side.prepare();
-    for_images(size.images, work(), [&](int64_t image) {
+    parallel_each(size.images, work(), [&](int64_t image) {
       for (int64_t side = 0; side < 2; ++side)
         sides[side].respond(image, half(responses_of(responses, image), side, size.cells()));
     });
@@ -510,7 +478,7 @@ struct CellLevel {
     matmul(adapted.view(), adaptation(), scaled_values.view());
     matmul_add(shared.view(), adaptation(), offsets.view(), -1);
     mixed = interleaved(teacher().scaled_values(), adapted);
-    for_images(size.images, residual.rows * residual.cols, [&](int64_t image) {
+    parallel_each(size.images, residual.rows * residual.cols, [&](int64_t image) {
       for (int64_t c = 0; c < channels; ++c) {
         const A* t = teacher().x.row(c) + image * size.pixels();
         A* e = residual.row(c) + image * size.pixels();
@@ -520,7 +488,7 @@ struct CellLevel {
     });
     matmul_add(residual.view(), adaptation(), student().x.view(), -1);
     std::vector<double> squares(static_cast<size_t>(size.images));
-    for_images(size.images, work(), [&](int64_t image) {
+    parallel_each(size.images, work(), [&](int64_t image) {
       matmul_add(pixels_of(residual, image), mixed_of(mixed, image), responses_of(responses, image));
       for (int64_t c = 0; c < channels; ++c) {
         const A* e = residual.row(c) + image * size.pixels();
@@ -538,7 +506,7 @@ struct CellLevel {
     const int64_t channels = teacher().channels, student_channels = student().channels;
     OwnMatrix<A> totals(channels, size.images), dmixed(channels, mixed.cols),
         dresponses(responses.rows, responses.cols);
-    for_images(size.images, work(), [&](int64_t image) {
+    parallel_each(size.images, work(), [&](int64_t image) {
       for (int64_t c = 0; c < channels; ++c) {
         A* e = residual.row(c) + image * size.pixels();
         multiply_by(e, static_cast<A>(2 * grad), size.pixels());
@@ -572,7 +540,7 @@ struct CellLevel {
     teacher().normalize_backward(dvalues[1], totals, gradients.sides[1]);
     const OwnMatrix<A> dkeys[2] = {OwnMatrix<A>(student_channels, size.all_cells()),
                                    OwnMatrix<A>(channels, size.all_cells())};
-    for_images(size.images, work(), [&](int64_t image) {
+    parallel_each(size.images, work(), [&](int64_t image) {
       for (int64_t side = 0; side < 2; ++side) {
         const Matrix<A> response = half(responses_of(responses, image), side, size.cells());
         const Matrix<A> dresponse = half(responses_of(dresponses, image), side, size.cells());

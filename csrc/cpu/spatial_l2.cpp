@@ -11,15 +11,15 @@
 // ds needs e of one row beyond the tile on either side, which both neighbours compute.
 #include "../stable_abi.h"
 
-#include "../tensors.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 
+#include "../tensors.h"
 #include "masked_rows.h"
 #include "pieces.h"
 #include "tiles.h"
+#include "vectors.h"
 
 namespace fbkd {
 namespace {
@@ -60,22 +60,6 @@ FBKD_CLONES void subtract_from(const A* __restrict__ t, A bias, int64_t width, A
   for (int64_t x = 0; x < width; ++x) e[x] = t[x] - bias - e[x];
 }
 
-template <typename A>
-FBKD_CLONES A piece_product(const A* __restrict__ a, const A* __restrict__ b, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-template <typename A>
-FBKD_CLONES A piece_sum(const A* __restrict__ a, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i];
-  return sum;
-}
-
 // Rows [first, last) of an image, a zero on either side of each; rows that the image lacks stay zeros.
 template <typename A>
 struct PaddedRows {
@@ -102,7 +86,7 @@ struct LevelTiles : SpatialTiles {
         tiles(ceil_div(level.height, rows)),
         partial(static_cast<size_t>(level.images * tiles)) {
     std::copy_n(static_cast<const A*>(level.weight), kWeights, weight.begin());
-    for (int64_t k = 0; k < kWeights; ++k) turned[k] = -2 * weight[kWeights - 1 - k];
+    for (int64_t k = 0; k < kWeights; ++k) backward_weight[k] = -2 * weight[kWeights - 1 - k];
   }
 
   int64_t count() const override { return level.images * tiles; }
@@ -125,7 +109,8 @@ struct LevelTiles : SpatialTiles {
     if (level.ds == nullptr) return;
     A* ds = static_cast<A*>(level.ds) + image * level.height * level.width;
     for (int64_t row = first; row < last; ++row)
-      convolve_row(error[row - 1], error[row], error[row + 1], turned.data(), level.width, ds + row * level.width);
+      convolve_row(error[row - 1], error[row], error[row + 1], backward_weight.data(), level.width,
+                   ds + row * level.width);
   }
 
   // In float over a piece of a row, in double over pieces.
@@ -133,11 +118,11 @@ struct LevelTiles : SpatialTiles {
     for (int64_t x = 0; x < level.width; x += kPiece) {
       const int64_t count = min64(kPiece, level.width - x);
       const A* e = error[row] + 1 + x;
-      sums[0] += piece_product(e, e, count);
+      sums[0] += dot(e, e, count);
       if (level.ds == nullptr) continue;
       for (int64_t k = 0; k < kWeights; ++k)
-        sums[1 + k] -= 2 * static_cast<double>(piece_product(e, student[row + k / 3 - 1] + x + k % 3, count));
-      sums[1 + kWeights] -= 2 * static_cast<double>(piece_sum(e, count));
+        sums[1 + k] -= 2 * static_cast<double>(dot(e, student[row + k / 3 - 1] + x + k % 3, count));
+      sums[1 + kWeights] -= 2 * static_cast<double>(sum_of(e, count));
     }
   }
 
@@ -150,7 +135,7 @@ struct LevelTiles : SpatialTiles {
 
   SpatialLevel level;
   int64_t rows, tiles;  // of a tile; of an image
-  std::array<A, kWeights> weight, turned;
+  std::array<A, kWeights> weight, backward_weight;
   std::vector<SpatialSums> partial;
 };
 
@@ -168,11 +153,15 @@ SpatialLevel spatial_level(const Tensor& student, const Tensor& weight, const Te
   for (int64_t dim = 0; dim < 3; ++dim)
     STD_TORCH_CHECK(student.size(dim) == teacher.size(dim), op, ": student and teacher must agree in N, H and W");
   const ScalarType type = student.scalar_type();
-  return {type, student.size(0), student.size(1), student.size(2),
+  return {type,
+          student.size(0),
+          student.size(1),
+          student.size(2),
           checked_data(student, type, student.numel(), student, op, "student"),
           checked_data(weight, type, kWeights, student, op, "weight"),
           checked_data(bias, type, 1, student, op, "bias"),
-          checked_data(teacher, type, student.numel(), student, op, "teacher"), nullptr};
+          checked_data(teacher, type, student.numel(), student, op, "teacher"),
+          nullptr};
 }
 
 // The levels; their students' gradients are added to the outputs where asked for.
