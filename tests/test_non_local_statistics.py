@@ -188,10 +188,11 @@ def test_slices_and_copies(backend, device, layout):
 def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
     """Of equal values, of NaN among others and of cells full of NaN: integers, whose products are exact everywhere."""
     for (height, width), stride in (((8, 12), 4), ((7, 14), 6), ((5, 16), 8), ((4, 16), 8)):
-        x = torch.randint(-1, 2, (2, 3, height, width), device=device).to(dtype)
+        x = torch.randint(-1, 2, (3, 3, height, width), device=device).to(dtype)
+        x[2] = 0.0
+        x[2, :, 2, 0] = x[2, :, 0, 6] = 1.0  # where cells are 4 x 8, "nested" comes to the second one first
         x[0, :, 1, 2:4] = x[0, :, 3, 1] = x[1] = float("nan")
         x[1, 1:] = x[1, :1, :2] = 0.0
-        x[1, 2, 2, 0] = x[1, 2, 0, 6] = 1.0  # "nested" comes to the second one first if cells are 4 x 8
         x[0, 0, 0, 5] = -float("inf")
         weight = torch.tensor([[1, 0, 0], [1, -1, 0], [0, 0, 2], [0, 0, 0]], device=device).to(dtype)
         x, bias = layout(x), torch.zeros(4, dtype=dtype, device=device)
@@ -201,7 +202,7 @@ def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
         pool = pool_cells(x, BlockSettings(stride=stride, pool_order=order))
         outputs = op_of("non_local_statistics_forward", backend)([x], [None], [None], [weight], [bias], list(pool))
         assert torch.equal(outputs[0].nan_to_num(7), pooled.detach().flatten(2).nan_to_num(7))
-        won = torch.zeros(2, 4, height * width, dtype=dtype, device=device).scatter_(2, outputs[1].long(), 1)
+        won = torch.zeros(3, 4, height * width, dtype=dtype, device=device).scatter_(2, outputs[1].long(), 1)
         assert torch.equal(won, full.grad.flatten(2))
 
 
