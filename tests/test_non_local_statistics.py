@@ -307,8 +307,9 @@ def test_empty_batch(backend, device):
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_levels_together_equal_levels_alone(backend, device):
-    sizes = [FEW[1], (0, 3, 2, 4, 6, 6, 2), (1, 17, 3, 5, 8, 8, 8)]
-    kinds = [(torch.float32, contiguous), (torch.bfloat16, channels_last), (torch.float64, channels_last)]
+    sizes = [FEW[1], (0, 3, 2, 4, 6, 6, 2), (1, 70, 3, 5, 8, 17, 8)]
+    # The last level has more pixels than a tile of the first one's dtype.
+    kinds = [(torch.float64, contiguous), (torch.bfloat16, channels_last), (torch.float32, channels_last)]
     levels = [draw_request(size, dtype, device, layout) for size, (dtype, layout) in zip(sizes, kinds)]
     leaves = [[t if t is None else t.detach().requires_grad_() for t in tensors] for tensors, _ in levels]
     requests = [request_of(tensors, pool) for tensors, (_, pool) in zip(leaves, levels)]
