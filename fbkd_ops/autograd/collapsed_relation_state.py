@@ -1,0 +1,179 @@
+"""What the two passes of the collapsed relation share: its tensors, what forward leaves for backward, and how blocks of
+a group and channels of a family are joined and taken apart."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import _batch_norm as norms
+from ..relation_plan import Group, LevelGroup, Place, Plan, count_blocks, moment_rank
+
+
+class BlockTensors(NamedTuple):
+    """One map and its block."""
+
+    x: Tensor  # (N, C, H, W)
+    mean: Optional[Tensor]  # (N, C) over pixels, without gradient, in the accumulation dtype; None: not needed
+    theta_weight: Tensor  # (c, C)
+    theta_bias: Tensor  # (c,)
+    phi_weight: Tensor
+    phi_bias: Tensor
+    g_weight: Tensor
+    g_bias: Tensor
+    out_weight: Tensor  # (C, c)
+    out_bias: Optional[Tensor]  # (C,)
+    norm_weight: Optional[Tensor]  # (C,)
+    norm_bias: Optional[Tensor]
+    running_mean: Optional[Tensor]  # of a norm that does not take the batch's moments
+    running_variance: Optional[Tensor]
+
+
+class LevelOutputs(NamedTuple):
+    """What a level's residual ``t + U W t - P s + v`` is made of."""
+
+    student: Tensor  # S, for whatever else reads it
+    student_matrix: Tensor  # P (N, Ct, Cs)
+    teacher_matrix: Tensor  # U (N, Ct, c), or (N, Ct, Ct)
+    projection: Tensor  # W (c, Ct), or empty
+    offset: Tensor  # v (N, Ct)
+
+
+class MapState(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    mean: Optional[Tensor]  # (N, C)
+    winners: Tensor  # (N, 2c, K), empty where nothing is pooled
+
+
+class GroupState(NamedTuple):
+    projections: Tensor  # (B, 3c, C), of theta, phi and g
+    biases: Tensor  # (B, 3c)
+    out_weights: Tensor  # (B, C, c)
+    pooled: Optional[Tensor] = None  # (B, N, 2c, K), see algebra.pooled_pairs
+    moments: Optional[Tensor] = None  # (B, N, 2 + r, C)
+    probes: Optional[Tensor] = None  # (B, N, 2 + r, r), or (B, N, 1, c) without moments
+    pairs: Optional[Tensor] = None  # (B, N, c, c)
+    unscaled: Optional[Tensor] = None  # (B, N, c, C)
+    matrices: Optional[Tensor] = None  # V (B, N, C, c)
+
+
+class FamilyState(NamedTuple):
+    """All channels of a family's blocks, side by side."""
+
+    values: Tensor  # (N, C), what the block adds to x = 0, before the norm
+    offsets: Tensor  # (N, C), the same after the norm
+    mean: Optional[Tensor] = None  # (C,), see norms.Fold
+    inverse_deviation: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
+    deviations: Optional[Tensor] = None  # (N, C), of each image's mean from all images'
+    shared_deviations: Optional[Tensor] = None  # (C,), of this process' mean from all processes'
+    shares: Optional[Tensor] = None  # (C,)
+
+
+class LevelState(NamedTuple):
+    adaptations: Tensor  # B (levels, Ct, Cs)
+    relations: Tensor  # B V_s (levels, N, Ct, cs)
+
+
+class State(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    maps: list[MapState]  # by block
+    groups: list[GroupState]
+    families: list[FamilyState]
+    levels: list[LevelState]  # by group of levels
+
+
+class Side(NamedTuple):
+    """One side of a group of levels."""
+
+    matrices: Tensor  # V (levels, N, C, c)
+    theta: Tensor  # (levels, c, C)
+
+
+def level_side(
+    chosen: LevelGroup, place: Place, groups: list[GroupState], offsets: list[Tensor]
+) -> tuple[Side, Tensor]:
+    """Also the blocks' offsets ``(levels, N, C)``."""
+    blocks = slice(place.first, place.first + len(chosen.levels))
+    group = groups[place.group]
+    return Side(group.matrices[blocks], theta_of(group)[blocks]), offsets[place.group][blocks]
+
+
+def theta_of(group: GroupState) -> Tensor:
+    """``(B, c, C)``."""
+    return group.projections[:, : group.out_weights.shape[2]]
+
+
+def fold_of(family: FamilyState) -> norms.Fold:
+    return norms.Fold(family.mean, family.inverse_deviation, family.scale)
+
+
+def cells_of(member: Group, maps: list[MapState]) -> list[int]:
+    """K of each block."""
+    return [maps[block].winners.shape[2] for block in member.blocks]
+
+
+def kernel_parameters(plan: Plan, groups: list[GroupState]) -> tuple[list[Optional[Tensor]], ...]:
+    """What the statistics' kernels take of each block: projection of the covariance, weight and bias of the pool."""
+    parameters = [(None, None, None)] * count_blocks(plan)
+    for member, group in zip(plan.groups, groups):
+        absent = [None] * len(member.blocks)
+        projections = group.projections[:, : moment_rank(member)].unbind() if member.projects else absent
+        weights = group.projections[:, member.inner :].unbind() if member.pools else absent
+        biases = group.biases[:, member.inner :].unbind() if member.pools else absent
+        for block, *of_block in zip(member.blocks, projections, weights, biases):
+            parameters[block] = of_block
+    return tuple(list(column) for column in zip(*parameters))
+
+
+def by_group(plan: Plan, vectors: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """What the families have for all channels, ``(..., C)``, as ``(B, ..., C)`` of each group."""
+    parts = []
+    for family, vector in zip(plan.families, vectors):
+        members = [plan.groups[group] for group in family.groups]
+        if vector is None:
+            parts += [None] * len(members)
+            continue
+        pieces = vector.split([len(member.blocks) * member.channels for member in members], dim=-1)
+        parts += [
+            piece.unflatten(-1, (len(member.blocks), member.channels)).movedim(-2, 0)
+            for piece, member in zip(pieces, members)
+        ]
+    return parts
+
+
+def side_by_side(rows: list[Tensor]) -> Tensor:
+    """``(..., C)`` of several blocks as one."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+
+def stacked(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def over_processes(plan: Plan, process_groups: list, vectors: list[Optional[tuple[Tensor, ...]]], function) -> list:
+    """``function`` of vectors ``(C,)`` of all blocks of a process group, by family; None where there are none.
+
+    The order of the blocks, unlike that of the families, is the same in all processes.
+    """
+    parts, results = {}, {}
+    for family, own in zip(plan.families, vectors):
+        if own is not None:
+            pieces = (vector.split(plan.widths(family)) for vector in own)
+            parts |= {block: columns for block, *columns in zip(plan.order(family), *pieces)}
+    remaining = sorted(parts)
+    while remaining:
+        chosen = process_groups[remaining[0]]
+        members = [block for block in remaining if process_groups[block] is chosen]
+        remaining = [block for block in remaining if block not in members]
+        outputs = function(*(torch.cat(column) for column in zip(*(parts[block] for block in members))), chosen)
+        widths = [parts[block][0].shape[0] for block in members]
+        pieces = (vector.split(widths) for vector in outputs)
+        results |= {block: columns for block, *columns in zip(members, *pieces)}
+    return [
+        None
+        if own is None
+        else tuple(torch.cat(c).to(family.dtype) for c in zip(*(results[block] for block in plan.order(family))))
+        for family, own in zip(plan.families, vectors)
+    ]
