@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
 from ..types import AttentionPool
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = ["AttentionPoolFunction", "attention_pools", "pools_of"]
@@ -34,14 +34,14 @@ class AttentionPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, *features):
-        features = [in_place_layout(x) for x in features]
+        maps = [in_place_layout(x) for x in features]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*features)
+        save(ctx, maps, features)
         ctx.backend = backend
-        return tuple(kernel("attention_pool_forward", backend)(features))
+        return tuple(kernel("attention_pool_forward", backend)(maps))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in grads]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._numerics import accumulation_dtype
+from .first_order import first_order, save
 
 __all__ = ["ChannelL2Function", "ChannelLevels", "channel_l2_squares"]
 
@@ -44,13 +44,13 @@ class ChannelL2Function(torch.autograd.Function):
             errors.append(_stacked(adapted) - _stacked([teachers[index] for index in group]))  # (levels, N, Ct)
             for index, square in zip(group, errors[-1].square().sum((1, 2)).unbind(), strict=True):
                 squares[index] = square
-        ctx.save_for_backward(*students, *weights, *errors)
+        save(ctx, [*students, *weights, *errors], tensors)
         ctx.count, ctx.groups = count, groups
         dtype = accumulation_dtype(*teachers)
         return torch.stack([square.to(dtype) for square in squares])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         count, saved = ctx.count, ctx.saved_tensors
         students, weights, errors = saved[:count], saved[count : 2 * count], saved[2 * count :]

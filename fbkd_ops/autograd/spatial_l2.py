@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._numerics import accumulation_dtype
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = ["SpatialL2Function", "SpatialLevels", "spatial_l2_squares"]
@@ -45,12 +45,12 @@ class SpatialL2Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, count, *tensors):
         sums, *student_gradients = kernel("spatial_l2", backend)(*_groups(tensors, count), True)
-        ctx.save_for_backward(sums, *student_gradients)
+        save(ctx, [sums, *student_gradients], tensors)
         ctx.shapes = [x.shape for x in tensors[count : 3 * count]]
         return sums[:, 0].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         sums, *student_gradients = ctx.saved_tensors
         count = len(student_gradients)
