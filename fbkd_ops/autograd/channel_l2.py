@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._numerics import accumulation_dtype
+from .._numerics import accumulation_dtype, without_autocast
 from .first_order import first_order, save
 
 __all__ = ["ChannelL2Function", "ChannelLevels", "channel_l2_squares"]
@@ -59,10 +59,11 @@ class ChannelL2Function(torch.autograd.Function):
         for group, error in zip(ctx.groups, errors, strict=True):
             scale = _stacked([scales[index] for index in group]).to(error.dtype)
             error = error * scale[:, None, None]
-            for index, e, total in zip(group, error.unbind(), error.sum(1).unbind(), strict=True):
-                student_gradients[index] = torch.mm(e, weights[index])
-                weight_gradients[index] = torch.mm(e.mT, students[index])
-                bias_gradients[index] = total
+            with without_autocast(error):
+                for index, e, total in zip(group, error.unbind(), error.sum(1).unbind(), strict=True):
+                    student_gradients[index] = torch.mm(e, weights[index])
+                    weight_gradients[index] = torch.mm(e.mT, students[index])
+                    bias_gradients[index] = total
         return None, *student_gradients, *weight_gradients, *bias_gradients, *[None] * count
 
 

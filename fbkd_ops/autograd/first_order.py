@@ -6,14 +6,26 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-__all__ = ["Sources", "first_order", "save"]
+from .._numerics import recordable
+
+__all__ = ["Sources", "first_order", "is_differentiated", "save"]
 
 MESSAGE = (
     "an op of fbkd_ops has no second derivative: compute the gradient without create_graph=True, or the loss inside "
     "fbkd_ops.use_backend('reference'), which is plain PyTorch"
 )
+
+
+def is_differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Whether a derivative by one of the tensors is asked for: also a forward-mode one, which Functions refuse."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 class Sources(NamedTuple):
@@ -25,7 +37,7 @@ class Sources(NamedTuple):
 
 def save(ctx: Any, tensors: Iterable[Optional[Tensor]], inputs: Iterable[Any]) -> None:
     """``ctx.save_for_backward(*tensors)``, and remember all ``inputs`` of the Function for :func:`first_order`."""
-    tensors = list(tensors)
+    tensors = [x if x is None else recordable(x) for x in tensors]
     ctx.save_for_backward(*tensors)
     ctx.sources = None if torch.compiler.is_compiling() else _sources(tensors, inputs)
 

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .._numerics import without_autocast
+from .._numerics import recordable, without_autocast
 from .first_order import first_order, save
 
 __all__ = ["isolated"]
@@ -27,16 +27,17 @@ def isolated(
     """
     if torch.compiler.is_compiling():  # its backward pass knows no autocast, and it decides what to compute again
         return function(True, *tensors)
-    return _Isolated.apply(function, memory_efficient, *tensors)
+    return _Isolated.apply(function, torch.is_grad_enabled() and not memory_efficient, *tensors)
 
 
 class _Isolated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, memory_efficient, *tensors):
+    def forward(ctx, function, keep, *tensors):
         ctx.function, ctx.graph = function, None
         save(ctx, tensors, tensors)
-        if memory_efficient or not any(ctx.needs_input_grad):
+        if not keep or not any(ctx.needs_input_grad):
             return function(True, *tensors)
+        tensors = [x if x is None else recordable(x) for x in tensors]
         ctx.graph = _graph(function, True, tensors, ctx.needs_input_grad[2:])
         return ctx.graph[1].detach()
 
