@@ -1,7 +1,8 @@
 """The parts of the FBKD loss as functions: attention maps, masks, feature loss, relation loss.
 
 All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where an input is
-float64), give results in that accumulation dtype and are indifferent to autocast. No gradient ever reaches a teacher.
+float64), give results in that accumulation dtype and are indifferent to autocast, backward passes included. No gradient
+ever reaches a teacher. Second and forward-mode derivatives raise, except inside ``use_backend("reference")``.
 """
 
 from collections.abc import Sequence
