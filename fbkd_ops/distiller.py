@@ -13,18 +13,20 @@ from ._numerics import accumulation_dtype
 from ._validation import Features, is_int
 from .balance import BalanceReport, balance_report, is_sharded
 from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
+from .student_attributes import StudentAttributes
 
 __all__ = ["Distiller", "Levels", "chosen_levels"]
 
 Levels = Optional[Sequence[Any]]
 
 
-class Distiller(nn.Module):
+class Distiller(StudentAttributes, nn.Module):
     """Adds the FBKD terms to the losses that a detector computes in training.
 
     The features are caught by module path. The teacher sees the same arguments as the student, in eval mode and
     without gradient, and only up to the last tapped module. It moves with ``.to()`` but is in no ``parameters()``,
-    no ``state_dict()`` and never in training mode. In eval mode the distiller is the student.
+    no ``state_dict()`` and never in training mode. In eval mode the distiller is the student. Names that it lacks are
+    the student's (:class:`fbkd_ops.student_attributes.StudentAttributes`), so hooks find there what they look for.
 
     Args:
         student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object whose
@@ -84,7 +86,9 @@ class Distiller(nn.Module):
         _check_steps(start_step, stop_step, warmup_steps)
         _check_levels(student_levels, "student_levels")
         _check_levels(teacher_levels, "teacher_levels")
-        self.student, self.loss = student, loss
+        # The student's place in parameters(). It comes last itself: names that are assigned after it may be its own.
+        self.register_module("student", None)
+        self.loss = loss
         # In a tuple, so that nn.Module does not register the teacher.
         self._unregistered_teacher = (teacher.eval(),)
         self._student_tap = _closed_tap(student, student_layers, "student_layers")
@@ -99,6 +103,7 @@ class Distiller(nn.Module):
         self.combine = _added if combine is None else combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._terms: dict[str, Tensor] = {}
+        self.student = student
 
     @property
     def teacher(self) -> nn.Module:
@@ -223,7 +228,7 @@ class Distiller(nn.Module):
         return {name: zero for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_taken = name == "teacher" or (name == "student" and "student" in self._modules)
+        is_taken = name == "teacher" or (name == "student" and self._modules.get("student") is not None)
         if is_taken and value is not getattr(self, name, None):
             raise AttributeError(
                 f"the {name} of a Distiller cannot be replaced, its taps are on it: make a new Distiller"
