@@ -1,24 +1,22 @@
 """FBKD in MMDetection: a detector that has another one as its teacher."""
 
 import copy
-from collections.abc import Mapping
+import warnings
 from typing import Any, Optional, Union
 
-import torch
 from mmdet.registry import MODELS
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
-from ..distiller import Distiller, Levels, chosen_levels
-from ..feature_tap import FeatureTap, Layers
+from ..distiller import Distiller
+from ..feature_tap import Layers
 from ..loss import FBKDLoss
+from ._blank_images import feature_widths
 
 __all__ = ["FBKDDetector"]
 
 Model = Union[dict[str, Any], nn.Module]
-
-BLANK_SIZE = 128  # pixels; enough for a P7
 
 
 @MODELS.register_module()
@@ -33,8 +31,10 @@ class FBKDDetector(Distiller, BaseModel):
     Args:
         student: config of a detector, or a built one; a built one keeps the weights that it has.
         teacher: the same for the teacher.
-        loss: arguments of :class:`fbkd_ops.FBKDLoss`; the widths are read off the features of a blank image.
-        teacher_ckpt: the teacher's checkpoint, a path or an address, every key of which must fit.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`. Of ``student_channels`` and ``teacher_channels``, those that are
+            not among them are read off the features of a blank image.
+        teacher_ckpt: the teacher's checkpoint, a path or an address, every key of which must fit. A teacher from a
+            config needs one, or an ``init_cfg`` of type ``"Pretrained"``.
         layers: where the features are in the student, and in the teacher where ``teacher_layers`` is not given; the
             neck's outputs by default.
         data_preprocessor: the student's by default.
@@ -43,7 +43,11 @@ class FBKDDetector(Distiller, BaseModel):
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
-        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and :class:`fbkd_ops.FBKDLoss`.
+        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and :class:`fbkd_ops.FBKDLoss`; a detector that takes
+            no blank image, of whatever size, where the widths are not given.
+
+    Warns:
+        UserWarning: a teacher from a config for which no trained weights are named.
 
     Example:
         >>> custom_imports = dict(imports=["fbkd_ops.integrations.mmdet"])
@@ -73,13 +77,18 @@ class FBKDDetector(Distiller, BaseModel):
         if teacher_ckpt is not None:
             load_checkpoint(teacher, teacher_ckpt, map_location="cpu", strict=True)
             teacher._is_init = True
+        elif not _has_weights(teacher):
+            warnings.warn(
+                "the teacher is built from a config without trained weights, so the student would learn from a random "
+                "head: give teacher_ckpt=..., or a teacher that is built and has its weights"
+            )
         teacher.requires_grad_(False)
         teacher_layers = settings.pop("teacher_layers", layers)
-        widths = (
-            _widths(student, layers, settings.get("student_levels"), "layers"),
-            _widths(teacher, teacher_layers, settings.get("teacher_levels"), "teacher_layers"),
-        )
-        loss = FBKDLoss(*widths, **(loss or {}))
+        sides = {
+            "student": (student, layers, settings.get("student_levels"), "layers"),
+            "teacher": (teacher, teacher_layers, settings.get("teacher_levels"), "teacher_layers"),
+        }
+        loss = FBKDLoss(**_with_widths(loss or {}, sides))
         super().__init__(student, teacher, loss, student_layers=layers, teacher_layers=teacher_layers, **settings)
         self.data_preprocessor = _built(data_preprocessor) if data_preprocessor else student.data_preprocessor
 
@@ -98,7 +107,7 @@ class FBKDDetector(Distiller, BaseModel):
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""
         super().init_weights()
-        if not self.teacher.is_init:
+        if not self.teacher._is_init:
             self.teacher.init_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FBKDDetector":
@@ -117,13 +126,18 @@ def _built(model: Model) -> nn.Module:
     return model
 
 
-def _widths(model: nn.Module, layers: Layers, levels: Levels, name: str) -> list[int]:
-    """Channels of the features of a blank image."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), FeatureTap(model, layers, name=name, stop_when_complete=True) as tap:
-        model(torch.zeros(1, 3, BLANK_SIZE, BLANK_SIZE))
-    model.train(was_training)
-    features = chosen_levels(tap.features(), levels, f"{name}'s levels")
-    features = features.values() if isinstance(features, Mapping) else features
-    return [feature.shape[1] for feature in features]
+def _has_weights(model: nn.Module) -> bool:
+    """Whether a detector was built before, or loads whole weights as it is initialised."""
+    cfgs = getattr(model, "init_cfg", None) or []
+    cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
+    return model._is_init or any(cfg["type"] in ("Pretrained", PretrainedInit) for cfg in cfgs)
+
+
+def _with_widths(arguments: dict[str, Any], sides: dict[str, tuple]) -> dict[str, Any]:
+    """The loss's arguments with the widths that are not among them; ``sides`` has :func:`feature_widths`'s."""
+    arguments = dict(arguments)
+    for side, described in sides.items():
+        name = f"{side}_channels"
+        if name not in arguments:
+            arguments[name] = feature_widths(*described, f"give their widths: loss=dict({name}=[...])")
+    return arguments

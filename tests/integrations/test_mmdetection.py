@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -187,3 +188,111 @@ def test_a_teachers_checkpoint_must_fit(tmp_path, teacher_ckpt):
     torch.save(dict(state_dict=state), tmp_path / "part.pth")
     with pytest.raises(RuntimeError, match="missing keys in source state_dict: bbox_head.retina_cls.bias"):
         detector(teacher_ckpt=str(tmp_path / "part.pth"))
+
+
+@pytest.fixture
+def checkpoint_of_teacher(teacher_ckpt):
+    return dict(type="Pretrained", checkpoint=teacher_ckpt)
+
+
+def test_a_teacher_without_trained_weights_is_warned_of(teacher_ckpt, checkpoint_of_teacher):
+    with pytest.warns(
+        UserWarning, match="without trained weights, .* give teacher_ckpt=..., or a teacher"
+    ):
+        detector()
+    pretrained = retinanet(34, 24) | dict(init_cfg=checkpoint_of_teacher)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the teacher")
+        detector(teacher_ckpt=teacher_ckpt)
+        detector(teacher=build(retinanet(34, 24)))
+        detector(teacher=pretrained)
+        detector(teacher=retinanet(34, 24) | dict(init_cfg=[checkpoint_of_teacher]))
+
+
+def test_a_teacher_of_another_class_than_mmengines(teacher_ckpt):
+    """It has no `is_init` of its own."""
+    teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=8, padding=1), torch.nn.Identity())
+    before = teacher[0].weight.clone()
+    model = detector(teacher=teacher, teacher_layers=["0"], student_levels=[0])
+    model.init_weights()
+    assert torch.equal(teacher[0].weight, before)
+
+
+def with_channels(channels: int, depth: int = 18) -> dict:
+    config = retinanet(depth)
+    config["backbone"]["in_channels"] = channels
+    config["data_preprocessor"] = dict(type="DetDataPreprocessor", pad_size_divisor=32)
+    return config
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels):
+    model = detector(student=with_channels(channels), teacher=with_channels(channels))
+    assert [level.student_channels for level in model.loss.levels] == [16] * 5
+    images = torch.randn(2, channels, 64, 64)
+    samples = batch(detector())["data_samples"]
+    assert TERMS < set(model(images, samples, mode="loss"))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_stem_that_makes_four_channels_of_one(channels):
+    from mmdet.models.backbones.csp_darknet import Focus
+
+    from fbkd_ops.integrations._blank_images import feature_widths
+
+    stem = Focus(channels, 8)
+    assert feature_widths(stem, "conv", None, "layers", "") == [8]
+
+
+def with_ssd_neck(depth: int) -> dict:
+    """A detector with the levels of SSD300, the last of which is there from 300 pixels on."""
+    neck = dict(type="SSDNeck", level_strides=(2, 2, 1, 1), level_paddings=(1, 1, 0, 0))
+    config = retinanet(depth)
+    config["backbone"]["out_indices"] = (1, 2)
+    config["neck"] = neck | dict(in_channels=(128, 256), out_channels=(128, 256, 64, 32, 32, 32))
+    return config
+
+
+def test_a_size_that_the_model_accepts():
+    model = detector(student=with_ssd_neck(18), teacher=with_ssd_neck(34))
+    assert [level.student_channels for level in model.loss.levels] == [128, 256, 64, 32, 32, 32]
+
+
+class FixedSize(torch.nn.Module):
+    """A backbone that takes no other images than of one size."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.stem = size, torch.nn.Conv2d(3, 8, 3, stride=8, padding=1)
+
+    def forward(self, images):
+        if images.shape[-1] != self.size:
+            raise AssertionError(f"images must have {self.size} pixels")
+        return [self.stem(images)]
+
+
+def test_widths_that_cannot_be_read_are_given():
+    student, teacher = (build(retinanet(18)) for _ in range(2))
+    student.backbone, student.neck = FixedSize(100), torch.nn.Identity()
+    message = (
+        "layers: RetinaNet takes no blank image of 3, 1 channels and 128 to 1024 pixels, .*"
+        r"AssertionError: images must have 100 pixels\); give their widths: loss=dict\(student_channels=\[...\]\)"
+    )
+    settings = dict(student=student, teacher=teacher, teacher_layers="backbone.conv1")
+    with pytest.raises(ValueError, match=message):
+        detector(**settings)
+    model = detector(**settings, loss=LOSS | dict(student_channels=[8]))
+    assert [(level.student_channels, level.teacher_channels) for level in model.loss.levels] == [(8, 64)]
+
+
+def test_modes_and_statistics_stay_as_they_are():
+    student = build(retinanet(18)).train()
+    student.backbone.layer1.eval()
+    modes = {name: module.training for name, module in student.named_modules()}
+    before = copy.deepcopy(student.state_dict())
+    from fbkd_ops.integrations._blank_images import feature_widths
+
+    assert feature_widths(student, "neck", None, "layers", "") == [16] * 5
+    assert {name: module.training for name, module in student.named_modules()} == modes
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())

@@ -1,0 +1,80 @@
+"""Widths of a model's features, read off a blank image."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..distiller import Levels, chosen_levels
+from ..feature_tap import FeatureTap, Layers
+
+__all__ = ["feature_widths", "image_channels"]
+
+# Pixels. Enough for a P7; a position embedding for classification; the last level of SSD300; backbones that are trained
+# with position embeddings for detection.
+SIZES = (128, 224, 384, 512, 1024)
+
+
+def feature_widths(model: nn.Module, layers: Layers, levels: Levels, name: str, remedy: str) -> list[int]:
+    """Return the channels of the features at ``layers``.
+
+    Args:
+        model: any model of one image tensor; its modes, buffers and parameters stay as they are.
+        layers: as for :class:`fbkd_ops.FeatureTap`.
+        levels: which of the features, and in what order; None for all.
+        name: what an error calls the layers.
+        remedy: what the error for a model that takes no blank image tells the user to do.
+
+    Raises:
+        ValueError: a model that takes no blank image, a module path that does not exist.
+        RuntimeError, TypeError: features that are not there after a forward, or are none.
+    """
+    tap = FeatureTap(model, layers, name=name, stop_when_complete=True)
+    tap.close()
+    with _eval_mode(model), torch.no_grad():
+        _run(model, tap, remedy)
+    features = chosen_levels(tap.features(), levels, f"{name}'s levels")
+    features = features.values() if isinstance(features, Mapping) else features
+    return [feature.shape[1] for feature in features]
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return the channels of the images that a model takes, as its first convolution says; 3 where it has none."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def _run(model: nn.Module, tap: FeatureTap, remedy: str) -> None:
+    """Run the first blank image that the model takes."""
+    first = image_channels(model)
+    channels = list(dict.fromkeys((first, 3, max(first // 4, 1))))  # a YOLOX stem makes four channels of one
+    refusal = None
+    for size, count in itertools.product(SIZES, channels):
+        try:
+            with tap:
+                model(_blank(model, count, size))
+            return
+        except Exception as error:  # models refuse images by errors of any type
+            refusal = refusal or error
+    raise ValueError(
+        f"{tap.name}: {type(model).__name__} takes no blank image of {', '.join(map(str, channels))} channels and "
+        f"{SIZES[0]} to {SIZES[-1]} pixels, off which the widths of its features are read ({type(refusal).__name__}: "
+        f"{refusal}); {remedy}"
+    ) from refusal
+
+
+def _blank(model: nn.Module, channels: int, size: int) -> Tensor:
+    like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
+    return torch.zeros(1, channels, size, size, dtype=like.dtype, device=like.device)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
