@@ -1,8 +1,9 @@
-"""Widths of a model's features, read off a blank image."""
+"""A model's features of a blank image, which tell their widths and sizes."""
 
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,15 @@ from torch import Tensor, nn
 from ..distiller import Levels, chosen_levels
 from ..feature_tap import FeatureTap, Layers
 
-__all__ = ["feature_widths", "image_channels"]
+__all__ = ["blank_image_features", "feature_widths", "image_channels"]
 
 # Pixels. Enough for a P7; a position embedding for classification; the last level of SSD300; backbones that are trained
 # with position embeddings for detection.
 SIZES = (128, 224, 384, 512, 1024)
 
 
-def feature_widths(model: nn.Module, layers: Layers, levels: Levels, name: str, remedy: str) -> list[int]:
-    """Return the channels of the features at ``layers``.
+def blank_image_features(model: nn.Module, layers: Layers, levels: Levels, name: str, remedy: str) -> list[Tensor]:
+    """Return the features ``(1, C, H, W)`` at ``layers`` for the first blank image that the model takes.
 
     Args:
         model: any model of one image tensor; its modes, buffers and parameters stay as they are.
@@ -36,8 +37,12 @@ def feature_widths(model: nn.Module, layers: Layers, levels: Levels, name: str, 
     with _eval_mode(model), torch.no_grad():
         _run(model, tap, remedy)
     features = chosen_levels(tap.features(), levels, f"{name}'s levels")
-    features = features.values() if isinstance(features, Mapping) else features
-    return [feature.shape[1] for feature in features]
+    return list(features.values() if isinstance(features, Mapping) else features)
+
+
+def feature_widths(*described: Any) -> list[int]:
+    """Return the channels of the features that :func:`blank_image_features` returns for the same arguments."""
+    return [feature.shape[1] for feature in blank_image_features(*described)]
 
 
 def image_channels(model: nn.Module) -> int:
@@ -59,7 +64,7 @@ def _run(model: nn.Module, tap: FeatureTap, remedy: str) -> None:
             refusal = refusal or error
     raise ValueError(
         f"{tap.name}: {type(model).__name__} takes no blank image of {', '.join(map(str, channels))} channels and "
-        f"{SIZES[0]} to {SIZES[-1]} pixels, off which the widths of its features are read ({type(refusal).__name__}: "
+        f"{SIZES[0]} to {SIZES[-1]} pixels, off which the shapes of its features are read ({type(refusal).__name__}: "
         f"{refusal}); {remedy}"
     ) from refusal
 

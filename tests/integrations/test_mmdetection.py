@@ -196,9 +196,7 @@ def checkpoint_of_teacher(teacher_ckpt):
 
 
 def test_a_teacher_without_trained_weights_is_warned_of(teacher_ckpt, checkpoint_of_teacher):
-    with pytest.warns(
-        UserWarning, match="without trained weights, .* give teacher_ckpt=..., or a teacher"
-    ):
+    with pytest.warns(UserWarning, match="without trained weights, .* give teacher_ckpt=..., or a teacher"):
         detector()
     pretrained = retinanet(34, 24) | dict(init_cfg=checkpoint_of_teacher)
     with warnings.catch_warnings():
