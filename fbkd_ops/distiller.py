@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._numerics import accumulation_dtype
 from ._validation import Features, is_int
 from .balance import BalanceReport, balance_report, is_sharded
+from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
 from .student_attributes import StudentAttributes
 
@@ -52,6 +53,8 @@ class Distiller(StudentAttributes, nn.Module):
     Attributes:
         student: the very module that came in.
         step: how many training forwards there were; it is kept in ``state_dict()``, and can be set.
+        accepts_loss_kwargs: False, so that Hugging Face's ``Trainer`` divides the whole loss by the number of
+            accumulated batches.
 
     Raises:
         TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range.
@@ -63,6 +66,10 @@ class Distiller(StudentAttributes, nn.Module):
         >>> losses = distiller(images, targets)  # the student's dict, with four more entries
         >>> sum(losses.values()).backward()
     """
+
+    # With True, Trainer passes `num_items_in_batch` and leaves the division to the model. The number of accumulated
+    # batches, by which the terms would have to be divided, is not among what it passes.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -103,6 +110,8 @@ class Distiller(StudentAttributes, nn.Module):
         self.combine = _added if combine is None else combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._terms: dict[str, Tensor] = {}
+        self.register_state_dict_post_hook(drop_shared_names)
+        self.register_load_state_dict_pre_hook(fit_names)
         self.student = student
 
     @property
@@ -261,7 +270,7 @@ class Distiller(StudentAttributes, nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
-        return torch.tensor(self._step)
+        return torch.tensor(self._step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ._validation import Features
 
-__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "kept_arguments", "unwrapped", "versions"]
+__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "kept_arguments", "unwrapped", "versions", "wrapping_path"]
 
 
 @dataclass(frozen=True)
@@ -336,13 +336,23 @@ def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside data parallelism, ``torch.compile`` and averaged copies."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
-            return model
+    while (name := _inner_name(model)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def wrapping_path(model: nn.Module) -> str:
+    """Where :func:`unwrapped` found the model, as the names of its parameters begin: ``"module._orig_mod."``."""
+    path = ""
+    while (name := _inner_name(model)) is not None:
+        path, model = f"{path}{name}.", getattr(model, name)
+    return path
+
+
+def _inner_name(model: nn.Module) -> Optional[str]:
+    if hasattr(model, "_orig_mod"):
+        return "_orig_mod"
+    return "module" if isinstance(model, _WRAPPERS) else None
 
 
 def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
@@ -350,6 +360,6 @@ def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
     wrapped, around = model, []
     while unwrapped(wrapped) is not wrapped:
         around.append(wrapped)
-        wrapped = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module
+        wrapped = getattr(wrapped, _inner_name(wrapped))
     around += list(_way(model, path, name))[:-1]
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)
