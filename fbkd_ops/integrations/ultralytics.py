@@ -102,7 +102,7 @@ class FBKDTrainer(DetectionTrainer):
     def setup_model(self) -> Any:
         checkpoint = super().setup_model()
         self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
-        self._teacher_channels = _checked_channels(self.teacher, self.data.get("channels", 3))
+        self._teacher_channels = _checked_channels(self.teacher, self.model)
         self.fbkd = FBKDLoss(*_widths(self.model, self.teacher), **self.loss_arguments).to(self.device)
         if self.resume:
             self._load_loss(Path(self.args.model).with_name(WEIGHTS))
@@ -222,12 +222,12 @@ def _model_of(teacher: Teacher) -> nn.Module:
     return model
 
 
-def _checked_channels(teacher: nn.Module, channels: int) -> int:
-    """The channels of the teacher's images, which must be those of the data, or three where these are grey."""
-    expected = image_channels(teacher)
-    if channels != expected and (channels, expected) != (1, 3):
-        raise ValueError(f"teacher must take images of {channels} channels, as the data have them, got {expected}")
-    return expected
+def _checked_channels(teacher: nn.Module, student: nn.Module) -> int:
+    """The channels of the teacher's images, which must be those of the student's, or three where these are grey."""
+    expected, channels = image_channels(student), image_channels(teacher)
+    if channels != expected and (channels, expected) != (3, 1):
+        raise ValueError(f"teacher must take images of {expected} channels, as the student does, got {channels}")
+    return channels
 
 
 def _widths(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
