@@ -24,9 +24,11 @@ class FBKDDetector(Distiller, BaseModel):
     """A detector of MMDetection that learns from a frozen one, for MMEngine's ``Runner``.
 
     In ``mode="loss"`` the student's losses come with four FBKD terms between the features of both; in every other mode
-    it is the student. Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy (``EMAHook`` makes
-    one) shares the teacher. ``revise_keys=[(r"^student\\.", "")]`` of MMEngine's ``load_checkpoint`` gives a plain
-    student. Both see the images as the student's data preprocessor leaves them.
+    it is the student. Names that it lacks are the student's, so that hooks find there what they look for
+    (``bbox_head``, ``set_epoch``). Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy
+    (``EMAHook`` makes one) shares the teacher. ``revise_keys=[(r"^student\\.", "")]`` of MMEngine's ``load_checkpoint``
+    gives a plain student; a plain detector's checkpoint in ``load_from`` goes into the student. Both see the images as
+    the student's data preprocessor leaves them.
 
     Args:
         student: config of a detector, or a built one; a built one keeps the weights that it has.
@@ -96,7 +98,7 @@ class FBKDDetector(Distiller, BaseModel):
         """The student's losses and the terms in ``mode="loss"``, in training; the student's output in any other mode.
 
         Args:
-            inputs: images ``(N, 3, H, W)``, preprocessed.
+            inputs: images ``(N, C, H, W)``, preprocessed.
             data_samples: their annotations.
             mode: ``"loss"``, ``"predict"`` or ``"tensor"``.
         """
@@ -107,7 +109,7 @@ class FBKDDetector(Distiller, BaseModel):
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""
         super().init_weights()
-        if not self.teacher._is_init:
+        if not getattr(self.teacher, "_is_init", True):
             self.teacher.init_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FBKDDetector":
@@ -130,7 +132,7 @@ def _has_weights(model: nn.Module) -> bool:
     """Whether a detector was built before, or loads whole weights as it is initialised."""
     cfgs = getattr(model, "init_cfg", None) or []
     cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
-    return model._is_init or any(cfg["type"] in ("Pretrained", PretrainedInit) for cfg in cfgs)
+    return getattr(model, "_is_init", False) or any(cfg["type"] in ("Pretrained", PretrainedInit) for cfg in cfgs)
 
 
 def _with_widths(arguments: dict[str, Any], sides: dict[str, tuple]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """FBKDDetector under MMEngine's Runner."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -56,14 +57,13 @@ def teacher_ckpt(framework, tmp_path_factory):
     return path
 
 
-def runner(folder, teacher_ckpt, **more):
+def runner(folder, teacher_ckpt, student=None, **more):
     from mmengine.runner import Runner
 
     import fbkd_ops.integrations.mmdet  # noqa: F401
 
-    model = dict(
-        type="FBKDDetector", student=retinanet(18), teacher=retinanet(34, 24), teacher_ckpt=teacher_ckpt, loss=LOSS
-    )
+    student, teacher = student or retinanet(18), retinanet(34, 24)
+    model = dict(type="FBKDDetector", student=student, teacher=teacher, teacher_ckpt=teacher_ckpt, loss=LOSS)
     return Runner(model=model, default_scope="mmdet", **training(folder, **more))
 
 
@@ -188,6 +188,87 @@ def test_a_teachers_checkpoint_must_fit(tmp_path, teacher_ckpt):
     torch.save(dict(state_dict=state), tmp_path / "part.pth")
     with pytest.raises(RuntimeError, match="missing keys in source state_dict: bbox_head.retina_cls.bias"):
         detector(teacher_ckpt=str(tmp_path / "part.pth"))
+
+
+@pytest.fixture
+def epoch_aware(framework):
+    """A detector that is told the epoch, as MMDetection's TOOD is."""
+    from mmdet.registry import MODELS
+
+    class EpochAware(framework.RetinaNet):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    MODELS.register_module(module=EpochAware)
+    yield retinanet(18) | dict(type="EpochAware")
+    MODELS.module_dict.pop("EpochAware")
+
+
+HOOKS = [
+    dict(type="SetEpochInfoHook"),
+    dict(type="YOLOXModeSwitchHook", num_last_epochs=1),
+    dict(type="NumClassCheckHook"),
+    dict(type="CheckInvalidLossHook", interval=1),
+    dict(type="SyncNormHook"),
+    dict(type="SyncBuffersHook"),
+    dict(type="EmptyCacheHook"),
+    dict(type="EMAHook", ema_type="ExpMomentumEMA", update_buffers=True),
+]
+
+
+def test_hooks_and_options_of_the_runner_reach_the_student(tmp_path, teacher_ckpt, epoch_aware):
+    options = dict(activation_checkpointing=["backbone.layer1"], efficient_conv_bn_eval=["backbone"])
+    run = runner(tmp_path, teacher_ckpt, epoch_aware, custom_hooks=HOOKS, cfg=options)
+    run.train()
+    student = run.model.student
+    assert student.epoch == 1
+    assert student.bbox_head.use_l1
+    assert "forward" in vars(student.backbone.layer1)  # wrapped by the checkpointing
+    assert not {"epoch", "bbox_head"} & set(vars(run.model))
+    (averaged,) = [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
+    assert averaged.bbox_head is averaged.student.bbox_head is not student.bbox_head
+
+
+def test_names_of_the_student():
+    model = detector()
+    student = model.student
+    assert model.bbox_head is student.bbox_head
+    assert model.with_neck and not model.with_mask
+    assert model.extract_feat.__self__ is student
+    assert model.loss is not student.loss and model.data_preprocessor is student.data_preprocessor
+    assert not hasattr(model, "set_epoch")
+    student.note = 1
+    model.note, model.own = 2, 3
+    assert student.note == 2 and not hasattr(student, "own") and "note" not in vars(model)
+    del model.note
+    assert not hasattr(student, "note")
+    with pytest.raises(AttributeError, match="'FBKDDetector' object has no attribute 'nothing', nor has its student"):
+        model.nothing
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.bbox_head is copied.student.bbox_head is not student.bbox_head
+
+
+@pytest.mark.parametrize("with_average", [False, True])
+def test_a_plain_detectors_checkpoint_lands_in_the_student(tmp_path, teacher_ckpt, with_average):
+    plain = randomise(build(retinanet(18)), seed=1).state_dict()
+    torch.save(dict(state_dict=plain), tmp_path / "plain.pth")
+    hooks = [dict(type="EMAHook")] if with_average else []
+    run = runner(tmp_path, teacher_ckpt, load_from=str(tmp_path / "plain.pth"), custom_hooks=hooks)
+    models = [run.model]
+    if with_average:
+        run.call_hook("before_run")
+        models += [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
+        assert len(models) == 2
+    run.load_or_resume()
+    for model in models:
+        assert all(torch.equal(value, plain[key]) for key, value in model.student.state_dict().items())
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path, teacher_ckpt):
+    torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "foreign.pth")
+    run = runner(tmp_path, teacher_ckpt, load_from=str(tmp_path / "foreign.pth"))
+    with pytest.raises(RuntimeError, match="neither a FBKDDetector's, .* nor its student's"):
+        run.load_or_resume()
 
 
 @pytest.fixture
