@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._numerics import accumulation_dtype
-from ._validation import Features, is_int
+from ._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
+from ._watch import BackwardWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
 from .student_attributes import StudentAttributes
+from .student_losses import TOTALS, Total, add_terms, is_scalar
 
 __all__ = ["Distiller", "Levels", "chosen_levels"]
 
@@ -30,8 +32,8 @@ class Distiller(StudentAttributes, nn.Module):
     the student's (:class:`fbkd_ops.student_attributes.StudentAttributes`), so hooks find there what they look for.
 
     Args:
-        student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object whose
-            ``loss`` is one (Hugging Face).
+        student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object or
+            dict whose ``loss`` is one (Hugging Face).
         teacher: a trained detector.
         loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars.
         student_layers: where the features are: a module path or :class:`fbkd_ops.Layer` that gives a tensor, list,
@@ -47,6 +49,9 @@ class Distiller(StudentAttributes, nn.Module):
         start_step, stop_step: the training steps, counted from 0, from which on and before which the terms are added.
             Outside of them the teacher does not run and the terms are 0.
         warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to 1.
+        total: the entry of a dict, or attribute of an object, that is the sum of all losses; the terms are added to it
+            and are no entries of their own. By default ``"loss"`` or, without that, ``"total_loss"``, where it is a
+            scalar with a gradient; None: there is none, and every entry is a loss.
         combine: makes what a training step returns of the student's output and the dict of terms, where the student
             returns its losses in another form.
 
@@ -86,13 +91,14 @@ class Distiller(StudentAttributes, nn.Module):
         start_step: int = 0,
         stop_step: Optional[int] = None,
         warmup_steps: int = 0,
+        total: Total = TOTALS,
         combine: Optional[Callable[[Any, dict[str, Tensor]], Any]] = None,
     ):
         super().__init__()
         _check_modules(student, teacher, loss)
         _check_steps(start_step, stop_step, warmup_steps)
-        _check_levels(student_levels, "student_levels")
-        _check_levels(teacher_levels, "teacher_levels")
+        if combine is not None:
+            check_callable(combine, "combine")
         # The student's place in parameters(). It comes last itself: names that are assigned after it may be its own.
         self.register_module("student", None)
         self.loss = loss
@@ -103,12 +109,16 @@ class Distiller(StudentAttributes, nn.Module):
         self._teacher_tap = _closed_tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
         self._teacher_entry, self._entry_tap = teacher_entry, None
         if teacher_entry is not None:
+            check_text(teacher_entry, "teacher_entry")
             find_module(teacher, teacher_entry, "teacher_entry")
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
-        self.student_levels, self.teacher_levels, self.resize = student_levels, teacher_levels, resize
+        self.student_levels = _checked_levels(student_levels, "student_levels")
+        self.teacher_levels = _checked_levels(teacher_levels, "teacher_levels")
+        self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
-        self.combine = _added if combine is None else combine
+        self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
+        self._backward_watch = BackwardWatch()
         self._terms: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
@@ -142,15 +152,17 @@ class Distiller(StudentAttributes, nn.Module):
 
         Returns:
             In training: the student's dict or list of losses with the terms as further entries, its scalar loss plus
-            the sum of the terms, its output with that sum added to ``output.loss``, or what ``combine`` makes of it.
+            the sum of the terms, its output with that sum added to ``total`` (or in its place, where that is None: the
+            images have no labels), or what ``combine`` makes of it.
 
         Raises:
             RuntimeError: a tapped module that was not called, or called more than once.
-            TypeError: a student that returns its losses in another form in training.
+            TypeError: a student that returns no loss, or its losses in another form, in training.
             ValueError: features that do not fit the loss or each other, a term that the student has already.
 
         Warns:
-            UserWarning: once each, if somebody put the teacher into training mode, or left the student in eval mode.
+            UserWarning: once each, if somebody put the teacher into training mode or left the student in eval mode, or
+                if no backward pass of the terms came in ten training forwards.
         """
         if not self.training:
             return self.student(*args, **kwargs)
@@ -168,7 +180,10 @@ class Distiller(StudentAttributes, nn.Module):
                 terms = {name: weight * term for name, term in terms.items()}
         self._step += 1
         self._terms = {name: term.detach() for name, term in terms.items()}
-        return self.combine(output, terms)
+        self._backward_watch.see(terms)
+        if self.combine is not None:
+            return self.combine(output, terms)
+        return add_terms(output, terms, self.total)
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
         """The student's output, and the features of the student and the teacher as they go into the loss.
@@ -300,13 +315,32 @@ def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
 
-def _check_levels(levels: Any, name: str) -> None:
-    if levels is not None and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+def _checked_levels(levels: Any, name: str) -> Levels:
+    """The levels as a list of Python's own integers, or keys."""
+    if levels is None:
+        return None
+    if not is_list(levels):
         raise TypeError(f"{name} must be a list of indices or keys, got {levels!r}")
+    chosen = as_list(levels, "a list of indices or keys", name)
+    for level in chosen:
+        if isinstance(level, (bool, float)) or not isinstance(level, Hashable):
+            raise TypeError(f"{name} must be a list of indices or keys, got {level!r} in it")
+    if not chosen:
+        raise ValueError(f"{name} is empty, expected at least one index or key")
+    return [int(level) if is_int(level) else level for level in chosen]
+
+
+def _checked_total(total: Any) -> Total:
+    if total is None or isinstance(total, str):
+        return total
+    names = as_list(total, "the name of an entry, a list of names, or None", "total")
+    for name in names:
+        check_text(name, "total")
+    return tuple(names)
 
 
 def _checked_terms(terms: Any) -> dict[str, Tensor]:
-    if not isinstance(terms, Mapping) or not all(map(_is_scalar, terms.values())):
+    if not isinstance(terms, Mapping) or not all(map(is_scalar, terms.values())):
         raise TypeError(f"loss must return a dict of scalar tensors, got {type(terms).__name__}")
     return dict(terms)
 
@@ -354,28 +388,3 @@ def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
         return teacher
     wide = teacher.to(accumulation_dtype(teacher))
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
-
-
-def _added(losses: Any, terms: dict[str, Tensor]) -> Any:
-    """The student's losses with ``terms`` added, in the form the losses came in."""
-    if _is_scalar(getattr(losses, "loss", None)) and not isinstance(losses, tuple):
-        losses.loss = losses.loss + sum(terms.values())
-        return losses
-    if isinstance(losses, dict):
-        taken = sorted(set(losses) & set(terms))
-        if taken:
-            raise ValueError(f"the student's losses already have {', '.join(map(repr, taken))}")
-        return {**losses, **terms}
-    if isinstance(losses, list) and losses and all(map(_is_scalar, losses)):
-        return [*losses, *terms.values()]
-    if _is_scalar(losses):
-        return losses + sum(terms.values())
-    raise TypeError(
-        "the student must return a dict or list of losses, a scalar tensor, or an object whose loss is one, in "
-        f"training, got {type(losses).__name__}{tuple(losses.shape) if isinstance(losses, Tensor) else ''}; "
-        "Distiller(..., combine=...) adds the terms to anything else"
-    )
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0
