@@ -18,7 +18,7 @@ from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments,
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar
 
-__all__ = ["Distiller", "Levels", "chosen_levels"]
+__all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
 Levels = Optional[Sequence[Any]]
 
@@ -112,8 +112,8 @@ class Distiller(StudentAttributes, nn.Module):
             check_text(teacher_entry, "teacher_entry")
             find_module(teacher, teacher_entry, "teacher_entry")
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
-        self.student_levels = _checked_levels(student_levels, "student_levels")
-        self.teacher_levels = _checked_levels(teacher_levels, "teacher_levels")
+        self.student_levels = checked_levels(student_levels, "student_levels")
+        self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
         self.total, self.combine = _checked_total(total), combine
@@ -315,7 +315,7 @@ def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
 
-def _checked_levels(levels: Any, name: str) -> Levels:
+def checked_levels(levels: Any, name: str) -> Levels:
     """The levels as a list of Python's own integers, or keys."""
     if levels is None:
         return None

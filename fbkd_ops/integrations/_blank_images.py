@@ -2,29 +2,27 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..distiller import Levels, chosen_levels
+from .._validation import Features
 from ..feature_tap import FeatureTap, Layers
 
-__all__ = ["blank_image_features", "feature_widths", "image_channels"]
+__all__ = ["blank_image_features", "image_channels"]
 
 # Pixels. Enough for a P7; a position embedding for classification; the last level of SSD300; backbones that are trained
 # with position embeddings for detection.
 SIZES = (128, 224, 384, 512, 1024)
 
 
-def blank_image_features(model: nn.Module, layers: Layers, levels: Levels, name: str, remedy: str) -> list[Tensor]:
-    """Return the features ``(1, C, H, W)`` at ``layers`` for the first blank image that the model takes.
+def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: str) -> Features:
+    """Return the features at ``layers``, maps of ``(1, C, H, W)``, for the first blank image that the model takes.
 
     Args:
         model: any model of one image tensor; its modes, buffers and parameters stay as they are.
         layers: as for :class:`fbkd_ops.FeatureTap`.
-        levels: which of the features, and in what order; None for all.
         name: what an error calls the layers.
         remedy: what the error for a model that takes no blank image tells the user to do.
 
@@ -36,13 +34,7 @@ def blank_image_features(model: nn.Module, layers: Layers, levels: Levels, name:
     tap.close()
     with _eval_mode(model), torch.no_grad():
         _run(model, tap, remedy)
-    features = chosen_levels(tap.features(), levels, f"{name}'s levels")
-    return list(features.values() if isinstance(features, Mapping) else features)
-
-
-def feature_widths(*described: Any) -> list[int]:
-    """Return the channels of the features that :func:`blank_image_features` returns for the same arguments."""
-    return [feature.shape[1] for feature in blank_image_features(*described)]
+    return tap.features()
 
 
 def image_channels(model: nn.Module) -> int:

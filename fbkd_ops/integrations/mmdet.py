@@ -2,17 +2,19 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any, Optional, Union
 
-from mmdet.registry import MODELS
+from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
+from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
-from ..distiller import Distiller
+from ..distiller import Distiller, Levels, checked_levels, chosen_levels
 from ..feature_tap import Layers
 from ..loss import FBKDLoss
-from ._blank_images import feature_widths
+from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
 
@@ -41,7 +43,8 @@ class FBKDDetector(Distiller, BaseModel):
             neck's outputs by default.
         data_preprocessor: the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
-            ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps``.
+            ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps`` and
+            ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
@@ -85,13 +88,17 @@ class FBKDDetector(Distiller, BaseModel):
                 "head: give teacher_ckpt=..., or a teacher that is built and has its weights"
             )
         teacher.requires_grad_(False)
-        teacher_layers = settings.pop("teacher_layers", layers)
-        sides = {
-            "student": (student, layers, settings.get("student_levels"), "layers"),
-            "teacher": (teacher, teacher_layers, settings.get("teacher_levels"), "teacher_layers"),
-        }
-        loss = FBKDLoss(**_with_widths(loss or {}, sides))
-        super().__init__(student, teacher, loss, student_layers=layers, teacher_layers=teacher_layers, **settings)
+        settings = {"total": None, "teacher_layers": None, "student_levels": None, "teacher_levels": None} | settings
+        if settings["teacher_layers"] is None:
+            settings["teacher_layers"] = layers
+        loss = dict(loss or {})
+        if "student_channels" not in loss:
+            loss["student_channels"] = _widths(student, layers, settings["student_levels"], "student")
+        if "teacher_channels" not in loss:
+            loss["teacher_channels"] = _widths(
+                teacher, settings["teacher_layers"], settings["teacher_levels"], "teacher"
+            )
+        super().__init__(student, teacher, FBKDLoss(**loss), student_layers=layers, **settings)
         self.data_preprocessor = _built(data_preprocessor) if data_preprocessor else student.data_preprocessor
 
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = "tensor") -> Any:
@@ -120,6 +127,23 @@ class FBKDDetector(Distiller, BaseModel):
         return made
 
 
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=LearningRateDecayOptimizerConstructor.__name__, force=True)
+class StudentLearningRateDecay(LearningRateDecayOptimizerConstructor):
+    """MMDetection's learning rates by layer, under its name, which know a layer by ``backbone.`` before its parameters.
+
+    Of a :class:`FBKDDetector` they are the student's, and the loss's layers have the full rate. Otherwise every layer
+    of ``student.backbone`` would be taken for a head's. Other models are treated as by MMDetection.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+        if not isinstance(module, FBKDDetector):
+            super().add_params(params, module, **kwargs)
+            return
+        super().add_params(params, module.student, **kwargs)
+        learned = {f"loss.{name}": each for name, each in module.loss.named_parameters() if each.requires_grad}
+        params.append(dict(params=list(learned.values()), param_names=list(learned)))
+
+
 def _built(model: Model) -> nn.Module:
     """A built one is marked as having its weights, which ``init_weights`` leaves alone then."""
     if isinstance(model, dict):
@@ -135,11 +159,10 @@ def _has_weights(model: nn.Module) -> bool:
     return getattr(model, "_is_init", False) or any(cfg["type"] in ("Pretrained", PretrainedInit) for cfg in cfgs)
 
 
-def _with_widths(arguments: dict[str, Any], sides: dict[str, tuple]) -> dict[str, Any]:
-    """The loss's arguments with the widths that are not among them; ``sides`` has :func:`feature_widths`'s."""
-    arguments = dict(arguments)
-    for side, described in sides.items():
-        name = f"{side}_channels"
-        if name not in arguments:
-            arguments[name] = feature_widths(*described, f"give their widths: loss=dict({name}=[...])")
-    return arguments
+def _widths(model: nn.Module, layers: Layers, levels: Levels, side: str) -> list[int]:
+    """Channels of the features of a blank image."""
+    remedy = f"give their widths: loss=dict({side}_channels=[...])"
+    levels = checked_levels(levels, f"{side}_levels")
+    features = blank_image_features(model, layers, "layers" if side == "student" else "teacher_layers", remedy)
+    features = chosen_levels(features, levels, f"{side}_levels")
+    return [feature.shape[1] for feature in (features.values() if isinstance(features, Mapping) else features)]

@@ -234,7 +234,7 @@ def _widths(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
     """Channels of the maps that each side's head is given."""
     remedy = "FBKDTrainer needs a detector that takes images alone"
     sides = [
-        blank_image_features(model, HEAD_INPUTS, None, name, remedy)
+        blank_image_features(model, HEAD_INPUTS, name, remedy)
         for name, model in (("student", student), ("teacher", teacher))
     ]
     sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides]

@@ -149,7 +149,8 @@ def test_the_averaged_copy_of_emahook_shares_the_teacher(tmp_path, teacher_ckpt,
     assert torch.equal(checkpoint["state_dict"][key], averaged.state_dict()[key])
     assert not torch.equal(checkpoint["state_dict"][key], run.model.state_dict()[key])
     averaged.train()
-    assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
+    with torch.no_grad():  # as its parameters have no gradient
+        assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
 
 
 def test_other_modes_are_the_students():
@@ -227,6 +228,50 @@ def test_hooks_and_options_of_the_runner_reach_the_student(tmp_path, teacher_ckp
     assert not {"epoch", "bbox_head"} & set(vars(run.model))
     (averaged,) = [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
     assert averaged.bbox_head is averaged.student.bbox_head is not student.bbox_head
+
+
+class ConvNeXt(torch.nn.Module):
+    """What the learning rates by layer know of the backbone of this name."""
+
+    def __init__(self):
+        super().__init__()
+        self.downsample_layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 64, 3, stride=4, padding=1)])
+        self.stages = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Conv2d(64, 512, 3, stride=8, padding=1)])])
+
+    def forward(self, images):
+        x = self.downsample_layers[0](images)
+        return [x, x[:, :1].expand(-1, 128, -1, -1), x[:, :1].expand(-1, 256, -1, -1), self.stages[0][0](x)]
+
+
+def test_learning_rates_by_layer_are_the_students(framework):
+    from mmengine.optim import build_optim_wrapper
+
+    student = build(retinanet(18))
+    student.backbone = ConvNeXt()
+    model = detector(student=student)
+    decay = dict(decay_rate=0.5, decay_type="layer_wise", num_layers=6)
+    config = dict(
+        optimizer=dict(type="SGD", lr=0.1), constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=decay
+    )
+    rates, expected = (
+        {
+            id(parameter): group["lr"]
+            for group in build_optim_wrapper(each, copy.deepcopy(config)).optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for each in (model, student)
+    )
+    assert len(set(expected.values())) == 3
+    assert expected == {id(each): rates[id(each)] for each in student.parameters() if each.requires_grad}
+    assert all(rates[id(each)] == 0.1 for each in model.loss.parameters())
+
+
+def test_a_loss_entry_is_no_total_for_mmengine():
+    """It adds up every entry with "loss" in its name."""
+    model = detector()
+    data = batch(model)
+    model.student.forward = lambda inputs, samples, mode: {"loss": model.student.extract_feat(inputs)[0].mean()}
+    assert set(model(**data, mode="loss")) == {"loss", *TERMS}
 
 
 def test_names_of_the_student():
@@ -317,10 +362,10 @@ def test_images_of_other_channels(channels):
 def test_a_stem_that_makes_four_channels_of_one(channels):
     from mmdet.models.backbones.csp_darknet import Focus
 
-    from fbkd_ops.integrations._blank_images import feature_widths
+    from fbkd_ops.integrations._blank_images import blank_image_features
 
-    stem = Focus(channels, 8)
-    assert feature_widths(stem, "conv", None, "layers", "") == [8]
+    (feature,) = blank_image_features(Focus(channels, 8), "conv", "layers", "")
+    assert feature.shape[1] == 8
 
 
 def with_ssd_neck(depth: int) -> dict:
@@ -364,14 +409,28 @@ def test_widths_that_cannot_be_read_are_given():
     assert [(level.student_channels, level.teacher_channels) for level in model.loss.levels] == [(8, 64)]
 
 
+@pytest.mark.parametrize(
+    "settings,error,message",
+    [
+        (dict(student_levels=3), TypeError, "student_levels must be a list of indices or keys, got 3"),
+        (dict(teacher_levels=[0.0]), TypeError, "teacher_levels must be a list of indices or keys, got 0.0 in it"),
+        (dict(student_levels=[7]), ValueError, "student_levels names a level 7, but the features have 5 levels"),
+        (dict(teacher_layers="roi_head"), ValueError, "teacher_layers: RetinaNet has no module 'roi_head'"),
+    ],
+)
+def test_levels_and_layers_are_checked(settings, error, message):
+    with pytest.raises(error, match=message):
+        detector(**settings)
+
+
 def test_modes_and_statistics_stay_as_they_are():
+    from fbkd_ops.integrations._blank_images import blank_image_features
+
     student = build(retinanet(18)).train()
     student.backbone.layer1.eval()
     modes = {name: module.training for name, module in student.named_modules()}
     before = copy.deepcopy(student.state_dict())
-    from fbkd_ops.integrations._blank_images import feature_widths
-
-    assert feature_widths(student, "neck", None, "layers", "") == [16] * 5
+    blank_image_features(student, "neck", "layers", "")
     assert {name: module.training for name, module in student.named_modules()} == modes
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
