@@ -68,7 +68,7 @@ def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list
     return BalanceReport(
         [_row(name, value, shared) for name, value in own.items()],
         [_row(name, value, shared) for name, value in terms.items()],
-        _row("all own losses", sum(own.values(), torch.zeros(())), shared),
+        _row("all own losses", sum(own.values(), torch.zeros((), device="cpu")), shared),
         _row("all distillation terms", total, shared),
     )
 

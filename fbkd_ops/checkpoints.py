@@ -3,10 +3,10 @@
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .feature_tap import unwrapped, wrapping_path
+from .pairing import memory
 
 __all__ = ["drop_shared_names", "fit_names"]
 
@@ -64,7 +64,7 @@ def _shared_names(module: nn.Module) -> list[list[str]]:
     """The names of each tensor that a module has under several names, in the order of its ``state_dict()``."""
     names: dict[Hashable, list[str]] = {}
     for name, tensor in _named_tensors(module):
-        names.setdefault(_memory(tensor), []).append(name)
+        names.setdefault(memory(tensor), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
@@ -74,11 +74,3 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is not None and name not in part._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, tensor
-
-
-def _memory(tensor: Tensor) -> Hashable:
-    """Equal for tensors that are the same numbers in memory; where memory cannot be seen, for the same object."""
-    has_memory = not tensor.is_meta and tensor.layout is torch.strided and tensor.numel() > 0
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not has_memory:
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,18 @@ from ._validation import Features, as_list, check_callable, check_flag, check_te
 from ._watch import BackwardWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
-from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
+from .feature_tap import (
+    FeatureTap,
+    Layer,
+    Layers,
+    OutputTap,
+    find_module,
+    is_output,
+    kept_arguments,
+    unwrapped,
+    versions,
+)
+from .pairing import check_apart, check_exported_mode, check_same_images, put_teacher_into_eval_mode, training_modules
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar
 
@@ -62,7 +73,9 @@ class Distiller(StudentAttributes, nn.Module):
             accumulated batches.
 
     Raises:
-        TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range.
+        TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range, a
+            student and a teacher that share parameters or buffers, or that resize their images to different sizes by
+            themselves without a ``teacher_entry``.
 
     Example:
         >>> loss = FBKDLoss(256, num_levels=5)
@@ -96,6 +109,8 @@ class Distiller(StudentAttributes, nn.Module):
     ):
         super().__init__()
         _check_modules(student, teacher, loss)
+        check_apart(student, teacher)
+        check_exported_mode(teacher)
         _check_steps(start_step, stop_step, warmup_steps)
         if combine is not None:
             check_callable(combine, "combine")
@@ -103,14 +118,15 @@ class Distiller(StudentAttributes, nn.Module):
         self.register_module("student", None)
         self.loss = loss
         # In a tuple, so that nn.Module does not register the teacher.
-        self._unregistered_teacher = (teacher.eval(),)
+        self._unregistered_teacher = (teacher,)
         self._student_tap = _closed_tap(student, student_layers, "student_layers")
         teacher_layers = student_layers if teacher_layers is None else teacher_layers
         self._teacher_tap = _closed_tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
         self._teacher_entry, self._entry_tap = teacher_entry, None
-        if teacher_entry is not None:
-            check_text(teacher_entry, "teacher_entry")
-            find_module(teacher, teacher_entry, "teacher_entry")
+        if teacher_entry is None:
+            check_same_images(student, teacher)
+        else:
+            _check_entry(teacher, teacher_entry, teacher_layers)
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
@@ -123,6 +139,8 @@ class Distiller(StudentAttributes, nn.Module):
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
         self.student = student
+        for module in put_teacher_into_eval_mode(student, teacher):
+            module.training = True
 
     @property
     def teacher(self) -> nn.Module:
@@ -197,7 +215,7 @@ class Distiller(StudentAttributes, nn.Module):
         given = kept_arguments(args, kwargs)
         before = versions(given)
         output = self._run_student(args, kwargs)
-        student_features = chosen_levels(self._student_tap.features(), self.student_levels, "student_levels")
+        student_features = chosen_levels(self._student_tap.features_of(output), self.student_levels, "student_levels")
         if self._entry_tap is not None:
             (given,) = self._entry_tap.caught()
         elif versions(given) != before:
@@ -219,21 +237,28 @@ class Distiller(StudentAttributes, nn.Module):
         module = self.teacher
         if self._teacher_entry is not None:
             module = find_module(module, self._teacher_entry, "teacher_entry")
-        self._check_teacher_mode()
-        with torch.no_grad(), self._teacher_tap:
-            module(*args, **kwargs)
-        return self._teacher_tap.features()
+        output, shared = None, self._teacher_in_eval_mode()
+        try:
+            with torch.no_grad(), self._teacher_tap:
+                output = module(*args, **kwargs)
+        finally:
+            for each in shared:  # the student's backward pass may call them again
+                each.training = True
+        return self._teacher_tap.features_of(output)
 
-    def _check_teacher_mode(self) -> None:
-        if not any(module.training for module in self.teacher.modules()):
-            return
-        if not self._warned_of_training:
+    def _teacher_in_eval_mode(self) -> list[nn.Module]:
+        """Put the teacher into eval mode; return the modules that the student has in training mode too."""
+        training = training_modules(self.teacher)
+        if not training:
+            return []
+        shared = put_teacher_into_eval_mode(self.student, self.teacher)
+        if len(shared) < len(training) and not self._warned_of_training:
             self._warned_of_training = True
             warnings.warn(
                 "the teacher was in training mode, in which its BatchNorm statistics would change and its dropout be "
                 "active; the distiller put it back into eval mode (said once)"
             )
-        self.teacher.eval()
+        return shared
 
     def _check_student_mode(self) -> None:
         if self.student.training or self._warned_of_eval:
@@ -248,7 +273,8 @@ class Distiller(StudentAttributes, nn.Module):
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
         names = list(self._terms) or getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
         used = [_local(parameter).sum() for parameter in self.loss.parameters() if parameter.requires_grad]
-        zero = 0 * sum(used, torch.zeros(()))
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        zero = 0 * sum(used, torch.zeros((), device=device))
         return {name: zero for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -295,8 +321,12 @@ class Distiller(StudentAttributes, nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap:
+def _closed_tap(
+    model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False
+) -> Union[FeatureTap, OutputTap]:
     """A tap that is on its model during a step only, so that models are copied and saved without it."""
+    if is_output(layers):
+        return OutputTap(layers, name)
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
     tap.close()
     return tap
@@ -343,6 +373,16 @@ def _checked_terms(terms: Any) -> dict[str, Tensor]:
     if not isinstance(terms, Mapping) or not all(map(is_scalar, terms.values())):
         raise TypeError(f"loss must return a dict of scalar tensors, got {type(terms).__name__}")
     return dict(terms)
+
+
+def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
+    check_text(entry, "teacher_entry")
+    find_module(teacher, entry, "teacher_entry")
+    if entry and is_output(layers):
+        raise ValueError(
+            f"teacher_layers reads the teacher's output, but with teacher_entry {entry!r} only that module runs: give "
+            "teacher_layers as paths, or no teacher_entry"
+        )
 
 
 def _check_steps(start_step: int, stop_step: Optional[int], warmup_steps: int) -> None:

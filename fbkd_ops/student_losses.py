@@ -172,4 +172,6 @@ def _description(value: Any) -> str:
 
 def _sum(value: Any) -> Tensor:
     """MMDetection has lists of losses, one per level."""
-    return sum((part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros(()))
+    return sum(
+        (part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros((), device="cpu")
+    )
