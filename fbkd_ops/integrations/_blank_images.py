@@ -3,12 +3,13 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
 
 from .._validation import Features
-from ..feature_tap import FeatureTap, Layers
+from ..feature_tap import FeatureTap, Layers, OutputTap, is_output
 
 __all__ = ["blank_image_features", "image_channels"]
 
@@ -30,11 +31,14 @@ def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: st
         ValueError: a model that takes no blank image, a module path that does not exist.
         RuntimeError, TypeError: features that are not there after a forward, or are none.
     """
-    tap = FeatureTap(model, layers, name=name, stop_when_complete=True)
-    tap.close()
+    if is_output(layers):
+        tap = OutputTap(layers, name)
+    else:
+        tap = FeatureTap(model, layers, name=name, stop_when_complete=True)
+        tap.close()
     with _eval_mode(model), torch.no_grad():
-        _run(model, tap, remedy)
-    return tap.features()
+        output = _run(model, tap, remedy)
+    return tap.features_of(output)
 
 
 def image_channels(model: nn.Module) -> int:
@@ -42,16 +46,16 @@ def image_channels(model: nn.Module) -> int:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
-def _run(model: nn.Module, tap: FeatureTap, remedy: str) -> None:
-    """Run the first blank image that the model takes."""
+def _run(model: nn.Module, tap: Union[FeatureTap, OutputTap], remedy: str) -> Any:
+    """Run the first blank image that the model takes; None where the tap ended the run, else the output."""
     first = image_channels(model)
     channels = list(dict.fromkeys((first, 3, max(first // 4, 1))))  # a YOLOX stem makes four channels of one
-    refusal = None
+    output = refusal = None
     for size, count in itertools.product(SIZES, channels):
         try:
             with tap:
-                model(_blank(model, count, size))
-            return
+                output = model(_blank(model, count, size))
+            return output
         except Exception as error:  # models refuse images by errors of any type
             refusal = refusal or error
     raise ValueError(

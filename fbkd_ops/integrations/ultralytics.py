@@ -14,6 +14,7 @@ from ultralytics.utils import RANK
 
 from ..feature_tap import FeatureTap, Layer, unwrapped
 from ..loss import FBKDLoss
+from ..pairing import check_apart
 from ._blank_images import blank_image_features, image_channels
 
 __all__ = ["FBKDTrainer"]
@@ -65,7 +66,7 @@ class FBKDTrainer(DetectionTrainer):
         TypeError: a teacher of another type, an exported one, one whose last module is no head; a student whose head is
             no ``Detect``.
         ValueError: another task than detection, Ultralytics' own ``distill_model=`` besides, a teacher of other maps
-            or of images with other channels.
+            or of images with other channels, or one that shares parameters with the student.
         FileNotFoundError: a run to be resumed whose ``fbkd.pt`` is gone.
 
     Warns:
@@ -102,6 +103,7 @@ class FBKDTrainer(DetectionTrainer):
     def setup_model(self) -> Any:
         checkpoint = super().setup_model()
         self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
+        check_apart(unwrapped(self.model), unwrapped(self.teacher))
         self._teacher_channels = _checked_channels(self.teacher, self.model)
         self.fbkd = FBKDLoss(*_widths(self.model, self.teacher), **self.loss_arguments).to(self.device)
         if self.resume:

@@ -342,6 +342,14 @@ def test_a_teacher_of_another_class_than_mmengines(teacher_ckpt):
     assert torch.equal(teacher[0].weight, before)
 
 
+def test_features_in_the_output_of_a_model_without_hooks():
+    from fbkd_ops.integrations._blank_images import blank_image_features
+
+    traced = torch.jit.trace(torch.nn.Conv2d(3, 8, 3, stride=8, padding=1), torch.zeros(1, 3, 64, 64))
+    (feature,) = blank_image_features(traced, lambda output: [output], "teacher_layers", "")
+    assert feature.shape[1] == 8
+
+
 def with_channels(channels: int, depth: int = 18) -> dict:
     config = retinanet(depth)
     config["backbone"]["in_channels"] = channels

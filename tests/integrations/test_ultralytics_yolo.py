@@ -328,6 +328,19 @@ def test_other_teachers_are_refused(data, tmp_path):
             train("yolov8n.yaml", data, tmp_path, teacher=teacher)
 
 
+def test_the_student_is_no_teacher_of_its_own(data, tmp_path):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    model = YOLO("yolov8n.yaml").model
+    overrides = dict(SETTINGS, data=data, model="yolov8n.yaml", project=str(tmp_path))
+    trainer = FBKDTrainer(teacher=model, overrides=overrides)
+    trainer.model = model
+    with pytest.raises(ValueError, match="student and teacher share the module"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify"])
 def test_other_tasks_are_refused(data, tmp_path, task):
     suffix = {"segment": "seg", "classify": "cls"}.get(task, task)
