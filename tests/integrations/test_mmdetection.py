@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +292,12 @@ def test_names_of_the_student():
         model.nothing
     copied = pickle.loads(pickle.dumps(model))
     assert copied.bbox_head is copied.student.bbox_head is not student.bbox_head
+
+
+def test_names_that_stay_the_detectors_are_documented():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    names = {name for name in dir(detector()) if not name.startswith("_")} - set(dir(torch.nn.Module()))
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 @pytest.mark.parametrize("with_average", [False, True])
