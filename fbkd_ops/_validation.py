@@ -3,7 +3,7 @@
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -13,10 +13,13 @@ from ._batch_norm import is_frozen
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
+    "as_list",
     "check_attention_pools",
+    "check_callable",
     "check_channels",
     "check_choice",
     "check_feature",
+    "check_flag",
     "check_norm",
     "check_number",
     "check_pair",
@@ -24,14 +27,18 @@ __all__ = [
     "check_spatial_map",
     "check_stride",
     "check_tensor",
+    "check_text",
     "check_weights",
     "feature_levels",
     "is_int",
+    "is_list",
     "paired_levels",
     "warn_of_clamping",
 ]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_TEXTS = (str, bytes, bytearray, memoryview)
 
 Features = Union[list[Tensor], tuple[Tensor, ...], Mapping[Any, Tensor]]
 
@@ -39,6 +46,56 @@ Features = Union[list[Tensor], tuple[Tensor, ...], Mapping[Any, Tensor]]
 def is_int(value: Any) -> bool:
     """An integer of any kind that is no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_list(value: Any) -> bool:
+    """Whether ``value`` is a list of any kind: a sequence that is no text, or an array or tensor with a dimension."""
+    if isinstance(value, (list, tuple)):
+        return True
+    if isinstance(value, _TEXTS):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
+
+
+def as_list(value: Any, expected: str, name: str) -> list[Any]:
+    """Return the entries of a list of any kind; those of an array or tensor as Python's own numbers or texts.
+
+    Args:
+        value: list, tuple, range, another sequence (OmegaConf's), NumPy array or tensor.
+        expected: what the error says was expected, as "a list of ints".
+        name: of the argument.
+
+    Raises:
+        TypeError: anything else, texts among it.
+    """
+    if not is_list(value):
+        raise TypeError(f"{name} must be {expected}, got {_kind(value)}")
+    return list(value) if isinstance(value, Sequence) else value.tolist()
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """Return a flag, NumPy's among them, as a bool.
+
+    Raises:
+        TypeError: anything else. A text as "no" would count as true, a 0 may be meant as a number.
+    """
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Refuse what cannot be called, with a TypeError."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function or another callable, got {_kind(value)}")
+
+
+def check_text(value: Any, name: str) -> None:
+    """Refuse what is no text, with a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text, got {_kind(value)}")
 
 
 def check_number(value: Any, expected: str, accepts: Callable[[float], bool], name: str) -> None:
@@ -236,3 +293,8 @@ def paired_levels(
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _kind(value: Any) -> str:
+    """What an error calls a value of a wrong type; a class may have been meant to be an object of it."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

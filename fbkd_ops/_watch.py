@@ -1,10 +1,12 @@
-"""What an ``FBKDLoss`` warns of once: features, terms and parameters with which nothing can be learned.
+"""What an ``FBKDLoss`` and a ``Distiller`` warn of once: features, terms and parameters with which nothing is learned.
 
 None of it waits for a GPU, and none of it is part of a compiled graph. Copies and pickles of a watch start anew.
 """
 
 import math
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ._numerics import is_fake
 
-__all__ = ["FiniteWatch", "GradientWatch", "UpdateWatch", "can_watch"]
+__all__ = ["BackwardWatch", "FiniteWatch", "GradientWatch", "UpdateWatch", "can_watch"]
 
 
 def can_watch(tensor: Tensor) -> bool:
@@ -149,4 +151,43 @@ class UpdateWatch(_Watch):
             f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in {self.PASSES} "
             "backward passes and never changed: give loss.parameters() (or distiller.parameters()) to the optimizer. "
             "If gradients are accumulated over more passes than that, nothing is wrong (said once)"
+        )
+
+
+class BackwardWatch(_Watch):
+    """Warns of terms that no backward pass reaches: they are in nothing that is differentiated.
+
+    A hook on each forward's terms lives as long as their graph. Graphs that are alive may be differentiated later (a
+    sum of losses over many batches); the last one is alive while the caller keeps its losses.
+    """
+
+    FORWARDS = 10
+
+    def __init__(self):
+        self._warned = False
+        self._hooks: list[weakref.ref[Callable[[Tensor], None]]] = []  # of the forwards since the last backward pass
+
+    def see(self, terms: dict[str, Tensor]) -> None:
+        """Count the forward of ``terms`` and, at their backward pass, begin anew."""
+        used = [term for term in terms.values() if term.grad_fn is not None]
+        if self._warned or not used or not can_watch(used[0]):
+            return
+        alive = sum(hook() is not None for hook in self._hooks)
+        if len(self._hooks) >= self.FORWARDS and alive <= 1:
+            self._warn()
+            return
+
+        def reached(gradient: Tensor) -> None:
+            self._hooks.clear()
+
+        self._hooks.append(weakref.ref(reached))
+        for term in used:
+            term.register_hook(reached)
+
+    def _warn(self) -> None:
+        self._warned = True
+        warnings.warn(
+            f"the terms of the distillation were in no backward pass in {self.FORWARDS} training forwards, so nothing "
+            "is distilled: differentiate all that the distiller returns. Where its total is in one entry, "
+            "Distiller(..., total='its name') adds the terms to it (said once)"
         )

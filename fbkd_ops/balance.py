@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .feature_tap import unwrapped
+from .student_losses import own_losses
 
 __all__ = ["BalanceReport", "BalanceRow", "balance_report", "is_sharded"]
 
@@ -57,7 +58,7 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
         finally:
             for module, mode in modes:
                 module.training = mode
-        own, terms = own_losses(output), loss.train()(features_s, features_t)
+        own, terms = own_losses(output, distiller.total), loss.train()(features_s, features_t)
         return _compared(own, terms, [parameter for parameter in student.parameters() if parameter.requires_grad])
 
 
@@ -67,7 +68,7 @@ def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list
     return BalanceReport(
         [_row(name, value, shared) for name, value in own.items()],
         [_row(name, value, shared) for name, value in terms.items()],
-        _row("all own losses", sum(own.values(), torch.zeros(())), shared),
+        _row("all own losses", sum(own.values(), torch.zeros((), device="cpu")), shared),
         _row("all distillation terms", total, shared),
     )
 
@@ -75,25 +76,6 @@ def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list
 def is_sharded(parameter: Tensor) -> bool:
     """Whether FSDP2 has made it a DTensor; not every build of PyTorch has the class."""
     return hasattr(parameter, "to_local")
-
-
-def own_losses(output: Any) -> dict[str, Tensor]:
-    """The losses in what a detector returned in training, by name: what has no gradient (an accuracy) is none."""
-    if isinstance(getattr(output, "loss", None), Tensor):
-        return {"loss": output.loss}
-    if isinstance(output, Mapping):
-        entries = output.items()
-    elif isinstance(output, (list, tuple)):
-        entries = [(f"loss {index}", value) for index, value in enumerate(output)]
-    else:
-        entries = [("loss", output)]
-    totals = {name: _total(value) for name, value in entries if isinstance(value, (Tensor, list, tuple))}
-    return {name: total for name, total in totals.items() if total.requires_grad}
-
-
-def _total(value: Any) -> Tensor:
-    """MMDetection has lists of losses, one a level."""
-    return sum((part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros(()))
 
 
 def _row(name: str, value: Tensor, parameters: list[Tensor]) -> BalanceRow:

@@ -2,33 +2,49 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._numerics import accumulation_dtype
-from ._validation import Features, is_int
+from ._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
+from ._watch import BackwardWatch
 from .balance import BalanceReport, balance_report, is_sharded
-from .feature_tap import FeatureTap, Layer, Layers, find_module, kept_arguments, unwrapped, versions
+from .checkpoints import drop_shared_names, fit_names
+from .feature_tap import (
+    FeatureTap,
+    Layer,
+    Layers,
+    OutputTap,
+    find_module,
+    is_output,
+    kept_arguments,
+    unwrapped,
+    versions,
+)
+from .pairing import check_apart, check_exported_mode, check_same_images, put_teacher_into_eval_mode, training_modules
+from .student_attributes import StudentAttributes
+from .student_losses import TOTALS, Total, add_terms, is_scalar
 
-__all__ = ["Distiller", "Levels", "chosen_levels"]
+__all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
 Levels = Optional[Sequence[Any]]
 
 
-class Distiller(nn.Module):
+class Distiller(StudentAttributes, nn.Module):
     """Adds the FBKD terms to the losses that a detector computes in training.
 
     The features are caught by module path. The teacher sees the same arguments as the student, in eval mode and
     without gradient, and only up to the last tapped module. It moves with ``.to()`` but is in no ``parameters()``,
-    no ``state_dict()`` and never in training mode. In eval mode the distiller is the student.
+    no ``state_dict()`` and never in training mode. In eval mode the distiller is the student. Names that it lacks are
+    the student's (:class:`fbkd_ops.student_attributes.StudentAttributes`), so hooks find there what they look for.
 
     Args:
-        student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object whose
-            ``loss`` is one (Hugging Face).
+        student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object or
+            dict whose ``loss`` is one (Hugging Face).
         teacher: a trained detector.
         loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars.
         student_layers: where the features are: a module path or :class:`fbkd_ops.Layer` that gives a tensor, list,
@@ -44,15 +60,22 @@ class Distiller(nn.Module):
         start_step, stop_step: the training steps, counted from 0, from which on and before which the terms are added.
             Outside of them the teacher does not run and the terms are 0.
         warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to 1.
+        total: the entry of a dict, or attribute of an object, that is the sum of all losses; the terms are added to it
+            and are no entries of their own. By default ``"loss"`` or, without that, ``"total_loss"``, where it is a
+            scalar with a gradient; None: there is none, and every entry is a loss.
         combine: makes what a training step returns of the student's output and the dict of terms, where the student
             returns its losses in another form.
 
     Attributes:
         student: the very module that came in.
         step: how many training forwards there were; it is kept in ``state_dict()``, and can be set.
+        accepts_loss_kwargs: False, so that Hugging Face's ``Trainer`` divides the whole loss by the number of
+            accumulated batches.
 
     Raises:
-        TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range.
+        TypeError, ValueError: a module path that does not exist, an argument of another type or out of its range, a
+            student and a teacher that share parameters or buffers, or that resize their images to different sizes by
+            themselves without a ``teacher_entry``.
 
     Example:
         >>> loss = FBKDLoss(256, num_levels=5)
@@ -61,6 +84,10 @@ class Distiller(nn.Module):
         >>> losses = distiller(images, targets)  # the student's dict, with four more entries
         >>> sum(losses.values()).backward()
     """
+
+    # With True, Trainer passes `num_items_in_batch` and leaves the division to the model. The number of accumulated
+    # batches, by which the terms would have to be divided, is not among what it passes.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -77,28 +104,43 @@ class Distiller(nn.Module):
         start_step: int = 0,
         stop_step: Optional[int] = None,
         warmup_steps: int = 0,
+        total: Total = TOTALS,
         combine: Optional[Callable[[Any, dict[str, Tensor]], Any]] = None,
     ):
         super().__init__()
         _check_modules(student, teacher, loss)
+        check_apart(student, teacher)
+        check_exported_mode(teacher)
         _check_steps(start_step, stop_step, warmup_steps)
-        _check_levels(student_levels, "student_levels")
-        _check_levels(teacher_levels, "teacher_levels")
-        self.student, self.loss = student, loss
+        if combine is not None:
+            check_callable(combine, "combine")
+        # The student's place in parameters(). It comes last itself: names that are assigned after it may be its own.
+        self.register_module("student", None)
+        self.loss = loss
         # In a tuple, so that nn.Module does not register the teacher.
-        self._unregistered_teacher = (teacher.eval(),)
+        self._unregistered_teacher = (teacher,)
         self._student_tap = _closed_tap(student, student_layers, "student_layers")
         teacher_layers = student_layers if teacher_layers is None else teacher_layers
         self._teacher_tap = _closed_tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
         self._teacher_entry, self._entry_tap = teacher_entry, None
-        if teacher_entry is not None:
-            find_module(teacher, teacher_entry, "teacher_entry")
+        if teacher_entry is None:
+            check_same_images(student, teacher)
+        else:
+            _check_entry(teacher, teacher_entry, teacher_layers)
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
-        self.student_levels, self.teacher_levels, self.resize = student_levels, teacher_levels, resize
+        self.student_levels = checked_levels(student_levels, "student_levels")
+        self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
+        self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
-        self.combine = _added if combine is None else combine
+        self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
+        self._backward_watch = BackwardWatch()
         self._terms: dict[str, Tensor] = {}
+        self.register_state_dict_post_hook(drop_shared_names)
+        self.register_load_state_dict_pre_hook(fit_names)
+        self.student = student
+        for module in put_teacher_into_eval_mode(student, teacher):
+            module.training = True
 
     @property
     def teacher(self) -> nn.Module:
@@ -128,15 +170,17 @@ class Distiller(nn.Module):
 
         Returns:
             In training: the student's dict or list of losses with the terms as further entries, its scalar loss plus
-            the sum of the terms, its output with that sum added to ``output.loss``, or what ``combine`` makes of it.
+            the sum of the terms, its output with that sum added to ``total`` (or in its place, where that is None: the
+            images have no labels), or what ``combine`` makes of it.
 
         Raises:
             RuntimeError: a tapped module that was not called, or called more than once.
-            TypeError: a student that returns its losses in another form in training.
+            TypeError: a student that returns no loss, or its losses in another form, in training.
             ValueError: features that do not fit the loss or each other, a term that the student has already.
 
         Warns:
-            UserWarning: once each, if somebody put the teacher into training mode, or left the student in eval mode.
+            UserWarning: once each, if somebody put the teacher into training mode or left the student in eval mode, or
+                if no backward pass of the terms came in ten training forwards.
         """
         if not self.training:
             return self.student(*args, **kwargs)
@@ -154,7 +198,10 @@ class Distiller(nn.Module):
                 terms = {name: weight * term for name, term in terms.items()}
         self._step += 1
         self._terms = {name: term.detach() for name, term in terms.items()}
-        return self.combine(output, terms)
+        self._backward_watch.see(terms)
+        if self.combine is not None:
+            return self.combine(output, terms)
+        return add_terms(output, terms, self.total)
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
         """The student's output, and the features of the student and the teacher as they go into the loss.
@@ -168,7 +215,7 @@ class Distiller(nn.Module):
         given = kept_arguments(args, kwargs)
         before = versions(given)
         output = self._run_student(args, kwargs)
-        student_features = chosen_levels(self._student_tap.features(), self.student_levels, "student_levels")
+        student_features = chosen_levels(self._student_tap.features_of(output), self.student_levels, "student_levels")
         if self._entry_tap is not None:
             (given,) = self._entry_tap.caught()
         elif versions(given) != before:
@@ -190,21 +237,28 @@ class Distiller(nn.Module):
         module = self.teacher
         if self._teacher_entry is not None:
             module = find_module(module, self._teacher_entry, "teacher_entry")
-        self._check_teacher_mode()
-        with torch.no_grad(), self._teacher_tap:
-            module(*args, **kwargs)
-        return self._teacher_tap.features()
+        output, shared = None, self._teacher_in_eval_mode()
+        try:
+            with torch.no_grad(), self._teacher_tap:
+                output = module(*args, **kwargs)
+        finally:
+            for each in shared:  # the student's backward pass may call them again
+                each.training = True
+        return self._teacher_tap.features_of(output)
 
-    def _check_teacher_mode(self) -> None:
-        if not any(module.training for module in self.teacher.modules()):
-            return
-        if not self._warned_of_training:
+    def _teacher_in_eval_mode(self) -> list[nn.Module]:
+        """Put the teacher into eval mode; return the modules that the student has in training mode too."""
+        training = training_modules(self.teacher)
+        if not training:
+            return []
+        shared = put_teacher_into_eval_mode(self.student, self.teacher)
+        if len(shared) < len(training) and not self._warned_of_training:
             self._warned_of_training = True
             warnings.warn(
                 "the teacher was in training mode, in which its BatchNorm statistics would change and its dropout be "
                 "active; the distiller put it back into eval mode (said once)"
             )
-        self.teacher.eval()
+        return shared
 
     def _check_student_mode(self) -> None:
         if self.student.training or self._warned_of_eval:
@@ -219,11 +273,12 @@ class Distiller(nn.Module):
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
         names = list(self._terms) or getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
         used = [_local(parameter).sum() for parameter in self.loss.parameters() if parameter.requires_grad]
-        zero = 0 * sum(used, torch.zeros(()))
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        zero = 0 * sum(used, torch.zeros((), device=device))
         return {name: zero for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_taken = name == "teacher" or (name == "student" and "student" in self._modules)
+        is_taken = name == "teacher" or (name == "student" and self._modules.get("student") is not None)
         if is_taken and value is not getattr(self, name, None):
             raise AttributeError(
                 f"the {name} of a Distiller cannot be replaced, its taps are on it: make a new Distiller"
@@ -256,7 +311,7 @@ class Distiller(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
-        return torch.tensor(self._step)
+        return torch.tensor(self._step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)
@@ -266,8 +321,12 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap:
+def _closed_tap(
+    model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False
+) -> Union[FeatureTap, OutputTap]:
     """A tap that is on its model during a step only, so that models are copied and saved without it."""
+    if is_output(layers):
+        return OutputTap(layers, name)
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
     tap.close()
     return tap
@@ -286,15 +345,44 @@ def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
 
-def _check_levels(levels: Any, name: str) -> None:
-    if levels is not None and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+def checked_levels(levels: Any, name: str) -> Levels:
+    """The levels as a list of Python's own integers, or keys."""
+    if levels is None:
+        return None
+    if not is_list(levels):
         raise TypeError(f"{name} must be a list of indices or keys, got {levels!r}")
+    chosen = as_list(levels, "a list of indices or keys", name)
+    for level in chosen:
+        if isinstance(level, (bool, float)) or not isinstance(level, Hashable):
+            raise TypeError(f"{name} must be a list of indices or keys, got {level!r} in it")
+    if not chosen:
+        raise ValueError(f"{name} is empty, expected at least one index or key")
+    return [int(level) if is_int(level) else level for level in chosen]
+
+
+def _checked_total(total: Any) -> Total:
+    if total is None or isinstance(total, str):
+        return total
+    names = as_list(total, "the name of an entry, a list of names, or None", "total")
+    for name in names:
+        check_text(name, "total")
+    return tuple(names)
 
 
 def _checked_terms(terms: Any) -> dict[str, Tensor]:
-    if not isinstance(terms, Mapping) or not all(map(_is_scalar, terms.values())):
+    if not isinstance(terms, Mapping) or not all(map(is_scalar, terms.values())):
         raise TypeError(f"loss must return a dict of scalar tensors, got {type(terms).__name__}")
     return dict(terms)
+
+
+def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
+    check_text(entry, "teacher_entry")
+    find_module(teacher, entry, "teacher_entry")
+    if entry and is_output(layers):
+        raise ValueError(
+            f"teacher_layers reads the teacher's output, but with teacher_entry {entry!r} only that module runs: give "
+            "teacher_layers as paths, or no teacher_entry"
+        )
 
 
 def _check_steps(start_step: int, stop_step: Optional[int], warmup_steps: int) -> None:
@@ -340,28 +428,3 @@ def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
         return teacher
     wide = teacher.to(accumulation_dtype(teacher))
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
-
-
-def _added(losses: Any, terms: dict[str, Tensor]) -> Any:
-    """The student's losses with ``terms`` added, in the form the losses came in."""
-    if _is_scalar(getattr(losses, "loss", None)) and not isinstance(losses, tuple):
-        losses.loss = losses.loss + sum(terms.values())
-        return losses
-    if isinstance(losses, dict):
-        taken = sorted(set(losses) & set(terms))
-        if taken:
-            raise ValueError(f"the student's losses already have {', '.join(map(repr, taken))}")
-        return {**losses, **terms}
-    if isinstance(losses, list) and losses and all(map(_is_scalar, losses)):
-        return [*losses, *terms.values()]
-    if _is_scalar(losses):
-        return losses + sum(terms.values())
-    raise TypeError(
-        "the student must return a dict or list of losses, a scalar tensor, or an object whose loss is one, in "
-        f"training, got {type(losses).__name__}{tuple(losses.shape) if isinstance(losses, Tensor) else ''}; "
-        "Distiller(..., combine=...) adds the terms to anything else"
-    )
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0

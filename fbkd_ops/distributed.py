@@ -24,9 +24,9 @@ def data_parallel(
     ``Distiller(wrapped_student, teacher, data_parallel(loss), ...)``. The teacher is never wrapped.
 
     Args:
-        module: a distiller or a loss, on its device already.
-        sync_batch_norm: whether the non-local blocks' BatchNorms use the statistics of all processes' batches (the
-            student's own norms stay as they are).
+        module: a distiller, a module that holds one, or a loss, on its device already; compiled or not.
+        sync_batch_norm: whether the non-local blocks' BatchNorms use the statistics of all processes' batches. All
+            other norms, the student's among them, stay as they are.
         **options: for ``DistributedDataParallel``.
 
     Returns:
@@ -53,5 +53,11 @@ def data_parallel(
     parallel = DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device], **options)
     if sync_batch_norm:
         # Not before: on the CPU, where PyTorch's own SyncBatchNorm does not run, the wrapper would refuse it.
-        nn.SyncBatchNorm.convert_sync_batchnorm(module.loss if isinstance(module, Distiller) else module)
+        for loss in _losses(module):
+            nn.SyncBatchNorm.convert_sync_batchnorm(loss)
     return parallel
+
+
+def _losses(module: nn.Module) -> list[nn.Module]:
+    """The losses of the distillers in ``module``, whatever is wrapped around these, or the loss that it is itself."""
+    return [each.loss for each in module.modules() if isinstance(each, Distiller)] or [module]

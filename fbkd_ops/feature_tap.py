@@ -11,7 +11,18 @@ from torch.optim.swa_utils import AveragedModel
 
 from ._validation import Features
 
-__all__ = ["FeatureTap", "Layer", "Layers", "find_module", "kept_arguments", "unwrapped", "versions"]
+__all__ = [
+    "FeatureTap",
+    "Layer",
+    "Layers",
+    "OutputTap",
+    "find_module",
+    "is_output",
+    "kept_arguments",
+    "unwrapped",
+    "versions",
+    "wrapping_path",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class FeatureTap:
         self._layers = _checked_layers(layers, name)  # by name where they came in a dict, by number else
         self._is_single = isinstance(layers, (str, Layer)) or callable(layers)
         self._is_named = isinstance(layers, Mapping)
+        for layer in self._layers.values():
+            _check_listening(model, layer.path, name)
         compiled = any(_is_inside_compiled(model, layer.path, name) for layer in self._layers.values())
         self._recorder = _Recorder(len(self._layers), stop_when_complete and not compiled)
         self._handles: list[Any] = []
@@ -142,6 +155,10 @@ class FeatureTap:
                 )
         return values
 
+    def features_of(self, output: Any) -> Features:
+        """:meth:`features`; an :class:`OutputTap` reads them from ``output``."""
+        return self.features()
+
     def _miscounted(self, layer: Layer, count: int) -> str:
         called = f"module {layer.path!r}" if layer.path else "the model"
         message = f"{called} was called {count} times in one forward, expected once"
@@ -170,6 +187,39 @@ class FeatureTap:
                     f"got {type(value).__name__}"
                 )
         return dict(zip(self._layers, values)) if self._is_named else values
+
+
+class OutputTap:
+    """The features in what a model returns. It needs no hook, which TorchScript and ``torch.export`` do not have.
+
+    Used as a :class:`FeatureTap` is in a :class:`fbkd_ops.Distiller`.
+    """
+
+    def __init__(self, layers: Layers, name: str):
+        (self.layer,) = _checked_layers(layers, name).values()
+        self.name = name
+
+    def features_of(self, output: Any) -> Features:
+        """The features in ``output``."""
+        return _as_features(_selected(self.layer, output), self.name)
+
+    def clear(self) -> None:
+        """There is nothing to forget."""
+
+    def __enter__(self) -> "OutputTap":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """There is nothing to take off the model."""
+
+
+def is_output(layers: Layers) -> bool:
+    """Whether the features are in the model's own output."""
+    if isinstance(layers, str):
+        return layers == ""
+    if isinstance(layers, Layer):
+        return layers.path == "" and not layers.inputs
+    return callable(layers) and not isinstance(layers, (nn.Module, Mapping, Sequence))
 
 
 class _Complete(Exception):
@@ -296,6 +346,29 @@ def _checked_layers(layers: Layers, name: str) -> dict[Any, Layer]:
     return checked
 
 
+def _check_listening(model: nn.Module, path: str, name: str) -> None:
+    """Refuse modules that no hook of Python's sees: TorchScript's, and those that a traced graph does not call."""
+    way = list(_way(model, path, name))
+    parts = path.split(".") if path else []
+    for depth, module in enumerate(way):
+        kind = None
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = "TorchScript"
+        elif isinstance(module, torch.fx.GraphModule) and not _calls(module, parts[depth:]):
+            kind = "a traced graph"
+        if kind is not None:
+            raise ValueError(
+                f"{name}: {path!r} is inside {kind}, which runs without the modules' hooks, so nothing can be caught "
+                f"there: let the model return its features, and give {name}=<function of its output>"
+            )
+
+
+def _calls(graph: torch.fx.GraphModule, parts: list[str]) -> bool:
+    """Whether a graph calls the module at ``parts``, or one that contains it."""
+    targets = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    return not parts or any(".".join(parts[:count]) in targets for count in range(1, len(parts) + 1))
+
+
 def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
     """The module of ``model`` at ``path``; ``name`` is what an error calls the argument.
 
@@ -336,13 +409,23 @@ def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside data parallelism, ``torch.compile`` and averaged copies."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
-            return model
+    while (name := _inner_name(model)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def wrapping_path(model: nn.Module) -> str:
+    """Where :func:`unwrapped` found the model, as the names of its parameters begin: ``"module._orig_mod."``."""
+    path = ""
+    while (name := _inner_name(model)) is not None:
+        path, model = f"{path}{name}.", getattr(model, name)
+    return path
+
+
+def _inner_name(model: nn.Module) -> Optional[str]:
+    if hasattr(model, "_orig_mod"):
+        return "_orig_mod"
+    return "module" if isinstance(model, _WRAPPERS) else None
 
 
 def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
@@ -350,6 +433,6 @@ def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
     wrapped, around = model, []
     while unwrapped(wrapped) is not wrapped:
         around.append(wrapped)
-        wrapped = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped.module
+        wrapped = getattr(wrapped, _inner_name(wrapped))
     around += list(_way(model, path, name))[:-1]
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)

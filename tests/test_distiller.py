@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -603,6 +604,42 @@ def test_something_that_is_no_module_is_named(position, name):
 def test_levels_that_are_no_list_are_named(levels):
     with pytest.raises(TypeError, match=f"student_levels must be a list of indices or keys, got {levels!r}"):
         make_distiller(student_levels=levels)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (dict(combine=3), TypeError, "combine must be a function or another callable, got int"),
+        (dict(resize="no"), TypeError, "resize must be True or False, got 'no'"),
+        (dict(resize=1), TypeError, "resize must be True or False, got 1"),
+        (dict(student_levels=[0.0]), TypeError, r"student_levels must be a list of indices or keys, got 0\.0 in it"),
+        (dict(teacher_levels=[True]), TypeError, "teacher_levels must be a list of indices or keys, got True in it"),
+        (dict(teacher_levels=[[0]]), TypeError, r"teacher_levels must be a list of indices or keys, got \[0\] in it"),
+        (dict(teacher_levels=b"ab"), TypeError, "teacher_levels must be a list of indices or keys, got b'ab'"),
+        (dict(student_levels=[]), ValueError, "student_levels is empty, expected at least one index or key"),
+        (dict(teacher_entry=3), TypeError, "teacher_entry must be a text, got int"),
+        (dict(total=3), TypeError, "total must be the name of an entry, a list of names, or None, got int"),
+        (dict(total=["loss", 3]), TypeError, "total must be a text, got int"),
+    ],
+)
+def test_wrong_arguments_are_named_at_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        make_distiller(**arguments)
+
+
+@pytest.mark.parametrize("levels", [(1, 0), np.array([1, 0]), range(1, -1, -1), torch.tensor([1, 0])])
+def test_levels_are_a_list_of_any_kind(levels):
+    paths = ["backbone.stem", "backbone.down"]
+    distiller = make_distiller(layers=paths, student_levels=levels, teacher_levels=levels)
+    maps = [[model.backbone.stem(IMAGES)] for model in (distiller.student, distiller.teacher)]
+    for side, model in zip(maps, (distiller.student, distiller.teacher)):
+        side.insert(0, model.backbone.down(side[0].relu()))
+    assert distiller.student_levels == distiller.teacher_levels == [1, 0]
+    assert_terms(distiller(IMAGES, TARGETS), expected_terms(distiller, *maps))
+
+
+def test_a_flag_of_numpy_is_a_flag():
+    assert make_distiller(resize=np.bool_(True)).resize is True
 
 
 class Mimic(nn.Module):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_worker import APART, CASES, STEPS, TARGETS, WORLD, batch, gradients, make
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbkd_ops import FBKDLoss
 from fbkd_ops.distributed import data_parallel
@@ -99,3 +101,61 @@ def test_a_loss_without_parameters_stays_as_it_is():
 def test_something_that_is_no_module_is_named():
     with pytest.raises(TypeError, match="module must be a Distiller or a loss, got dict"):
         data_parallel({})
+
+
+@pytest.fixture
+def single_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Holder(nn.Module):
+    """A module around a distiller, as Lightning's are."""
+
+    def __init__(self, distiller):
+        super().__init__()
+        self.distiller, self.norm = distiller, nn.BatchNorm2d(3)
+
+
+def synchronized(module):
+    return data_parallel(module, sync_batch_norm=True)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def with_compiled_loss(distiller):
+    distiller.loss = compiled(distiller.loss)
+    return synchronized(distiller)
+
+
+def compiled_in_place(distiller):
+    distiller.compile(backend="eager")
+    return synchronized(distiller)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        synchronized,
+        lambda distiller: synchronized(compiled(distiller)),
+        lambda distiller: compiled(synchronized(distiller)),
+        lambda distiller: synchronized(data_parallel(distiller)),
+        lambda distiller: synchronized(Holder(distiller)),
+        lambda distiller: synchronized(compiled(distiller.loss)),
+        with_compiled_loss,
+        compiled_in_place,
+    ],
+    ids=["plain", "compiled before", "compiled after", "twice", "held", "compiled loss", "loss compiled", "in place"],
+)
+def test_only_the_norms_of_the_loss_are_synchronized(wrap, single_process):
+    distiller = make()
+    distiller.student.norm = nn.BatchNorm2d(4)
+    whole = wrap(distiller)
+    norms = {name: module for name, module in whole.named_modules() if isinstance(module, _BatchNorm)}
+    assert norms
+    for name, module in norms.items():
+        assert isinstance(module, nn.SyncBatchNorm) == ("_non_local." in name), name

@@ -21,6 +21,7 @@ MODULES = [
     "distiller",
     "distributed",
     "feature_tap",
+    "student_attributes",
     "backends",
     "visualize",
     "integrations.mmrazor",

@@ -125,7 +125,7 @@ def test_connectors_that_do_not_fit_are_refused(student, teacher, message):
         (
             (None, {"a": StudentConnector()}, [TeacherConnector()]),
             TypeError,
-            "student_connectors must be a list with one entry a level, got dict",
+            "student_connectors must be a list with one entry per level, got dict",
         ),
         (
             (None, [StudentConnector()], [None]),
@@ -163,7 +163,7 @@ def test_missing_and_surplus_keys_are_listed():
 
 
 def test_the_number_of_connectors_is_checked():
-    with pytest.raises(ValueError, match="teacher_connectors must have one entry a level, expected 1, got 2"):
+    with pytest.raises(ValueError, match="teacher_connectors must have one entry per level, expected 1, got 2"):
         load_connectors(one_level(), [StudentConnector()], [TeacherConnector()] * 2)
 
 
@@ -179,6 +179,35 @@ def checkpoint(levels=2, student="loss_s{}_sfeat", teacher="loss_s{}_tfeat", pre
 
 def two_levels():
     return randomise(FBKDLoss(4, num_levels=2, preset="mmrazor", stride=16, inter_channels=1), seed=9)
+
+
+def test_a_single_levels_connectors_need_no_number():
+    loss, expected = randomise(one_level()), one_level()
+    state = checkpoint(1, "student", "teacher")
+    load_connectors(expected, [student_connector(0)], [teacher_connector(0)])
+    load_checkpoint(loss, state, student_names="student", teacher_names="teacher")
+    assert all(torch.equal(value, loss.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+def wrapped(module):
+    """Compiled and averaged; nothing of both runs here."""
+    return torch.compile(torch.optim.swa_utils.AveragedModel(module))
+
+
+def test_wrapped_losses_and_connectors_are_looked_through():
+    inner, expected = randomise(one_level()), one_level()
+    student, teacher = student_connector(0), teacher_connector(0)
+    load_connectors(expected, [student], [teacher])
+    whole = torch.compile(inner)
+    load_connectors(whole, [wrapped(student)], [wrapped(teacher)])
+    assert all(torch.equal(value, inner.state_dict()[key]) for key, value in expected.state_dict().items())
+    randomise(inner)
+    load_checkpoint(whole, checkpoint(1))
+    assert all(torch.equal(value, inner.state_dict()[key]) for key, value in expected.state_dict().items())
+    layers = loss_of_authors()
+    load_authors(torch.compile(layers), AuthorsDetector().state_dict())
+    with pytest.raises(ValueError, match="TeacherConnector has no student_non_local"):
+        load_connectors(whole, [wrapped(teacher)], [teacher])
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
@@ -221,8 +250,14 @@ def test_names_and_prefix_of_a_checkpoints_connectors(student, teacher):
         ),
         ((None, {}), ValueError, "has no connectors loss_s0_sfeat, .*, under 'distiller.connectors.' are none"),
         ((None, checkpoint(3)), ValueError, "checkpoint has a connector loss_s2_sfeat, the loss has 2 levels"),
-        ((None, {}, ["a"]), ValueError, "student_names must have one entry a level, expected 2, got 1"),
+        ((None, {}, ["a"]), ValueError, "student_names must have one entry per level, expected 2, got 1"),
         ((None, {}, 3), TypeError, "student_names must be a pattern or a list of names, got int"),
+        ((None, {}, ["a", 1]), TypeError, "each entry of student_names must be a text, got int"),
+        (
+            (None, checkpoint(), "loss_s"),
+            ValueError,
+            "student_names must have {} for the level's number .* got 'loss_s'",
+        ),
     ],
 )
 def test_other_checkpoints_are_refused(arguments, error, message):

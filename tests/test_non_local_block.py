@@ -336,3 +336,11 @@ def test_what_a_norm_has_beside_its_state_is_compared():
 def test_other_things_than_blocks_are_refused(block, source, message):
     with pytest.raises(TypeError, match=message):
         load_non_local(block, source)
+
+
+def test_wrapped_blocks_are_looked_through():
+    source, block = randomise(AuthorsBlock(4, 2, stride=2)), NonLocalBlock2d(4, 2, stride=2)
+    load_non_local(torch.compile(block), torch.optim.swa_utils.AveragedModel(source))
+    assert torch.equal(block.theta.weight, source.theta.weight)
+    with pytest.raises(ValueError, match="stride is 2, the block has 4"):
+        load_non_local(NonLocalBlock2d(4, 2, stride=4), torch.compile(source))

@@ -7,14 +7,17 @@ import lightning
 import torch
 
 from fbkd_ops import Distiller
+from fbkd_ops.student_attributes import StudentAttributes
 
 
-class Distillation(lightning.LightningModule):
+class Distillation(StudentAttributes, lightning.LightningModule):
+    student_path = "distiller.student"  # callbacks find the student's names on the module
+
     def __init__(self, student, teacher, loss, lr=0.01):
         super().__init__()
+        self.lr = lr  # before the student is there, which may have a name like this
         self.distiller = Distiller(student, teacher, loss, student_layers="backbone", teacher_entry="backbone")
         self.distiller.train()  # Lightning leaves every module in the mode that it came in
-        self.lr = lr
 
     def forward(self, images):
         return self.distiller(images)  # in eval mode the plain student

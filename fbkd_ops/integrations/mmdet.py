@@ -1,24 +1,24 @@
 """FBKD in MMDetection: a detector that has another one as its teacher."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
-import torch
-from mmdet.registry import MODELS
-from mmengine.model import BaseModel
+from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
+from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
-from ..distiller import Distiller, Levels, chosen_levels
-from ..feature_tap import FeatureTap, Layers
+from ..distiller import Distiller, Levels, checked_levels, chosen_levels
+from ..feature_tap import Layers
 from ..loss import FBKDLoss
+from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
 
 Model = Union[dict[str, Any], nn.Module]
-
-BLANK_SIZE = 128  # pixels; enough for a P7
 
 
 @MODELS.register_module()
@@ -26,24 +26,33 @@ class FBKDDetector(Distiller, BaseModel):
     """A detector of MMDetection that learns from a frozen one, for MMEngine's ``Runner``.
 
     In ``mode="loss"`` the student's losses come with four FBKD terms between the features of both; in every other mode
-    it is the student. Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy (``EMAHook`` makes
-    one) shares the teacher. ``revise_keys=[(r"^student\\.", "")]`` of MMEngine's ``load_checkpoint`` gives a plain
-    student. Both see the images as the student's data preprocessor leaves them.
+    it is the student. Names that it lacks are the student's, so that hooks find there what they look for
+    (``bbox_head``, ``set_epoch``). Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy
+    (``EMAHook`` makes one) shares the teacher. ``revise_keys=[(r"^student\\.", "")]`` of MMEngine's ``load_checkpoint``
+    gives a plain student; a plain detector's checkpoint in ``load_from`` goes into the student. Both see the images as
+    the student's data preprocessor leaves them.
 
     Args:
         student: config of a detector, or a built one; a built one keeps the weights that it has.
         teacher: the same for the teacher.
-        loss: arguments of :class:`fbkd_ops.FBKDLoss`; the widths are read off the features of a blank image.
-        teacher_ckpt: the teacher's checkpoint, a path or an address, every key of which must fit.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`. Of ``student_channels`` and ``teacher_channels``, those that are
+            not among them are read off the features of a blank image.
+        teacher_ckpt: the teacher's checkpoint, a path or an address, every key of which must fit. A teacher from a
+            config needs one, or an ``init_cfg`` of type ``"Pretrained"``.
         layers: where the features are in the student, and in the teacher where ``teacher_layers`` is not given; the
             neck's outputs by default.
         data_preprocessor: the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
-            ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps``.
+            ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps`` and
+            ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
-        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and :class:`fbkd_ops.FBKDLoss`.
+        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and :class:`fbkd_ops.FBKDLoss`; a detector that takes
+            no blank image, of whatever size, where the widths are not given.
+
+    Warns:
+        UserWarning: a teacher from a config for which no trained weights are named.
 
     Example:
         >>> custom_imports = dict(imports=["fbkd_ops.integrations.mmdet"])
@@ -73,21 +82,30 @@ class FBKDDetector(Distiller, BaseModel):
         if teacher_ckpt is not None:
             load_checkpoint(teacher, teacher_ckpt, map_location="cpu", strict=True)
             teacher._is_init = True
+        elif not _has_weights(teacher):
+            warnings.warn(
+                "the teacher is built from a config without trained weights, so the student would learn from a random "
+                "head: give teacher_ckpt=..., or a teacher that is built and has its weights"
+            )
         teacher.requires_grad_(False)
-        teacher_layers = settings.pop("teacher_layers", layers)
-        widths = (
-            _widths(student, layers, settings.get("student_levels"), "layers"),
-            _widths(teacher, teacher_layers, settings.get("teacher_levels"), "teacher_layers"),
-        )
-        loss = FBKDLoss(*widths, **(loss or {}))
-        super().__init__(student, teacher, loss, student_layers=layers, teacher_layers=teacher_layers, **settings)
+        settings = {"total": None, "teacher_layers": None, "student_levels": None, "teacher_levels": None} | settings
+        if settings["teacher_layers"] is None:
+            settings["teacher_layers"] = layers
+        loss = dict(loss or {})
+        if "student_channels" not in loss:
+            loss["student_channels"] = _widths(student, layers, settings["student_levels"], "student")
+        if "teacher_channels" not in loss:
+            loss["teacher_channels"] = _widths(
+                teacher, settings["teacher_layers"], settings["teacher_levels"], "teacher"
+            )
+        super().__init__(student, teacher, FBKDLoss(**loss), student_layers=layers, **settings)
         self.data_preprocessor = _built(data_preprocessor) if data_preprocessor else student.data_preprocessor
 
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = "tensor") -> Any:
         """The student's losses and the terms in ``mode="loss"``, in training; the student's output in any other mode.
 
         Args:
-            inputs: images ``(N, 3, H, W)``, preprocessed.
+            inputs: images ``(N, C, H, W)``, preprocessed.
             data_samples: their annotations.
             mode: ``"loss"``, ``"predict"`` or ``"tensor"``.
         """
@@ -98,7 +116,7 @@ class FBKDDetector(Distiller, BaseModel):
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""
         super().init_weights()
-        if not self.teacher.is_init:
+        if not getattr(self.teacher, "_is_init", True):
             self.teacher.init_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FBKDDetector":
@@ -109,6 +127,23 @@ class FBKDDetector(Distiller, BaseModel):
         return made
 
 
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=LearningRateDecayOptimizerConstructor.__name__, force=True)
+class StudentLearningRateDecay(LearningRateDecayOptimizerConstructor):
+    """MMDetection's learning rates by layer, under its name, which know a layer by ``backbone.`` before its parameters.
+
+    Of a :class:`FBKDDetector` they are the student's, and the loss's layers have the full rate. Otherwise every layer
+    of ``student.backbone`` would be taken for a head's. Other models are treated as by MMDetection.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+        if not isinstance(module, FBKDDetector):
+            super().add_params(params, module, **kwargs)
+            return
+        super().add_params(params, module.student, **kwargs)
+        learned = {f"loss.{name}": each for name, each in module.loss.named_parameters() if each.requires_grad}
+        params.append(dict(params=list(learned.values()), param_names=list(learned)))
+
+
 def _built(model: Model) -> nn.Module:
     """A built one is marked as having its weights, which ``init_weights`` leaves alone then."""
     if isinstance(model, dict):
@@ -117,13 +152,17 @@ def _built(model: Model) -> nn.Module:
     return model
 
 
-def _widths(model: nn.Module, layers: Layers, levels: Levels, name: str) -> list[int]:
+def _has_weights(model: nn.Module) -> bool:
+    """Whether a detector was built before, or loads whole weights as it is initialised."""
+    cfgs = getattr(model, "init_cfg", None) or []
+    cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
+    return getattr(model, "_is_init", False) or any(cfg["type"] in ("Pretrained", PretrainedInit) for cfg in cfgs)
+
+
+def _widths(model: nn.Module, layers: Layers, levels: Levels, side: str) -> list[int]:
     """Channels of the features of a blank image."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), FeatureTap(model, layers, name=name, stop_when_complete=True) as tap:
-        model(torch.zeros(1, 3, BLANK_SIZE, BLANK_SIZE))
-    model.train(was_training)
-    features = chosen_levels(tap.features(), levels, f"{name}'s levels")
-    features = features.values() if isinstance(features, Mapping) else features
-    return [feature.shape[1] for feature in features]
+    remedy = f"give their widths: loss=dict({side}_channels=[...])"
+    levels = checked_levels(levels, f"{side}_levels")
+    features = blank_image_features(model, layers, "layers" if side == "student" else "teacher_layers", remedy)
+    features = chosen_levels(features, levels, f"{side}_levels")
+    return [feature.shape[1] for feature in (features.values() if isinstance(features, Mapping) else features)]

@@ -5,6 +5,8 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
+from .._validation import as_list, check_text
+from ..feature_tap import unwrapped
 from ..loss import FBKDLevel, FBKDLoss
 from .non_local import differences, module_settings, our_key, state_problems
 
@@ -31,7 +33,8 @@ def load_connectors(
     mode and temperatures are compared with the loss's settings; state dicts hold none of these.
 
     Args:
-        loss: ``FBKDLoss(channels, preset="mmrazor")``, with as many levels as there are connectors.
+        loss: ``FBKDLoss(channels, preset="mmrazor")``, with as many levels as there are connectors. Compilation and
+            data parallelism around it, or around a connector, are looked through.
         student_connectors: one ``FBKDStudentConnector``, or its state dict, a level.
         teacher_connectors: one ``FBKDTeacherConnector``, or its state dict, a level.
 
@@ -45,8 +48,7 @@ def load_connectors(
         >>> load_connectors(loss, [connectors[f"loss_s{i}_sfeat"] for i in range(4)],
         ...                 [connectors[f"loss_s{i}_tfeat"] for i in range(4)])
     """
-    if not isinstance(loss, FBKDLoss):
-        raise TypeError(f"loss must be an FBKDLoss, got {type(loss).__name__}")
+    loss = _checked_loss(loss)
     _check_count(student_connectors, len(loss.levels), "student_connectors")
     _check_count(teacher_connectors, len(loss.levels), "teacher_connectors")
     states = []
@@ -76,13 +78,14 @@ def load_checkpoint(
         checkpoint: the state dict of a ``SingleTeacherDistill`` with FBKD connectors, or what the runner saved, which
             has it under ``"state_dict"``.
         student_names, teacher_names: the connectors' names in the config, one a level, or a pattern with the level's
-            number in ``{}``; those of MMRazor's own config by default.
+            number in ``{}``, which may be left out of a single level's; those of MMRazor's own config by default.
         prefix: what stands before a connector's name.
 
     Raises:
         TypeError: a loss that is no FBKDLoss, a checkpoint that is no mapping.
-        ValueError: another number of names than levels, connectors that are not there (all are listed) or, with a
-            pattern, of a further level, and what :func:`load_connectors` refuses. Nothing is copied then.
+        ValueError: another number of names than levels, a pattern without ``{}``, connectors that are not there (all
+            are listed) or, with a pattern, of a further level, and what :func:`load_connectors` refuses. Nothing is
+            copied then.
 
     Example:
         >>> loss = FBKDLoss(256, preset="mmrazor")
@@ -90,7 +93,7 @@ def load_checkpoint(
 
     Source: MMRazor 1.0.0, ``configs/distill/mmdet/fbkd``.
     """
-    state = _checked_state(loss, checkpoint)
+    loss, state = _checked_loss(loss), _checked_state(checkpoint)
     names = [
         _level_names(student_names, len(loss.levels), "student_names"),
         _level_names(teacher_names, len(loss.levels), "teacher_names"),
@@ -103,7 +106,7 @@ def load_checkpoint(
             f"checkpoint has no connectors {', '.join(missing)}, under {prefix!r} are {', '.join(there) or 'none'}"
         )
     for pattern in (student_names, teacher_names):
-        further = pattern.format(len(loss.levels)) if isinstance(pattern, str) else None
+        further = _name(pattern, len(loss.levels)) if isinstance(pattern, str) and "{}" in pattern else None
         if further and _below(state, f"{prefix}{further}."):
             raise ValueError(f"checkpoint has a connector {further}, the loss has {len(loss.levels)} levels")
     load_connectors(loss, *sides)
@@ -133,8 +136,8 @@ def load_authors(loss: FBKDLoss, checkpoint: Mapping[str, Any], prefix: str = ""
     Source: public descendants of github.com/ArchipLab-LinfengZhang/Object-Detection-Knowledge-Distillation-ICLR2021,
     which holds no code itself.
     """
-    state = {}
-    for key, value in _checked_state(loss, checkpoint).items():
+    loss, state = _checked_loss(loss), {}
+    for key, value in _checked_state(checkpoint).items():
         ours = _our_key_of_authors(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if ours is not None:
             state[ours] = value
@@ -144,10 +147,16 @@ def load_authors(loss: FBKDLoss, checkpoint: Mapping[str, Any], prefix: str = ""
     loss.load_state_dict(state)
 
 
-def _checked_state(loss: Any, checkpoint: Any) -> Mapping[str, Tensor]:
+def _checked_loss(loss: Any) -> FBKDLoss:
+    """The loss in what is wrapped around it."""
+    inner = unwrapped(loss) if isinstance(loss, nn.Module) else loss
+    if not isinstance(inner, FBKDLoss):
+        raise TypeError(f"loss must be an FBKDLoss, got {type(inner).__name__}")
+    return inner
+
+
+def _checked_state(checkpoint: Any) -> Mapping[str, Tensor]:
     """The state dict in a checkpoint."""
-    if not isinstance(loss, FBKDLoss):
-        raise TypeError(f"loss must be an FBKDLoss, got {type(loss).__name__}")
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a state dict, or a dict that has one, got {type(checkpoint).__name__}")
     inner = checkpoint.get("state_dict")
@@ -156,12 +165,19 @@ def _checked_state(loss: Any, checkpoint: Any) -> Mapping[str, Tensor]:
 
 def _level_names(names: Any, levels: int, argument: str) -> list[str]:
     if isinstance(names, str):
-        return [names.format(level) for level in range(levels)]
-    if not isinstance(names, Sequence):
-        raise TypeError(f"{argument} must be a pattern or a list of names, got {type(names).__name__}")
-    if len(names) != levels:
-        raise ValueError(f"{argument} must have one entry a level, expected {levels}, got {len(names)}")
-    return list(names)
+        if levels > 1 and "{}" not in names:
+            raise ValueError(f"{argument} must have {{}} for the level's number in it, or be a list, got {names!r}")
+        return [_name(names, level) for level in range(levels)]
+    chosen = as_list(names, "a pattern or a list of names", argument)
+    if len(chosen) != levels:
+        raise ValueError(f"{argument} must have one entry per level, expected {levels}, got {len(chosen)}")
+    for name in chosen:
+        check_text(name, f"each entry of {argument}")
+    return chosen
+
+
+def _name(pattern: str, level: int) -> str:
+    return pattern.replace("{}", str(level))
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -179,9 +195,9 @@ def _our_key_of_authors(key: str) -> Optional[str]:
 
 def _check_count(connectors: Any, expected: int, name: str) -> None:
     if not isinstance(connectors, (Sequence, nn.ModuleList)):
-        raise TypeError(f"{name} must be a list with one entry a level, got {type(connectors).__name__}")
+        raise TypeError(f"{name} must be a list with one entry per level, got {type(connectors).__name__}")
     if len(connectors) != expected:
-        raise ValueError(f"{name} must have one entry a level, expected {expected}, got {len(connectors)}")
+        raise ValueError(f"{name} must have one entry per level, expected {expected}, got {len(connectors)}")
 
 
 def _state_of(connector: Any, side: str, level: FBKDLevel, where: str) -> Mapping[str, Tensor]:
@@ -190,6 +206,7 @@ def _state_of(connector: Any, side: str, level: FBKDLevel, where: str) -> Mappin
         return connector
     if not isinstance(connector, nn.Module):
         raise TypeError(f"{where} must be a module or a state dict, got {type(connector).__name__}")
+    connector = unwrapped(connector)
     if not hasattr(connector, f"{side}_non_local"):
         raise ValueError(f"{where}: {type(connector).__name__} has no {side}_non_local, is it the other side's?")
     _check_settings(connector, side, level, where)

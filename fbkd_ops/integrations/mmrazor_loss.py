@@ -1,11 +1,13 @@
 """The FBKD loss for MMRazor's ``ConfigurableDistiller``, under the name ``FBKDOpsLoss``."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from mmrazor.registry import MODELS
 from torch import Tensor, nn
 
+from .._validation import Features
 from ..loss import FBKDLoss
 
 __all__ = ["FBKDOpsLoss"]
@@ -48,16 +50,23 @@ class FBKDOpsLoss(nn.Module):
         super().__init__()
         self.loss = FBKDLoss(**{"preset": "mmrazor", **arguments})
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, student: Features, teacher: Features) -> list[Tensor]:
         """The four terms, which MMEngine adds up; it takes no dict here.
 
         Args:
-            student: maps ``(N, Cs, H, W)`` of the student's neck, finest first; those beyond the loss's levels are
-                left out.
+            student: maps ``(N, Cs, H, W)`` of the student's neck, finest first, in a list, tuple or dict; those beyond
+                the loss's levels are left out.
             teacher: the same of the teacher's neck, ``(N, Ct, H, W)``.
 
         Raises:
             TypeError, ValueError: as for :class:`fbkd_ops.FBKDLoss`; fewer maps than levels.
         """
         levels = len(self.loss.levels)
-        return list(self.loss(student[:levels], teacher[:levels]).values())
+        return list(self.loss(_first(student, levels), _first(teacher, levels)).values())
+
+
+def _first(features: Features, count: int) -> Features:
+    """The first maps, in the same form; what is no list, tuple or dict is left for the loss to refuse."""
+    if isinstance(features, Mapping):
+        return dict(itertools.islice(features.items(), count))
+    return features[:count] if isinstance(features, (list, tuple)) else features

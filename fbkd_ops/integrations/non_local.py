@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
+from ..feature_tap import unwrapped
 from ..non_local_block import NonLocalBlock2d
 
 __all__ = ["differences", "load_non_local", "module_settings", "our_key", "state_problems"]
@@ -36,7 +37,8 @@ def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
     Args:
         block: of the same widths, with a norm where the source has one, and a last bias (``conv_out_bias``) where the
             source has one: mmcv's has it without a norm only, the authors' always.
-        source: the other block, or its state dict.
+        source: the other block, or its state dict. Compilation and data parallelism around either block are looked
+            through.
 
     Raises:
         TypeError: a block that is no NonLocalBlock2d, a source that is neither a module nor a state dict.
@@ -50,10 +52,12 @@ def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
     Source: mmcv 2.1.0, ``mmcv/cnn/bricks/non_local.py``; github.com/AlexHex7/Non-local_pytorch, from which the authors'
     block descends.
     """
+    block = unwrapped(block) if isinstance(block, nn.Module) else block
     if not isinstance(block, NonLocalBlock2d):
         raise TypeError(f"block must be a NonLocalBlock2d, got {type(block).__name__}")
     problems, state = [], source
     if isinstance(source, nn.Module):
+        source = unwrapped(source)
         problems, state = differences(module_settings(source), block, "the block"), source.state_dict()
         problems += differences(_norm_settings(source, block.norm), block.norm, "the block's norm")
     elif not isinstance(source, Mapping):

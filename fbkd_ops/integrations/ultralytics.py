@@ -1,28 +1,43 @@
 """FBKD in Ultralytics' own trainer, for its YOLO detectors."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
+from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.modules import Detect
+from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import RANK
 
 from ..feature_tap import FeatureTap, Layer, unwrapped
 from ..loss import FBKDLoss
+from ..pairing import check_apart
+from ._blank_images import blank_image_features, image_channels
 
 __all__ = ["FBKDTrainer"]
 
 WEIGHTS = "fbkd.pt"
-HEAD_INPUTS = Layer("model.-1", inputs=True)
+STUDENT_HEADS = ("Detect", "v10Detect")  # others have losses, or inputs, that a DetectionTrainer does not know
 
-Teacher = Union[str, Path, YOLO, nn.Module]
+Teacher = Union[str, Path, nn.Module]
+
+
+def _maps(inputs: Any) -> Any:
+    """The maps among a head's inputs: open-vocabulary heads are given text besides or, YOLOE's, behind them."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    maps = inputs[0] if isinstance(inputs[0], (list, tuple)) else inputs
+    return [each for each in maps if each.dim() == 4]
+
+
+HEAD_INPUTS = Layer("model.-1", inputs=True, select=_maps)
 
 
 class FBKDTrainer(DetectionTrainer):
-    """Ultralytics' trainer of detectors with the FBKD terms between the maps that the two ``Detect`` heads are given.
+    """Ultralytics' trainer of detectors with the FBKD terms between the maps that the two heads are given.
 
     The terms join the student's losses in each training batch, times the batch's size as those are, and stand beside
     them in the progress line and in ``results.csv`` (where ``val/`` columns of theirs, if the version has such, are 0).
@@ -34,10 +49,12 @@ class FBKDTrainer(DetectionTrainer):
     the step for the student and the loss alike.
 
     Args:
-        teacher: a checkpoint (``"yolo11m.pt"``), a YAML, a ``YOLO`` or its model; it is frozen and may have other
-            widths than the student, and as many levels.
-        loss: arguments of :class:`fbkd_ops.FBKDLoss`, ``preset="one_stage"`` by default; the widths are read off the
-            heads.
+        teacher: a checkpoint (``"yolo11m.pt"``), a YAML, one of Ultralytics' models (``YOLO``, ``RTDETR``,
+            ``YOLOWorld``, ...) or the module in it. It is frozen. Its head, of whatever class, is given as many maps
+            as the student's, of the same sizes and of any widths. A teacher of colour images sees grey ones in three
+            equal channels.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`, ``preset="one_stage"`` by default; the widths are read off a
+            blank image.
         *args, **arguments: what ``DetectionTrainer`` takes.
 
     Attributes:
@@ -46,8 +63,14 @@ class FBKDTrainer(DetectionTrainer):
 
     Raises:
         NotImplementedError: several devices; the trainer's worker processes would know of no teacher.
-        TypeError: a teacher of another type, a model whose last module is no ``Detect``.
+        TypeError: a teacher of another type, an exported one, one whose last module is no head; a student whose head is
+            no ``Detect``.
+        ValueError: another task than detection, Ultralytics' own ``distill_model=`` besides, a teacher of other maps
+            or of images with other channels, or one that shares parameters with the student.
         FileNotFoundError: a run to be resumed whose ``fbkd.pt`` is gone.
+
+    Warns:
+        UserWarning: a teacher from a YAML, which has no trained weights.
 
     Example:
         >>> trainer = functools.partial(FBKDTrainer, teacher="yolo11m.pt")
@@ -57,20 +80,32 @@ class FBKDTrainer(DetectionTrainer):
     """
 
     def __init__(self, *args: Any, teacher: Teacher, loss: Optional[dict[str, Any]] = None, **arguments: Any):
-        if not isinstance(teacher, (str, Path, YOLO, nn.Module)):
+        if not isinstance(teacher, (str, Path, nn.Module)):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
+        if isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".yaml", ".yml"):
+            warnings.warn(
+                f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
+                "random one: give a checkpoint, or a model that has its weights"
+            )
         self.teacher, self.loss_arguments = teacher, {"preset": "one_stage", **(loss or {})}
         self._student_tap, self._criterion = None, None
         overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
-        _check_one_device((overrides or {}).get("device"))  # here, as a machine with one GPU refuses it in other words
+        _check_arguments(overrides or {})  # here, as Ultralytics refuses several devices and loads data by the task
         super().__init__(*args, **arguments)
-        _check_one_device(self.args.device)
+        _check_arguments(vars(self.args))
+
+    def get_model(self, cfg: Any = None, *args: Any, **arguments: Any) -> nn.Module:
+        head = (cfg if isinstance(cfg, dict) else yaml_model_load(cfg))["head"][-1][2]
+        if head not in STUDENT_HEADS:
+            raise TypeError(f"student: the last module must be a Detect head, got {head}")
+        return super().get_model(cfg, *args, **arguments)
 
     def setup_model(self) -> Any:
         checkpoint = super().setup_model()
         self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
-        widths = _widths(self.model, "student"), _widths(self.teacher, "teacher")
-        self.fbkd = FBKDLoss(*widths, **self.loss_arguments).to(self.device)
+        check_apart(unwrapped(self.model), unwrapped(self.teacher))
+        self._teacher_channels = _checked_channels(self.teacher, self.model)
+        self.fbkd = FBKDLoss(*_widths(self.model, self.teacher), **self.loss_arguments).to(self.device)
         if self.resume:
             self._load_loss(Path(self.args.model).with_name(WEIGHTS))
         self._teacher_tap = FeatureTap(self.teacher, HEAD_INPUTS, name="teacher", stop_when_complete=True)
@@ -128,7 +163,7 @@ class FBKDTrainer(DetectionTrainer):
         self._stop_listening()
         loss, items = self._criterion(predictions, batch)
         with torch.no_grad(), self._teacher_tap:
-            self.teacher(batch["img"])
+            self.teacher(batch["img"].expand(-1, self._teacher_channels, -1, -1))
         terms = self.fbkd(student_features, self._teacher_tap.features())
         loss = loss.sum() + len(batch["img"]) * sum(terms.values())
         return loss, _joined(items, {_short(name): term.detach() for name, term in terms.items()})
@@ -159,21 +194,55 @@ def _joined(items: Any, terms: dict[str, Tensor]) -> Any:
     return torch.cat([items, torch.stack(list(terms.values())).to(items)])
 
 
-def _check_one_device(device: Any) -> None:
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """What Ultralytics was given to train with; not all of it needs to be there."""
+    device, task = arguments.get("device"), arguments.get("task") or "detect"
     several = isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
     if several or RANK != -1:
         raise NotImplementedError(f"FBKDTrainer trains on one device, got device={device!r}, RANK={RANK}")
+    if task != "detect":
+        raise ValueError(f"FBKDTrainer trains detectors, got a student of task={task!r}")
+    if arguments.get("distill_model") is not None:
+        raise ValueError(
+            f"distill_model={arguments['distill_model']!r} is Ultralytics' own distillation and would train with a "
+            "second teacher; leave it out, or train without FBKDTrainer"
+        )
 
 
 def _model_of(teacher: Teacher) -> nn.Module:
+    """The module whose last layer is the head."""
+    given = teacher
     if isinstance(teacher, (str, Path)):
         teacher = YOLO(teacher)
-    return teacher.model if isinstance(teacher, YOLO) else teacher
+    model = teacher.model if isinstance(teacher, Model) else teacher
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"teacher {given}: an exported model has no layers to listen to, give its .pt checkpoint")
+    if not isinstance(getattr(unwrapped(model), "model", None), nn.Sequential):
+        raise TypeError(
+            f"teacher must be a model of Ultralytics with a head as its last layer, got {type(model).__name__}"
+        )
+    return model
 
 
-def _widths(model: nn.Module, name: str) -> list[int]:
-    """Channels of the maps that the head is given."""
-    head = unwrapped(model).model[-1]
-    if not isinstance(head, Detect):
-        raise TypeError(f"{name}: the last module must be a Detect head, got {type(head).__name__}")
-    return [branch[0].conv.in_channels for branch in head.cv2]
+def _checked_channels(teacher: nn.Module, student: nn.Module) -> int:
+    """The channels of the teacher's images, which must be those of the student's, or three where these are grey."""
+    expected, channels = image_channels(student), image_channels(teacher)
+    if channels != expected and (channels, expected) != (3, 1):
+        raise ValueError(f"teacher must take images of {expected} channels, as the student does, got {channels}")
+    return channels
+
+
+def _widths(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
+    """Channels of the maps that each side's head is given."""
+    remedy = "FBKDTrainer needs a detector that takes images alone"
+    sides = [
+        blank_image_features(model, HEAD_INPUTS, name, remedy)
+        for name, model in (("student", student), ("teacher", teacher))
+    ]
+    sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the teacher's head ({type(unwrapped(teacher).model[-1]).__name__}) must be given maps of the same sizes "
+            f"as the student's, {sizes[0]} for a blank image, got {sizes[1]}"
+        )
+    return [[feature.shape[1] for feature in features] for features in sides]

@@ -127,13 +127,18 @@ def register_samples() -> None:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Two annotated boxes on noise."""
+    """Two annotated boxes on noise, with what hooks look for on a dataset."""
+
+    metainfo = dict(classes=("round", "square", "long"))
 
     def __init__(self, count: int = 4, size: int = 64):
         self.count, self.size = count, size
 
     def __len__(self) -> int:
         return self.count
+
+    def update_skip_type_keys(self, keys) -> None:
+        self.skipped = keys
 
     def __getitem__(self, index: int) -> dict:
         from mmdet.structures import DetDataSample

@@ -102,3 +102,12 @@ def test_rt_detr_predictions(distiller):
     pixels = batch()["pixel_values"]
     check_predictions(distiller, lambda model: model(pixel_values=pixels).logits)
     assert distiller(pixel_values=pixels).loss is None
+
+
+def test_rt_detr_on_images_without_labels(distiller):
+    output = distiller.train()(pixel_values=batch()["pixel_values"])
+    assert type(output).__name__ == "RTDetrObjectDetectionOutput" and list(output)[0] == "loss"
+    torch.testing.assert_close(output.loss, sum(distiller.terms().values()), check_device=False)
+    assert output["loss"] is output.loss is output[0]
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in distiller.loss.parameters())

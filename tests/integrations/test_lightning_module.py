@@ -1,5 +1,7 @@
 """Lightning with the example's module: what is logged, saved, resumed and moved."""
 
+import copy
+
 import pytest
 import torch
 
@@ -22,10 +24,11 @@ def make_module():
     return module
 
 
-def fit(module, images, epochs=1, checkpoint=None, precision=None):
+def fit(module, images, epochs=1, checkpoint=None, precision=None, callbacks=None):
     """One step with each of ``images`` an epoch."""
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, precision=precision, **quiet)
+    settings = dict(max_epochs=epochs, precision=precision, callbacks=callbacks, accelerator="cpu", devices=1)
+    trainer = lightning.Trainer(**settings, **quiet)
     batches = [(image, TARGETS) for image in images]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(module, loader, ckpt_path=checkpoint)
@@ -84,3 +87,32 @@ def test_lightning_moves_the_teacher_along():
     fit(module, IMAGES[:1], precision="64-true")
     assert next(module.distiller.teacher.parameters()).dtype == torch.float64
     assert module.distiller.terms()["loss_fbkd_feature"].dtype == torch.float64
+
+
+class Callback(lightning.Callback):
+    """Looks for a name of the student on the module that it is given."""
+
+    def on_train_start(self, trainer, module):
+        assert module.backbone is module.distiller.student.backbone
+        module.note = 2
+
+
+def test_lightning_callbacks_find_the_students_names():
+    module = make_module()
+    student = module.distiller.student
+    student.note = 1
+    fit(module, IMAGES[:1], callbacks=Callback())
+    assert student.note == 2
+    assert not {"note", "backbone"} & set(vars(module))
+    assert not hasattr(module, "nothing")
+    copied = copy.deepcopy(module)
+    assert copied.backbone is copied.distiller.student.backbone is not student.backbone
+
+
+def test_lightning_keeps_the_names_of_the_module():
+    student = Detector(4)
+    student.lr = 0.2
+    module = example.Distillation(student, Detector(6), FBKDLoss(4, 6, num_levels=2), lr=0.1)
+    assert (module.lr, student.lr) == (0.1, 0.2)
+    module.lr = 0.3
+    assert (module.lr, student.lr) == (0.3, 0.2)

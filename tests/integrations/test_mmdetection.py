@@ -1,7 +1,10 @@
 """FBKDDetector under MMEngine's Runner."""
 
 import copy
+import pickle
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,14 +58,13 @@ def teacher_ckpt(framework, tmp_path_factory):
     return path
 
 
-def runner(folder, teacher_ckpt, **more):
+def runner(folder, teacher_ckpt, student=None, **more):
     from mmengine.runner import Runner
 
     import fbkd_ops.integrations.mmdet  # noqa: F401
 
-    model = dict(
-        type="FBKDDetector", student=retinanet(18), teacher=retinanet(34, 24), teacher_ckpt=teacher_ckpt, loss=LOSS
-    )
+    student, teacher = student or retinanet(18), retinanet(34, 24)
+    model = dict(type="FBKDDetector", student=student, teacher=teacher, teacher_ckpt=teacher_ckpt, loss=LOSS)
     return Runner(model=model, default_scope="mmdet", **training(folder, **more))
 
 
@@ -148,7 +150,8 @@ def test_the_averaged_copy_of_emahook_shares_the_teacher(tmp_path, teacher_ckpt,
     assert torch.equal(checkpoint["state_dict"][key], averaged.state_dict()[key])
     assert not torch.equal(checkpoint["state_dict"][key], run.model.state_dict()[key])
     averaged.train()
-    assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
+    with torch.no_grad():  # as its parameters have no gradient
+        assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
 
 
 def test_other_modes_are_the_students():
@@ -187,3 +190,262 @@ def test_a_teachers_checkpoint_must_fit(tmp_path, teacher_ckpt):
     torch.save(dict(state_dict=state), tmp_path / "part.pth")
     with pytest.raises(RuntimeError, match="missing keys in source state_dict: bbox_head.retina_cls.bias"):
         detector(teacher_ckpt=str(tmp_path / "part.pth"))
+
+
+@pytest.fixture
+def epoch_aware(framework):
+    """A detector that is told the epoch, as MMDetection's TOOD is."""
+    from mmdet.registry import MODELS
+
+    class EpochAware(framework.RetinaNet):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    MODELS.register_module(module=EpochAware)
+    yield retinanet(18) | dict(type="EpochAware")
+    MODELS.module_dict.pop("EpochAware")
+
+
+HOOKS = [
+    dict(type="SetEpochInfoHook"),
+    dict(type="YOLOXModeSwitchHook", num_last_epochs=1),
+    dict(type="NumClassCheckHook"),
+    dict(type="CheckInvalidLossHook", interval=1),
+    dict(type="SyncNormHook"),
+    dict(type="SyncBuffersHook"),
+    dict(type="EmptyCacheHook"),
+    dict(type="EMAHook", ema_type="ExpMomentumEMA", update_buffers=True),
+]
+
+
+def test_hooks_and_options_of_the_runner_reach_the_student(tmp_path, teacher_ckpt, epoch_aware):
+    options = dict(activation_checkpointing=["backbone.layer1"], efficient_conv_bn_eval=["backbone"])
+    run = runner(tmp_path, teacher_ckpt, epoch_aware, custom_hooks=HOOKS, cfg=options)
+    run.train()
+    student = run.model.student
+    assert student.epoch == 1
+    assert student.bbox_head.use_l1
+    assert "forward" in vars(student.backbone.layer1)  # wrapped by the checkpointing
+    assert not {"epoch", "bbox_head"} & set(vars(run.model))
+    (averaged,) = [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
+    assert averaged.bbox_head is averaged.student.bbox_head is not student.bbox_head
+
+
+class ConvNeXt(torch.nn.Module):
+    """What the learning rates by layer know of the backbone of this name."""
+
+    def __init__(self):
+        super().__init__()
+        self.downsample_layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 64, 3, stride=4, padding=1)])
+        self.stages = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Conv2d(64, 512, 3, stride=8, padding=1)])])
+
+    def forward(self, images):
+        x = self.downsample_layers[0](images)
+        return [x, x[:, :1].expand(-1, 128, -1, -1), x[:, :1].expand(-1, 256, -1, -1), self.stages[0][0](x)]
+
+
+def test_learning_rates_by_layer_are_the_students(framework):
+    from mmengine.optim import build_optim_wrapper
+
+    student = build(retinanet(18))
+    student.backbone = ConvNeXt()
+    model = detector(student=student)
+    decay = dict(decay_rate=0.5, decay_type="layer_wise", num_layers=6)
+    config = dict(
+        optimizer=dict(type="SGD", lr=0.1), constructor="LearningRateDecayOptimizerConstructor", paramwise_cfg=decay
+    )
+    rates, expected = (
+        {
+            id(parameter): group["lr"]
+            for group in build_optim_wrapper(each, copy.deepcopy(config)).optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for each in (model, student)
+    )
+    assert len(set(expected.values())) == 3
+    assert expected == {id(each): rates[id(each)] for each in student.parameters() if each.requires_grad}
+    assert all(rates[id(each)] == 0.1 for each in model.loss.parameters())
+
+
+def test_a_loss_entry_is_no_total_for_mmengine():
+    """It adds up every entry with "loss" in its name."""
+    model = detector()
+    data = batch(model)
+    model.student.forward = lambda inputs, samples, mode: {"loss": model.student.extract_feat(inputs)[0].mean()}
+    assert set(model(**data, mode="loss")) == {"loss", *TERMS}
+
+
+def test_names_of_the_student():
+    model = detector()
+    student = model.student
+    assert model.bbox_head is student.bbox_head
+    assert model.with_neck and not model.with_mask
+    assert model.extract_feat.__self__ is student
+    assert model.loss is not student.loss and model.data_preprocessor is student.data_preprocessor
+    assert not hasattr(model, "set_epoch")
+    student.note = 1
+    model.note, model.own = 2, 3
+    assert student.note == 2 and not hasattr(student, "own") and "note" not in vars(model)
+    del model.note
+    assert not hasattr(student, "note")
+    with pytest.raises(AttributeError, match="'FBKDDetector' object has no attribute 'nothing', nor has its student"):
+        model.nothing
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.bbox_head is copied.student.bbox_head is not student.bbox_head
+
+
+def test_names_that_stay_the_detectors_are_documented():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    names = {name for name in dir(detector()) if not name.startswith("_")} - set(dir(torch.nn.Module()))
+    assert {name for name in names if f"`{name}`" not in text} == set()
+
+
+@pytest.mark.parametrize("with_average", [False, True])
+def test_a_plain_detectors_checkpoint_lands_in_the_student(tmp_path, teacher_ckpt, with_average):
+    plain = randomise(build(retinanet(18)), seed=1).state_dict()
+    torch.save(dict(state_dict=plain), tmp_path / "plain.pth")
+    hooks = [dict(type="EMAHook")] if with_average else []
+    run = runner(tmp_path, teacher_ckpt, load_from=str(tmp_path / "plain.pth"), custom_hooks=hooks)
+    models = [run.model]
+    if with_average:
+        run.call_hook("before_run")
+        models += [hook.ema_model.module for hook in run.hooks if type(hook).__name__ == "EMAHook"]
+        assert len(models) == 2
+    run.load_or_resume()
+    for model in models:
+        assert all(torch.equal(value, plain[key]) for key, value in model.student.state_dict().items())
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path, teacher_ckpt):
+    torch.save(dict(state_dict={"encoder.weight": torch.zeros(1)}), tmp_path / "foreign.pth")
+    run = runner(tmp_path, teacher_ckpt, load_from=str(tmp_path / "foreign.pth"))
+    with pytest.raises(RuntimeError, match="neither a FBKDDetector's, .* nor its student's"):
+        run.load_or_resume()
+
+
+@pytest.fixture
+def checkpoint_of_teacher(teacher_ckpt):
+    return dict(type="Pretrained", checkpoint=teacher_ckpt)
+
+
+def test_a_teacher_without_trained_weights_is_warned_of(teacher_ckpt, checkpoint_of_teacher):
+    with pytest.warns(UserWarning, match="without trained weights, .* give teacher_ckpt=..., or a teacher"):
+        detector()
+    pretrained = retinanet(34, 24) | dict(init_cfg=checkpoint_of_teacher)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the teacher")
+        detector(teacher_ckpt=teacher_ckpt)
+        detector(teacher=build(retinanet(34, 24)))
+        detector(teacher=pretrained)
+        detector(teacher=retinanet(34, 24) | dict(init_cfg=[checkpoint_of_teacher]))
+
+
+def test_a_teacher_of_another_class_than_mmengines(teacher_ckpt):
+    """It has no `is_init` of its own."""
+    teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=8, padding=1), torch.nn.Identity())
+    before = teacher[0].weight.clone()
+    model = detector(teacher=teacher, teacher_layers=["0"], student_levels=[0])
+    model.init_weights()
+    assert torch.equal(teacher[0].weight, before)
+
+
+def test_features_in_the_output_of_a_model_without_hooks():
+    from fbkd_ops.integrations._blank_images import blank_image_features
+
+    traced = torch.jit.trace(torch.nn.Conv2d(3, 8, 3, stride=8, padding=1), torch.zeros(1, 3, 64, 64))
+    (feature,) = blank_image_features(traced, lambda output: [output], "teacher_layers", "")
+    assert feature.shape[1] == 8
+
+
+def with_channels(channels: int, depth: int = 18) -> dict:
+    config = retinanet(depth)
+    config["backbone"]["in_channels"] = channels
+    config["data_preprocessor"] = dict(type="DetDataPreprocessor", pad_size_divisor=32)
+    return config
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels):
+    model = detector(student=with_channels(channels), teacher=with_channels(channels))
+    assert [level.student_channels for level in model.loss.levels] == [16] * 5
+    images = torch.randn(2, channels, 64, 64)
+    samples = batch(detector())["data_samples"]
+    assert TERMS < set(model(images, samples, mode="loss"))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_stem_that_makes_four_channels_of_one(channels):
+    from mmdet.models.backbones.csp_darknet import Focus
+
+    from fbkd_ops.integrations._blank_images import blank_image_features
+
+    (feature,) = blank_image_features(Focus(channels, 8), "conv", "layers", "")
+    assert feature.shape[1] == 8
+
+
+def with_ssd_neck(depth: int) -> dict:
+    """A detector with the levels of SSD300, the last of which is there from 300 pixels on."""
+    neck = dict(type="SSDNeck", level_strides=(2, 2, 1, 1), level_paddings=(1, 1, 0, 0))
+    config = retinanet(depth)
+    config["backbone"]["out_indices"] = (1, 2)
+    config["neck"] = neck | dict(in_channels=(128, 256), out_channels=(128, 256, 64, 32, 32, 32))
+    return config
+
+
+def test_a_size_that_the_model_accepts():
+    model = detector(student=with_ssd_neck(18), teacher=with_ssd_neck(34))
+    assert [level.student_channels for level in model.loss.levels] == [128, 256, 64, 32, 32, 32]
+
+
+class FixedSize(torch.nn.Module):
+    """A backbone that takes no other images than of one size."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.stem = size, torch.nn.Conv2d(3, 8, 3, stride=8, padding=1)
+
+    def forward(self, images):
+        if images.shape[-1] != self.size:
+            raise AssertionError(f"images must have {self.size} pixels")
+        return [self.stem(images)]
+
+
+def test_widths_that_cannot_be_read_are_given():
+    student, teacher = (build(retinanet(18)) for _ in range(2))
+    student.backbone, student.neck = FixedSize(100), torch.nn.Identity()
+    message = (
+        "layers: RetinaNet takes no blank image of 3, 1 channels and 128 to 1024 pixels, .*"
+        r"AssertionError: images must have 100 pixels\); give their widths: loss=dict\(student_channels=\[...\]\)"
+    )
+    settings = dict(student=student, teacher=teacher, teacher_layers="backbone.conv1")
+    with pytest.raises(ValueError, match=message):
+        detector(**settings)
+    model = detector(**settings, loss=LOSS | dict(student_channels=[8]))
+    assert [(level.student_channels, level.teacher_channels) for level in model.loss.levels] == [(8, 64)]
+
+
+@pytest.mark.parametrize(
+    "settings,error,message",
+    [
+        (dict(student_levels=3), TypeError, "student_levels must be a list of indices or keys, got 3"),
+        (dict(teacher_levels=[0.0]), TypeError, "teacher_levels must be a list of indices or keys, got 0.0 in it"),
+        (dict(student_levels=[7]), ValueError, "student_levels names a level 7, but the features have 5 levels"),
+        (dict(teacher_layers="roi_head"), ValueError, "teacher_layers: RetinaNet has no module 'roi_head'"),
+    ],
+)
+def test_levels_and_layers_are_checked(settings, error, message):
+    with pytest.raises(error, match=message):
+        detector(**settings)
+
+
+def test_modes_and_statistics_stay_as_they_are():
+    from fbkd_ops.integrations._blank_images import blank_image_features
+
+    student = build(retinanet(18)).train()
+    student.backbone.layer1.eval()
+    modes = {name: module.training for name, module in student.named_modules()}
+    before = copy.deepcopy(student.state_dict())
+    blank_image_features(student, "neck", "layers", "")
+    assert {name: module.training for name, module in student.named_modules()} == modes
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())

@@ -137,5 +137,18 @@ def test_the_example_trains(models, tmp_path):
     assert all(torch.equal(value, restored.state_dict()[key]) for key, value in loss.state_dict(prefix=PREFIX).items())
 
 
+def test_the_maps_may_be_a_dict():
+    from fbkd_ops.integrations.mmrazor_loss import FBKDOpsLoss
+
+    loss = randomise(FBKDOpsLoss(student_channels=4, num_levels=2))
+    student, teacher = (list(torch.randn(3, 1, 4, 32, 32)) for _ in range(2))
+    expected = loss(student, tuple(teacher))
+    assert len(expected) == 4
+    named = [dict(zip(("p2", "p3", "p4"), maps)) for maps in (student, teacher)]
+    torch.testing.assert_close(loss(*named), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="student_features must be a list, tuple or dict .* got Tensor"):
+        loss(student[0], teacher)
+
+
 def below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

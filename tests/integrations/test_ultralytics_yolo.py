@@ -3,10 +3,11 @@
 import copy
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +95,17 @@ class Observer:
         with torch.no_grad():
             terms = self.copy(self.seen["student"], self.seen["teacher"])
         self.expected.append([float(term) for term in terms.values()])
-        items = trainer.loss_items
-        items = items if isinstance(items, dict) else dict(zip(trainer.loss_names, items))
+        items = logged_losses(trainer)
         self.logged.append([float(items[name]) for name in TERMS])
         self.totals.append(
             (float(trainer.loss.detach()), sum(map(float, items.values())), len(self.seen["student"][0]))
         )
+
+
+def logged_losses(trainer) -> dict:
+    """By name; earlier versions have them in a tensor."""
+    items = trainer.loss_items
+    return items if isinstance(items, dict) else dict(zip(trainer.loss_names, items))
 
 
 def models(trainer) -> tuple:
@@ -118,7 +124,9 @@ def train(student, data, folder, callbacks=None, **settings):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ultralytics_yolo, "YOLO", Watched)
-        arguments = dict(SETTINGS, data=data, student=student, teacher=PAIRS[student], project=str(folder), name="run")
+        arguments = dict(
+            SETTINGS, data=data, student=student, teacher=PAIRS.get(student), project=str(folder), name="run"
+        )
         return ultralytics_yolo.train(**arguments | settings).trainer
 
 
@@ -303,11 +311,152 @@ def test_several_devices_are_refused(data, tmp_path, device):
         train("yolov8n.yaml", data, tmp_path, device=device)
 
 
-def test_other_models_are_refused(data):
-    from fbkd_ops.integrations.ultralytics import FBKDTrainer, _widths
+def test_other_teachers_are_refused(data, tmp_path):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
 
     with pytest.raises(TypeError, match="teacher must be a checkpoint, a YAML, a YOLO or its model, got int"):
         FBKDTrainer(teacher=3)
-    model = types.SimpleNamespace(model=[torch.nn.Identity()], named_children=lambda: [])
-    with pytest.raises(TypeError, match="teacher: the last module must be a Detect head, got Identity"):
-        _widths(model, "teacher")
+    (tmp_path / "teacher.onnx").write_text("")
+    for teacher, message in (
+        (torch.nn.Linear(2, 2), "teacher must be a model of Ultralytics with a head as its last layer, got Linear"),
+        (str(tmp_path / "teacher.onnx"), "teacher .*teacher.onnx: an exported model has no layers to listen to"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            train("yolov8n.yaml", data, tmp_path, teacher=teacher)
+    for teacher, head in (("yolo11n-cls.yaml", "Classify"), ("yolov8n-p2.yaml", "Detect")):
+        with pytest.raises(ValueError, match=rf"teacher's head \({head}\) must be given maps of the same sizes"):
+            train("yolov8n.yaml", data, tmp_path, teacher=teacher)
+
+
+def test_the_student_is_no_teacher_of_its_own(data, tmp_path):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    model = YOLO("yolov8n.yaml").model
+    overrides = dict(SETTINGS, data=data, model="yolov8n.yaml", project=str(tmp_path))
+    trainer = FBKDTrainer(teacher=model, overrides=overrides)
+    trainer.model = model
+    with pytest.raises(ValueError, match="student and teacher share the module"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify"])
+def test_other_tasks_are_refused(data, tmp_path, task):
+    suffix = {"segment": "seg", "classify": "cls"}.get(task, task)
+    with pytest.raises(ValueError, match=f"FBKDTrainer trains detectors, got a student of task='{task}'"):
+        train(f"yolov8n-{suffix}.yaml", data, tmp_path, teacher="yolov8n.yaml")
+
+
+@pytest.mark.parametrize("student,head", [("yolov8n-seg", "Segment"), ("yolov8s-world", "WorldDetect")])
+def test_students_with_other_heads_are_refused(data, tmp_path, student, head):
+    """Also where their task says detection."""
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    overrides = dict(SETTINGS, data=data, model=f"{student}.yaml", project=str(tmp_path), task="detect")
+    trainer = FBKDTrainer(teacher="yolov8n.yaml", overrides=overrides)
+    with pytest.raises(TypeError, match=f"student: the last module must be a Detect head, got {head}"):
+        trainer.train()
+
+
+def test_distillation_of_ultralytics_own_is_refused_besides(data, tmp_path):
+    from ultralytics.cfg import DEFAULT_CFG_DICT
+
+    if "distill_model" not in DEFAULT_CFG_DICT:
+        pytest.skip("this version has no distillation")
+    with pytest.raises(ValueError, match="distill_model='yolo11m.pt' is Ultralytics' own distillation .* leave it out"):
+        train("yolo11n.yaml", data, tmp_path, distill_model="yolo11m.pt")
+
+
+def test_a_teacher_without_trained_weights_is_warned_of(tmp_path):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    overrides = dict(data="none", device="0,1")  # ends the construction
+    with pytest.warns(UserWarning, match="built from yolov8n.yaml, without trained weights, .* give a checkpoint"):
+        with pytest.raises(NotImplementedError):
+            FBKDTrainer(teacher="yolov8n.yaml", overrides=overrides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for teacher in ("yolov8n.pt", YOLO("yolov8n.yaml")):
+            with pytest.raises(NotImplementedError):
+                FBKDTrainer(teacher=teacher, overrides=overrides)
+
+
+def tiny(folder, head: str, arguments: list, name: str = "tiny") -> str:
+    """The YAML of a model of a few layers, with maps of 8, 16 and 24 channels at the usual strides."""
+    widths = ((8, 2), (8, 2), (8, 2), (16, 2), (24, 2))
+    model = dict(
+        nc=80,  # as many classes as YOLOWorld's text
+        depth_multiple=1.0,
+        width_multiple=1.0,
+        backbone=[[-1, 1, "Conv", [width, 3, stride]] for width, stride in widths],
+        head=[[[2, 3, 4], 1, head, arguments]],
+    )
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(model))
+    return str(path)
+
+
+TEACHERS = {
+    "RTDETR": ("RTDETRDecoder", ["nc", 16, 20, 2, 2, 1]),
+    "YOLOWorld": ("WorldDetect", ["nc", 512, False]),
+    "YOLOE": ("YOLOEDetect", ["nc", 512, True]),
+    "YOLO": ("Detect", ["nc"]),
+}
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("kind", list(TEACHERS))
+def test_models_of_every_class_teach(data, tmp_path, kind, as_module):
+    import ultralytics
+
+    if not hasattr(ultralytics, kind):
+        pytest.skip(f"this version has no {kind}")
+    teacher = getattr(ultralytics, kind)(tiny(tmp_path, *TEACHERS[kind]))
+    seen = []
+
+    def keep(trainer):
+        seen.append([float(logged_losses(trainer)[name]) for name in TERMS])
+
+    def listen(trainer):
+        assert type(trainer.teacher.model[-1]).__name__ == TEACHERS[kind][0]
+        assert [level.teacher_channels for level in trainer.fbkd.levels] == [8, 16, 24]
+
+    callbacks = dict(on_train_start=listen, on_train_batch_end=keep)
+    teacher = teacher.model if as_module else teacher
+    train(tiny(tmp_path, "Detect", ["nc"], "student"), data, tmp_path, callbacks, teacher=teacher, epochs=1)
+    assert np.isfinite(seen).all() and np.max(seen) > 0
+
+
+@pytest.fixture(scope="module")
+def grey_data(data, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("grey") / "grey.yaml"
+    path.write_text(Path(data).read_text() + "channels: 1\n")
+    return str(path)
+
+
+def test_a_teacher_of_colour_images_sees_grey_ones_in_three_channels(grey_data, tmp_path):
+    from ultralytics import YOLO
+
+    teacher, images = YOLO(tiny(tmp_path, "Detect", ["nc"])), []
+    student = tiny(tmp_path, "Detect", ["nc"], "student")
+
+    def listen(trainer):
+        trainer.teacher.register_forward_pre_hook(lambda module, args: images.append(args[0]))
+
+    trainer = train(student, grey_data, tmp_path, dict(on_train_start=listen), teacher=teacher, epochs=1)
+    if next(trainer.model.parameters()).shape[1] == 3:
+        pytest.skip("this version has no grey images")
+    assert images and all(each.shape[1] == 3 for each in images)
+    assert all(torch.equal(each[:, :1].expand_as(each), each) and each.max() > 0 for each in images)
+
+
+def test_a_teacher_of_images_with_other_channels_is_refused(data, grey_data, tmp_path):
+    from ultralytics.nn.tasks import DetectionModel
+
+    teacher = DetectionModel("yolov8n.yaml", ch=4, verbose=False)
+    for images in (data, grey_data):
+        with pytest.raises(ValueError, match="teacher must take images of [13] channels, as the student does, got 4"):
+            train("yolov8n.yaml", images, tmp_path, teacher=teacher)

@@ -1,0 +1,177 @@
+"""The losses in what a student returns in training: which they are, and the same with the FBKD terms added."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOTALS", "Total", "add_terms", "is_scalar", "own_losses"]
+
+Total = Union[str, Sequence[str], None]
+
+# Entries that hold the sum of all losses where a student has one: Hugging Face's name, then YOLOX's.
+TOTALS = ("loss", "total_loss")
+
+
+def add_terms(output: Any, terms: dict[str, Tensor], total: Total) -> Any:
+    """Return what the student returned with ``terms`` added, in the form it came in.
+
+    Their sum is added to a scalar, and to the first entry or attribute of ``total`` that is one; where that is None,
+    the sum takes its place. Without such an entry the terms are further entries of a dict or list of losses.
+
+    Raises:
+        TypeError: an output without a loss, or in another form.
+        ValueError: an output without the entry that ``total`` names, a term that it has already.
+    """
+    _check_total(output, total)
+    name = _total_name(output, total)
+    if name is not None:
+        return _with_entry(output, name, _entry(output, name) + sum(terms.values()))
+    name = _empty_name(output, total)
+    if name is not None:
+        return _with_entry(output, name, sum(terms.values()))
+    if isinstance(output, Mapping) and _loss_names(output):
+        _check_losses(output, terms)
+        return {**output, **terms}
+    if isinstance(output, list) and output and all(map(is_scalar, output)):
+        return [*output, *terms.values()]
+    if is_scalar(output):
+        return output + sum(terms.values())
+    raise TypeError(
+        "the student returned no loss: it must return a dict or list of losses, a scalar tensor, or an object whose "
+        f"loss is one, in training, got {_description(output)}; Distiller(..., combine=...) adds the terms to anything "
+        "else, and combine=lambda output, terms: terms returns the terms alone"
+    )
+
+
+def own_losses(output: Any, total: Total) -> dict[str, Tensor]:
+    """Return the student's losses by name. What has no gradient (an accuracy) is none."""
+    name = _total_name(output, total)
+    if name is not None:
+        entries = {name: _entry(output, name)}
+    elif _empty_name(output, total) is not None:
+        entries = {}
+    elif isinstance(output, Mapping):
+        entries = {name: output[name] for name in _loss_names(output)}
+    elif isinstance(output, (list, tuple)):
+        entries = {f"loss {index}": value for index, value in enumerate(output)}
+    else:
+        entries = {"loss": output}
+    losses = {name: _sum(value) for name, value in entries.items() if isinstance(value, (Tensor, list, tuple))}
+    return {name: loss for name, loss in losses.items() if loss.requires_grad}
+
+
+def is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _names(total: Total) -> Sequence[str]:
+    return (total,) if isinstance(total, str) else total or ()
+
+
+def _total_name(output: Any, total: Total) -> Optional[str]:
+    """The entry that the terms are added to. Dicts also have scalars under these names that are only for the log."""
+    for name in _names(total):
+        value = _entry(output, name)
+        is_chosen = isinstance(total, str) or not _is_plain_dict(output)
+        if is_scalar(value) and (is_chosen or _has_gradient(value)):
+            return name
+    return None
+
+
+def _empty_name(output: Any, total: Total) -> Optional[str]:
+    """The entry that would hold the total and is None: the images have no labels."""
+    return next((name for name in _names(total) if _has_entry(output, name) and _entry(output, name) is None), None)
+
+
+def _has_entry(output: Any, name: str) -> bool:
+    """Whether an output has an entry, or an attribute. A ModelOutput has its entries of None as attributes only."""
+    if isinstance(output, Mapping):
+        return name in output or name in getattr(output, "__dict__", ())
+    return hasattr(output, name)
+
+
+def _entry(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _with_entry(output: Any, name: str, value: Tensor) -> Any:
+    if _is_plain_dict(output) or (isinstance(output, Mapping) and not isinstance(output, MutableMapping)):
+        return {**output, name: value}
+    if isinstance(output, Mapping):
+        is_new = name not in output
+        output[name] = value
+        if is_new and isinstance(output, OrderedDict):
+            output.move_to_end(name, last=False)  # a ModelOutput's first entry is its loss
+        return output
+    if dataclasses.is_dataclass(output) and output.__dataclass_params__.frozen:
+        return dataclasses.replace(output, **{name: value})
+    setattr(output, name, value)
+    return output
+
+
+def _is_plain_dict(output: Any) -> bool:
+    return type(output) in (dict, OrderedDict)
+
+
+def _loss_names(output: Mapping) -> list[str]:
+    """The entries that are losses: a scalar with a gradient, or a list of tensors with one (MMDetection: per level)."""
+    return [name for name, value in output.items() if _is_loss(value)]
+
+
+def _is_loss(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(part, Tensor) and _has_gradient(part) for part in value)
+    return isinstance(value, Tensor) and value.numel() == 1 and _has_gradient(value)
+
+
+def _has_gradient(value: Tensor) -> bool:
+    """Without gradient mode no loss has one, and its dtype has to tell."""
+    return value.requires_grad or (not torch.is_grad_enabled() and value.is_floating_point())
+
+
+def _check_total(output: Any, total: Total) -> None:
+    if not isinstance(total, str):
+        return
+    if isinstance(output, (Tensor, list, tuple)) or not _has_entry(output, total):
+        raise ValueError(f"total names {total!r}, which is not in what the student returned: {_description(output)}")
+    value = _entry(output, total)
+    if value is not None and not is_scalar(value):
+        raise TypeError(f"total names {total!r}, which must be a scalar tensor or None, got {_description(value)}")
+
+
+def _check_losses(losses: Mapping, terms: dict[str, Tensor]) -> None:
+    taken = sorted(set(losses) & set(terms))
+    if taken:
+        raise ValueError(f"the student's losses already have {', '.join(map(repr, taken))}")
+    for name, value in losses.items():
+        if isinstance(value, Tensor) and value.numel() != 1 and value.requires_grad:
+            raise TypeError(
+                f"{name!r} among the student's losses is no loss but {_description(value)} with a gradient: name the "
+                "entry that is differentiated with Distiller(..., total=...), or make what a step returns with "
+                "Distiller(..., combine=...)"
+            )
+
+
+def _description(value: Any) -> str:
+    """What an error calls an output: ``Tensor(2, 5)``, ``dict with 'logits' Tensor(2, 5, 8, 8)``."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{kind}{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        entries = [
+            f"{name!r} {_description(part) if isinstance(part, Tensor) else type(part).__name__}"
+            for name, part in value.items()
+        ]
+        return f"{kind} with {', '.join(entries)}" if entries else f"empty {kind}"
+    return kind
+
+
+def _sum(value: Any) -> Tensor:
+    """MMDetection has lists of losses, one per level."""
+    return sum(
+        (part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros((), device="cpu")
+    )
