@@ -5,6 +5,7 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
+from .._validation import as_list
 from ..loss import FBKDLevel, FBKDLoss
 from .non_local import differences, module_settings, our_key, state_problems
 
@@ -157,11 +158,10 @@ def _checked_state(loss: Any, checkpoint: Any) -> Mapping[str, Tensor]:
 def _level_names(names: Any, levels: int, argument: str) -> list[str]:
     if isinstance(names, str):
         return [names.format(level) for level in range(levels)]
-    if not isinstance(names, Sequence):
-        raise TypeError(f"{argument} must be a pattern or a list of names, got {type(names).__name__}")
+    names = as_list(names, "a pattern or a list of names", argument)
     if len(names) != levels:
         raise ValueError(f"{argument} must have one entry a level, expected {levels}, got {len(names)}")
-    return list(names)
+    return names
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -178,8 +178,8 @@ def _our_key_of_authors(key: str) -> Optional[str]:
 
 
 def _check_count(connectors: Any, expected: int, name: str) -> None:
-    if not isinstance(connectors, (Sequence, nn.ModuleList)):
-        raise TypeError(f"{name} must be a list with one entry a level, got {type(connectors).__name__}")
+    if not isinstance(connectors, nn.ModuleList):
+        as_list(connectors, "a list with one entry a level", name)
     if len(connectors) != expected:
         raise ValueError(f"{name} must have one entry a level, expected {expected}, got {len(connectors)}")
 
