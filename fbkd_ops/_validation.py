@@ -283,8 +283,8 @@ def check_layer(layer: nn.Module, name: str) -> None:
     if any(hooks):
         raise RuntimeError(
             f"{name} has hooks, which would never run because its weights are read without a call of it: remove them. "
-            "torch.nn.utils.weight_norm, spectral_norm and prune are such hooks, and fully_shard on a part of the loss; "
-            "torch.nn.utils.parametrizations and fully_shard on the whole loss work"
+            "torch.nn.utils.weight_norm, spectral_norm and prune are such hooks, as is fully_shard on a part of the "
+            "loss; torch.nn.utils.parametrizations and fully_shard on the whole loss work"
         )
 
 
