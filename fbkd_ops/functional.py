@@ -1,7 +1,14 @@
 """The parts of the FBKD loss as functions: attention maps, masks, feature loss, relation loss.
 
-All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where an input is
-float64), give results in that accumulation dtype and are indifferent to autocast. No gradient ever reaches a teacher.
+All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where a map of student or
+teacher is float64), give results in that accumulation dtype and are indifferent to autocast. No gradient ever reaches a
+teacher.
+
+Triton, which runs :func:`adapted_masked_l2_loss` and :func:`relation_loss` on a GPU, accumulates in the same dtypes.
+But it rounds weights and matrices to 16 bits before it multiplies a 16-bit map by them: where student and teacher share
+that dtype, and in the pooled convolutions of a block (``stride`` > 1) whatever the other side's dtype. In bfloat16 that
+puts a loss off by about 1e-4 of its value and a gradient by up to 2e-2, as PyTorch's own layers do under autocast.
+Beside a float64 map nothing is rounded.
 """
 
 from collections.abc import Sequence

@@ -163,11 +163,14 @@ class FBKDLoss(nn.Module):
 
         Returns:
             Scalars ``loss_fbkd_feature``, ``loss_fbkd_channel``, ``loss_fbkd_spatial`` and ``loss_fbkd_relation``,
-            weighted and summed over levels, in float32 (float64 for float64 features).
+            weighted and summed over levels, in float32 (float64 where a feature is float64). Of a narrower map beside a
+            float64 one the means and masks are float32's: the relation term is exact to float64 then, the other three
+            to 1e-8.
 
         Raises:
-            TypeError: features that are no list, tuple or dict, a level that is no floating-point tensor.
-            ValueError: levels, channels, N, H, W or devices that do not agree.
+            TypeError: features that are no list or dict, a level that is no dense floating-point tensor.
+            ValueError: levels, channels, N, H, W or devices that do not agree; parameters on different devices.
+            RuntimeError: at the first call, a layer inside the loss with hooks.
         """
         pairs = paired_levels(student_features, teacher_features)
         self._check(pairs)
