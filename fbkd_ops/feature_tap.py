@@ -274,7 +274,7 @@ def _selected(layer: Layer, value: Any) -> Any:
 def _as_features(value: Any, name: str) -> Features:
     if isinstance(value, Tensor):
         return [value]
-    if not isinstance(value, (list, tuple, Mapping)):
+    if not is_list(value) and not isinstance(value, Mapping):
         raise TypeError(
             f"{name}: the features must be a tensor, list, tuple or dict, got {type(value).__name__}; "
             "Layer(path, select=...) makes them of something else"

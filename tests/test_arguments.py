@@ -484,6 +484,14 @@ def test_features_come_in_a_list_of_any_kind(kind):
     assert len(FBKDLoss.from_features(kind(features), kind(features)).levels) == 2
 
 
+@pytest.mark.parametrize("kind", [list, tuple, UserList, deque, Registered])
+def test_a_model_may_return_a_list_of_any_kind(kind):
+    model = nn.Sequential(nn.Identity())
+    with FeatureTap(model, Layer("0", select=lambda x: kind([x, -x]))) as tap:
+        model(MAPS)
+    assert [torch.equal(a, b) for a, b in zip(tap.features(), [MAPS, -MAPS], strict=True)] == [True, True]
+
+
 @pytest.mark.parametrize("flag", [np.True_, np.bool_(False)])
 def test_numpys_flags_are_flags(flag):
     loss = FBKDLoss(4, num_levels=1, memory_efficient=flag, synchronize=flag, use_scale=flag)
