@@ -1,5 +1,8 @@
 """Builds fbkd_ops: the C++ part where there is a compiler, the CUDA part where nvcc and torch agree.
 
+What a build needs is looked for before anything is compiled. A torch or setuptools that is too old ends the build with
+one sentence; without a compiler, nvcc or the headers of Python or CUDA their part is left out, and the report says why.
+
 Environment:
     FBKD_OPS_CUDA         0 leaves the CUDA part out, 1 makes a missing one an error; unset: built where possible
     TORCH_CUDA_ARCH_LIST  architectures of the CUDA part; default 7.5;8.0;9.0;10.0+PTX as far as nvcc knows them
@@ -16,8 +19,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -25,6 +30,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "fbkd_ops"
 STABLE_ABI = "2.10"  # as csrc/stable_abi.h says; an older torch is refused
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0")
+SETUPTOOLS = "77"  # as pyproject.toml says, which pip does not read without build isolation
+CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
 INSTALL_HINT = "pip install torch ninja pybind11; pip install --no-build-isolation ."
 
 
@@ -88,7 +95,31 @@ def missing_for_cpu():
         return f"no C++ compiler ({compiler!r} is not on PATH; set CXX)"
     if run(compiler, "--version") is None:
         return f"no working C++ compiler ({compiler!r} --version fails; set CXX)"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"no Python.h in {headers} (install Python's headers: python3-dev or python3-devel)"
     return None
+
+
+def require_setuptools():
+    if release_of(setuptools.__version__) < release_of(SETUPTOOLS):
+        raise SystemExit(
+            f"fbkd_ops needs setuptools {SETUPTOOLS} or later to build, but {setuptools.__version__} is installed: "
+            f'pip install "setuptools>={SETUPTOOLS}"'
+        )
+
+
+def require_torch_headers(torch):
+    """Refuse a torch without a header that the sources include, as a release candidate of the oldest one may be."""
+    include = Path(torch.__file__).parent / "include"
+    texts = [(ROOT / path).read_text() for path in sources("csrc/*.*", "csrc/*/*.*")]
+    wanted = {header for text in texts for header in re.findall(r"#include <(torch/[^>]+)>", text)}
+    missing = sorted(header for header in wanted if not (include / header).exists())
+    if missing:
+        raise SystemExit(
+            f"fbkd_ops needs the headers of torch {STABLE_ABI} or later, but torch {torch.__version__} has no "
+            f"{', '.join(missing)} in {include}."
+        )
 
 
 def missing_for_cuda(torch, root):
@@ -102,6 +133,10 @@ def missing_for_cuda(torch, root):
         return f"no working nvcc in {root}/bin"
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is {release} but torch {torch.__version__} is built with CUDA {torch.version.cuda}"
+    folders = [Path(root, "include"), *Path(root, "targets").glob("*/include")]
+    missing = [name for name in CUDA_HEADERS if not any((folder / name).exists() for folder in folders)]
+    if missing:
+        return f"no {', '.join(missing)} in {root}/include (the toolkit's runtime headers are not installed)"
     return None
 
 
@@ -117,6 +152,8 @@ def plan(torch, root):
         raise SystemExit(f"FBKD_OPS_CUDA=1 but the CUDA part cannot be built: {no_cuda}")
     if no_cpu:
         left_out["cpu"] = no_cpu
+    else:
+        require_torch_headers(torch)
     if choice == "0":
         left_out["cuda"] = "FBKD_OPS_CUDA=0"
     elif no_cuda:
@@ -205,6 +242,7 @@ class BuildPython(build_py):
         (folder / "_build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
 
 
+require_setuptools()
 toolkit = toolkit_root()
 if toolkit is not None:
     os.environ["CUDA_HOME"] = toolkit  # torch.utils.cpp_extension reads it when it is imported

@@ -14,18 +14,23 @@ from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
     "as_list",
+    "check_attention_map",
     "check_attention_pools",
     "check_callable",
     "check_channels",
     "check_choice",
+    "check_dense",
     "check_feature",
     "check_flag",
+    "check_layer",
+    "check_module",
     "check_norm",
     "check_number",
     "check_pair",
     "check_same_device",
     "check_spatial_map",
     "check_stride",
+    "check_temperature",
     "check_tensor",
     "check_text",
     "check_weights",
@@ -33,6 +38,7 @@ __all__ = [
     "is_int",
     "is_list",
     "paired_levels",
+    "values_per_level",
     "warn_of_clamping",
 ]
 
@@ -40,7 +46,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _TEXTS = (str, bytes, bytearray, memoryview)
 
-Features = Union[list[Tensor], tuple[Tensor, ...], Mapping[Any, Tensor]]
+Features = Union[Sequence[Tensor], Mapping[Any, Tensor]]
 
 
 def is_int(value: Any) -> bool:
@@ -73,6 +79,20 @@ def as_list(value: Any, expected: str, name: str) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else value.tolist()
 
 
+def values_per_level(value: Any, levels: int, name: str) -> list[Any]:
+    """Return one value per level: the entries of a list of any kind, or a single value repeated.
+
+    Raises:
+        ValueError: another number of entries than ``levels``.
+    """
+    if not is_list(value):
+        return [value] * levels
+    values = as_list(value, "a list", name)
+    if len(values) != levels:
+        raise ValueError(f"{name} has {len(values)} values, expected one value or {levels}, one a level")
+    return values
+
+
 def check_flag(value: Any, name: str) -> bool:
     """Return a flag, NumPy's among them, as a bool.
 
@@ -98,21 +118,45 @@ def check_text(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a text, got {_kind(value)}")
 
 
-def check_number(value: Any, expected: str, accepts: Callable[[float], bool], name: str) -> None:
-    """A finite number that ``accepts`` says yes to; ``expected`` is what the error says was expected."""
+def check_module(value: Any, name: str) -> None:
+    """Refuse what is no module, a module's class among it, with a TypeError."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {_kind(value)}")
+
+
+def check_number(value: Any, expected: str, accepts: Callable[[float], bool], name: str) -> float:
+    """Return a finite number, for which ``accepts`` is true, as a float; ``expected`` completes the error."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accepts(value):
+    if not is_number or not _is_finite(value) or not accepts(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
 
 
-def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
-    if value not in choices:
+def _is_finite(value: numbers.Real) -> bool:
+    """False for integers that no float can hold too."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
+    """Return one of ``choices`` as Python's own text."""
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
 
 
-def check_stride(stride: Any) -> None:
+def check_temperature(value: Any, name: str) -> float:
+    """Return a softmax's temperature as a float."""
+    return check_number(value, "a number > 0", lambda number: number > 0, name)
+
+
+def check_stride(stride: Any) -> int:
+    """Return a stride as Python's own int."""
     if not is_int(stride) or stride < 1:
         raise ValueError(f"stride must be an int >= 1 (1: no pooling), got {stride!r}")
+    return int(stride)
 
 
 _warned_of_clamping = False
@@ -131,9 +175,8 @@ def warn_of_clamping(stride: int, feature: Tensor) -> None:
 
 
 def check_feature(feature: Any, name: str) -> None:
-    """A feature map: a floating-point tensor ``(N, C, H, W)`` with at least one channel and pixel."""
-    if not isinstance(feature, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(feature).__name__}")
+    """A feature map: a dense floating-point tensor ``(N, C, H, W)`` with at least one channel and pixel."""
+    check_dense(feature, name)
     if feature.dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{name} must have dtype {expected}, got {str(feature.dtype).removeprefix('torch.')}")
@@ -144,12 +187,32 @@ def check_feature(feature: Any, name: str) -> None:
 
 
 def check_spatial_map(x: Any, name: str) -> None:
-    """A spatial map: a floating-point tensor ``(N, H, W)`` with at least one pixel."""
+    """A spatial map: a dense floating-point tensor ``(N, H, W)`` with at least one pixel."""
     check_tensor(x, None, x, name)
     if x.dim() != 3:
         raise ValueError(f"{name} must have shape (N, H, W), got {_shape(x)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must have at least one pixel, got {_shape(x)}")
+
+
+def check_attention_map(x: Any, name: str) -> None:
+    """An attention map: a dense floating-point tensor ``(N, ...)`` with at least one value per image."""
+    check_tensor(x, None, x, name)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape (N, ...) with at least one dimension beside N, got {_shape(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one value per image, got {_shape(x)}")
+
+
+def check_dense(tensor: Any, name: str) -> None:
+    """A tensor whose values lie in memory by strides: the kernels read nothing else."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(tensor)}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one; use to_padded_tensor()")
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout}; use to_dense()")
 
 
 def check_pair(
@@ -178,9 +241,8 @@ def check_channels(feature: Tensor, expected: int, name: str) -> None:
 
 
 def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor, name: str) -> None:
-    """A floating-point tensor on the device of ``like``, of shape ``expected`` where one is given."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    """A dense floating-point tensor on the device of ``like``, of shape ``expected`` where one is given."""
+    check_dense(tensor, name)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
     if expected is not None and tuple(tensor.shape) != tuple(expected):
@@ -188,8 +250,11 @@ def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor,
     check_same_device(tensor, like, name, "the features")
 
 
-def check_norm(norm: Any, channels: int, name: str) -> None:
-    """A BatchNorm, a SyncBatchNorm or a frozen BatchNorm over ``channels``, or None."""
+def check_norm(norm: Any, like: Tensor, name: str) -> None:
+    """A BatchNorm, a SyncBatchNorm or a frozen BatchNorm for features ``like (N, C, H, W)``, on their device, or None.
+
+    Its tensors are read without a call of the norm, so :func:`check_layer` holds for it too.
+    """
     if norm is None:
         return
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
@@ -199,16 +264,34 @@ def check_norm(norm: Any, channels: int, name: str) -> None:
     else:
         raise TypeError(
             f"{name} must be a BatchNorm, a SyncBatchNorm, a frozen BatchNorm (with eps and the buffers weight, bias, "
-            f"running_mean and running_var) or None, got {type(norm).__name__}"
+            f"running_mean and running_var) or None, got {_kind(norm)}"
         )
-    if width != channels:
-        raise ValueError(f"{name} must have num_features {channels}, got {width}")
+    if width != like.shape[1]:
+        raise ValueError(f"{name} must have num_features {like.shape[1]}, got {width}")
+    for entry in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(norm, entry) is not None:
+            check_same_device(getattr(norm, entry), like, f"{name}.{entry}", "the features")
+    check_layer(norm, name)
+
+
+def check_layer(layer: nn.Module, name: str) -> None:
+    """Refuse a layer with hooks: its weights are read directly, and the hooks would never run.
+
+    Old-style ``weight_norm``, ``spectral_norm`` and pruning are such hooks, which make the layer's weight.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if any(hooks):
+        raise RuntimeError(
+            f"{name} has hooks, which would never run because its weights are read without a call of it: remove them. "
+            "torch.nn.utils.weight_norm, spectral_norm and prune are such hooks, as is fully_shard on a part of the "
+            "loss; torch.nn.utils.parametrizations and fully_shard on the whole loss work"
+        )
 
 
 def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:
     """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
     if not isinstance(weights, NonLocalWeights):
-        raise TypeError(f"{name} must be NonLocalWeights, got {type(weights).__name__}")
+        raise TypeError(f"{name} must be NonLocalWeights, got {_kind(weights)}")
     check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
     channels, shape = x.shape[1], tuple(weights.g_weight.shape)
     if not shape or shape[0] < 1:
@@ -234,10 +317,9 @@ def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> 
 
 
 def check_attention_pools(student: Any, teacher: Any) -> None:
-    """Two :class:`AttentionPool` of the same N, C, H and W."""
+    """Two :class:`AttentionPool` whose attention maps have the same N, C, H and W; the plain means are not read."""
     for name, pool in (("student", student), ("teacher", teacher)):
-        if not isinstance(pool, AttentionPool):
-            raise TypeError(f"{name} must be an AttentionPool, got {type(pool).__name__}")
+        _check_attention_pool(pool, name)
     for field in ("spatial_attention", "channel_attention"):
         s, t = getattr(student, field), getattr(teacher, field)
         if s.shape != t.shape:
@@ -250,14 +332,28 @@ def check_attention_pools(student: Any, teacher: Any) -> None:
         check_same_device(s, t, f"student.{field}", f"teacher.{field}")
 
 
+def _check_attention_pool(pool: Any, name: str) -> None:
+    """Attention maps ``(N, H, W)`` and ``(N, C)`` of the same images."""
+    if not isinstance(pool, AttentionPool):
+        raise TypeError(f"{name} must be an AttentionPool, got {_kind(pool)}")
+    check_spatial_map(pool.spatial_attention, f"{name}.spatial_attention")
+    channels = pool.channel_attention
+    check_attention_map(channels, f"{name}.channel_attention")
+    if channels.dim() != 2 or channels.shape[0] != pool.spatial_attention.shape[0]:
+        raise ValueError(
+            f"{name}.channel_attention must have shape (N, C) with N = {pool.spatial_attention.shape[0]} as in "
+            f"{name}.spatial_attention, got {_shape(channels)}"
+        )
+
+
 def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
-    """The levels of a list, tuple or dict, keyed by how an error should call each one."""
+    """The levels of a list or dict of any kind, keyed by how an error should call each one."""
     if isinstance(features, Mapping):
         levels = {f"{name}[{key!r}]": feature for key, feature in features.items()}
-    elif isinstance(features, (list, tuple)):
+    elif is_list(features) and not isinstance(features, Tensor):
         levels = {f"{name}[{index}]": feature for index, feature in enumerate(features)}
     else:
-        raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, got {type(features).__name__}")
+        raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, got {_kind(features)}")
     if not levels:
         raise ValueError(f"{name} has no levels, expected at least one")
     for label, feature in levels.items():

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ._numerics import is_fake
+from ._validation import check_layer, check_same_device
 
-__all__ = ["BackwardWatch", "FiniteWatch", "GradientWatch", "UpdateWatch", "can_watch"]
+__all__ = ["BackwardWatch", "FiniteWatch", "GradientWatch", "LayerWatch", "UpdateWatch", "can_watch"]
 
 
 def can_watch(tensor: Tensor) -> bool:
@@ -108,6 +109,36 @@ def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
     sides = {"student": students, "teacher": teachers}
     broken = [name for name, features in sides.items() if features and not features[level].isfinite().all()]
     return f" (the {' and the '.join(broken)} features are not)" if broken else ""
+
+
+class LayerWatch(_Watch):
+    """Refuses, once, layers inside a loss that it could not use as they are."""
+
+    def __init__(self):
+        self._passed = False
+
+    def see(self, loss: nn.Module) -> None:
+        """Look at every layer at the first call, and whenever a graph is compiled, where it costs no step anything.
+
+        Raises:
+            RuntimeError: a layer with hooks.
+            ValueError: parameters or buffers on different devices.
+        """
+        if not torch.compiler.is_compiling():
+            if self._passed:
+                return
+            _check_devices(loss)
+        for name, layer in loss.named_modules():
+            if layer is not loss and "parametrizations" not in name:
+                check_layer(layer, f"the loss's {name}")
+        if not torch.compiler.is_compiling():
+            self._passed = True
+
+
+def _check_devices(loss: nn.Module) -> None:
+    tensors = [*loss.named_parameters(), *loss.named_buffers()]
+    for name, tensor in tensors[1:]:
+        check_same_device(tensor, tensors[0][1], f"the loss's {name}", f"its {tensors[0][0]}")
 
 
 class UpdateWatch(_Watch):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ._validation import check_flag
 from .distiller import Distiller
 
 __all__ = ["data_parallel"]
@@ -35,7 +36,7 @@ def data_parallel(
         frozen or absent, and those of the joined batch with ``FBKDLoss(..., synchronize=True)`` besides.
 
     Raises:
-        TypeError: something that is no module.
+        TypeError: something that is no module, a flag that is no bool.
 
     Example:
         >>> distiller = Distiller(student, teacher, FBKDLoss(256, num_levels=5), student_layers="backbone")
@@ -44,6 +45,7 @@ def data_parallel(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a Distiller or a loss, got {type(module).__name__}")
+    sync_batch_norm = check_flag(sync_batch_norm, "sync_batch_norm")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return module
     parameter = next(module.parameters(), None)

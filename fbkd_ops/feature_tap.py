@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ._validation import Features
+from ._validation import Features, as_list, check_callable, check_flag, check_module, check_text, is_list
 
 __all__ = [
     "FeatureTap",
@@ -35,6 +35,9 @@ class Layer:
         inputs: whether to catch what the module is given instead of what it returns.
         select: makes the features of what was caught; a tensor, list, tuple or dict are features as they are.
 
+    Raises:
+        TypeError: a path that is no text, ``inputs`` that is no bool, ``select`` that cannot be called.
+
     Example:
         >>> detect_inputs = Layer("model.-1", inputs=True)  # the maps that a YOLO's head is given
         >>> channels_first = Layer("backbone", select=lambda maps: [x.permute(0, 3, 1, 2) for x in maps])
@@ -43,6 +46,12 @@ class Layer:
     path: str = ""
     inputs: bool = False
     select: Optional[Callable[[Any], Any]] = None
+
+    def __post_init__(self):
+        check_text(self.path, "path")
+        check_flag(self.inputs, "inputs")
+        if self.select is not None:
+            check_callable(self.select, "select")
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -71,7 +80,7 @@ class FeatureTap:
             is not seen then. A compiled model runs through.
 
     Raises:
-        TypeError: a model that is no module, layers of another type.
+        TypeError: a model that is no module, an argument of another type.
         ValueError: no layer, the same one twice, or a path that the model does not have.
 
     Example:
@@ -83,8 +92,9 @@ class FeatureTap:
     """
 
     def __init__(self, model: nn.Module, layers: Layers, *, name: str = "layers", stop_when_complete: bool = False):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model, "model")
+        check_text(name, "name")
+        stop_when_complete = check_flag(stop_when_complete, "stop_when_complete")
         self.model, self.name = model, name
         self._layers = _checked_layers(layers, name)  # by name where they came in a dict, by number else
         self._is_single = isinstance(layers, (str, Layer)) or callable(layers)
@@ -314,7 +324,7 @@ def _selected(layer: Layer, value: Any) -> Any:
 def _as_features(value: Any, name: str) -> Features:
     if isinstance(value, Tensor):
         return [value]
-    if not isinstance(value, (list, tuple, Mapping)):
+    if not is_list(value) and not isinstance(value, Mapping):
         raise TypeError(
             f"{name}: the features must be a tensor, list, tuple or dict, got {type(value).__name__}; "
             "Layer(path, select=...) makes them of something else"
@@ -327,8 +337,8 @@ def _checked_layers(layers: Layers, name: str) -> dict[Any, Layer]:
         places = {0: layers}
     elif isinstance(layers, Mapping):
         places = dict(layers)
-    elif isinstance(layers, Sequence):
-        places = dict(enumerate(layers))
+    elif is_list(layers):
+        places = dict(enumerate(as_list(layers, "a list", name)))
     elif callable(layers) and not isinstance(layers, nn.Module):
         places = {0: Layer(select=layers)}
     else:

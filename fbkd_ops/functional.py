@@ -1,8 +1,15 @@
 """The parts of the FBKD loss as functions: attention maps, masks, feature loss, relation loss.
 
-All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where an input is
-float64), give results in that accumulation dtype and are indifferent to autocast, backward passes included. No gradient
-ever reaches a teacher. Second and forward-mode derivatives raise, except inside ``use_backend("reference")``.
+All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where a map of student or
+teacher is float64), give results in that accumulation dtype and are indifferent to autocast, backward passes included.
+No gradient ever reaches a teacher. Second and forward-mode derivatives raise, except inside
+``use_backend("reference")``.
+
+Triton, which runs :func:`adapted_masked_l2_loss` and :func:`relation_loss` on a GPU, accumulates in the same dtypes.
+But it rounds weights and matrices to 16 bits before it multiplies a 16-bit map by them: where student and teacher share
+that dtype, and in the pooled convolutions of a block (``stride`` > 1) whatever the other side's dtype. In bfloat16 that
+puts a loss off by about 1e-4 of its value and a gradient by up to 2e-2, as PyTorch's own layers do under autocast.
+Beside a float64 map nothing is rounded.
 """
 
 from collections.abc import Sequence
@@ -13,15 +20,18 @@ from torch import Tensor, nn
 from . import backends, linear_non_local, reference
 from ._numerics import accumulation_dtype, root, without_autocast
 from ._validation import (
+    as_list,
+    check_attention_map,
     check_attention_pools,
     check_choice,
     check_feature,
+    check_flag,
     check_norm,
-    check_number,
     check_pair,
     check_same_device,
     check_spatial_map,
     check_stride,
+    check_temperature,
     check_tensor,
     check_weights,
     warn_of_clamping,
@@ -95,7 +105,9 @@ def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
         >>> [pool.spatial_mean.shape[1] for pool in pools]
         [32, 16]
     """
-    features = list(features)
+    if isinstance(features, Tensor):
+        raise TypeError("features must be a list of (N, C, H, W) tensors, got one tensor: use attention_pool")
+    features = as_list(features, "a list of (N, C, H, W) tensors", "features")
     for index, x in enumerate(features):
         check_feature(x, f"features[{index}]")
         check_same_device(x, features[0], f"features[{index}]", "features[0]")
@@ -118,7 +130,9 @@ def attention_mask(
         The mask in the teacher's shape.
 
     Raises:
-        ValueError: another mask rule, a temperature that is not > 0, different shapes.
+        TypeError: an argument that is no dense floating-point tensor.
+        ValueError: another mask rule, a temperature that is not a finite number > 0, different shapes, maps without a
+            value.
 
     Example:
         >>> mask = attention_mask(torch.rand(2, 8, 8), torch.rand(2, 8, 8), temperature=0.5)
@@ -128,10 +142,16 @@ def attention_mask(
     Source: the released code for ``average``, Zhang & Ma 2021 for ``joint``.
     """
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
-    check_number(temperature, "a number > 0", lambda value: value > 0, "temperature")
-    check_tensor(teacher, None, teacher, "teacher")
+    temperature = check_temperature(temperature, "temperature")
+    check_attention_map(teacher, "teacher")
     if student is not None:
-        check_tensor(student, teacher.shape, teacher, "student")
+        check_attention_map(student, "student")
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"student must have shape {tuple(teacher.shape)}, got {tuple(student.shape)}: student and teacher are "
+                "maps of the same pixels or channels"
+            )
+        check_same_device(student, teacher, "student", "teacher")
     return attention_masks_op([MaskRequest(student, teacher, temperature, mask_rule)])[0]
 
 
@@ -157,8 +177,9 @@ def attention_masks(
         ``(spatial_mask (N, H, W), channel_mask (N, C))``, each of mean 1 an image.
 
     Raises:
-        TypeError: an argument is no AttentionPool.
-        ValueError: shapes, devices or widths that do not agree, another mask rule, a temperature that is not > 0.
+        TypeError: an argument that is no AttentionPool, attention maps that are no dense floating-point tensors.
+        ValueError: shapes, devices or widths that do not agree, another mask rule, a temperature that is not a finite
+            number > 0.
 
     Example:
         >>> student, teacher = (attention_pool(torch.randn(2, 64, 25, 42)) for _ in range(2))
@@ -171,8 +192,8 @@ def attention_masks(
     """
     check_attention_pools(student, teacher)
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
-    for name, temperature in (("spatial", spatial_temperature), ("channel", channel_temperature)):
-        check_number(temperature, "a number > 0", lambda value: value > 0, f"{name}_temperature")
+    spatial_temperature = check_temperature(spatial_temperature, "spatial_temperature")
+    channel_temperature = check_temperature(channel_temperature, "channel_temperature")
     spatial_mask, channel_mask = attention_masks_op(
         [
             MaskRequest(student.spatial_attention, teacher.spatial_attention, spatial_temperature, mask_rule),
@@ -299,7 +320,8 @@ def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tens
     """
     check_spatial_map(student, "student")
     check_spatial_map(teacher, "teacher")
-    check_tensor(teacher, student.shape, student, "teacher")
+    check_tensor(teacher, student.shape, teacher, "teacher")
+    check_same_device(student, teacher, "student", "teacher")
     check_tensor(weight, (3, 3), student, "weight")
     check_tensor(bias, (1,), student, "bias")
     backend = backends.resolve("spatial_l2_loss", student)
@@ -344,7 +366,9 @@ def non_local(
         z, ``(N, C, H, W)``, in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: a bad x, mode or stride; weights that do not fit x or lack what the mode needs.
+        TypeError, ValueError: a bad x, mode, stride or flag; weights that do not fit x or lack what the mode needs; a
+            norm of another kind, width or device.
+        RuntimeError: a norm with hooks (an old-style ``weight_norm`` is one), which would never run.
         ValueError: one value a channel under a BatchNorm in training, as BatchNorm raises.
 
     Example:
@@ -357,7 +381,7 @@ def non_local(
     check_feature(x, "x")
     settings = _block_settings(x, mode, stride, pool_order, use_scale)
     check_weights(weights, x, mode, "weights")
-    check_norm(norm, x.shape[1], "norm")
+    check_norm(norm, x, "norm")
     backend = backends.resolve("non_local", x)
     x = x.to(accumulation_dtype(x))
     with without_autocast(x):
@@ -428,8 +452,9 @@ def relation_loss(
     expected = (teacher.shape[1], student.shape[1])
     check_tensor(adaptation_weight, expected, student, "adaptation_weight")
     check_tensor(adaptation_bias, expected[:1], student, "adaptation_bias")
-    check_norm(student_norm, student.shape[1], "student_norm")
-    check_norm(teacher_norm, teacher.shape[1], "teacher_norm")
+    check_norm(student_norm, student, "student_norm")
+    check_norm(teacher_norm, teacher, "teacher_norm")
+    memory_efficient = check_flag(memory_efficient, "memory_efficient")
     backend = backends.resolve("relation_loss", student)
     adaptation = (adaptation_weight, adaptation_bias)
     with without_autocast(student):
@@ -447,6 +472,6 @@ def _block_settings(
 ) -> linear_non_local.BlockSettings:
     check_choice(mode, MODES, "mode")
     check_choice(pool_order, CHOICES["pool_order"], "pool_order")
-    check_stride(stride)
+    stride, use_scale = check_stride(stride), check_flag(use_scale, "use_scale")
     warn_of_clamping(stride, x)
     return linear_non_local.BlockSettings(mode, stride, pool_order, use_scale)

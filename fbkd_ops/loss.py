@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from . import backends, reference
 from ._batch_norm import synchronizes, uses_batch_statistics
 from ._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
-from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
-from ._watch import FiniteWatch, GradientWatch, UpdateWatch, can_watch
+from ._validation import (
+    Features,
+    check_channels,
+    check_flag,
+    check_same_device,
+    is_int,
+    is_list,
+    paired_levels,
+    values_per_level,
+    warn_of_clamping,
+)
+from ._watch import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
@@ -47,7 +57,8 @@ class FBKDLoss(nn.Module):
     that every parameter receives a gradient in every step.
 
     Args:
-        student_channels: the student's width, an int or one int a level.
+        student_channels: the student's width, an int or a list of one per level. Every argument that takes one value
+            per level takes a list of any kind: a tuple, a range, a NumPy array, OmegaConf's.
         teacher_channels: the teacher's; the student's by default.
         num_levels: how many levels, where the channels are ints; by default what the preset was written for
             (``"paper"`` fits any number and needs it).
@@ -70,7 +81,10 @@ class FBKDLoss(nn.Module):
 
     Raises:
         ValueError: channels, levels, a preset or an override's value out of its range.
-        TypeError: an unknown override.
+        TypeError: an unknown override, channels that are no ints, a flag that is no bool.
+        RuntimeError: at the first call, a layer inside the loss with hooks. They would never run, because the layers'
+            weights are read without a call. An old-style ``weight_norm``, ``spectral_norm`` or pruning is such a hook;
+            ``torch.nn.utils.parametrizations`` work.
 
     Example:
         >>> loss = FBKDLoss(256, num_levels=2)
@@ -102,8 +116,11 @@ class FBKDLoss(nn.Module):
             _level_widths(student_channels, num_levels, "student_channels"),
             _level_widths(teacher_channels, num_levels, "teacher_channels"),
         )
-        self.preset, self.memory_efficient, self.synchronize = preset, memory_efficient, synchronize
+        self.preset = preset
+        self.memory_efficient = check_flag(memory_efficient, "memory_efficient")
+        self.synchronize = check_flag(synchronize, "synchronize")
         self._gradient_watch, self._finite_watch, self._update_watch = GradientWatch(), FiniteWatch(), UpdateWatch()
+        self._layer_watch = LayerWatch()
         self.levels = nn.ModuleList()
         for index, (settings, (student, teacher)) in enumerate(
             zip(resolve_settings(preset, num_levels, overrides), widths)
@@ -146,11 +163,14 @@ class FBKDLoss(nn.Module):
 
         Returns:
             Scalars ``loss_fbkd_feature``, ``loss_fbkd_channel``, ``loss_fbkd_spatial`` and ``loss_fbkd_relation``,
-            weighted and summed over levels, in float32 (float64 for float64 features).
+            weighted and summed over levels, in float32 (float64 where a feature is float64). Of a narrower map beside a
+            float64 one the means and masks are float32's: the relation term is exact to float64 then, the other three
+            to 1e-8.
 
         Raises:
-            TypeError: features that are no list, tuple or dict, a level that is no floating-point tensor.
-            ValueError: levels, channels, N, H, W or devices that do not agree.
+            TypeError: features that are no list or dict, a level that is no dense floating-point tensor.
+            ValueError: levels, channels, N, H, W or devices that do not agree; parameters on different devices.
+            RuntimeError: at the first call, a layer inside the loss with hooks.
         """
         pairs = paired_levels(student_features, teacher_features)
         self._check(pairs)
@@ -269,6 +289,7 @@ class FBKDLoss(nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_same_device(pairs[0][1], parameter, pairs[0][0], "the loss's parameters")
+        self._layer_watch.see(self)
 
     def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         self.check_levels(pairs)
@@ -465,7 +486,7 @@ def _check_channel_mask(student_channels: int, teacher_channels: int, settings: 
 
 def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int], preset: str) -> int:
     default = default_num_levels(preset)
-    lengths = {len(channels) for channels in (student, teacher) if isinstance(channels, Sequence)}
+    lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
     if num_levels is None and lengths:
         num_levels = max(lengths)
     if num_levels is None:
@@ -474,16 +495,16 @@ def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int
         raise ValueError(f"num_levels is needed: preset {preset!r} fits any number of levels")
     if not is_int(num_levels) or num_levels < 1:
         raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
-    return num_levels
+    return int(num_levels)
 
 
 def _level_widths(channels: Channels, num_levels: int, name: str) -> list[int]:
-    widths = list(channels) if isinstance(channels, Sequence) else [channels] * num_levels
-    if len(widths) != num_levels:
-        raise ValueError(f"{name} has {len(widths)} entries, expected an int or {num_levels}, one a level")
+    if is_list(channels) and len(channels) != num_levels:
+        raise ValueError(f"{name} has {len(channels)} entries, expected an int or {num_levels}, one a level")
+    widths = values_per_level(channels, num_levels, name)
     for level, width in enumerate(widths):
         if not is_int(width):
             raise TypeError(f"{name} must be an int or a list of ints, got {width!r} at level {level}")
         if width < 1:
             raise ValueError(f"{name} must be >= 1, got {width} at level {level}")
-    return widths
+    return [int(width) for width in widths]

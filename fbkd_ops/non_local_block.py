@@ -5,15 +5,52 @@ from typing import Optional
 from torch import Tensor, nn
 
 from . import functional
-from ._batch_norm import FrozenBatchNorm2d, is_frozen
-from ._validation import check_choice, check_stride, is_int
+from ._batch_norm import FrozenBatchNorm2d
+from ._validation import check_choice, check_flag, check_layer, check_stride, is_int
 from .linear_non_local import Block, BlockSettings, as_matrices
 from .presets import CHOICES
 from .types import NonLocalWeights
 
 __all__ = ["NonLocalBlock2d"]
 
-_NORMS = {"batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm, "frozen": FrozenBatchNorm2d}
+
+# Each layer of a block knows how it starts, so that whoever resets all modules one by one, in any order, as FSDP does
+# after ``to_empty()``, gets the block's start and not PyTorch's.
+class SmallConv2d(nn.Conv2d):
+    """A convolution that starts as mmcv's do: normal with std 0.01, biases 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ZeroBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d whose weight starts at 0."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
+class ZeroSyncBatchNorm(nn.SyncBatchNorm):
+    """A SyncBatchNorm whose weight starts at 0."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
+_NORMS = {"batch": ZeroBatchNorm2d, "sync": ZeroSyncBatchNorm, "frozen": FrozenBatchNorm2d}
+_LEARNED_NORMS = ("batch", "sync")
 
 
 class NonLocalBlock2d(nn.Module):
@@ -40,6 +77,8 @@ class NonLocalBlock2d(nn.Module):
 
     Raises:
         ValueError: a width, mode, stride or norm out of its range; see also :func:`fbkd_ops.functional.non_local`.
+        TypeError: a flag that is no bool.
+        RuntimeError: at a call, a layer with hooks (an old-style ``weight_norm`` is one), which would never run.
 
     Example:
         >>> block = NonLocalBlock2d(256, inter_channels=64, stride=8)
@@ -66,39 +105,32 @@ class NonLocalBlock2d(nn.Module):
         if not is_int(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels must be an int >= 1, got {in_channels!r}")
         inner = _inner_width(in_channels, inter_channels, reduction)
-        for name, value in (("mode", mode), ("norm", norm), ("pool_order", pool_order)):
-            check_choice(value, CHOICES[name], name)
-        check_stride(stride)
-        self.in_channels, self.inter_channels = in_channels, inner
-        self.mode, self.stride, self.pool_order, self.use_scale = mode, stride, pool_order, use_scale
-        embeds = mode != "gaussian"
-        self.g = nn.Conv2d(in_channels, inner, 1)
-        self.theta = nn.Conv2d(in_channels, inner, 1) if embeds else None
-        self.phi = nn.Conv2d(in_channels, inner, 1) if embeds else None
+        choices = {"mode": mode, "norm": norm, "pool_order": pool_order}
+        mode, norm, pool_order = (check_choice(value, CHOICES[name], name) for name, value in choices.items())
+        self.in_channels, self.inter_channels = int(in_channels), inner
+        self.mode, self.stride, self.pool_order = mode, check_stride(stride), pool_order
+        self.use_scale = check_flag(use_scale, "use_scale")
+        embeds, last = mode != "gaussian", nn.Conv2d if norm in _LEARNED_NORMS else ZeroConv2d
+        self.g = SmallConv2d(in_channels, inner, 1)
+        self.theta = SmallConv2d(in_channels, inner, 1) if embeds else None
+        self.phi = SmallConv2d(in_channels, inner, 1) if embeds else None
         self.pair = nn.Conv2d(2 * inner, 1, 1, bias=False) if mode == "concatenation" else None
-        self.out = nn.Conv2d(inner, in_channels, 1, bias=conv_out_bias)
+        self.out = last(inner, in_channels, 1, bias=check_flag(conv_out_bias, "conv_out_bias"))
         self.norm = None if norm == "none" else _NORMS[norm](in_channels)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start over at ``z = x``."""
-        for layer in (self.g, self.theta, self.phi):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
-        if self.pair is not None:
-            self.pair.reset_parameters()
-        self.out.reset_parameters()
-        if self.norm is not None:
-            self.norm.reset_parameters()
-        learns = self.norm is not None and not is_frozen(self.norm)
-        last = self.norm if learns else self.out
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
+        """Start over at ``z = x``: every layer resets itself. The block has no parameters of its own."""
+        for layer in self.children():
+            layer.reset_parameters()
 
     def weights(self) -> NonLocalWeights:
-        """The block's convolutions as matrices, in the layout that the functions take."""
+        """The block's convolutions as matrices, in the layout that the functions take.
+
+        Raises:
+            RuntimeError: a layer with hooks, which would never run.
+        """
+        for name, layer in self.named_children():
+            check_layer(layer, name)
         return as_matrices(self._convolutions())
 
     def _convolutions(self) -> NonLocalWeights:
@@ -153,9 +185,9 @@ def _inner_width(channels: int, inner: Optional[int], reduction: Optional[int]) 
         reduction = 2 if reduction is None else reduction
         if not is_int(reduction) or reduction < 1:
             raise ValueError(f"reduction must be an int >= 1, got {reduction!r}")
-        return max(channels // reduction, 1)
+        return max(int(channels // reduction), 1)
     if reduction is not None:
         raise ValueError(f"give inter_channels or reduction, got both: {inner!r} and {reduction!r}")
     if not is_int(inner) or not 1 <= inner <= channels:
         raise ValueError(f"inter_channels must be between 1 and in_channels={channels}, got {inner!r}")
-    return inner
+    return int(inner)

@@ -6,10 +6,19 @@ last one repeats.
 """
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-from ._validation import check_choice, check_number, check_stride, is_int
+from ._validation import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_stride,
+    check_temperature,
+    is_int,
+    values_per_level,
+)
 
 __all__ = ["CHOICES", "MODES", "PRESETS", "TERMS", "LevelSettings", "default_num_levels", "resolve_settings"]
 
@@ -69,30 +78,35 @@ class LevelSettings:
 
     def __post_init__(self):
         for name in ("spatial_temperature", "channel_temperature"):
-            check_number(getattr(self, name), "a number > 0", lambda value: value > 0, name)
-        for term in TERMS:
-            name = f"{term}_weight"
-            check_number(getattr(self, name), "a finite number >= 0", lambda value: value >= 0, name)
+            self._set(name, check_temperature(getattr(self, name), name))
+        for name in (f"{term}_weight" for term in TERMS):
+            self._set(name, check_number(getattr(self, name), "a finite number >= 0", lambda value: value >= 0, name))
         for name in ("use_channel_mask", "conv_out_bias", "use_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            self._set(name, check_flag(getattr(self, name), name))
         for name, choices in CHOICES.items():
-            check_choice(getattr(self, name), choices, name)
-        check_stride(self.stride)
-        self._check_inter_channels()
+            self._set(name, check_choice(getattr(self, name), choices, name))
+        self._set("stride", check_stride(self.stride))
+        self._set("inter_channels", _inner_channels(self.inter_channels))
 
-    def _check_inter_channels(self):
-        value = self.inter_channels
-        is_width = is_int(value) and value >= 1
-        is_ratio = isinstance(value, float) and 0 < value <= 1
-        if not (is_width or is_ratio):
-            raise ValueError(f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}")
+    def _set(self, name: str, value: Any) -> None:
+        """Replace NumPy's numbers and flags by Python's own, which the ops take."""
+        object.__setattr__(self, name, value)
 
     def inner_width(self, channels: int) -> int:
         """The inner width of a non-local block on ``channels`` channels."""
         if isinstance(self.inter_channels, float):
             return max(int(channels * self.inter_channels), 1)
         return self.inter_channels
+
+
+def _inner_channels(value: Any) -> Union[int, float]:
+    """An inner width, or its ratio to the features' width."""
+    if is_int(value) and value >= 1:
+        return int(value)
+    is_ratio = isinstance(value, numbers.Real) and not is_int(value) and not isinstance(value, bool) and 0 < value <= 1
+    if not is_ratio:
+        raise ValueError(f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}")
+    return float(value)
 
 
 CHOICES = {
@@ -150,17 +164,18 @@ def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) ->
     Args:
         preset: a key of :data:`PRESETS`.
         num_levels: number of pyramid levels, >= 1.
-        overrides: fields of :class:`LevelSettings`; a list or tuple gives one value a level.
+        overrides: fields of :class:`LevelSettings`, each one value or a list of any kind (tuple, NumPy array,
+            OmegaConf list, ...) of one per level.
 
     Raises:
-        ValueError: an unknown preset, a value out of its range, a sequence of another length.
-        TypeError: an unknown override.
+        ValueError: an unknown preset, a value out of its range, a list of another length.
+        TypeError: an unknown override, a flag that is no bool.
     """
     check_choice(preset, tuple(PRESETS), "preset")
     _require_known(overrides)
     columns = {name: _spread(value, num_levels) for name, value in PRESETS[preset].items()}
     for name, value in overrides.items():
-        columns[name] = _per_level(name, value, num_levels)
+        columns[name] = values_per_level(value, num_levels, name)
     settings = []
     for level in range(num_levels):
         try:
@@ -182,12 +197,3 @@ def _spread(value: Any, num_levels: int) -> list[Any]:
     if not isinstance(value, tuple):
         return [value] * num_levels
     return [value[min(level, len(value) - 1)] for level in range(num_levels)]
-
-
-def _per_level(name: str, value: Any, num_levels: int) -> list[Any]:
-    """An override's value at each level."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * num_levels
-    if len(value) != num_levels:
-        raise ValueError(f"{name} has {len(value)} values, expected one value or {num_levels}, one a level")
-    return list(value)

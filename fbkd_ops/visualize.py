@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ._validation import FLOAT_DTYPES, Features, is_int, paired_levels
+from ._validation import FLOAT_DTYPES, Features, as_list, check_dense, check_text, is_int, is_list, paired_levels
 from .autograd.attention_masks import attention_masks
 from .functional import attention_mask, attention_pool
 from .loss import FBKDLoss
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["attention", "channel_attention"]
 
 ATTENTION_COLOURS, MASK_COLOURS, NOT_FINITE_COLOUR = "inferno", "viridis", "cyan"
+INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 RANGE_SLACK = 1e-3  # how far resizing may carry an image out of 0..1
 
 
@@ -109,6 +110,8 @@ def attention(
     Source: Zhang & Ma 2021, the spatial attention map ``G^s`` and the mask ``M^s``.
     """
     _require_matplotlib()
+    check_text(student_title, "student_title")
+    check_text(teacher_title, "teacher_title")
     picture = _checked_picture(image, padded_size)
     boxes, labels = _checked_boxes(boxes, labels)
     drawn = _levels(student_features, teacher_features, loss, index, levels)
@@ -196,6 +199,8 @@ def _levels(
 ) -> list[_Level]:
     """Attention and masks of image ``index`` at each of ``levels``."""
     pairs = paired_levels(student, teacher)
+    for name, feature, _, _ in pairs:
+        _check_values(feature, name)
     _check_loss(loss, pairs)
     _check_index(index, min(s.shape[0] for _, s, _, _ in pairs))
     names = _level_names(student, teacher)
@@ -260,6 +265,11 @@ def _check_loss(loss: Any, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None
     loss.check_levels(pairs)
 
 
+def _check_values(tensor: Tensor, name: str) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values to draw, got a meta tensor")
+
+
 def _check_index(index: Any, batch: int) -> None:
     if not is_int(index) or not 0 <= index < batch:
         raise ValueError(f"index must be an int >= 0 and below the number of images, {batch}, got {index!r}")
@@ -269,22 +279,23 @@ def _checked_positions(levels: Any, count: int) -> list[int]:
     """The positions to draw, of ``count``."""
     if levels is None:
         return list(range(count))
-    if not isinstance(levels, Sequence) or not levels:
+    positions = as_list(levels, "a list", "levels") if is_list(levels) else []
+    if not positions:
         raise ValueError(f"levels must be a list of at least one position, got {levels!r}")
-    for position in levels:
+    for position in positions:
         if not is_int(position) or not 0 <= position < count:
             raise ValueError(f"levels must be ints >= 0 and below the number of levels, {count}, got {position!r}")
-    return list(levels)
+    return positions
 
 
 def _checked_picture(image: Any, padded_size: Any) -> _Picture:
     """The image ``(3, H, W)`` as float32 in 0..1 on the CPU, and the area that the features cover."""
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}")
+    check_dense(image, "image")
     if image.dtype not in (torch.uint8, *FLOAT_DTYPES):
         raise TypeError(f"image must be of uint8 or floating-point, got {str(image.dtype).removeprefix('torch.')}")
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must have shape (3, H, W), got {tuple(image.shape)}")
+    _check_values(image, "image")
     pixels = image.detach().cpu().float()
     pixels = pixels / 255 if image.dtype == torch.uint8 else pixels
     low, high = pixels.min().item(), pixels.max().item()
@@ -297,27 +308,28 @@ def _checked_picture(image: Any, padded_size: Any) -> _Picture:
 
 
 def _checked_padding(padded_size: Any, size: tuple[int, int]) -> tuple[int, int]:
-    is_pair = isinstance(padded_size, Sequence) and len(padded_size) == 2 and all(map(is_int, padded_size))
-    if not is_pair or any(padded < own for padded, own in zip(padded_size, size)):
+    sides = as_list(padded_size, "two ints", "padded_size") if is_list(padded_size) else []
+    is_pair = len(sides) == 2 and all(map(is_int, sides))
+    if not is_pair or any(padded < own for padded, own in zip(sides, size)):
         raise ValueError(
             f"padded_size must be two ints, height and width, no less than the image's {size}, got {padded_size!r}"
         )
-    return tuple(padded_size)
+    return int(sides[0]), int(sides[1])
 
 
 def _checked_boxes(boxes: Any, labels: Any) -> tuple[Tensor, list[str]]:
     """Boxes ``(K, 4)``, none where there are none, and K texts."""
     if boxes is None:
         boxes = torch.empty(0, 4)
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"boxes must be a torch.Tensor, got {type(boxes).__name__}")
+    check_dense(boxes, "boxes")
+    if boxes.dtype not in (*INT_DTYPES, *FLOAT_DTYPES):
+        raise TypeError(f"boxes must be of ints or floating-point, got {str(boxes.dtype).removeprefix('torch.')}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (K, 4), got {tuple(boxes.shape)}")
+    _check_values(boxes, "boxes")
     if labels is None:
         labels = [""] * len(boxes)
-    if isinstance(labels, str) or not isinstance(labels, (Sequence, Tensor)):
-        raise TypeError(f"labels must be a list of texts or numbers, got {type(labels).__name__}")
-    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    labels = as_list(labels, "a list of texts or numbers", "labels")
     if len(labels) != len(boxes):
         raise ValueError(f"labels must have {len(boxes)} entries, one a box, got {len(labels)}")
     return boxes, [str(label) for label in labels]

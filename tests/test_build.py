@@ -56,9 +56,12 @@ def wheel(source, **changes):
 
 
 def fake_toolkit(folder, release):
-    """A toolkit whose nvcc only knows its release."""
+    """A toolkit whose nvcc only knows its release, and whose headers are empty."""
     nvcc = folder / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
+    (folder / "toolkit" / "include").mkdir()
+    for name in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        (folder / "toolkit" / "include" / name).touch()
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
     nvcc.chmod(0o755)
     return str(nvcc.parents[1])
@@ -119,6 +122,79 @@ def test_a_torch_that_is_too_old_is_named(source, tmp_path):
     done = setup_py(source, PYTHONPATH=str(stub), FBKD_OPS_CUDA=None)
     assert done.returncode != 0
     assert done.stderr == "fbkd_ops needs torch 2.10 or later, but torch 2.9.1+cpu is installed.\n"
+
+
+def stub_torch(folder, version, headers=()):
+    """A torch of that version, with empty headers and without CUDA; the path to import it from."""
+    package = folder / "stub" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"class version: cuda = None\n__version__ = {version!r}\n")
+    for header in headers:
+        (package / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+        (package / "include" / header).touch()
+    return str(package.parent)
+
+
+def torch_headers():
+    """Those that the sources include."""
+    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
+    return {header for text in texts for header in re.findall(r"#include <(torch/[^>]+)>", text)}
+
+
+@NO_COMPILER
+def test_a_torch_without_a_header_is_named_before_anything_is_compiled(source, tmp_path):
+    """A release candidate of the oldest torch passes as that release, but may not have all of its headers."""
+    headers, lacking = torch_headers(), "torch/csrc/stable/accelerator.h"
+    assert lacking in headers
+    path = stub_torch(tmp_path, "2.10.0a0+git1234567", headers - {lacking})
+    done = setup_py(source, PYTHONPATH=path, FBKD_OPS_CUDA=None)
+    expected = "fbkd_ops needs the headers of torch 2.10 or later, but torch 2.10.0a0+git1234567 has no"
+    assert done.returncode != 0
+    assert done.stderr == f"{expected} {lacking} in {path}/torch/include.\n"
+
+
+def test_a_torch_without_headers_is_fine_where_nothing_is_compiled(source, tmp_path):
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path, "2.10.0"), CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
+    assert done.returncode == 0 and "leaving out the cpu part: no C++ compiler" in done.stderr
+
+
+def test_a_setuptools_that_is_too_old_is_named(source, tmp_path):
+    """pip reads pyproject.toml's requirement only where it isolates the build."""
+    (tmp_path / "sitecustomize.py").write_text("import setuptools\nsetuptools.__version__ = '76.1'\n")
+    done = setup_py(source, PYTHONPATH=str(tmp_path), FBKD_OPS_CUDA=None)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == (
+        'fbkd_ops needs setuptools 77 or later to build, but 76.1 is installed: pip install "setuptools>=77"'
+    )
+
+
+def test_the_floors_of_setup_and_pyproject_are_the_same():
+    setup, project = ((ROOT / name).read_text() for name in ("setup.py", "pyproject.toml"))
+    for name, constant in (("setuptools", "SETUPTOOLS"), ("torch", "STABLE_ABI")):
+        (floor,) = re.findall(rf'^{constant} = "([\d.]+)"', setup, re.MULTILINE)
+        assert set(re.findall(rf'"{name}>=([\d.]+)"', project)) == {floor}
+
+
+@NO_COMPILER
+def test_without_pythons_headers_the_c_part_is_left_out(source, tmp_path):
+    code = "import sysconfig\nget_path = sysconfig.get_path\n"
+    code += "sysconfig.get_path = lambda name, *rest: '/nonexistent' if name == 'include' else get_path(name, *rest)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    done = setup_py(source, PYTHONPATH=str(tmp_path), FBKD_OPS_CUDA=None)
+    assert done.returncode == 0, done.stderr
+    assert "leaving out the cpu part: no Python.h in /nonexistent (install Python's headers" in done.stderr
+
+
+def test_a_toolkit_without_headers_is_left_out(source, tmp_path):
+    if torch.version.cuda is None:
+        pytest.skip("this torch needs no toolkit")
+    toolkit = fake_toolkit(tmp_path, torch.version.cuda)
+    (tmp_path / "toolkit" / "include" / "cuda_bf16.h").unlink()
+    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
+    expected = f"no cuda_bf16.h in {toolkit}/include"
+    assert done.returncode == 0 and f"leaving out the cuda part: {expected}" in done.stderr
+    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
+    assert done.returncode != 0 and expected in done.stderr
 
 
 def test_without_a_compiler_the_package_is_pure_python(source):

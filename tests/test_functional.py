@@ -298,6 +298,32 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
     assert rms(ours[1].double() - truth[1]) <= 2 * rms(rounded_once.double() - truth[1]) + 1e-6 * rms(truth[1])
 
 
+@pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
+@pytest.mark.parametrize(
+    "dtypes, stride, tolerance",
+    [
+        ((torch.bfloat16, torch.float32), 1, 1e-5),
+        ((torch.bfloat16, torch.float32), 2, 2e-2),
+        ((torch.float32, torch.bfloat16), 2, 2e-2),
+        ((torch.bfloat16, torch.bfloat16), 1, 2e-2),
+        ((torch.bfloat16, torch.float64), 2, 1e-5),
+    ],
+    ids=str,
+)
+def test_triton_rounds_where_the_documentation_says_so(backend, device, dtypes, stride, tolerance):
+    """The gradient of the adaptation: no element of it is rounded itself, only what it is made of."""
+    student, teacher = (torch.randn(2, width, 16, 16).to(dtype) for width, dtype in zip((4, 6), dtypes))
+    parts = relation_pair("dot_product", stride, norm="none").float()
+    sides = copy.deepcopy(parts).double(), student.double(), teacher.double()
+    truth = run_relation(*sides, reference.relation_loss, "dot_product", stride)[2]["2.weight"]
+    sides = parts.to(device), student.to(device), teacher.to(device)
+    with fbkd_ops.use_backend(backend):
+        ours = run_relation(*sides, functional.relation_loss, "dot_product", stride)[2]["2.weight"]
+    error = (rms(ours.cpu().double() - truth)) / rms(truth)
+    assert error < tolerance
+    assert (error > 1e-5) == (tolerance > 1e-5)  # else the documentation could promise more
+
+
 @pytest.mark.parametrize(
     "call,error,message",
     [

@@ -293,6 +293,22 @@ def test_the_relation_of_features_of_different_precision_has_that_of_the_wider(d
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_every_term_beside_a_float64_map_has_the_documented_precision(narrow, side):
+    """Means and masks of the narrower map are float32's; all else is float64."""
+    options = dict(num_levels=2, use_channel_mask=True, **{f"{term}_weight": 1.0 for term in TERMS})
+    loss = randomise(FBKDLoss(8, **options).double())
+    students = pyramid(8, 2, narrow if side == "student" else torch.float64)
+    teachers = pyramid(8, 2, narrow if side == "teacher" else torch.float64, seed=1)
+    terms = copy.deepcopy(loss)(students, teachers)
+    truth = loss([x.double() for x in students], [x.double() for x in teachers])
+    for name, value in terms.items():
+        tolerance = 1e-12 if name == "loss_fbkd_relation" else 1e-8
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, truth[name], rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_half_precision_loss_module_accumulates_in_float32(backend):
     loss = randomise(FBKDLoss(4, num_levels=1).double())

@@ -3,6 +3,9 @@
 Values: test_oracle.py.
 """
 
+from collections import UserList
+
+import numpy as np
 import pytest
 import torch
 from helpers import randomise
@@ -228,7 +231,10 @@ def teacher_connector(seed):
     return randomise(TeacherConnector(), seed=seed)
 
 
-@pytest.mark.parametrize("student,teacher", [("s_{}", "t_{}"), (["s_0", "s_1"], ["t_0", "t_1"])])
+@pytest.mark.parametrize(
+    "student,teacher",
+    [("s_{}", "t_{}"), (["s_0", "s_1"], ["t_0", "t_1"]), (np.array(["s_0", "s_1"]), UserList(["t_0", "t_1"]))],
+)
 def test_names_and_prefix_of_a_checkpoints_connectors(student, teacher):
     loss, expected = two_levels(), two_levels()
     load_checkpoint(expected, checkpoint())

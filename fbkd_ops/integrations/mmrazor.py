@@ -194,8 +194,8 @@ def _our_key_of_authors(key: str) -> Optional[str]:
 
 
 def _check_count(connectors: Any, expected: int, name: str) -> None:
-    if not isinstance(connectors, (Sequence, nn.ModuleList)):
-        raise TypeError(f"{name} must be a list with one entry per level, got {type(connectors).__name__}")
+    if not isinstance(connectors, nn.ModuleList):
+        as_list(connectors, "a list with one entry per level", name)
     if len(connectors) != expected:
         raise ValueError(f"{name} must have one entry per level, expected {expected}, got {len(connectors)}")
 

@@ -116,7 +116,7 @@ def differences(theirs: dict[str, Any], ours: Any, owner: str) -> list[str]:
 
 
 def state_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What to say of a state dict whose keys or shapes are not those of ``own``."""
+    """What to say of a state dict whose keys or shapes are not those of ``own``, or with an entry that is no tensor."""
     problems = []
     missing, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing:
@@ -124,6 +124,8 @@ def state_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> li
     if surplus:
         problems.append(f"surplus {', '.join(surplus)}")
     for key in sorted(set(own) & set(state)):
-        if own[key].shape != state[key].shape:
+        if not isinstance(state[key], Tensor):
+            problems.append(f"{key} must be a tensor, got {type(state[key]).__name__}")
+        elif own[key].shape != state[key].shape:
             problems.append(f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}")
     return problems
