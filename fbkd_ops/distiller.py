@@ -340,7 +340,8 @@ def _local(parameter: Tensor) -> Tensor:
 def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
     for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+            hint = ": its module() is one" if isinstance(module, torch.export.ExportedProgram) else ""
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}{hint}")
     if unwrapped(student) is unwrapped(teacher):
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
