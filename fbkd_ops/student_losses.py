@@ -84,14 +84,17 @@ def _total_name(output: Any, total: Total) -> Optional[str]:
 
 def _empty_name(output: Any, total: Total) -> Optional[str]:
     """The entry that would hold the total and is None: the images have no labels."""
-    return next((name for name in _names(total) if _has_entry(output, name) and _entry(output, name) is None), None)
+    for name in _names(total):
+        if _has_entry(output, name) and _entry(output, name) is None:
+            return name
+    return None
 
 
 def _has_entry(output: Any, name: str) -> bool:
     """Whether an output has an entry, or an attribute. A ModelOutput has its entries of None as attributes only."""
-    if isinstance(output, Mapping):
-        return name in output or name in getattr(output, "__dict__", ())
-    return hasattr(output, name)
+    if not isinstance(output, Mapping):
+        return hasattr(output, name)
+    return name in output or (not _is_plain_dict(output) and name in getattr(output, "__dict__", ()))
 
 
 def _entry(output: Any, name: str) -> Any:

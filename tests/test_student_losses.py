@@ -217,6 +217,19 @@ def test_an_output_is_not_changed_where_a_new_one_can_be_made():
     assert add_terms(output, terms, ("loss",)) == {"loss": 2} and output["loss"] is loss
 
 
+@pytest.mark.parametrize(
+    "form", [lambda loss: {"loss_box": loss}, lambda loss: {"loss": loss}, lambda loss: [loss], lambda loss: loss]
+)
+def test_terms_are_added_within_a_compiled_graph(form):
+    torch._dynamo.reset()
+
+    def step(loss, term):
+        return add_terms(form(2 * loss), {"loss_mimic": term}, ("loss", "total_loss"))
+
+    loss, term = torch.ones((), requires_grad=True), torch.ones(())
+    assert torch.compile(step, backend="eager", fullgraph=True)(loss, term) == step(loss, term)
+
+
 class Mimic(nn.Module):
     """A loss of somebody else's."""
 
