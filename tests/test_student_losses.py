@@ -14,6 +14,7 @@ from fbkd_ops import Distiller
 from fbkd_ops.student_losses import add_terms
 
 TARGETS = torch.tensor(1.0)
+NO_LOSS = "the student returned no loss: .*combine="
 
 
 class Returning(Detector):
@@ -152,15 +153,22 @@ def test_without_a_total_every_entry_is_a_loss():
     assert set(losses) == {"loss", "loss_box"} | TERMS
 
 
-def test_the_form_is_the_same_without_gradient():
+@pytest.mark.parametrize("frozen", ["by no_grad", "student", "all"])
+def test_the_form_is_the_same_without_gradient(frozen):
+    """A frozen copy, as averaged ones are, returns what the student does."""
     total = returning(lambda loss, logits: {"loss": loss, "logits": logits})
     several = returning(lambda loss, logits: {"loss_box": loss, "map": logits.detach()})
-    with torch.no_grad():
+    lists = returning(lambda loss, logits: {"loss_box": [loss], "acc": torch.tensor(97.0)})
+    for distiller in (total, several, lists):
+        parts = {"by no_grad": [], "student": [distiller.student], "all": [distiller]}[frozen]
+        for part in parts:
+            part.requires_grad_(False)
+    with torch.set_grad_enabled(frozen != "by no_grad"):
         assert set(total(images())) == {"loss", "logits"}
         assert set(several(images())) == {"loss_box", "map"} | TERMS
-
-
-NO_LOSS = "the student returned no loss: .*combine="
+        assert set(lists(images())) == {"loss_box", "acc"} | TERMS
+        with pytest.raises(TypeError, match=NO_LOSS):
+            returning(lambda loss, logits: {"logits": logits})(images())
 
 
 @pytest.mark.parametrize(
