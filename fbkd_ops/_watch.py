@@ -200,8 +200,10 @@ class BackwardWatch(_Watch):
 
     def see(self, terms: dict[str, Tensor]) -> None:
         """Count the forward of ``terms`` and, at their backward pass, begin anew."""
+        if self._warned or torch.compiler.is_compiling():
+            return
         used = [term for term in terms.values() if term.grad_fn is not None]
-        if self._warned or not used or not can_watch(used[0]):
+        if not used or not can_watch(used[0]):
             return
         alive = sum(hook() is not None for hook in self._hooks)
         if len(self._hooks) >= self.FORWARDS and alive <= 1:

@@ -22,6 +22,11 @@ def drop_shared_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, me
 def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook of ``load_state_dict``: take shared tensors under any of their names, and a plain student's checkpoint.
 
+    Args:
+        wrapper: a :class:`fbkd_ops.student_attributes.StudentAttributes`, which says where its student is.
+        state: the checkpoint, changed in place.
+        prefix: of the wrapper's own names in it.
+
     Raises:
         RuntimeError: a checkpoint of which nothing would be loaded into the student, and which has other names.
     """
@@ -37,12 +42,14 @@ def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 def _move_to_student(state: dict[str, Any], wrapper: nn.Module, prefix: str) -> None:
     """Rename the entries of a plain student's checkpoint to the student's names in ``wrapper``."""
     names = [name for name in state if name.startswith(prefix)]
-    student_names = _state_names(wrapper.student, f"{prefix}student.")
+    student = wrapper.get_submodule(wrapper.student_path)
+    student_prefix = f"{prefix}{wrapper.student_path}."
+    student_names = _state_names(student, student_prefix)
     own_names = student_names | _state_names(wrapper, prefix)
     foreign = [name for name in names if name not in own_names]
     if not foreign or not student_names.isdisjoint(names):
         return
-    plain_names = _state_names(unwrapped(wrapper.student), prefix)
+    plain_names = _state_names(unwrapped(student), prefix)
     plain = [name for name in foreign if name in plain_names]
     if not plain:
         raise RuntimeError(
@@ -51,7 +58,7 @@ def _move_to_student(state: dict[str, Any], wrapper: nn.Module, prefix: str) -> 
             "them would be loaded into the student; rename them, or load them into distiller.student"
         )
     for name in plain:
-        state[f"{prefix}student.{wrapping_path(wrapper.student)}{name.removeprefix(prefix)}"] = state.pop(name)
+        state[f"{student_prefix}{wrapping_path(student)}{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _state_names(module: nn.Module, prefix: str) -> set[str]:

@@ -201,7 +201,7 @@ class Distiller(StudentAttributes, nn.Module):
         self._backward_watch.see(terms)
         if self.combine is not None:
             return self.combine(output, terms)
-        return add_terms(output, terms, self.total)
+        return add_terms(output, terms, self.total, self._student_learns())
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
         """The student's output, and the features of the student and the teacher as they go into the loss.
@@ -268,6 +268,9 @@ class Distiller(StudentAttributes, nn.Module):
             "the student is in eval mode while the distiller is in training mode, so it may return no losses, and its "
             "BatchNorm and dropout are as in evaluation; distiller.train() puts both into training mode (said once)"
         )
+
+    def _student_learns(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.student.parameters())
 
     def _idle_terms(self) -> dict[str, Tensor]:
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
@@ -340,7 +343,8 @@ def _local(parameter: Tensor) -> Tensor:
 def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
     for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+            hint = ": its module() is one" if isinstance(module, torch.export.ExportedProgram) else ""
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}{hint}")
     if unwrapped(student) is unwrapped(teacher):
         raise ValueError("student and teacher must be two modules, got the same object twice")
 

@@ -16,8 +16,11 @@ Total = Union[str, Sequence[str], None]
 TOTALS = ("loss", "total_loss")
 
 
-def add_terms(output: Any, terms: dict[str, Tensor], total: Total) -> Any:
+def add_terms(output: Any, terms: dict[str, Tensor], total: Total, learns: bool = True) -> Any:
     """Return what the student returned with ``terms`` added, in the form it came in.
+
+    Losses are told from other entries of a dict by their gradient; where the student does not learn (under ``no_grad``,
+    or frozen) and none has one, by their dtype.
 
     Their sum is added to a scalar, and to the first entry or attribute of ``total`` that is one; where that is None,
     the sum takes its place. Without such an entry the terms are further entries of a dict or list of losses.
@@ -27,13 +30,13 @@ def add_terms(output: Any, terms: dict[str, Tensor], total: Total) -> Any:
         ValueError: an output without the entry that ``total`` names, a term that it has already.
     """
     _check_total(output, total)
-    name = _total_name(output, total)
+    name = _total_name(output, total, learns)
     if name is not None:
         return _with_entry(output, name, _entry(output, name) + sum(terms.values()))
     name = _empty_name(output, total)
     if name is not None:
         return _with_entry(output, name, sum(terms.values()))
-    if isinstance(output, Mapping) and _loss_names(output):
+    if isinstance(output, Mapping) and _loss_names(output, learns):
         _check_losses(output, terms)
         return {**output, **terms}
     if isinstance(output, list) and output and all(map(is_scalar, output)):
@@ -49,13 +52,13 @@ def add_terms(output: Any, terms: dict[str, Tensor], total: Total) -> Any:
 
 def own_losses(output: Any, total: Total) -> dict[str, Tensor]:
     """Return the student's losses by name. What has no gradient (an accuracy) is none."""
-    name = _total_name(output, total)
+    name = _total_name(output, total, learns=True)
     if name is not None:
         entries = {name: _entry(output, name)}
     elif _empty_name(output, total) is not None:
         entries = {}
     elif isinstance(output, Mapping):
-        entries = {name: output[name] for name in _loss_names(output)}
+        entries = {name: output[name] for name in _loss_names(output, learns=True)}
     elif isinstance(output, (list, tuple)):
         entries = {f"loss {index}": value for index, value in enumerate(output)}
     else:
@@ -72,26 +75,29 @@ def _names(total: Total) -> Sequence[str]:
     return (total,) if isinstance(total, str) else total or ()
 
 
-def _total_name(output: Any, total: Total) -> Optional[str]:
+def _total_name(output: Any, total: Total, learns: bool) -> Optional[str]:
     """The entry that the terms are added to. Dicts also have scalars under these names that are only for the log."""
     for name in _names(total):
         value = _entry(output, name)
         is_chosen = isinstance(total, str) or not _is_plain_dict(output)
-        if is_scalar(value) and (is_chosen or _has_gradient(value)):
+        if is_scalar(value) and (is_chosen or _has_gradient(value, learns)):
             return name
     return None
 
 
 def _empty_name(output: Any, total: Total) -> Optional[str]:
     """The entry that would hold the total and is None: the images have no labels."""
-    return next((name for name in _names(total) if _has_entry(output, name) and _entry(output, name) is None), None)
+    for name in _names(total):
+        if _has_entry(output, name) and _entry(output, name) is None:
+            return name
+    return None
 
 
 def _has_entry(output: Any, name: str) -> bool:
     """Whether an output has an entry, or an attribute. A ModelOutput has its entries of None as attributes only."""
-    if isinstance(output, Mapping):
-        return name in output or name in getattr(output, "__dict__", ())
-    return hasattr(output, name)
+    if not isinstance(output, Mapping):
+        return hasattr(output, name)
+    return name in output or (not _is_plain_dict(output) and name in getattr(output, "__dict__", ()))
 
 
 def _entry(output: Any, name: str) -> Any:
@@ -117,20 +123,19 @@ def _is_plain_dict(output: Any) -> bool:
     return type(output) in (dict, OrderedDict)
 
 
-def _loss_names(output: Mapping) -> list[str]:
+def _loss_names(output: Mapping, learns: bool) -> list[str]:
     """The entries that are losses: a scalar with a gradient, or a list of tensors with one (MMDetection: per level)."""
-    return [name for name, value in output.items() if _is_loss(value)]
+    return [name for name, value in output.items() if _is_loss(value, learns)]
 
 
-def _is_loss(value: Any) -> bool:
+def _is_loss(value: Any, learns: bool) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(isinstance(part, Tensor) and _has_gradient(part) for part in value)
-    return isinstance(value, Tensor) and value.numel() == 1 and _has_gradient(value)
+        return any(isinstance(part, Tensor) and _has_gradient(part, learns) for part in value)
+    return isinstance(value, Tensor) and value.numel() == 1 and _has_gradient(value, learns)
 
 
-def _has_gradient(value: Tensor) -> bool:
-    """Without gradient mode no loss has one, and its dtype has to tell."""
-    return value.requires_grad or (not torch.is_grad_enabled() and value.is_floating_point())
+def _has_gradient(value: Tensor, learns: bool) -> bool:
+    return value.requires_grad or (not learns and value.is_floating_point())
 
 
 def _check_total(output: Any, total: Total) -> None:

@@ -221,10 +221,36 @@ def test_detectors_that_resize_to_one_size_need_none():
 
 @pytest.mark.parametrize("has_parameters", [True, False])
 def test_idle_terms_and_reports_are_where_the_student_is(has_parameters):
-    distiller = make_distiller(start_step=100)
+    """Whatever PyTorch's default device."""
+    distiller, x = make_distiller(start_step=100), images()
     distiller.loss.requires_grad_(has_parameters)
-    x = images()
     with torch.device("meta"):
-        losses = distiller(x, TARGETS.clone())
-        assert all(losses[name].device.type == "cpu" for name in TERMS)
-    assert sum(losses.values()).device.type == "cpu"
+        losses = distiller(x, TARGETS)
+        report = distiller.balance_report(x, TARGETS)
+    assert all(loss.device.type == "cpu" for loss in losses.values())
+    assert report.own_total.value > 0 and report.distillation_total.value > 0
+
+
+def test_an_exported_program_is_told_from_its_module():
+    program = torch.export.export(Detector(4).eval(), (images(),))
+    with pytest.raises(TypeError, match=r"teacher must be .* got ExportedProgram: its module\(\) is one"):
+        Distiller(Detector(4), program, FBKDLoss(4, num_levels=2), student_layers="backbone")
+
+
+class WithFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images):
+        maps = self.backbone(images)
+        return {"loss": maps.square().mean(), "maps": maps}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_student_of_torchscript_learns():
+    student = torch.jit.script(WithFeatures())
+    arguments = dict(student_layers=lambda output: output["maps"], teacher_layers="backbone")
+    distiller = Distiller(student, WithFeatures(), FBKDLoss([4]), **arguments).train()
+    distiller(images())["loss"].backward()
+    assert all(parameter.grad is not None for parameter in distiller.parameters())

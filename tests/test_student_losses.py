@@ -14,6 +14,7 @@ from fbkd_ops import Distiller
 from fbkd_ops.student_losses import add_terms
 
 TARGETS = torch.tensor(1.0)
+NO_LOSS = "the student returned no loss: .*combine="
 
 
 class Returning(Detector):
@@ -152,15 +153,22 @@ def test_without_a_total_every_entry_is_a_loss():
     assert set(losses) == {"loss", "loss_box"} | TERMS
 
 
-def test_the_form_is_the_same_without_gradient():
+@pytest.mark.parametrize("frozen", ["by no_grad", "student", "all"])
+def test_the_form_is_the_same_without_gradient(frozen):
+    """A frozen copy, as averaged ones are, returns what the student does."""
     total = returning(lambda loss, logits: {"loss": loss, "logits": logits})
     several = returning(lambda loss, logits: {"loss_box": loss, "map": logits.detach()})
-    with torch.no_grad():
+    lists = returning(lambda loss, logits: {"loss_box": [loss], "acc": torch.tensor(97.0)})
+    for distiller in (total, several, lists):
+        parts = {"by no_grad": [], "student": [distiller.student], "all": [distiller]}[frozen]
+        for part in parts:
+            part.requires_grad_(False)
+    with torch.set_grad_enabled(frozen != "by no_grad"):
         assert set(total(images())) == {"loss", "logits"}
         assert set(several(images())) == {"loss_box", "map"} | TERMS
-
-
-NO_LOSS = "the student returned no loss: .*combine="
+        assert set(lists(images())) == {"loss_box", "acc"} | TERMS
+        with pytest.raises(TypeError, match=NO_LOSS):
+            returning(lambda loss, logits: {"logits": logits})(images())
 
 
 @pytest.mark.parametrize(
@@ -215,6 +223,19 @@ def test_an_output_is_not_changed_where_a_new_one_can_be_made():
     loss, terms = torch.ones((), requires_grad=True), {"loss_mimic": torch.ones(())}
     output = {"loss": loss}
     assert add_terms(output, terms, ("loss",)) == {"loss": 2} and output["loss"] is loss
+
+
+@pytest.mark.parametrize(
+    "form", [lambda loss: {"loss_box": loss}, lambda loss: {"loss": loss}, lambda loss: [loss], lambda loss: loss]
+)
+def test_terms_are_added_within_a_compiled_graph(form):
+    torch._dynamo.reset()
+
+    def step(loss, term):
+        return add_terms(form(2 * loss), {"loss_mimic": term}, ("loss", "total_loss"))
+
+    loss, term = torch.ones((), requires_grad=True), torch.ones(())
+    assert torch.compile(step, backend="eager", fullgraph=True)(loss, term) == step(loss, term)
 
 
 class Mimic(nn.Module):

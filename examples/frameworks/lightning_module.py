@@ -7,6 +7,7 @@ import lightning
 import torch
 
 from fbkd_ops import Distiller
+from fbkd_ops.checkpoints import fit_names
 from fbkd_ops.student_attributes import StudentAttributes
 
 
@@ -18,6 +19,7 @@ class Distillation(StudentAttributes, lightning.LightningModule):
         self.lr = lr  # before the student is there, which may have a name like this
         self.distiller = Distiller(student, teacher, loss, student_layers="backbone", teacher_entry="backbone")
         self.distiller.train()  # Lightning leaves every module in the mode that it came in
+        self.register_load_state_dict_pre_hook(fit_names)  # a plain student's checkpoint goes into the student
 
     def forward(self, images):
         return self.distiller(images)  # in eval mode the plain student

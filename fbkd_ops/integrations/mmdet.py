@@ -1,6 +1,7 @@
 """FBKD in MMDetection: a detector that has another one as its teacher."""
 
 import copy
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, Optional, Union
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..distiller import Distiller, Levels, checked_levels, chosen_levels
 from ..feature_tap import Layers
 from ..loss import FBKDLoss
+from ._arguments import loss_arguments
 from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
@@ -41,7 +43,7 @@ class FBKDDetector(Distiller, BaseModel):
             config needs one, or an ``init_cfg`` of type ``"Pretrained"``.
         layers: where the features are in the student, and in the teacher where ``teacher_layers`` is not given; the
             neck's outputs by default.
-        data_preprocessor: the student's by default.
+        data_preprocessor: a config or a built one; the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
             ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps`` and
             ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
@@ -73,14 +75,17 @@ class FBKDDetector(Distiller, BaseModel):
         student: Model,
         teacher: Model,
         loss: Optional[dict[str, Any]] = None,
-        teacher_ckpt: Optional[str] = None,
+        teacher_ckpt: Optional[Union[str, os.PathLike[str]]] = None,
         layers: Layers = "neck",
         data_preprocessor: Optional[Model] = None,
         **settings: Any,
     ):
-        student, teacher = _built(student), _built(teacher)
+        loss = loss_arguments(loss)
+        student, teacher = _built(student, "student"), _built(teacher, "teacher")
         if teacher_ckpt is not None:
-            load_checkpoint(teacher, teacher_ckpt, map_location="cpu", strict=True)
+            if not isinstance(teacher_ckpt, (str, os.PathLike)):
+                raise TypeError(f"teacher_ckpt must be a path or an address, got {type(teacher_ckpt).__name__}")
+            load_checkpoint(teacher, str(teacher_ckpt), map_location="cpu", strict=True)
             teacher._is_init = True
         elif not _has_weights(teacher):
             warnings.warn(
@@ -91,7 +96,6 @@ class FBKDDetector(Distiller, BaseModel):
         settings = {"total": None, "teacher_layers": None, "student_levels": None, "teacher_levels": None} | settings
         if settings["teacher_layers"] is None:
             settings["teacher_layers"] = layers
-        loss = dict(loss or {})
         if "student_channels" not in loss:
             loss["student_channels"] = _widths(student, layers, settings["student_levels"], "student")
         if "teacher_channels" not in loss:
@@ -99,7 +103,10 @@ class FBKDDetector(Distiller, BaseModel):
                 teacher, settings["teacher_layers"], settings["teacher_levels"], "teacher"
             )
         super().__init__(student, teacher, FBKDLoss(**loss), student_layers=layers, **settings)
-        self.data_preprocessor = _built(data_preprocessor) if data_preprocessor else student.data_preprocessor
+        if data_preprocessor is not None:
+            self.data_preprocessor = _built(data_preprocessor, "data_preprocessor")
+        elif hasattr(student, "data_preprocessor"):
+            self.data_preprocessor = student.data_preprocessor
 
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = "tensor") -> Any:
         """The student's losses and the terms in ``mode="loss"``, in training; the student's output in any other mode.
@@ -144,10 +151,15 @@ class StudentLearningRateDecay(LearningRateDecayOptimizerConstructor):
         params.append(dict(params=list(learned.values()), param_names=list(learned)))
 
 
-def _built(model: Model) -> nn.Module:
+def _built(model: Model, name: str) -> nn.Module:
     """A built one is marked as having its weights, which ``init_weights`` leaves alone then."""
     if isinstance(model, dict):
         return MODELS.build(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name} must be a config of a model (a dict, such as Config.fromfile(...).model) or a built one, "
+            f"got {type(model).__name__}"
+        )
     model._is_init = True
     return model
 

@@ -15,6 +15,7 @@ from ultralytics.utils import RANK
 from ..feature_tap import FeatureTap, Layer, unwrapped
 from ..loss import FBKDLoss
 from ..pairing import check_apart
+from ._arguments import loss_arguments
 from ._blank_images import blank_image_features, image_channels
 
 __all__ = ["FBKDTrainer"]
@@ -87,7 +88,7 @@ class FBKDTrainer(DetectionTrainer):
                 f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
                 "random one: give a checkpoint, or a model that has its weights"
             )
-        self.teacher, self.loss_arguments = teacher, {"preset": "one_stage", **(loss or {})}
+        self.teacher, self.loss_arguments = teacher, loss_arguments(loss, preset="one_stage")
         self._student_tap, self._criterion = None, None
         overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
         _check_arguments(overrides or {})  # here, as Ultralytics refuses several devices and loads data by the task
@@ -105,7 +106,8 @@ class FBKDTrainer(DetectionTrainer):
         self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
         check_apart(unwrapped(self.model), unwrapped(self.teacher))
         self._teacher_channels = _checked_channels(self.teacher, self.model)
-        self.fbkd = FBKDLoss(*_widths(self.model, self.teacher), **self.loss_arguments).to(self.device)
+        widths = _widths(self.model, self.teacher)
+        self.fbkd = FBKDLoss(**(widths | self.loss_arguments)).to(self.device)
         if self.resume:
             self._load_loss(Path(self.args.model).with_name(WEIGHTS))
         self._teacher_tap = FeatureTap(self.teacher, HEAD_INPUTS, name="teacher", stop_when_complete=True)
@@ -232,17 +234,17 @@ def _checked_channels(teacher: nn.Module, student: nn.Module) -> int:
     return channels
 
 
-def _widths(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
-    """Channels of the maps that each side's head is given."""
+def _widths(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
+    """Channels of the maps that each side's head is given, as the loss's arguments."""
     remedy = "FBKDTrainer needs a detector that takes images alone"
-    sides = [
-        blank_image_features(model, HEAD_INPUTS, name, remedy)
+    sides = {
+        name: blank_image_features(model, HEAD_INPUTS, name, remedy)
         for name, model in (("student", student), ("teacher", teacher))
-    ]
-    sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides]
+    }
+    sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides.values()]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the teacher's head ({type(unwrapped(teacher).model[-1]).__name__}) must be given maps of the same sizes "
             f"as the student's, {sizes[0]} for a blank image, got {sizes[1]}"
         )
-    return [[feature.shape[1] for feature in features] for features in sides]
+    return {f"{name}_channels": [feature.shape[1] for feature in features] for name, features in sides.items()}

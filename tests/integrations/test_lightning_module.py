@@ -116,3 +116,17 @@ def test_lightning_keeps_the_names_of_the_module():
     assert (module.lr, student.lr) == (0.1, 0.2)
     module.lr = 0.3
     assert (module.lr, student.lr) == (0.3, 0.2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_lightning_takes_a_plain_students_checkpoint(strict):
+    module, plain = make_module(), randomise(Detector(4), seed=5).state_dict()
+    if strict:
+        with pytest.raises(RuntimeError, match="Missing key"):  # the loss's
+            module.load_state_dict(plain)
+    else:
+        module.load_state_dict(plain, strict=False)
+        assert all(torch.equal(value, plain[key]) for key, value in module.distiller.student.state_dict().items())
+    with pytest.raises(RuntimeError, match="neither a Distillation's, .* nor its student's"):
+        module.load_state_dict({"encoder.weight": torch.zeros(1)}, strict=False)
+    module.load_state_dict(module.state_dict())

@@ -323,6 +323,27 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, teacher_ckpt):
         run.load_or_resume()
 
 
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(loss=torch.nn.Identity()), "loss must be a dict of the arguments of FBKDLoss, got Identity"),
+        (dict(student="retinanet.py"), r"student must be a config of a model \(a dict, .* or a built one, got str"),
+        (dict(teacher=[]), r"teacher must be a config of a model \(a dict, .* or a built one, got list"),
+        (dict(teacher_ckpt={}), "teacher_ckpt must be a path or an address, got dict"),
+        (dict(data_preprocessor=0), r"data_preprocessor must be a config of a model \(a dict, .*, got int"),
+    ],
+)
+def test_arguments_of_other_types_are_named(settings, message):
+    with pytest.raises(TypeError, match=message):
+        detector(**settings)
+
+
+def test_a_path_to_the_teachers_checkpoint(teacher_ckpt):
+    saved = torch.load(teacher_ckpt, weights_only=True)["state_dict"]
+    loaded = detector(teacher_ckpt=Path(teacher_ckpt)).teacher.state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in loaded.items())
+
+
 @pytest.fixture
 def checkpoint_of_teacher(teacher_ckpt):
     return dict(type="Pretrained", checkpoint=teacher_ckpt)
@@ -347,6 +368,23 @@ def test_a_teacher_of_another_class_than_mmengines(teacher_ckpt):
     model = detector(teacher=teacher, teacher_layers=["0"], student_levels=[0])
     model.init_weights()
     assert torch.equal(teacher[0].weight, before)
+
+
+def test_a_student_without_a_preprocessor():
+    """MMEngine's own moves the images, and nothing else."""
+    from mmengine.model import BaseDataPreprocessor
+
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck = torch.nn.Conv2d(3, 4, 3, stride=8, padding=1)
+
+        def forward(self, inputs, samples=None, mode="tensor"):
+            return {"loss_mean": self.neck(inputs).mean()}
+
+    model = detector(student=Student(), teacher=Student())
+    assert type(model.data_preprocessor) is BaseDataPreprocessor
+    assert set(model(torch.randn(2, 3, 64, 64), mode="loss")) == {"loss_mean", *TERMS}
 
 
 def test_features_in_the_output_of_a_model_without_hooks():

@@ -316,6 +316,8 @@ def test_other_teachers_are_refused(data, tmp_path):
 
     with pytest.raises(TypeError, match="teacher must be a checkpoint, a YAML, a YOLO or its model, got int"):
         FBKDTrainer(teacher=3)
+    with pytest.raises(TypeError, match="loss must be a dict of the arguments of FBKDLoss, got list"):
+        FBKDTrainer(teacher="yolov8n.pt", loss=[])
     (tmp_path / "teacher.onnx").write_text("")
     for teacher, message in (
         (torch.nn.Linear(2, 2), "teacher must be a model of Ultralytics with a head as its last layer, got Linear"),
