@@ -78,7 +78,7 @@ def _names(total: Total) -> Sequence[str]:
 def _total_name(output: Any, total: Total, learns: bool) -> Optional[str]:
     """The entry that the terms are added to. Dicts also have scalars under these names that are only for the log."""
     for name in _names(total):
-        value = _entry(output, name)
+        value = _entry(output, name) if _has_entry(output, name) else None
         is_chosen = isinstance(total, str) or not _is_plain_dict(output)
         if is_scalar(value) and (is_chosen or _has_gradient(value, learns)):
             return name
@@ -95,6 +95,8 @@ def _empty_name(output: Any, total: Total) -> Optional[str]:
 
 def _has_entry(output: Any, name: str) -> bool:
     """Whether an output has an entry, or an attribute. A ModelOutput has its entries of None as attributes only."""
+    if isinstance(output, tuple):
+        return name in getattr(output, "_fields", ())
     if not isinstance(output, Mapping):
         return hasattr(output, name)
     return name in output or (not _is_plain_dict(output) and name in getattr(output, "__dict__", ()))
@@ -115,6 +117,8 @@ def _with_entry(output: Any, name: str, value: Tensor) -> Any:
         return output
     if dataclasses.is_dataclass(output) and output.__dataclass_params__.frozen:
         return dataclasses.replace(output, **{name: value})
+    if isinstance(output, tuple):
+        return output._replace(**{name: value})
     setattr(output, name, value)
     return output
 
@@ -141,7 +145,7 @@ def _has_gradient(value: Tensor, learns: bool) -> bool:
 def _check_total(output: Any, total: Total) -> None:
     if not isinstance(total, str):
         return
-    if isinstance(output, (Tensor, list, tuple)) or not _has_entry(output, total):
+    if isinstance(output, (Tensor, list)) or not _has_entry(output, total):
         raise ValueError(f"total names {total!r}, which is not in what the student returned: {_description(output)}")
     value = _entry(output, total)
     if value is not None and not is_scalar(value):

@@ -1,5 +1,6 @@
 """Where the terms go in what a student returns: into its total, among its losses, or nowhere with an error."""
 
+import collections
 import dataclasses
 import types
 import warnings
@@ -52,6 +53,7 @@ class Frozen:
     logits: torch.Tensor
 
 
+Pair = collections.namedtuple("Pair", ["loss", "logits"])
 Slots = dataclasses.make_dataclass("Slots", ["loss", "logits"], slots=True)
 
 TOTALS = {
@@ -68,6 +70,7 @@ TOTALS = {
     "attribute": (lambda loss, logits: types.SimpleNamespace(loss=loss, logits=logits), "loss", {}),
     "total as attribute": (lambda loss, logits: types.SimpleNamespace(total_loss=loss), "total_loss", {}),
     "frozen": (Frozen, "loss", {}),
+    "named tuple": (Pair, "loss", {}),
     "slots": (Slots, "loss", {}),
     "read-only": (lambda loss, logits: types.MappingProxyType({"loss": loss}), "loss", {}),
 }
@@ -118,6 +121,7 @@ UNLABELLED = {
     "dict": lambda loss, logits: {"loss": None, "logits": logits},
     "attribute": lambda loss, logits: types.SimpleNamespace(loss=None, logits=logits),
     "frozen": lambda loss, logits: Frozen(None, logits),
+    "named tuple": lambda loss, logits: Pair(None, logits),
 }
 
 
