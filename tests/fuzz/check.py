@@ -20,7 +20,6 @@ from torch import Tensor
 
 import fbkd_ops
 from fbkd_ops import relation
-from fbkd_ops._numerics import accumulation_dtype
 
 from .problems import Problem, problem_of
 from .rounding import RandomRounding, Trace
@@ -34,7 +33,7 @@ FACTOR = 32
 SAMPLES = (3, 10, 30)
 # 1 / sqrt(variance + eps) is 316 where a channel is constant.
 LARGEST_FACTOR = 100.0
-PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss", "non_local")
+PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")  # Triton rounds their operands to 16 bits
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -115,15 +114,22 @@ def _rounded_at_random(wide: Problem, case: dict, problem: Problem, trace: Trace
 
 
 def _eps(problem: Problem, case: dict) -> float:
-    """Of the dtype in which a backend accumulates, the least precise of all levels; of Triton's operands, if larger."""
+    """Of the dtype in which the least precise level is computed, as docs/architecture.md says it."""
     levels = {}
     for name, x in problem.features().items():
-        levels.setdefault(re.sub(r"student|teacher", "", name), []).append(x)
-    eps = [torch.finfo(accumulation_dtype(*maps)).eps for maps in levels.values()]
-    if case["target"] == "triton" and case["op"] in PRODUCTS:
-        pairs = [maps for maps in levels.values() if len({x.dtype for x in maps}) == 1]
-        eps += [torch.finfo(x.dtype).eps for maps in pairs for x in maps if x.element_size() == 2]
-    return max(eps)
+        levels.setdefault(re.sub(r"student|teacher", "", name), []).append(x.dtype)
+    return max(_level_eps(dtypes, case) for dtypes in levels.values())
+
+
+def _level_eps(dtypes: list[torch.dtype], case: dict) -> float:
+    eps = [torch.finfo(dtype).eps for dtype in dtypes]
+    if torch.float64 in dtypes:
+        masks_in_float32 = case["op"] == "FBKDLoss" and len(set(dtypes)) > 1
+        return torch.finfo(torch.float32 if masks_in_float32 else torch.float64).eps
+    rounds_operands = case["op"] in PRODUCTS and (case["op"] != "adapted_masked_l2_loss" or len(set(dtypes)) == 1)
+    if case["target"] == "triton" and rounds_operands:
+        return max(torch.finfo(torch.float32).eps, *eps)
+    return torch.finfo(torch.float32).eps
 
 
 def _on_reference(problem: Problem, case: dict) -> Results:
