@@ -4,14 +4,14 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
-import contextlib
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .autograd.first_order import first_order, save
 
 __all__ = [
     "Fold",
@@ -32,11 +32,7 @@ __all__ = [
     "update_running_statistics",
     "uses_batch_statistics",
     "weight_gradient",
-    "without_updates",
 ]
-
-# A plain global, as in backends.py.
-_updates = True
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -94,18 +90,13 @@ def synchronizes(norm: nn.Module) -> bool:
     return distributed.is_initialized() and distributed.get_world_size(norm.process_group) > 1
 
 
-@contextlib.contextmanager
-def without_updates() -> Iterator[None]:
-    """Leave running statistics alone: what is computed inside has been computed before."""
-    global _updates
-    previous, _updates = _updates, False
-    try:
-        yield
-    finally:
-        _updates = previous
-
-
-def scale_and_shift(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tuple[Tensor, Tensor]:
+def scale_and_shift(
+    norm: nn.Module,
+    moments: Optional[Moments],
+    like: Tensor,
+    parameters: Optional[tuple[Optional[Tensor], Optional[Tensor]]] = None,
+    updates: bool = True,
+) -> tuple[Tensor, Tensor]:
     """``(C,), (C,)`` in the dtype of ``like``, with ``norm(u) = scale * u + shift``.
 
     In training the running statistics are updated as the norm's own forward does it.
@@ -114,21 +105,24 @@ def scale_and_shift(norm: nn.Module, moments: Optional[Moments], like: Tensor) -
         norm: the BatchNorm.
         moments: those of this process' u; needed only where :func:`uses_batch_statistics`.
         like: a tensor of the wanted dtype.
+        parameters: weight and bias ``(C,)`` to take instead of the norm's own, each None where it has none.
+        updates: whether the running statistics are updated: not by a batch that they have seen already.
 
     Raises:
         ValueError: one value a channel where :func:`uses_batch_statistics`.
     """
-    mean, variance = _statistics(norm, moments, like)
+    mean, variance = _statistics(norm, moments, like, updates)
+    weight, bias = (norm.weight, norm.bias) if parameters is None else parameters
     scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(scale.dtype)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
     shift = -scale * mean
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(shift.dtype)
+    if bias is not None:
+        shift = shift + bias.to(shift.dtype)
     return scale, shift
 
 
-def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor, updates: bool) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance ``(C,)`` to normalise with."""
     if not uses_batch_statistics(norm):
         return norm.running_mean.to(like.dtype), norm.running_var.to(like.dtype)
@@ -137,7 +131,8 @@ def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor) -> tu
         mean, variance, count = _OverProcesses.apply(mean, variance, count, norm.process_group)
         count = int(count)
     check_count(count, len(mean))
-    update_running_statistics([RunningUpdate(norm, mean.detach(), variance.detach(), count)])
+    if updates:
+        update_running_statistics([RunningUpdate(norm, mean.detach(), variance.detach(), count)])
     return mean.to(like.dtype), variance.to(like.dtype)
 
 
@@ -174,13 +169,13 @@ class _OverProcesses(torch.autograd.Function):
     def forward(ctx, mean: Tensor, variance: Tensor, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
         found = shared_moments(mean, variance, torch.full_like(mean, count), group)
         ctx.group = group
-        ctx.save_for_backward(found.deviations, found.shares)
+        save(ctx, [found.deviations, found.shares], [mean, variance])
         total = found.counts[0]
         ctx.mark_non_differentiable(total)
         return found.means, found.variances, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, mean_gradient: Tensor, variance_gradient: Tensor, _):
         return *shared_moment_gradients(mean_gradient, variance_gradient, *ctx.saved_tensors, ctx.group), None, None
 
@@ -267,8 +262,6 @@ def update_running_statistics(updates: list[RunningUpdate]) -> None:
 
     An empty batch is counted, but leaves the statistics. A norm that has none, or does not train, is left alone.
     """
-    if not _updates:
-        return
     updates = [update for update in updates if _tracks(update.norm)]
     while updates:
         distinct, repeated = [], []  # a norm that two blocks share is updated twice, one after the other

@@ -1,9 +1,20 @@
-"""Precision rules that every layer of the package shares."""
+"""Precision rules that every layer of the package shares, and what tensors of special kinds need."""
+
+import contextlib
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["accumulation_dtype", "constant_vector", "residual_dtype", "root", "without_autocast"]
+__all__ = [
+    "accumulation_dtype",
+    "constant_vector",
+    "is_fake",
+    "recordable",
+    "residual_dtype",
+    "root",
+    "without_autocast",
+]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -26,13 +37,26 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(is_zero, squares, squares.masked_fill(is_zero, 1).sqrt())
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast off on the tensor's device, as a context.
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off on the tensor's device, as a context; nothing where the device has none ("meta").
 
     The package reads the tensors' own dtypes and accumulates in float32 or better; autocast would round the small
     matrices inside the relation term to half precision.
     """
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+def recordable(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy of one made in inference mode, which autograd refuses to save for a backward pass."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape but no values that Python could read: FakeTensorMode, or a meta tensor."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 # Of every loss and size that was met. A full dictionary stays as it is: captured CUDA graphs read what is in it.
@@ -49,7 +73,7 @@ def constant_vector(values: list[float], dtype: torch.dtype, device: torch.devic
         keep: whether later calls may get it too. False while a CUDA graph is captured, whose tensors are filled by its
             replays only.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _fakes():
         return _filled_vector(values, dtype, device)
     key = (*values, dtype, device)
     if key in _constants:
@@ -60,6 +84,11 @@ def constant_vector(values: list[float], dtype: torch.dtype, device: torch.devic
     if keep and len(_constants) < MAX_CONSTANTS and type(vector) is Tensor:
         _constants[key] = vector
     return vector
+
+
+def _fakes() -> bool:
+    """Whether FakeTensorMode is on, which takes no tensor that was made outside of it."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _filled_vector(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,12 +10,14 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from ._numerics import is_fake
+
 __all__ = ["FiniteWatch", "GradientWatch", "UpdateWatch", "can_watch"]
 
 
 def can_watch(tensor: Tensor) -> bool:
-    """Whether Python runs now as it does in every step: not while a graph is compiled or captured."""
-    if torch.compiler.is_compiling():
+    """Whether Python can look at values: not while a graph is compiled or captured, nor where there are none."""
+    if torch.compiler.is_compiling() or is_fake(tensor):
         return False
     if tensor.device.type != "cuda":
         return True

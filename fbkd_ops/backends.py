@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import threading
 from typing import Iterator
 
 from torch import Tensor
@@ -32,8 +33,12 @@ _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 _TRITON = importlib.util.find_spec("triton") is not None
 
-# A plain global: a context variable would break torch.compile's full graphs, and backward runs on other threads.
-_forced = "auto"
+# A plain threading.local: torch.compile guards its attributes, but neither a context variable nor a subclass's default.
+_choice = threading.local()
+
+
+def _forced() -> str:
+    return getattr(_choice, "backend", "auto")
 
 
 @contextlib.contextmanager
@@ -42,7 +47,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     ``name`` is "auto" (the default choice), "cpu" or "cuda" (compiled kernels), "triton", or "reference"
     (literal formulas in plain PyTorch). A forced backend that cannot serve a call raises ``RuntimeError`` at
-    the call. The choice holds for the whole process; backward uses the backend of its forward.
+    the call. The choice holds for this thread; backward, on any thread, uses the backend of its forward.
 
     Raises:
         ValueError: unknown name.
@@ -53,14 +58,13 @@ def use_backend(name: str) -> Iterator[None]:
         >>> torch.allclose(fbkd_ops.functional.attention_pool(x).spatial_mean, expected.spatial_mean, atol=1e-6)
         True
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"use_backend: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
-    previous, _forced = _forced, name
+    previous, _choice.backend = _forced(), name
     try:
         yield
     finally:
-        _forced = previous
+        _choice.backend = previous
 
 
 def available(backend: str, device: str) -> str:
@@ -93,16 +97,16 @@ def resolve(op: str, tensor: Tensor) -> str:
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.
     """
-    if _forced == "reference":
+    forced, device = _forced(), tensor.device.type
+    if forced == "reference":
         return "reference"
-    device = tensor.device.type
-    if _forced == "auto":
+    if forced == "auto":
         return automatic(op, device)
-    served = _forced in OPS[op]
-    obstacle = available(_forced, device) if served else _device_mismatch(_forced, device)
+    served = forced in OPS[op]
+    obstacle = available(forced, device) if served else _device_mismatch(forced, device)
     if obstacle:
-        raise RuntimeError(f"{op}: backend {_forced!r} is forced and cannot serve the call: {obstacle}")
-    return _forced if served else automatic(op, device)
+        raise RuntimeError(f"{op}: backend {forced!r} is forced and cannot serve the call: {obstacle}")
+    return forced if served else automatic(op, device)
 
 
 def automatic(op: str, device: str) -> str:

@@ -6,6 +6,7 @@ from the mean and the covariance of ``r``, so neither ``u = Wz y + bz`` nor the 
 ``docs/math.md`` derives each step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -15,12 +16,24 @@ from torch import Tensor, nn
 
 from ._batch_norm import Moments, scale_and_shift, uses_batch_statistics
 from .autograd.contiguous_gradient import contiguous_gradient
+from .autograd.isolated import isolated
 from .autograd.non_local_statistics import StatisticsRequest, non_local_statistics
 from .autograd.projection import projection
 from .reference import max_pool, pool_kernels
 from .types import NonLocalWeights
 
-__all__ = ["AffineNonLocal", "Block", "BlockSettings", "as_matrices", "non_local", "pool_cells", "stacked", "to_affine"]
+__all__ = [
+    "AffineNonLocal",
+    "Block",
+    "BlockSettings",
+    "as_matrices",
+    "block_tensors",
+    "non_local",
+    "pool_cells",
+    "stacked",
+    "to_affine",
+    "with_tensors",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,19 @@ class Block(NamedTuple):
     weights: NonLocalWeights
     settings: BlockSettings
     norm: Optional[nn.Module] = None
+    norm_parameters: Optional[tuple[Optional[Tensor], Optional[Tensor]]] = None  # weight and bias in place of its own
+    updates_statistics: bool = True  # False: those of the norm have seen this batch already
+
+
+def block_tensors(block: Block) -> list[Optional[Tensor]]:
+    """All of a block that learns."""
+    return [*block.weights, *((None, None) if block.norm is None else (block.norm.weight, block.norm.bias))]
+
+
+def with_tensors(block: Block, tensors: Sequence[Optional[Tensor]], updates_statistics: bool) -> Block:
+    """The block with other tensors in place of its :func:`block_tensors`."""
+    *weights, norm_weight, norm_bias = tensors
+    return Block(NonLocalWeights(*weights), block.settings, block.norm, (norm_weight, norm_bias), updates_statistics)
 
 
 class Response(NamedTuple):
@@ -71,15 +97,19 @@ def non_local(
     block: Block,
 ) -> Tensor:
     """``z (N, C, H, W)`` of the block."""
-    affine = to_affine(backend, x, block)[1]
-    added = torch.baddbmm(affine.offset[:, :, None], affine.matrix, affine.vectors)  # (N, C, L)
-    return x + added.reshape(x.shape)
+
+    def output(is_first: bool, x: Tensor, *tensors: Optional[Tensor]) -> Tensor:
+        affine = to_affine(backend, x, with_tensors(block, tensors, is_first))[1]
+        added = torch.baddbmm(affine.offset[:, :, None], affine.matrix, affine.vectors)  # (N, C, L)
+        return x + added.reshape(x.shape)
+
+    return isolated(output, [x, *block_tensors(block)])
 
 
 def to_affine(backend: str, x: Tensor, block: Block) -> tuple[Tensor, AffineNonLocal]:
     """x for what the caller's own gradient flows into, and the block of ``x (N, C, H, W)``; see :func:`response`."""
     x, found = response(backend, x, block.weights, block.settings)
-    return x, _normalized(found, block.norm)
+    return x, _normalized(found, block)
 
 
 def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Response]:
@@ -203,14 +233,14 @@ def _suffix_sums(values: Tensor) -> Tensor:
     return F.pad(sums, (0, 1))
 
 
-def _normalized(block: Response, norm: Optional[nn.Module]) -> AffineNonLocal:
+def _normalized(found: Response, block: Block) -> AffineNonLocal:
     """Fold the normalisation of ``u`` into the affine map, and update its running statistics."""
-    vectors, matrix, bias = block
+    vectors, matrix, bias = found
     n, channels = matrix.shape[:2]
-    if norm is None:
+    if block.norm is None:
         return AffineNonLocal(vectors, matrix, bias.expand(n, channels))
-    moments = _moments(block) if uses_batch_statistics(norm) else None
-    scale, shift = scale_and_shift(norm, moments, matrix)
+    moments = _moments(found) if uses_batch_statistics(block.norm) else None
+    scale, shift = scale_and_shift(block.norm, moments, matrix, block.norm_parameters, block.updates_statistics)
     return AffineNonLocal(vectors, scale[:, None] * matrix, (scale * bias + shift).expand(n, channels))
 
 

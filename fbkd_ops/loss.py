@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from ._batch_norm import synchronizes, uses_batch_statistics
-from ._numerics import accumulation_dtype, constant_vector, without_autocast
+from ._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
 from ._validation import Features, check_channels, check_same_device, is_int, paired_levels, warn_of_clamping
 from ._watch import FiniteWatch, GradientWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
@@ -155,7 +155,7 @@ class FBKDLoss(nn.Module):
         pairs = paired_levels(student_features, teacher_features)
         self._check(pairs)
         students = [student for _, student, _, _ in pairs]
-        teachers = [teacher.detach() for _, _, _, teacher in pairs]
+        teachers = [recordable(teacher.detach()) for _, _, _, teacher in pairs]
         with without_autocast(students[0]):
             backend = backends.resolve("relation_loss", students[0])
             squares = self._squares(backend, students, teachers)

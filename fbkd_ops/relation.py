@@ -1,11 +1,10 @@
 """The relation term ``|| NL_t(T) - B(NL_s(S)) ||`` of a pyramid, without z, the adapted relation or a pair matrix."""
 
-import contextlib
+import itertools
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from . import linear_non_local
 from ._batch_norm import (
@@ -14,15 +13,15 @@ from ._batch_norm import (
     synchronizes,
     update_running_statistics,
     uses_batch_statistics,
-    without_updates,
 )
 from ._numerics import accumulation_dtype
 from .autograd.affine_residual import affine_residual
 from .autograd.attention_pool import attention_pools
 from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
 from .autograd.collapsed_relation import BlockTensors, CollapsedRelationFunction, LevelOutputs
+from .autograd.isolated import isolated
 from .autograd.relation_residual import RelationLevels, relation_residual
-from .linear_non_local import Block, pool_cells
+from .linear_non_local import Block, block_tensors, pool_cells, with_tensors
 from .relation_forms import RelationSizes, cheaper_form
 from .relation_plan import Plan, count_blocks, make_plan
 
@@ -58,8 +57,10 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
             squares = form_squares(backend, [terms[index] for index in chosen], memory_efficient)
             for index, value in zip(chosen, squares):
                 results[index] = value
-    response_squares = _recomputed if memory_efficient else _response_squares
-    return [response_squares(backend, term) if value is None else value for term, value in zip(terms, results)]
+    for index, (form, term) in enumerate(zip(forms, terms)):
+        if form == "responses":
+            results[index] = _isolated_response_squares(backend, term, memory_efficient)
+    return results
 
 
 def _term_dtype(term: RelationTerm) -> torch.dtype:
@@ -163,14 +164,17 @@ def _update_statistics(plan: Plan, maps: list[Tensor], blocks: list[Block], stat
     update_running_statistics([updates[block] for block in sorted(updates, key=lambda block: (block % 2, block))])
 
 
-def _recomputed(backend: str, term: RelationTerm) -> Tensor:
-    """:func:`_response_squares`, all of which the backward pass computes again. A compiler decides that by itself."""
-    if torch.compiler.is_compiling():
-        return _response_squares(backend, term)
-    contexts = lambda: (contextlib.nullcontext(), without_updates())  # noqa: E731
-    return checkpoint(
-        _response_squares, backend, term, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+def _isolated_response_squares(backend: str, term: RelationTerm, memory_efficient: bool) -> Tensor:
+    sides = term.student_block, term.teacher_block
+    tensors = [[term.student, term.teacher, term.adaptation_weight, term.adaptation_bias], *map(block_tensors, sides)]
+    ends = list(itertools.accumulate(map(len, tensors)))
+
+    def squares(is_first: bool, *given: Optional[Tensor]) -> Tensor:
+        student, teacher, weight, bias = given[: ends[0]]
+        blocks = (with_tensors(side, given[first:end], is_first) for side, first, end in zip(sides, ends, ends[1:]))
+        return _response_squares(backend, RelationTerm(student, teacher, *blocks, weight, bias))
+
+    return isolated(squares, [x for group in tensors for x in group], memory_efficient)
 
 
 def _response_squares(backend: str, term: RelationTerm) -> Tensor:

@@ -101,7 +101,8 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(x):
             storage = x.untyped_storage()
-            if storage.data_ptr() not in addresses:
+            in_backward = torch._C._current_graph_task_id() != -1  # where a recomputation keeps what it needs itself
+            if storage.data_ptr() not in addresses and not in_backward:
                 self.bytes[storage.data_ptr()] = storage.nbytes()
             return x
 
@@ -248,7 +249,7 @@ def test_relation_residual_has_no_second_derivative():
         parts[2].bias,
     )
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 

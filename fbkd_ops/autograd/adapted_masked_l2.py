@@ -5,12 +5,12 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import empty_gradient, empty_residual, in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype
 from ..types import AttentionPool
 from .attention_pool import pools_of
+from .first_order import first_order, save
 from .masked_l2 import Masks, level_masks
 from .ops import kernel, register
 
@@ -103,13 +103,13 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
         else:
             keep = keep and backend != "cpu" and any(needed)
             squares, *residuals = kernel("adapted_masked_l2_forward", backend)(*arguments, keep)
-        ctx.save_for_backward(*(tensor for group in arguments for tensor in group), *residuals)
+        save(ctx, [*(tensor for group in arguments for tensor in group), *residuals], tensors)
         if not means:
             return (squares,)
         return (squares, *(mean.view_as(mean) for mean in means), *(x.view_as(x) for x in tensors[:count]))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, *grads):
         saved, count = ctx.saved_tensors, ctx.count
         arguments, residuals = _groups(saved[: 6 * count], count), list(saved[6 * count :])

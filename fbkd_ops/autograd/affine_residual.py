@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._numerics import without_autocast
+from .first_order import first_order, save
 from .projection import bmm_in_layout
 
 __all__ = ["AffineResidual", "affine_residual"]
@@ -31,13 +31,12 @@ class AffineResidual(torch.autograd.Function):
         residual = _residual(
             student, adaptation, student_vectors, student_matrix, teacher, teacher_vectors, teacher_matrix, offset
         )
-        ctx.save_for_backward(
-            student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix, residual
-        )
+        inputs = student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix
+        save(ctx, [*inputs, residual], [*inputs, offset])
         return residual.square().sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         student, adaptation, student_vectors, student_matrix, teacher_vectors, teacher_matrix, residual = (
             ctx.saved_tensors

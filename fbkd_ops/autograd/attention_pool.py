@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
 from ..types import AttentionPool
+from .first_order import first_order, is_differentiated, save
 from .ops import kernel, register
 
 __all__ = ["AttentionPoolFunction", "attention_pools", "pools_of"]
@@ -18,7 +18,7 @@ def attention_pools(features: list[Tensor]) -> list[AttentionPool]:
     backend = backends.resolve("attention_pool", features[0])
     if backend == "reference":
         return [reference.attention_pool(x) for x in features]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+    if is_differentiated(features):
         return pools_of(AttentionPoolFunction.apply(backend, *features))
     # Without a gradient not through the Function: torch.compile hands it a wrong context for two levels (torch 2.14).
     return pools_of(kernel("attention_pool_forward", backend)([in_place_layout(x) for x in features]))
@@ -34,14 +34,14 @@ class AttentionPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, *features):
-        features = [in_place_layout(x) for x in features]
+        maps = [in_place_layout(x) for x in features]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*features)
+        save(ctx, maps, features)
         ctx.backend = backend
-        return tuple(kernel("attention_pool_forward", backend)(features))
+        return tuple(kernel("attention_pool_forward", backend)(maps))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in grads]

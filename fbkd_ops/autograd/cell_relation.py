@@ -4,10 +4,10 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_relation", "level_parameters"]
@@ -93,13 +93,13 @@ class CellRelationFunction(torch.autograd.Function):
             results, ctx.ready = made[:outputs], made[outputs:]
         else:
             results = kernel("cell_relation_forward", "cpu")(students, teachers, parameters, pools, eps)
-        ctx.save_for_backward(*students, *teachers, *parameters)
+        save(ctx, [*students, *teachers, *parameters], tensors)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, *_):
         count, saved = ctx.count, ctx.saved_tensors
         if grad is None:

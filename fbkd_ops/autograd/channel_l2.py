@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._numerics import accumulation_dtype
+from .._numerics import accumulation_dtype, without_autocast
+from .first_order import first_order, save
 
 __all__ = ["ChannelL2Function", "ChannelLevels", "channel_l2_squares"]
 
@@ -44,13 +44,13 @@ class ChannelL2Function(torch.autograd.Function):
             errors.append(_stacked(adapted) - _stacked([teachers[index] for index in group]))  # (levels, N, Ct)
             for index, square in zip(group, errors[-1].square().sum((1, 2)).unbind(), strict=True):
                 squares[index] = square
-        ctx.save_for_backward(*students, *weights, *errors)
+        save(ctx, [*students, *weights, *errors], tensors)
         ctx.count, ctx.groups = count, groups
         dtype = accumulation_dtype(*teachers)
         return torch.stack([square.to(dtype) for square in squares])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         count, saved = ctx.count, ctx.saved_tensors
         students, weights, errors = saved[:count], saved[count : 2 * count], saved[2 * count :]
@@ -59,10 +59,11 @@ class ChannelL2Function(torch.autograd.Function):
         for group, error in zip(ctx.groups, errors, strict=True):
             scale = _stacked([scales[index] for index in group]).to(error.dtype)
             error = error * scale[:, None, None]
-            for index, e, total in zip(group, error.unbind(), error.sum(1).unbind(), strict=True):
-                student_gradients[index] = torch.mm(e, weights[index])
-                weight_gradients[index] = torch.mm(e.mT, students[index])
-                bias_gradients[index] = total
+            with without_autocast(error):
+                for index, e, total in zip(group, error.unbind(), error.sum(1).unbind(), strict=True):
+                    student_gradients[index] = torch.mm(e, weights[index])
+                    weight_gradients[index] = torch.mm(e.mT, students[index])
+                    bias_gradients[index] = total
         return None, *student_gradients, *weight_gradients, *bias_gradients, *[None] * count
 
 

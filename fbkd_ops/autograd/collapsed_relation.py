@@ -10,7 +10,6 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import in_place_layout
 from .._numerics import without_autocast
@@ -26,6 +25,7 @@ from .collapsed_relation_state import (
     MapState,
     State,
 )
+from .first_order import first_order, save
 
 __all__ = ["BlockTensors", "CollapsedRelationFunction", "LevelOutputs"]
 
@@ -44,7 +44,7 @@ class CollapsedRelationFunction(torch.autograd.Function):
             state, levels, statistics = collapsed_outputs(backend, plan, process_groups, blocks, adaptations)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
-        ctx.save_for_backward(*(tensor for part in state for row in part for tensor in row))
+        save(ctx, (tensor for part in state for row in part for tensor in row), tensors)
         ctx.backend, ctx.plan, ctx.process_groups = backend, plan, process_groups
         ctx.shapes = _convolution_shapes(plan, tensors)
         width = len(BlockTensors._fields)
@@ -52,7 +52,7 @@ class CollapsedRelationFunction(torch.autograd.Function):
         return (*levels, *statistics)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         plan, count = ctx.plan, count_blocks(ctx.plan) // 2
         state = _restored(plan, ctx.saved_tensors)

@@ -4,10 +4,10 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = ["MaskedL2Function", "level_masks", "masked_l2_squares"]
@@ -44,14 +44,14 @@ class MaskedL2Function(torch.autograd.Function):
         count = len(tensors) // 4
         maps = [in_place_layout(x) for x in tensors[: 2 * count]]
         masks = tensors[2 * count :]
-        ctx.save_for_backward(*maps, *masks)
+        save(ctx, [*maps, *masks], tensors)
         ctx.backend = backend
         return kernel("masked_l2_forward", backend)(
             maps[:count], maps[count:], list(masks[:count]), list(masks[count:])
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         saved = ctx.saved_tensors
         count = len(saved) // 4

@@ -4,10 +4,10 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype, without_autocast
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = [
@@ -86,7 +86,7 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
             ]
         ctx.set_materialize_grads(False)
         kept = [c for c, w in zip(cross, projections) if w is not None]
-        ctx.save_for_backward(*read, *means, *projections, *weights, *winners, *kept)
+        save(ctx, [*read, *means, *projections, *weights, *winners, *kept], tensors)
         ctx.backend, ctx.pools, ctx.count = backend, pools, count
         ctx.wants_x = any(ctx.needs_input_grad[2 : 2 + count])
         through = [x.view_as(x) for x in maps]
@@ -94,7 +94,7 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         return (*through, *means, *covariances, *pooled)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         count, saved = ctx.count, list(ctx.saved_tensors)
         maps, means, projections, weights, winners = _columns(saved[: 5 * count], count)

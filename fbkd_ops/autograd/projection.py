@@ -4,9 +4,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._numerics import without_autocast
+from .first_order import first_order, save
 
 __all__ = ["bmm_in_layout", "projection"]
 
@@ -38,12 +38,12 @@ class Projection(torch.autograd.Function):
         bias,  # (c,)
     ):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
+        save(ctx, [x, weight], [x, weight, bias])
         projected = torch.baddbmm(bias[:, None], weight.expand(x.shape[0], -1, -1), x)
         return projected, x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, dx):
         x, weight = ctx.saved_tensors
         if grad is None:

@@ -4,10 +4,10 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._layout import empty_gradient, empty_residual, in_place_layout
 from .._numerics import accumulation_dtype
+from .first_order import first_order, save
 from .ops import kernel, register
 
 __all__ = ["RelationLevels", "RelationResidualFunction", "relation_residual"]
@@ -71,11 +71,11 @@ class RelationResidualFunction(torch.autograd.Function):
         else:
             keep = keep and backend != "cpu"
             squares, *residuals = kernel("relation_residual_forward", backend)(*arguments, keep)
-        ctx.save_for_backward(*(tensor for group in arguments for tensor in group), *residuals)
+        save(ctx, [*(tensor for group in arguments for tensor in group), *residuals], tensors)
         return squares
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         count, saved = ctx.count, ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None  # good for one pass: the student's gradient becomes its own memory

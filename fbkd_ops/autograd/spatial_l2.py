@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._numerics import accumulation_dtype
+from .first_order import first_order, is_differentiated, save
 from .ops import kernel, register
 
 __all__ = ["SpatialL2Function", "SpatialLevels", "spatial_l2_squares"]
@@ -30,7 +30,7 @@ def spatial_l2_squares(backend: str, levels: SpatialLevels) -> Tensor:
     levels = levels._replace(teachers=[teacher.detach() for teacher in levels.teachers])
     dtypes = [accumulation_dtype(s, t) for s, t in zip(levels.students, levels.teachers, strict=True)]
     tensors = [x.to(dtype).contiguous() for group in levels for x, dtype in zip(group, dtypes, strict=True)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if is_differentiated(tensors):
         return SpatialL2Function.apply(backend, len(dtypes), *tensors)
     (sums,) = kernel("spatial_l2", backend)(*_groups(tensors, len(dtypes)), False)
     return sums[:, 0]
@@ -45,12 +45,12 @@ class SpatialL2Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, count, *tensors):
         sums, *student_gradients = kernel("spatial_l2", backend)(*_groups(tensors, count), True)
-        ctx.save_for_backward(sums, *student_gradients)
+        save(ctx, [sums, *student_gradients], tensors)
         ctx.shapes = [x.shape for x in tensors[count : 3 * count]]
         return sums[:, 0].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         sums, *student_gradients = ctx.saved_tensors
         count = len(student_gradients)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import matrix_view
+from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype, residual_dtype
 from .pyramid import (
     Level,
@@ -313,8 +313,13 @@ def add_up(levels: list[Level]) -> None:
 
 
 def fit_for_products(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` for kernels that multiply in ``dtype``: as float64 in place of 16 bits, which Triton 3.8 cannot compile."""
-    return x.to(dtype) if dtype == torch.float64 and x.element_size() == 2 else x
+    """``x`` for kernels that multiply in ``dtype``: as float64 in place of 16 bits, which Triton 3.8 cannot compile.
+
+    ``x`` is read in place, and so is the copy: where images overlap, the strides that ``to`` chooses could not be.
+    """
+    if dtype != torch.float64 or x.element_size() != 2:
+        return x
+    return x.to(dtype, memory_format=matrix_layout(x))
 
 
 def in_dtypes(tensors: list[Optional[Tensor]], dtypes: list[torch.dtype]) -> list[Optional[Tensor]]:
