@@ -239,7 +239,7 @@ def _relation_loss(case: dict, source: Source) -> Problem:
         return {"loss": loss}
 
     exact = _is_exact(case, case["student"], case["teacher"])
-    return Problem(function, student, teacher, _fill(case, source, module), exact)
+    return Problem(function, student, teacher, _fill(case, source, module), exact, rounded_terms=True)
 
 
 def _fbkd_loss(case: dict, source: Source) -> Problem:

@@ -30,10 +30,7 @@ SUMS = {
     aten.var,
     aten._softmax,
     aten._softmax_backward_data,
-    aten.native_batch_norm,
-    aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
-    aten._native_batch_norm_legit_functional,
     aten.native_batch_norm_backward,
 }
 ELEMENTWISE = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.sqrt, aten.rsqrt, aten.exp}
@@ -69,8 +66,8 @@ class RandomRounding(TorchDispatchMode):
         packet = function.overloadpacket
         if packet is aten.max_pool2d_with_indices:
             return self._pooled(function(*args, **(kwargs or {})), args[0])
-        if not self.eps and packet in NORMS:
-            return self._normalized(function(*args, **(kwargs or {})))
+        if packet in NORMS:
+            return self._normalized(function(*args, **(kwargs or {})), *args[:2])
         if not self.eps or (packet not in SUMS and packet not in ELEMENTWISE):
             return function(*args, **(kwargs or {}))
         if packet in SUMS:
@@ -103,7 +100,15 @@ class RandomRounding(TorchDispatchMode):
         self.pools += 1
         return x.flatten(-2).gather(-1, indices.flatten(-2)).reshape(values.shape), indices
 
-    def _normalized(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.trace is not None and result[2].numel():
-            self.trace.largest_factor = max(self.trace.largest_factor, float(result[2].max()))
-        return result
+    def _normalized(self, result: tuple[Tensor, ...], x: Tensor, weight: Optional[Tensor]) -> tuple[Tensor, ...]:
+        """A BatchNorm whose terms, ``weight * x / root`` and ``weight * mean / root``, are rounded one by one."""
+        values, mean, factor = result
+        if not factor.numel():
+            return result
+        if not self.eps:
+            if self.trace is not None:
+                self.trace.largest_factor = max(self.trace.largest_factor, float(factor.max()))
+            return result
+        scale = factor if weight is None else factor * weight.abs()
+        noise = 2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1
+        return values + self.eps * noise * x.abs() * scale[:, None, None], mean, factor
