@@ -154,7 +154,7 @@ def test_a_gradient_of_the_teacher_is_found(monkeypatch):
 
 def test_rounding_leaves_an_exact_zero():
     x = torch.randn(3, 4, dtype=torch.float64)
-    with rounding.RandomRounding(1e-3, 0):
+    with rounding.RandomRounding(1e-3, 0, rounding.Trace()):
         assert not (x - x).any()
 
 
@@ -162,7 +162,7 @@ def test_rounding_leaves_an_exact_zero():
 def test_rounding_is_that_of_the_terms_where_they_cancel(offset):
     """A sum of products whose terms are a million times as large as it: so is its rounding error."""
     a, b = torch.tensor([[1.0, offset, offset]]).double(), torch.tensor([[1.0], [1.0], [-1.0]]).double()
-    with rounding.RandomRounding(1e-7, 0):
+    with rounding.RandomRounding(1e-7, 0, rounding.Trace()):
         errors = torch.stack([(a @ b - 1).abs() for _ in range(50)])
     assert 1e-8 * max(1.0, offset) < errors.mean() < 1e-6 * max(1.0, offset)
 
@@ -171,7 +171,7 @@ def test_winners_are_replayed():
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     trace, gradients = rounding.Trace(), []
     for eps in (0.0, 1e-7):
-        with rounding.RandomRounding(eps, 0, trace):
+        with rounding.RandomRounding(eps, 0, trace, keeps_winners=True):
             pooled = torch.nn.functional.max_pool2d(x + 1, 2)
             gradients.append(torch.autograd.grad(pooled.sum(), x)[0])
     assert torch.equal(*gradients)

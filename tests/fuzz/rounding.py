@@ -40,26 +40,34 @@ NORMS = {aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_bat
 
 
 class Trace:
-    """What a run has met: the winners of its max-pools, in their order, and the smallest variance of a BatchNorm."""
+    """What the run without rounding has met, in its order."""
 
     def __init__(self):
-        self.winners: list[Tensor] = []
-        self.largest_factor = 0.0  # 1 / sqrt(variance + eps) of a BatchNorm's own statistics
+        self.winners: list[Tensor] = []  # of max-pools
+        self.factors: list[Tensor] = []  # (C,), 1 / sqrt(variance + eps) of BatchNorms that use the batch's statistics
+
+    def largest_factor(self) -> float:
+        return max((float(factor.max()) for factor in self.factors if factor.numel()), default=0.0)
 
 
 class RandomRounding(TorchDispatchMode):
     """Round every operation at random inside the block.
 
+    BatchNorms keep the variance of the run without rounding: the errors of a constant channel would be its variance
+    otherwise, and would be divided by themselves.
+
     Args:
-        eps: of the dtype whose rounding is imitated; 0 changes nothing.
+        eps: of the dtype whose rounding is imitated; 0 changes nothing, and writes the trace.
         seed: of the random numbers.
-        trace: written by a run without rounding. With rounding its max-pools take the winners in it in place of their
-            own, as is right where all values in front of them are exact.
+        trace: what the run without rounding has met.
+        keeps_winners: whether max-pools take the winners of the run without rounding in place of their own, as is right
+            where all values in front of them are exact.
     """
 
-    def __init__(self, eps: float, seed: int, trace: Optional[Trace] = None):
+    def __init__(self, eps: float, seed: int, trace: Trace, keeps_winners: bool = False):
         super().__init__()
-        self.eps, self.trace, self.pools = eps, trace, 0
+        self.eps, self.trace, self.keeps_winners = eps, trace, keeps_winners
+        self.winners, self.factors = iter(trace.winners), iter(trace.factors)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
@@ -67,7 +75,7 @@ class RandomRounding(TorchDispatchMode):
         if packet is aten.max_pool2d_with_indices:
             return self._pooled(function(*args, **(kwargs or {})), args[0])
         if packet in NORMS:
-            return self._normalized(function(*args, **(kwargs or {})), *args[:2])
+            return self._normalized(function(*args, **(kwargs or {})), *args[:3])
         if not self.eps or (packet not in SUMS and packet not in ELEMENTWISE):
             return function(*args, **(kwargs or {}))
         if packet in SUMS:
@@ -91,24 +99,24 @@ class RandomRounding(TorchDispatchMode):
 
     def _pooled(self, result: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = result
-        if self.trace is None:
-            return result
         if not self.eps:
             self.trace.winners.append(indices)
+        if not self.eps or not self.keeps_winners:
             return result
-        indices = self.trace.winners[self.pools]
-        self.pools += 1
+        indices = next(self.winners)
         return x.flatten(-2).gather(-1, indices.flatten(-2)).reshape(values.shape), indices
 
-    def _normalized(self, result: tuple[Tensor, ...], x: Tensor, weight: Optional[Tensor]) -> tuple[Tensor, ...]:
+    def _normalized(
+        self, result: tuple[Tensor, ...], x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+    ) -> tuple[Tensor, ...]:
         """A BatchNorm whose terms, ``weight * x / root`` and ``weight * mean / root``, are rounded one by one."""
         values, mean, factor = result
-        if not factor.numel():
-            return result
         if not self.eps:
-            if self.trace is not None:
-                self.trace.largest_factor = max(self.trace.largest_factor, float(factor.max()))
+            self.trace.factors.append(factor)
+        if not self.eps or not factor.numel():
             return result
-        scale = factor if weight is None else factor * weight.abs()
+        factor = next(self.factors)
+        scale = (factor if weight is None else factor * weight)[:, None, None]
+        shift = 0 if bias is None else bias[:, None, None]
         noise = 2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1
-        return values + self.eps * noise * x.abs() * scale[:, None, None], mean, factor
+        return scale * (x - mean[:, None, None] + self.eps * noise * x.abs()) + shift, mean, factor
