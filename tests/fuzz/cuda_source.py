@@ -38,8 +38,6 @@ def _attention_pools(case: dict, problem: Problem, wanted: set[str]) -> tuple[di
 
 
 def _mask(case: dict, student: Tensor | None, teacher: Tensor, temperature: float) -> Tensor:
-    if not teacher.numel():
-        return teacher.to(accumulation_dtype(teacher, *([] if student is None else [student])))
     student = None if student is None else student.contiguous()
     joint = case["mask_rule"] == "joint"
     return run_masks([student], [teacher.contiguous()], [temperature], [joint], **ONE_ORDER)[0]
