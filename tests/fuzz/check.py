@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Optional
+from collections.abc import Callable, Iterator
+from typing import Optional, Union
 
 import torch
 from cases import threads
@@ -37,7 +37,7 @@ SAMPLES = (3, 10, 30)
 TRUTH_FACTOR = 8
 # 1 / sqrt(variance + eps) is 316 where a channel is constant.
 LARGEST_FACTOR = 100.0
-PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")  # Triton rounds their operands to 16 bits
+PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -99,7 +99,7 @@ def _check(case: dict) -> None:
     raise Mismatch(found)
 
 
-def _attempt(function):
+def _attempt(function: Callable[[], Results]) -> Union[Results, Exception]:
     """What a function returns, or the error that it raises."""
     try:
         return function()
@@ -109,7 +109,7 @@ def _attempt(function):
         return error
 
 
-def _short(results) -> str:
+def _short(results: Union[Results, Exception]) -> str:
     return repr(results) if isinstance(results, Exception) else "a result"
 
 
@@ -127,14 +127,15 @@ def _eps(problem: Problem, case: dict) -> float:
 
 
 def _level_eps(dtypes: list[torch.dtype], case: dict) -> float:
-    eps = [torch.finfo(dtype).eps for dtype in dtypes]
+    """Of one level, from the dtypes of its maps."""
+    op, differ, single = case["op"], len(set(dtypes)) > 1, torch.finfo(torch.float32).eps
     if torch.float64 in dtypes:
-        masks_in_float32 = case["op"] == "FBKDLoss" and len(set(dtypes)) > 1
-        return torch.finfo(torch.float32).eps if masks_in_float32 else TRUTH_FACTOR * torch.finfo(torch.float64).eps
-    rounds_operands = case["op"] in PRODUCTS and (case["op"] != "adapted_masked_l2_loss" or len(set(dtypes)) == 1)
-    if case["target"] == "triton" and rounds_operands:
-        return max(torch.finfo(torch.float32).eps, max(eps) * OPERANDS_FACTOR / FACTOR)
-    return torch.finfo(torch.float32).eps
+        has_means_in_float32 = op == "FBKDLoss" and differ
+        return single if has_means_in_float32 else TRUTH_FACTOR * torch.finfo(torch.float64).eps
+    if case["target"] != "triton" or op not in PRODUCTS or (op == "adapted_masked_l2_loss" and differ):
+        return single
+    operands = max(torch.finfo(dtype).eps for dtype in dtypes)  # matrices are rounded to 16 bits
+    return max(single, operands * OPERANDS_FACTOR / FACTOR)
 
 
 def _on_reference(problem: Problem, case: dict) -> Results:
@@ -229,7 +230,8 @@ def _run(problem: Problem, wanted: int, autocast: Optional[list] = None, teacher
             raise Mismatch(f"a gradient reaches {name}")
     results = {name: x.detach() for name, x in outputs.items()}
     if problem.module is not None:
-        results |= {f"buffer {name}": x for name, x in problem.module.named_buffers() if x.is_floating_point()}
+        buffers = problem.module.named_buffers()
+        results |= {f"buffer {name}": x if x.is_floating_point() else x.double() for name, x in buffers}
     return Results(results, gradients)
 
 
@@ -273,7 +275,15 @@ def _overflows(eager: Results, truth: Results) -> bool:
     return any(bool((~x.isfinite() & exact.isfinite()).any()) for x, exact in pairs)
 
 
-def _first_excess(problem, ours, eager, truth, samples, case) -> Optional[str]:
+def _first_excess(
+    problem: Problem,
+    ours: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    samples: list[dict[str, Tensor]],
+    case: dict,
+) -> Optional[str]:
+    """What is wrong with the first result that is; None where all are right."""
     for name, mine in ours.items():
         noise = [each[name] for each in samples]
         rounding = _own_rounding(problem, mine, truth[name], case)
