@@ -1,4 +1,7 @@
-# make venv | test | oldest | sanitize | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make venv | test | test-all | fuzz | sanitize | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be
+# given: make demo ARGS="--steps 50"
+# make test-all adds the tests that take longer.
+# make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
@@ -19,7 +22,7 @@ GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test oldest sanitize bench gpu gpu-cache demo info docs clean
+.PHONY: venv test test-all fuzz sanitize oldest bench gpu gpu-cache demo info docs clean
 
 venv: $(STAMP)
 
@@ -33,6 +36,12 @@ $(STAMP): $(BUILD_INPUTS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: venv
+	FBKD_OPS_TEST_ALL=1 $(BIN)/python -m pytest $(ARGS)
+
+fuzz: venv
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 sanitize: venv
 	PYTHON="$(BIN)/python" scripts/sanitize.sh $(ARGS)

@@ -23,6 +23,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP = "cpu-microbench.json", "cpu-sweep.json"
+FUZZ = "cpu-fuzz.json"
 SMALL, ULTRALYTICS = "cpu-small.json", "cpu-ultralytics-step.json"
 STAGES, GPU_BENCH = "summary.json", "microbench.json"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
@@ -269,6 +270,19 @@ def passes() -> str:
     return table(header, rows)
 
 
+def fuzz() -> str:
+    """How many random calls were compared, and how many failed."""
+    report = report_of(FUZZ)
+    if report is None:
+        return NOT_YET
+    rows = [
+        [f"`{target}`", str(done["cases"]), str(done["failures"]), f"{done['minutes']:.0f}"]
+        for target, done in report["targets"].items()
+    ]
+    where = f"Seed {report['seed']}, revision {report['revision']}, torch {report['torch']}."
+    return f"{where}\n\n" + table(["target", "calls", "failed", "minutes"], rows)
+
+
 def frameworks() -> str:
     """A row for each file in examples/frameworks."""
     header = ["framework", "tap", "lines", "example", "test"]
@@ -323,6 +337,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "predicted": predicted,
     "compiled_code": compiled_code,
     "passes": passes,
+    "fuzz": fuzz,
 }
 
 

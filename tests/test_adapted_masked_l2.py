@@ -125,7 +125,18 @@ def literal(level, dtype):
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def check(level, backend):
+def absolute_terms(level, loss):
+    """Sums of absolute values behind the loss and its gradients: ``|A| |S| + |a| + |T|`` in place of the difference.
+
+    Rounding errors are parts of these: where the terms cancel, the loss can be smaller than any of its errors.
+    """
+    student, weight, bias, teacher = (x.double().abs() for x in level[:4])
+    total, *gradients = literal([student, weight, bias, -teacher, *wide(level[4:])], torch.float64)
+    ratio = total / loss if loss else torch.zeros_like(loss)
+    return [total, *(ratio * gradient for gradient in gradients)]
+
+
+def check(level, backend, terms_cancel=False):
     dtype, eps = precision_of(backend, level[0], level[3])
     ours, exact = run(level, backend), run(wide(level), "reference")
     student, teacher = level[0], level[3]
@@ -137,14 +148,15 @@ def check(level, backend):
             assert_close_to_truth(mine, theirs, truth, eps + truncation(backend, student.device.type, student.dtype))
         return ours
     eager = run(level, "reference")
-    assert_as_good(ours[0], eager[0], exact[0], accumulation=accumulation)
-    for mine, theirs, truth in zip(ours[1:], eager[1:], exact[1:]):
+    terms = absolute_terms(level, exact[0]) if terms_cancel else exact
+    assert_as_good(ours[0], eager[0], exact[0], accumulation=accumulation, terms=terms[0])
+    for mine, theirs, truth, size in zip(ours[1:], eager[1:], exact[1:], terms[1:]):
         extra = 4 * torch.finfo(accumulation).eps + truncation(backend, student.device.type, mine.dtype)
-        assert_products_as_good(mine, theirs, truth, extra, accumulation)
+        assert_products_as_good(mine, theirs, truth, extra, accumulation, size)
     return ours
 
 
-def assert_products_as_good(ours, eager, exact, extra, accumulation):
+def assert_products_as_good(ours, eager, exact, extra, accumulation, terms):
     """The rule of assert_as_good for the elements' root mean square.
 
     The vendor's product has errors of its own at every size and every stride: the worst elements, both of eager's
@@ -152,8 +164,8 @@ def assert_products_as_good(ours, eager, exact, extra, accumulation):
     """
     # In float64 the exact result is eager's, and as far off.
     units = 400 if accumulation == torch.float64 else 40
-    assert_as_good(ours, eager, exact, extra, accumulation, units)
-    mine, theirs, size = (x.double().square().mean().sqrt() for x in (ours - exact, eager - exact, exact))
+    assert_as_good(ours, eager, exact, extra, accumulation, units, terms)
+    mine, theirs, size = (x.double().square().mean().sqrt() for x in (ours - exact, eager - exact, terms))
     if exact.numel():
         assert mine <= 2 * theirs + (units / 5 * torch.finfo(accumulation).eps + extra) * size
 
@@ -390,9 +402,24 @@ def check_layouts(backend, device, of_student, of_teacher):
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
     dtypes=st.sampled_from(MIXTURES),
     masks=st.sampled_from(MASKS),
+    seed=st.integers(0, 999),
 )
-def test_any_shape_on_cpu(size, layouts, dtypes, masks):
-    check(draw_level(size, dtypes, masks, layouts=layouts), "cpu")
+def test_any_shape_on_cpu(size, layouts, dtypes, masks, seed):
+    torch.manual_seed(seed)
+    check(draw_level(size, dtypes, masks, layouts=layouts), "cpu", terms_cancel=True)
+
+
+@NO_CPU
+def test_terms_that_cancel_are_the_yardstick():
+    """3 * 0.7 + 0.1 - 2.2: a loss of 1e-8 of its terms, all of it rounding."""
+    level = draw_level((1, 1, 1, 1, 1), masks=(False, False))
+    level[:4] = [torch.full(x.shape, value) for x, value in zip(level[:4], (3.0, 0.7, 0.1, 2.2))]
+    exact = run(wide(level), "reference")
+    terms = absolute_terms(level, exact[0])
+    assert 0 < exact[0] < 1e-6
+    torch.testing.assert_close(terms[0].item(), 4.4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms[1].item(), 0.7 * 4.4 / exact[0].item(), rtol=1e-6, atol=0)
+    check(level, "cpu", terms_cancel=True)
 
 
 @pytest.mark.parametrize("parameters", MIXTURES, ids=name_of)

@@ -137,6 +137,16 @@ def test_the_training_guide_runs(tmp_path, monkeypatch):
     assert set(torch.load("student.pth")) == set(names["student"].state_dict())
 
 
+def test_tests_that_the_documentation_names_exist():
+    names = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in (ROOT / "docs").glob("*.md"):
+        named = set(re.findall(r"\btest_\w+", page.read_text())) - {"test_"}
+        assert named <= names | files, f"{page.name} names {', '.join(sorted(named - names - files))}"
+
+
 def test_links_in_the_documentation_exist():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:

@@ -106,3 +106,9 @@ def test_inputs_keep_strides_and_alignment_and_have_nan_between_rows():
     assert torch.equal(copy, x) and copy.stride() == x.stride()
     assert copy.data_ptr() % 64 == x.data_ptr() % 64
     assert copy.as_strided((24,), (1,))[13:].isnan().all()
+
+
+def test_expanded_inputs_are_copied_once():
+    x = torch.randn(1, 3, 2, 4).expand(5, 3, 2, 4)
+    copy = guarded(x)
+    assert torch.equal(copy, x) and copy.stride() == x.stride()

@@ -190,7 +190,7 @@ MEASURED = (
 
 
 def test_what_is_not_measured_says_so(render):
-    for block in (*MEASURED, "losses_summary", "sweep", "sweep_pictures", "slower", "passes"):
+    for block in (*MEASURED, "losses_summary", "sweep", "sweep_pictures", "slower", "passes", "fuzz"):
         assert render.BLOCKS[block]() == "Not yet measured."
     assert render.gpu() == render.gpu_headline() == "Not yet measured on a GPU."
     assert render.stale_pictures() == []

@@ -94,7 +94,11 @@ def guarded(tensor):
     memory = torch.full((size + 128,), 255, dtype=torch.uint8)
     begin = -memory.data_ptr() % 64 + tensor.data_ptr() % 64
     inside = memory[begin : begin + size].view(tensor.dtype)
-    return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    distinct = tensor
+    for dim, stride in enumerate(tensor.stride()):
+        distinct = distinct.narrow(dim, 0, 1) if stride == 0 and tensor.numel() else distinct  # of an expanded tensor
+    inside.as_strided(distinct.shape, distinct.stride()).copy_(distinct)
+    return inside.as_strided(tensor.shape, tensor.stride())
 
 
 class Library:

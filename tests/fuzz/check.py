@@ -1,0 +1,341 @@
+"""Run a case on the package's code and judge it by the float64 truth.
+
+A tensor is right when, over all of it and over every slice of it (an image, a channel, a row, a column), the root mean
+square of its error is at most twice that of plain PyTorch in the same dtypes, plus ``FACTOR`` times the rounding error
+that the literal formula has with every operation rounded at random (rounding.py), plus the rounding to the tensor's own
+dtype. Slices keep one huge pixel from hiding the others.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Optional, Union
+
+import torch
+from cases import threads
+from torch import Tensor
+
+import fbkd_ops
+from fbkd_ops import relation
+
+from .problems import Problem, problem_of
+from .rounding import RandomRounding, Trace
+
+__all__ = ["mismatch_of"]
+
+# The package adds in another order than the literal formula, in blocks, and has other terms in between.
+FACTOR = 64
+# The same where operands are rounded to 16 bits, of which there are as many as in the literal formula.
+OPERANDS_FACTOR = 4
+# Random roundings that are tried before a result is called wrong: few for nearly all cases, many where winners of a
+# max-pool or the sign of a relu hang by a rounding error, as they do for constant maps.
+SAMPLES = (3, 10, 30)
+# In float64 the truth has rounding errors of its own, and is plain PyTorch's result, whose error seems to be 0.
+TRUTH_FACTOR = 8
+# 1 / sqrt(variance + eps) is 316 where a channel is constant.
+LARGEST_FACTOR = 100.0
+PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass
+class Results:
+    """What a call gives: outputs with the module's buffers, and the gradients that were wanted."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def all(self) -> dict[str, Tensor]:
+        return self.outputs | {f"gradient of {name}": x for name, x in self.gradients.items()}
+
+
+class Mismatch(Exception):
+    """A result that is wrong."""
+
+
+def mismatch_of(case: dict) -> Optional[str]:
+    """What is wrong with a case; None where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _check(case)
+        except Mismatch as mismatch:
+            return str(mismatch)
+    return None
+
+
+def _check(case: dict) -> None:
+    problem, trace = problem_of(case), Trace()
+    wide = problem.widened()
+    expected = _attempt(lambda: _on_reference(wide, case))
+    if isinstance(expected, Exception):
+        ours = _attempt(lambda: _on_package(case))
+        if type(ours) is not type(expected):
+            raise Mismatch(f"the literal formula raises {expected!r}, the package gives {_short(ours)}")
+        return
+    with RandomRounding(0.0, 0, trace):
+        truth = _on_reference(wide, case)
+    eager = _attempt(lambda: _on_reference(problem, case))
+    ours = _attempt(lambda: _on_package(case))
+    for name, results in (("the package", ours), ("plain PyTorch", eager)):
+        if isinstance(results, Exception):
+            raise Mismatch(f"{name} raises {type(results).__name__}: {results}")
+    _compare_forms(ours, eager)
+    # Gradients tell nothing where a loss is not finite, which shows by itself; where it is too large for plain PyTorch
+    # alone, whose gradients are then those of another function; and where rounding errors are divided by the root of a
+    # variance that should be 0.
+    if _has_no_loss(truth) or _overflows(eager, truth) or trace.largest_factor() > LARGEST_FACTOR:
+        ours.gradients, eager.gradients, truth.gradients = {}, {}, {}
+    samples, found = [], None
+    for count in SAMPLES:
+        while len(samples) < count:
+            samples.append(_rounded_at_random(wide, case, problem, trace, len(samples)))
+        found = _first_excess(problem, ours.all(), eager.all(), truth.all(), [each.all() for each in samples], case)
+        if found is None:
+            return
+    raise Mismatch(found)
+
+
+def _attempt(function: Callable[[], Results]) -> Union[Results, Exception]:
+    """What a function returns, or the error that it raises."""
+    try:
+        return function()
+    except Mismatch:
+        raise
+    except Exception as error:
+        return error
+
+
+def _short(results: Union[Results, Exception]) -> str:
+    return repr(results) if isinstance(results, Exception) else "a result"
+
+
+def _rounded_at_random(wide: Problem, case: dict, problem: Problem, trace: Trace, seed: int) -> Results:
+    with RandomRounding(_eps(problem, case), seed, trace, problem.exact):
+        return _on_reference(wide, case)
+
+
+def _eps(problem: Problem, case: dict) -> float:
+    """Of the dtype in which the least precise level is computed, as docs/architecture.md says it."""
+    levels = {}
+    for name, x in problem.features().items():
+        levels.setdefault(re.sub(r"student|teacher", "", name), []).append(x.dtype)
+    return max(_level_eps(dtypes, case) for dtypes in levels.values())
+
+
+def _level_eps(dtypes: list[torch.dtype], case: dict) -> float:
+    """Of one level, from the dtypes of its maps."""
+    op, differ, single = case["op"], len(set(dtypes)) > 1, torch.finfo(torch.float32).eps
+    if torch.float64 in dtypes:
+        has_means_in_float32 = op == "FBKDLoss" and differ
+        return single if has_means_in_float32 else TRUTH_FACTOR * torch.finfo(torch.float64).eps
+    if case["target"] != "triton" or op not in PRODUCTS or (op == "adapted_masked_l2_loss" and differ):
+        return single
+    operands = max(torch.finfo(dtype).eps for dtype in dtypes)  # matrices are rounded to 16 bits
+    return max(single, operands * OPERANDS_FACTOR / FACTOR)
+
+
+def _on_reference(problem: Problem, case: dict) -> Results:
+    with fbkd_ops.use_backend("reference"):
+        return _run(dataclasses.replace(problem, module=copy.deepcopy(problem.module)), case["wanted"])
+
+
+def _on_package(case: dict) -> Results:
+    """The case; on the CPU twice, with the same bits."""
+    if case["target"] == "cuda-source":
+        from . import cuda_source  # builds the kernels
+
+        return Results(*cuda_source.run(case, problem_of(case)))
+    results = _run_package(case)
+    if case["target"] == "cpu":
+        again = _run_package(case).all()
+        for name, x in results.all().items():
+            if not torch.equal(_bits(x), _bits(again[name])):
+                raise Mismatch(f"{name} is not bit-equal from run to run")
+    return results
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(BITS[x.element_size()])
+
+
+def _run_package(case: dict) -> Results:
+    problem = problem_of(case)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(threads(case["threads"]))
+        stack.enter_context(_poison())
+        stack.enter_context(_form(case.get("form")))
+        stack.enter_context(fbkd_ops.use_backend({"cpu": "cpu", "triton": "triton"}[case["target"]]))
+        return _run(problem, case["wanted"], case["autocast"], teacher_wants=case["seed"] % 2 == 1)
+
+
+@contextlib.contextmanager
+def _autocast(dtype: Optional[str], enabled: bool) -> Iterator[None]:
+    if dtype is None or not enabled:
+        yield
+    else:
+        with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+            yield
+
+
+@contextlib.contextmanager
+def _poison() -> Iterator[None]:
+    """NaN in every new tensor: an element that nothing writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def _form(name: Optional[str]) -> Iterator[None]:
+    """Every relation term in one form, whatever its sizes."""
+    if name is None:
+        yield
+        return
+    before, relation.cheaper_form = relation.cheaper_form, lambda sizes: name
+    try:
+        yield
+    finally:
+        relation.cheaper_form = before
+
+
+def _run(problem: Problem, wanted: int, autocast: Optional[list] = None, teacher_wants: bool = False) -> Results:
+    """Outputs and gradients, from random gradients of the outputs.
+
+    Args:
+        problem: what is called.
+        wanted: bit i asks for the gradient of leaf i.
+        autocast: a dtype, and whether the backward pass runs under autocast too.
+        teacher_wants: whether the tensors that never receive a gradient ask for one.
+    """
+    dtype, in_backward = autocast or (None, False)
+    leaves = {name: x.detach() for name, x in problem.students.items()}
+    constants = {name: x.detach().requires_grad_(teacher_wants) for name, x in problem.constants.items()}
+    if problem.module is not None:
+        leaves |= dict(problem.module.named_parameters())
+    for index, leaf in enumerate(leaves.values()):
+        leaf.requires_grad_(bool(wanted >> index % 8 & 1))
+    tensors = {name: leaves[name] for name in problem.students}
+    with _autocast(dtype, True):
+        outputs = problem.function(tensors | constants, problem.module)
+    with _autocast(dtype, in_backward):
+        gradients = _gradients(outputs, leaves | constants)
+    for name in constants:
+        if gradients.pop(name, None) is not None:
+            raise Mismatch(f"a gradient reaches {name}")
+    results = {name: x.detach() for name, x in outputs.items()}
+    if problem.module is not None:
+        buffers = problem.module.named_buffers()
+        results |= {f"buffer {name}": x if x.is_floating_point() else x.double() for name, x in buffers}
+    return Results(results, gradients)
+
+
+def _gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that arrive, by the leaf's name."""
+    generator, reached, grads = torch.Generator().manual_seed(1), [], []
+    for x in outputs.values():
+        grad = torch.randn(x.shape, generator=generator)
+        if x.requires_grad:
+            reached.append(x)
+            grads.append(grad.to(x.dtype))
+    asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not reached or not asked:
+        return {}
+    found = torch.autograd.grad(reached, list(asked.values()), grads, allow_unused=True)
+    return {name: x for name, x in zip(asked, found, strict=True) if x is not None}
+
+
+def _compare_forms(ours: Results, eager: Results) -> None:
+    """Names, shapes and dtypes; a gradient that only one of them has is 0 in the other."""
+    for name in ours.gradients.keys() ^ eager.gradients.keys():
+        side = ours if name in ours.gradients else eager
+        if side.gradients.pop(name).count_nonzero():
+            raise Mismatch(f"gradient of {name}: {'unexpected' if side is ours else 'missing'}")
+    mine, theirs = ours.all(), eager.all()
+    if mine.keys() != theirs.keys():
+        raise Mismatch(f"outputs {sorted(mine)}, expected {sorted(theirs)}")
+    for name, x in mine.items():
+        if (x.shape, x.dtype) != (theirs[name].shape, theirs[name].dtype):
+            expected = f"{tuple(theirs[name].shape)} {theirs[name].dtype}"
+            raise Mismatch(f"{name}: {tuple(x.shape)} {x.dtype}, expected {expected}")
+
+
+def _has_no_loss(truth: Results) -> bool:
+    return any(x.dim() == 0 and not bool(x.isfinite()) for x in truth.outputs.values())
+
+
+def _overflows(eager: Results, truth: Results) -> bool:
+    """Whether an output is too large for plain PyTorch's dtype alone."""
+    pairs = ((x, truth.outputs[name]) for name, x in eager.outputs.items())
+    return any(bool((~x.isfinite() & exact.isfinite()).any()) for x, exact in pairs)
+
+
+def _first_excess(
+    problem: Problem,
+    ours: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    samples: list[dict[str, Tensor]],
+    case: dict,
+) -> Optional[str]:
+    """What is wrong with the first result that is; None where all are right."""
+    for name, mine in ours.items():
+        noise = [each[name] for each in samples]
+        rounding = _own_rounding(problem, mine, truth[name], case)
+        excess = _excess(mine, eager[name], truth[name], noise, rounding)
+        if excess:
+            return f"{name}: {excess}"
+    return None
+
+
+def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Tensor:
+    """The error of rounding to a result's own dtype."""
+    eps = torch.finfo(x.dtype).eps
+    if case["target"] == "triton" and x.dtype == torch.bfloat16:
+        eps *= 2  # Triton's interpreter truncates where GPUs round
+    sizes = truth.double().abs()
+    if problem.rounded_terms and truth.numel():
+        # Gradients that are each rounded before they are added may cancel in one place; they are as large as elsewhere.
+        sizes = 4 * (sizes + sizes.square().mean().sqrt())
+    return eps * sizes
+
+
+def _excess(ours: Tensor, eager: Tensor, truth: Tensor, samples: list[Tensor], own: Tensor) -> Optional[str]:
+    """How much too far a tensor is from the truth; None where it is not."""
+    largest, smallest = torch.finfo(ours.dtype).max, torch.finfo(ours.dtype).smallest_normal
+    ours, eager, truth = ours.double(), eager.double(), truth.double()
+    wrong = ~eager.isfinite() & ~truth.isfinite() & ours.isfinite()
+    if wrong.any():
+        return f"{int(wrong.sum())} values that are not finite in plain PyTorch are finite"
+    noise = torch.stack([sample.double() - truth for sample in samples])
+    within_range = truth.abs() + FACTOR * noise.abs().amax(0) < largest / 4
+    fits = truth.isfinite() & eager.isfinite() & noise.isfinite().all(0) & within_range
+    wrong = fits & ~ours.isfinite()
+    if wrong.any():
+        return f"{int(wrong.sum())} values are not finite, expected finite ones"
+    errors = torch.stack([ours - truth, eager - truth, own, *noise]).masked_fill(~fits, 0.0)
+    for described, means in _root_mean_squares(errors):
+        mine, theirs, rounding, random = means[0], means[1], means[2], means[3:].square().mean(0).sqrt()
+        allowed = 2 * theirs + rounding + FACTOR * random + 16 * smallest
+        ratio = (mine / allowed).nan_to_num(0.0)
+        if ratio.numel() and ratio.max() > 1:
+            index = int(ratio.argmax())
+            told = f"error {mine.flatten()[index]:.3g}, allowed {allowed.flatten()[index]:.3g}"
+            return f"{told} {described.format(index)}(plain PyTorch {theirs.flatten()[index]:.3g})"
+    return None
+
+
+def _root_mean_squares(errors: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Of every row of errors ``(E, ...)``: over all elements ``(E, 1)``, and over each slice of each dimension."""
+    if not errors.numel():
+        return
+    errors = errors[:, None] if errors.dim() == 1 else errors
+    yield "", errors.flatten(1).square().mean(1, keepdim=True).sqrt()
+    for dim in range(1, errors.dim()):
+        by_slice = errors.movedim(dim, 1).flatten(2) if errors.dim() > 2 else errors[:, :, None]
+        yield f"in slice {{}} of dimension {dim - 1} ", by_slice.square().mean(2).sqrt()
