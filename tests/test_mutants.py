@@ -73,7 +73,7 @@ def tree(tmp_path):
 def run(tree, mutations, **options):
     """Results by name, and what each run of the tests found in the mutated file."""
     sources = FakeSources(tree, tree / "build/source", **options)
-    found = mutants.run(mutations, sources, Results(tree / "build/results.json", tree))
+    found = mutants.run(mutations, sources, Results(tree / "build/results.json", sources.folder))
     assert (tree / FAULT.file).read_text().startswith("answer = ")
     return found, sources.runs
 
@@ -130,11 +130,11 @@ def test_what_was_broken_is_tested_again(tree):
     ],
 )
 def test_verdict(status, output, outcome):
-    assert mutants._verdict(Done([], output, status))[0] == outcome
+    assert mutants.verdict(Done([], output, status))[0] == outcome
 
 
 def test_tests_without_an_end_catch_a_fault():
-    assert mutants._verdict(Done([], "", -9, timed_out=True)) == ("caught", "the tests do not end")
+    assert mutants.verdict(Done([], "", -9, timed_out=True)) == ("caught", "the tests do not end")
 
 
 def results_of(*outcomes):

@@ -21,7 +21,7 @@ from .mutation import Mutation, Selection
 from .results import BROKEN, CAUGHT, SURVIVED, Result, Results, summary
 from .sources import Sources
 
-__all__ = ["GROUPS", "ROOT", "main", "run"]
+__all__ = ["GROUPS", "ROOT", "main", "run", "verdict"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Python first: what needs no compiler.
@@ -48,10 +48,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if options.list:
         print(*(f"{mutation.name}  {mutation.file}" for mutation in mutations), sep="\n")
         return 0
-    folder = ROOT / "build" / "mutants"
+    sources = Sources(ROOT, ROOT / "build" / "mutants" / "source")
     try:
         with interruptible():
-            found = run(mutations, Sources(ROOT, folder / "source"), Results(folder / "results.json", ROOT))
+            found = run(mutations, sources, Results(sources.folder.parent / "results.json", sources.folder))
     except Interrupted:
         print("mutants: interrupted; the next run goes on from here")
         return 130
@@ -62,8 +62,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
 
 def run(mutations: list[Mutation], sources: Sources, results: Results) -> dict[str, Result]:
     """Test the mutations that have no result yet; return all results by name."""
-    found = {mutation.name: results.find(mutation) for mutation in mutations}
     sources.refresh()
+    found = {mutation.name: results.find(mutation) for mutation in mutations}
     for number, mutation in enumerate(mutations, 1):
         if found[mutation.name] is None:
             found[mutation.name] = _result(mutation, sources, results)
@@ -91,17 +91,17 @@ def _tested(tests: Selection, sources: Sources) -> Result:
     why = sources.build()
     if why:
         return Result(BROKEN, why, time.monotonic() - begin)
-    outcome, detail = _verdict(sources.test(tests))
+    outcome, detail = verdict(sources.test(tests))
     return Result(outcome, detail, time.monotonic() - begin)
 
 
-def _verdict(done: Done) -> tuple[str, str]:
+def verdict(done: Done) -> tuple[str, str]:
     """What the tests' exit status and output say: a failing test, a crash and an endless loop all catch a fault."""
     if done.timed_out:
         return CAUGHT, "the tests do not end"
     if done.returncode < 0:
         return CAUGHT, f"the tests crash with signal {-done.returncode}"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.output, re.MULTILINE)
     if done.returncode == FAILED_TESTS and failed:
         return CAUGHT, failed.group(1)
     if done.returncode == 0 and re.search(r"\b\d+ passed", done.output):

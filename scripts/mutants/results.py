@@ -13,6 +13,7 @@ __all__ = ["Result", "Results", "summary"]
 
 CAUGHT, SURVIVED, BROKEN = "caught", "survived", "broken"
 SHARE = 0.95  # of the mutations have to be caught
+SOURCES = {".cpp", ".cu", ".cuh", ".h", ".py"}
 
 Tested = Union[Mutation, Selection]  # a selection: the tests on the sources as they are
 
@@ -27,39 +28,47 @@ class Result:
 
 
 class Results:
-    """Results in a JSON file. One counts until its mutation, the file with the fault or a file of its tests changes."""
+    """Results in a JSON file. One counts until its mutation, the file with the fault or a file of its tests changes.
+
+    ``root`` is the copy that is tested: the tree itself may be edited meanwhile.
+    """
 
     def __init__(self, path: Path, root: Path):
         self.path, self.root = path, root
         self.content = json.loads(path.read_text()) if path.exists() else {}
 
-    def find(self, of: Tested) -> Optional[Result]:
+    def find(self, tested: Tested) -> Optional[Result]:
         """Return an earlier run's result, or None if there is none that still counts. A broken one never does."""
-        entry = self.content.get(self._key(of))
-        if entry is None or entry["outcome"] == BROKEN or entry["signature"] != self._signature(of):
+        entry = self.content.get(_key(tested))
+        if entry is None or entry["outcome"] == BROKEN or entry["signature"] != self._signature(tested):
             return None
         return Result(**{name: value for name, value in entry.items() if name != "signature"})
 
-    def store(self, of: Tested, result: Result) -> None:
-        self.content[self._key(of)] = {**vars(result), "signature": self._signature(of)}
+    def store(self, tested: Tested, result: Result) -> None:
+        self.content[_key(tested)] = {**vars(result), "signature": self._signature(tested)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_suffix(".part")
         written.write_text(json.dumps(self.content, indent=2, sort_keys=True) + "\n")
         os.replace(written, self.path)
 
-    @staticmethod
-    def _key(of: Tested) -> str:
-        return of.name if isinstance(of, Mutation) else f"unchanged: {' '.join(of.files)} -k {of.keyword}"
-
-    def _signature(self, of: Tested) -> str:
-        """A digest of the mutation, of the file that it changes and of its tests."""
-        tests, file, texts = (
-            (of.tests, [of.file], [of.text, of.replacement]) if isinstance(of, Mutation) else (of, [], [])
-        )
+    def _signature(self, tested: Tested) -> str:
+        """A digest of a mutation with its file and tests, or of tests with all sources that they can reach."""
+        if isinstance(tested, Mutation):
+            tests, texts, paths = tested.tests, [tested.text, tested.replacement], [self.root / tested.file]
+        else:
+            tests, texts = tested, []
+            folders = [self.root / name for name in ("csrc", "fbkd_ops")]
+            paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in SOURCES]
         digest = hashlib.sha256("\0".join([*texts, *tests.files, tests.keyword]).encode())
-        for path in [*file, *tests.paths()]:
-            digest.update((self.root / path).read_bytes())
+        for path in [*paths, *(self.root / path for path in tests.paths())]:
+            digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def _key(tested: Tested) -> str:
+    if isinstance(tested, Mutation):
+        return tested.name
+    return f"unchanged: {' '.join(tested.files)} -k {tested.keyword}"
 
 
 def summary(mutations: list[Mutation], results: dict[str, Result]) -> tuple[list[str], bool]:

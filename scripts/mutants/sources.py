@@ -38,11 +38,13 @@ class Sources:
     @contextlib.contextmanager
     def mutated(self, mutation: Mutation) -> Iterator[None]:
         """Put the mutation into the copy for as long as the block runs."""
+        path = self.folder / mutation.file
+        original = path.read_bytes()
         mutation.apply(self.folder)
         try:
             yield
         finally:
-            _copy(self.root / mutation.file, self.folder / mutation.file)
+            path.write_bytes(original)
 
     def build(self) -> str:
         """Compile what the library was not made of; return why that failed, or an empty string."""
