@@ -1,7 +1,8 @@
-# make venv | test | test-all | fuzz | sanitize | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and ARGS can be
-# given: make demo ARGS="--steps 50"
+# make venv | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
+# ARGS can be given: make demo ARGS="--steps 50"
 # make test-all adds the tests that take longer.
 # make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
+# make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
@@ -22,7 +23,7 @@ GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test test-all fuzz sanitize oldest bench gpu gpu-cache demo info docs clean
+.PHONY: venv test test-all fuzz sanitize mutants oldest bench gpu gpu-cache demo info docs clean
 
 venv: $(STAMP)
 
@@ -45,6 +46,9 @@ fuzz: venv
 
 sanitize: venv
 	PYTHON="$(BIN)/python" scripts/sanitize.sh $(ARGS)
+
+mutants: venv
+	$(BIN)/python -m scripts.mutants $(ARGS)
 
 oldest:
 	PYTHON="$(PYTHON)" scripts/oldest.sh

@@ -219,8 +219,10 @@ def test_a_level_without_images_beside_one_with(backend):
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_a_norm_of_both_sides_is_updated_twice(monkeypatch):
-    """One update after the other: a GPU may run those of one call in any order."""
+@pytest.mark.parametrize("form", ["cells", "collapsed"])
+def test_a_norm_of_both_sides_is_updated_twice(monkeypatch, form):
+    """One update after the other, the student's first: a GPU may run those of one call in any order."""
+    monkeypatch.setattr(relation, "cheaper_form", lambda sizes: form)
     torch.manual_seed(0)
     seen, own = [], _batch_norm._update_distinct
     blocks = [randomise(NonLocalBlock2d(4, 2, norm="none").double(), seed=seed) for seed in (1, 2)]

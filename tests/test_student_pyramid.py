@@ -225,9 +225,11 @@ def test_a_distance_that_is_not_used_adds_nothing():
     groups = [[value] for value in level.values()]
     with torch.no_grad():
         means = attention_pools([leaf])
-    _, (pool,), _ = student_pyramid("cpu", AdaptedLevels(*groups), means)
-    (gradient,) = torch.autograd.grad(pool.spatial_mean.sum(), leaf)
-    torch.testing.assert_close(gradient, torch.full_like(gradient, 1 / leaf.shape[1]))
+    _, (pool,), (student,) = student_pyramid("cpu", AdaptedLevels(*groups), means)
+    of_mean, of_student, share = pool.spatial_mean.sum(), 3 * student.sum(), 1 / leaf.shape[1]
+    for total, expected in ((of_mean, share), (of_student, 3.0), (of_mean + of_student, 3.0 + share)):
+        (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, expected))
 
 
 # FBKDLoss, of which the other terms start from the op's outputs. test_loss.py compares every preset and override with
