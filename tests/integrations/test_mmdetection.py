@@ -150,8 +150,7 @@ def test_the_averaged_copy_of_emahook_shares_the_teacher(tmp_path, teacher_ckpt,
     assert torch.equal(checkpoint["state_dict"][key], averaged.state_dict()[key])
     assert not torch.equal(checkpoint["state_dict"][key], run.model.state_dict()[key])
     averaged.train()
-    with torch.no_grad():  # as its parameters have no gradient
-        assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
+    assert TERMS < set(averaged(**batch(averaged), mode="loss"))  # its own student is the one that is listened to
 
 
 def test_other_modes_are_the_students():
