@@ -97,7 +97,7 @@ def check_flag(value: Any, name: str) -> bool:
     """Return a flag, NumPy's among them, as a bool.
 
     Raises:
-        TypeError: anything else. A text as "no" would count as true, a 0 may be meant as a number.
+        TypeError: anything else. The text "no" would count as true, and a 0 may be meant as a number.
     """
     if isinstance(value, bool):
         return value

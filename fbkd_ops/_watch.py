@@ -1,4 +1,5 @@
-"""What an ``FBKDLoss`` and a ``Distiller`` warn of once: features, terms and parameters with which nothing is learned.
+"""What an ``FBKDLoss`` and a ``Distiller`` warn of once: features, terms and parameters with which nothing is learned. And
+what a loss refuses at its first call: layers that it could not use as they are.
 
 None of it waits for a GPU, and none of it is part of a compiled graph. Copies and pickles of a watch start anew.
 """

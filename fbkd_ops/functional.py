@@ -321,7 +321,7 @@ def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tens
     check_spatial_map(student, "student")
     check_spatial_map(teacher, "teacher")
     check_tensor(teacher, student.shape, teacher, "teacher")
-    check_same_device(student, teacher, "student", "teacher")
+    check_same_device(teacher, student, "teacher", "student")
     check_tensor(weight, (3, 3), student, "weight")
     check_tensor(bias, (1,), student, "bias")
     backend = backends.resolve("spatial_l2_loss", student)

@@ -119,7 +119,7 @@ class NonLocalBlock2d(nn.Module):
         self.norm = None if norm == "none" else _NORMS[norm](in_channels)
 
     def reset_parameters(self) -> None:
-        """Start over at ``z = x``: every layer resets itself. The block has no parameters of its own."""
+        """Start over at ``z = x``. The block has no parameters of its own: each layer resets its own ones."""
         for layer in self.children():
             layer.reset_parameters()
 
