@@ -1,5 +1,7 @@
-"""What an ``FBKDLoss`` and a ``Distiller`` warn of once: features, terms and parameters with which nothing is learned. And
-what a loss refuses at its first call: layers that it could not use as they are.
+"""What is warned of once, and what is refused at a loss's first call.
+
+An ``FBKDLoss`` and a ``Distiller`` warn of features, terms and parameters with which nothing is learned. A loss refuses
+layers that it could not use as they are.
 
 None of it waits for a GPU, and none of it is part of a compiled graph. Copies and pickles of a watch start anew.
 """
