@@ -4,7 +4,7 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -288,18 +288,29 @@ def _update_distinct(updates: list[RunningUpdate]) -> None:
         unbiased = torch._foreach_mul(
             [update.variance for update in group], [update.count / (update.count - 1) for update in group]
         )
-        if momentum is None:
-            for update, variance in zip(group, unbiased):
-                _average_in(update.norm, update.mean, variance)
-            continue
         buffers = [update.norm.running_mean for update in group] + [update.norm.running_var for update in group]
         values = [update.mean for update in group] + list(unbiased)
-        torch._foreach_lerp_(buffers, [value.to(to.dtype) for value, to in zip(values, buffers)], momentum)
+        if momentum is None:  # the average over all batches so far
+            weights = [_average_weight(update.norm) for update in group] * 2
+        else:
+            weights = momentum
+        _move_towards(buffers, values, weights)
 
 
-def _average_in(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
-    """The average over all batches so far."""
-    batches, dtype = norm.num_batches_tracked, norm.running_mean.dtype
-    momentum = 0.0 if batches is None else batches.to(dtype).reciprocal()
-    norm.running_mean.lerp_(mean.to(dtype), momentum)
-    norm.running_var.lerp_(variance.to(dtype), momentum)
+def _average_weight(norm: nn.Module) -> Tensor:
+    batches = norm.num_batches_tracked
+    return norm.running_mean.new_zeros((), dtype=torch.float64) if batches is None else batches.double().reciprocal()
+
+
+def _move_towards(buffers: list[Tensor], values: list[Tensor], weights: Union[float, list[Tensor]]) -> None:
+    """``lerp_``; buffers of 16 bits in the values' dtype, because a value that float16 cannot hold may have a share."""
+    wide = [x.to(value.dtype) if x.dtype.itemsize < 4 else x for x, value in zip(buffers, values)]
+    values = [value.to(x.dtype) for x, value in zip(wide, values)]
+    if isinstance(weights, list):
+        for x, value, weight in zip(wide, values, weights):
+            x.lerp_(value, weight.to(x.dtype))
+    else:
+        torch._foreach_lerp_(wide, values, weights)
+    for buffer, x in zip(buffers, wide):
+        if buffer is not x:
+            buffer.copy_(x)

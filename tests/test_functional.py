@@ -149,6 +149,33 @@ def test_every_kind_of_batch_norm(momentum, affine, track):
         torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
 
 
+@pytest.mark.usefixtures("relation_form")
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_of_16_bits_take_a_share_of_values_beyond_their_range(dtype, momentum):
+    """A batch with a variance of 5e5, of which float16 can hold a tenth."""
+    buffers = []
+    for backend in ("auto", "reference"):
+        norms = [torch.nn.BatchNorm2d(4, momentum=momentum).to(dtype) for _ in range(2)]
+        for norm in norms:
+            norm.num_batches_tracked.fill_(9)
+        blocks = [randomise(NonLocalBlock2d(4, 2, norm="none"), seed=seed) for seed in (1, 2)]
+        student, teacher = (8 * torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+        with fbkd_ops.use_backend(backend):
+            functional.relation_loss(
+                student,
+                teacher,
+                *(block.weights() for block in blocks),
+                torch.eye(4),
+                torch.zeros(4),
+                student_norm=norms[0],
+                teacher_norm=norms[1],
+            )
+        buffers.append([buffer.float() for norm in norms for buffer in norm.buffers()])
+    assert 4e4 < max(float(buffer.max()) for buffer in buffers[0]) < 6e4
+    torch.testing.assert_close(*buffers, rtol=2 * torch.finfo(dtype).eps, atol=0.1)
+
+
 def test_an_empty_batch_leaves_the_statistics_as_batch_norm_does():
     ours, theirs = torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
     block = NonLocalBlock2d(4, 2, norm="none")
