@@ -1,6 +1,6 @@
 # make venv | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
 # ARGS can be given: make demo ARGS="--steps 50"
-# make test-all adds the tests that take longer.
+# make test-all adds the tests that take longer, and the ops' tests on C++ compiled for each vector width.
 # make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
@@ -40,6 +40,7 @@ test: venv
 
 test-all: venv
 	FBKD_OPS_TEST_ALL=1 $(BIN)/python -m pytest $(ARGS)
+	PYTHON="$(BIN)/python" scripts/vector_widths.sh
 
 fuzz: venv
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
