@@ -6,7 +6,6 @@ __all__ = ["MUTATIONS"]
 
 FILES = ("test_cuda_kernels.py",)
 POOL = Selection(FILES, "(pool_of_a_pyramid or pool_of_slices) and float32")
-TALL_POOL = Selection(FILES, "pool_of_many_tiles or (pool_of_a_pyramid and float32)")
 DISTANCE = Selection(FILES, "l2_of_a_pyramid and float32")
 MASKS = Selection(FILES, "masks_of_a_pyramid or masks_of_many_levels")
 
@@ -28,7 +27,7 @@ MUTATIONS = [
     Mutation(
         "cuda.pool.last_tile_of_a_mean",
         POOL_CUH,
-        TALL_POOL,
+        POOL,
         "for (int64_t tile = group; tile < to.tiles; tile += groups)",
         "for (int64_t tile = group; tile + 1 < to.tiles; tile += groups)",
     ),
@@ -114,7 +113,7 @@ MUTATIONS = [
     Mutation(
         "cuda.plan.alignment_of_images",
         PLAN_H,
-        Selection(FILES, "pool_of_slices"),
+        POOL,
         "(view.images == 1 || aligned(view.image_stride));",
         "true;",
     ),
