@@ -111,8 +111,8 @@ MUTATIONS = [
         "python.norm.average_of_batches",
         NORM_PY,
         RELATION,
-        "batches.to(dtype).reciprocal()",
-        "(batches + 1).to(dtype).reciprocal()",
+        "batches.double().reciprocal()",
+        "(batches + 1).double().reciprocal()",
     ),
     Mutation(
         "python.collapsed.swapped_pairs", ALGEBRA_PY, COLLAPSED, "to_g.baddbmm_(pairs.mT,", "to_g.baddbmm_(pairs,"
