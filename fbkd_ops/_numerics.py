@@ -38,13 +38,12 @@ def root(squares: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off on the tensor's device, as a context; nothing where the device has none ("meta").
+    """Autocast off on the tensor's device, as a context. Meta tensors have none.
 
     The package reads the tensors' own dtypes and accumulates in float32 or better; autocast would round the small
     matrices inside the relation term to half precision.
     """
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def recordable(x: Tensor) -> Tensor:
