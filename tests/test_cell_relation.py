@@ -224,12 +224,11 @@ def test_moments_are_those_of_what_the_norm_is_given():
     level = Level(*SIZES[4], bias=True)
     squares = level.squares()
     for block, x, moments in zip(level.parts, (level.student, level.teacher), level.moments):
-        seen = []
+        seen, weights = [], block.weights()
         handle = block.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        reference.non_local(x, block.weights(), norm=block.norm, **level.settings)
+        reference.non_local(x, weights, norm=block.norm, **level.settings)
         handle.remove()
         if not seen:  # called by its function
-            weights = block.weights()
             seen.append(reference.non_local(x, weights, **level.settings) - x)
         torch.testing.assert_close(moments.mean, seen[0].mean((0, 2, 3)))
         torch.testing.assert_close(moments.variance, seen[0].var((0, 2, 3), correction=0))
