@@ -23,7 +23,12 @@ build_variant "build/sanitize-${sanitizers//,/-}" \
 say "tests"
 export LD_PRELOAD
 LD_PRELOAD=$(runtimes | paste -sd ' ')
-# Python and PyTorch keep memory until they end.
-export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
-"$python" -m pytest -p no:cacheprovider -q "${ops[@]}" -k "not ($left_out)" "$@"
+# Python and PyTorch keep memory until they end. Into files: pytest would keep the report of a process that ends with it.
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:log_path=$PWD/report
+export UBSAN_OPTIONS=print_stacktrace=1:log_path=$PWD/report TSAN_OPTIONS=log_path=$PWD/report
+status=0
+"$python" -m pytest -p no:cacheprovider -q "${ops[@]}" -k "not ($left_out)" "$@" || status=$?
+unset LD_PRELOAD
+cat report.* 2> /dev/null || say "no report of a sanitizer"
 say "done"
+exit $status

@@ -189,6 +189,14 @@ def assert_as_good(ours, eager, exact, extra=0.0, accumulation=None, units=8, te
     assert (excess <= 0).all(), f"worst excess {excess.max():.3g} with a floor of {floor:.3g}"
 
 
+def units_of_sum(count):
+    """In how many eps a float sum of ``count`` numbers of one sign may be off, whatever the vector width.
+
+    Kernels add up to 1024 numbers in float, one after the other where there are no vectors.
+    """
+    return max(8, min(count, 1024) ** 0.5)
+
+
 def assert_close_to_truth(ours, eager, truth, eps):
     """No further from the truth than twice plain PyTorch, on the RMS, plus some eps."""
     assert ours.shape == truth.shape and ours.dtype == eager.dtype

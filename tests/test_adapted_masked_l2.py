@@ -30,6 +30,7 @@ from cases import (
     name_of,
     op_of,
     overlapping,
+    poison,  # noqa: F401
     precision_of,
     threads,
     truncation,

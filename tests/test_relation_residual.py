@@ -27,6 +27,7 @@ from cases import (
     op_of,
     overlapping,
     permuted,
+    poison,  # noqa: F401
     precision_of,
     threads,
     truncation,
