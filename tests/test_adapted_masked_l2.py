@@ -133,8 +133,9 @@ def absolute_terms(level, loss):
     """
     student, weight, bias, teacher = (x.double().abs() for x in level[:4])
     total, *gradients = literal([student, weight, bias, -teacher, *wide(level[4:])], torch.float64)
-    ratio = total / loss if loss else torch.zeros_like(loss)
-    return [total, *(ratio * gradient for gradient in gradients)]
+    if not loss:  # masks of zeros, or equal features: the gradients are exact zeros
+        return [total, *(torch.zeros_like(gradient) for gradient in gradients)]
+    return [total, *(total / loss * gradient for gradient in gradients)]
 
 
 def check(level, backend, terms_cancel=False):
@@ -408,6 +409,12 @@ def check_layouts(backend, device, of_student, of_teacher):
 def test_any_shape_on_cpu(size, layouts, dtypes, masks, seed):
     torch.manual_seed(seed)
     check(draw_level(size, dtypes, masks, layouts=layouts), "cpu", terms_cancel=True)
+
+
+@NO_CPU
+def test_masks_of_zeros_on_cpu():
+    level = draw_level((1, 1, 1, 1, 5))
+    check([*level[:4], *(torch.zeros_like(mask) for mask in level[4:])], "cpu", terms_cancel=True)
 
 
 @NO_CPU
