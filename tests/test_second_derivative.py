@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import randomise
 
-from fbkd_ops import FBKDLoss, use_backend
+from fbkd_ops import FBKDLoss, NonLocalBlock2d, use_backend
+from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
 
 
 def terms_and_leaves(backend, **settings):
@@ -54,3 +55,21 @@ def test_of_every_pair_of_tensors(norm, memory_efficient):
 def test_of_every_pair_in_every_mode(mode):
     weights = {f"{term}_weight": 0.0 for term in ("feature", "channel", "spatial")}
     assert_no_second_derivative(mode=mode, norm="none", **weights)
+
+
+def test_of_inputs_alone_where_the_incoming_gradient_depends_on_none():
+    """Sums of squares, without a root: what the op saves, its leaves and the history of the others are all there is."""
+    weight, bias = torch.randn(3, 3, requires_grad=True), torch.randn(1, requires_grad=True)
+    scale = torch.tensor(1.5, requires_grad=True)
+    levels = SpatialLevels([scale * torch.randn(2, 5, 4)], [weight], [bias], [torch.randn(2, 5, 4)])
+    (gradient,) = first_derivatives(spatial_l2_squares("cpu", levels).sum(), [weight])
+    for leaf in (weight, bias, scale):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            second_derivatives(gradient, leaf)
+
+
+def test_of_a_block_whose_output_is_summed():
+    block = randomise(NonLocalBlock2d(4, 2, norm="none"))
+    (gradient,) = first_derivatives(block(torch.randn(2, 4, 5, 4)).sum(), [block.g.weight])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        second_derivatives(gradient, block.out.weight)
