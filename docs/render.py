@@ -83,7 +83,8 @@ def commands() -> str:
     result = json.loads(path.read_text())
     rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
-    return f"{result['where']}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
+    where = f"{result['where']} Revision {result['revision']}: later ones have more tests."
+    return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
 def report_of(file: str) -> Optional[dict]:

@@ -190,7 +190,7 @@ def assert_as_good(ours, eager, exact, extra=0.0, accumulation=None, units=8, te
 
 
 def units_of_sum(count):
-    """In how many eps a float sum of ``count`` numbers of one sign may be off, whatever the vector width.
+    """Return by how many eps a float sum of ``count`` numbers of one sign may be off, whatever the vector width.
 
     Kernels add up to 1024 numbers in float, one after the other where there are no vectors.
     """
