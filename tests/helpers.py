@@ -1,7 +1,12 @@
 """What several test files need."""
 
+import os
+
 import torch
 from torch import nn
+
+# Set by `make test-all`: every architecture, and more random cases.
+TEST_ALL = bool(os.environ.get("FBKD_OPS_TEST_ALL"))
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

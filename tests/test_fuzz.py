@@ -12,13 +12,14 @@ import torch
 from cases import INTERPRETER, NO_CPU, NO_TRITON
 from fuzz import __main__ as fuzz
 from fuzz import check, data, problems, rounding, worker
+from helpers import TEST_ALL
 
 from fbkd_ops import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 # Cases of each op; `make test-all` tries more.
 CASES = {"cpu": 5, "triton": 2, "cuda-source": 4}
-if os.environ.get("FBKD_OPS_TEST_ALL"):
+if TEST_ALL:
     CASES = {"cpu": 25, "triton": 3, "cuda-source": 10}
 
 MAP = {"dtype": "float32", "layout": "contiguous", "values": "normal"}
@@ -249,7 +250,7 @@ def test_a_crash_is_a_failure_of_the_case_that_it_was_at(tmp_path, monkeypatch, 
 
 
 @NO_CPU
-@pytest.mark.skipif(not os.environ.get("FBKD_OPS_TEST_ALL"), reason="one of the tests of make test-all")
+@pytest.mark.skipif(not TEST_ALL, reason="one of the tests of make test-all")
 def test_the_command_runs_and_replays_a_case(tmp_path):
     environment = os.environ | {"PYTHONPATH": "tests"}
     command = [sys.executable, "-m", "fuzz", "--targets", "cpu", "--cases", "60", "--seed", "1", "--folder", tmp_path]

@@ -1,4 +1,4 @@
-"""Machine code without a GPU: Triton kernels compiled for three GPUs, and the CUDA library's own code.
+"""Machine code without a GPU: Triton kernels compiled for one or for three GPUs, and the CUDA library's own code.
 
 benchmarks/code_report.py compiles and reads it. Triton's interpreter replaces the compiler for a whole process, so
 compilation happens in a subprocess.
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TEST_ALL
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,7 @@ PRODUCTS |= {"pool_convolutions", "covariance_tiles", "add_map_gradients", "pool
 # Kernels of the residuals of two features, and Triton's names of the dtypes of their maps.
 RESIDUALS = {"adapted_sums", "student_gradients", "weight_gradients"}
 RESIDUALS |= {"residual_sums", "student_residual_gradients", "residual_products"}
+ARCHS = code_report.ARCHS if TEST_ALL else (90,)  # to compile for one takes minutes
 MAPS = ("bf16",), ("fp32",)
 SHARED_MEMORY = 163 * 1024  # what a block can have on sm_80
 
@@ -59,7 +61,7 @@ def triton_compilers(request, tmp_path_factory):
         process.communicate()
 
 
-@pytest.fixture(scope="module", params=code_report.ARCHS, ids="sm_{}".format)
+@pytest.fixture(scope="module", params=ARCHS, ids="sm_{}".format)
 def triton_instances(request, triton_compilers):
     """Every instance of the Triton kernels for one architecture."""
     return code_report.finished(triton_compilers[request.param], timeout=600)
