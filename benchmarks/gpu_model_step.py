@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import fbkd_ops
-from benchmarks.cases import Case
 from benchmarks.code_report import compiled_for
 from benchmarks.gpu_model_ttir import Pointer, Value
+from benchmarks.inputs import Case
 from fbkd_ops import backends, kernels
-from fbkd_ops._watch import UpdateWatch
+from fbkd_ops._warnings import UpdateWatch
 
 __all__ = ["CudaLaunch", "SmallOp", "Step", "TritonLaunch", "captured_step", "launches_noted"]
 
@@ -188,7 +188,7 @@ def _launcher(op: str) -> Callable:
 def cuda_kernels(op: str) -> list[str]:
     """Kernels that the launcher of an op queues, in order, by its source; empty where it has none of that name."""
     for source in sorted(CUDA_SOURCES.glob("*.cuh")):
-        body = re.search(rf"^void {op}_?\(.*?^}}", source.read_text(), re.DOTALL | re.MULTILINE)
+        body = re.search(rf"^void launch_{op}_?\(.*?^}}", source.read_text(), re.DOTALL | re.MULTILINE)
         if body:
             return re.findall(r"queue\.launch\((\w+)", body.group())
     return []
@@ -208,7 +208,7 @@ def _flops(func, args, result) -> int:
 def _count_nodes(total: Tensor) -> int:
     seen, waiting = set(), [total.grad_fn]
     while waiting:
-        node: Optional[Any] = waiting.pop()
+        node: Any | None = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]

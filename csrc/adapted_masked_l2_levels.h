@@ -45,37 +45,44 @@ struct AdaptedArguments {
   const OptionalTensors& channel_mask;
 };
 
-inline AdaptedLevel adapted_level(const AdaptedArguments& of, size_t index, const char* op) {
-  const Tensor &s = of.student[index], &t = of.teacher[index], &weight = of.weight[index], &bias = of.bias[index];
+inline AdaptedLevel adapted_level(const AdaptedArguments& arguments, size_t index, const char* op) {
+  const Tensor &s = arguments.student[index], &t = arguments.teacher[index], &weight = arguments.weight[index],
+               &bias = arguments.bias[index];
   const MatrixView view = checked_view(s, op, "student");
   const MatrixView teacher = oriented(checked_view(t, op, "teacher"), view.rows_are_channels);
   check_pair(s, t, false, op);
-  check_device(s, of.student[0], op, "student");
+  check_device(s, arguments.student[0], op, "student");
   check_device(t, s, op, "teacher");
   const ScalarType type = accumulation_type(s.scalar_type(), t.scalar_type());
   const int64_t images = s.size(0), width = t.size(1), pixels = s.size(2) * s.size(3);
   for (const Tensor* parameter : {&weight, &bias}) check_type(*parameter, op, "weight and bias");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == width && weight.size(1) == s.size(1), op,
                   ": weight must have shape (", width, ", ", s.size(1), ")");
-  return {s.scalar_type(), t.scalar_type(), weight.scalar_type(), bias.scalar_type(), view, teacher,
-          s.const_data_ptr(), t.const_data_ptr(),
+  return {s.scalar_type(),
+          t.scalar_type(),
+          weight.scalar_type(),
+          bias.scalar_type(),
+          view,
+          teacher,
+          s.const_data_ptr(),
+          t.const_data_ptr(),
           checked_data(weight, weight.scalar_type(), width * s.size(1), s, op, "weight"),
           checked_data(bias, bias.scalar_type(), width, s, op, "bias"),
-          checked_data(of.spatial_mask[index], type, images * pixels, s, op, "spatial_mask"),
-          checked_data(of.channel_mask[index], type, images * width, s, op, "channel_mask")};
+          checked_data(arguments.spatial_mask[index], type, images * pixels, s, op, "spatial_mask"),
+          checked_data(arguments.channel_mask[index], type, images * width, s, op, "channel_mask")};
 }
 
 // Every level, those without elements too: their parameters' gradients are zeros.
-inline std::vector<AdaptedLevel> adapted_levels(const AdaptedArguments& of, const char* op) {
-  const size_t count = of.student.size();
+inline std::vector<AdaptedLevel> adapted_levels(const AdaptedArguments& arguments, const char* op) {
+  const size_t count = arguments.student.size();
   STD_TORCH_CHECK(count > 0, op, ": student must have at least one level");
-  check_length(of.weight, count, op, "weight");
-  check_length(of.bias, count, op, "bias");
-  check_length(of.teacher, count, op, "teacher");
-  check_length(of.spatial_mask, count, op, "spatial_mask");
-  check_length(of.channel_mask, count, op, "channel_mask");
+  check_length(arguments.weight, count, op, "weight");
+  check_length(arguments.bias, count, op, "bias");
+  check_length(arguments.teacher, count, op, "teacher");
+  check_length(arguments.spatial_mask, count, op, "spatial_mask");
+  check_length(arguments.channel_mask, count, op, "channel_mask");
   std::vector<AdaptedLevel> levels;
-  for (size_t index = 0; index < count; ++index) levels.push_back(adapted_level(of, index, op));
+  for (size_t index = 0; index < count; ++index) levels.push_back(adapted_level(arguments, index, op));
   return levels;
 }
 

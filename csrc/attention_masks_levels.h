@@ -18,15 +18,13 @@ struct MaskLevel {
   ScalarType accumulation() const { return accumulation_type(student_type, teacher_type); }
 };
 
-// run(levels, teacher) writes every mask; teacher is for allocations on its device.
-template <typename Run>
-Tensors attention_masks(const OptionalTensors& student, const Tensors& teacher, const std::vector<double>& temperature,
-                        const std::vector<bool>& joint, Run&& run) {
-  const char* op = "attention_masks";
+// The levels that have elements. The masks of all levels are allocated.
+inline std::vector<MaskLevel> mask_levels(const OptionalTensors& student, const Tensors& teacher,
+                                          const std::vector<double>& temperature, const std::vector<bool>& joint,
+                                          Tensors& masks, const char* op) {
   check_length(student, teacher.size(), op, "student");
   check_length(temperature, teacher.size(), op, "temperature");
   check_length(joint, teacher.size(), op, "joint");
-  Tensors masks;
   std::vector<MaskLevel> levels;
   for (size_t index = 0; index < teacher.size(); ++index) {
     const Tensor& t = teacher[index];
@@ -41,15 +39,12 @@ Tensors attention_masks(const OptionalTensors& student, const Tensors& teacher, 
       s = checked_data(student[index], student_type, t.numel(), t, op, "student");
       STD_TORCH_CHECK(student[index]->size(0) == t.size(0), op, ": student and teacher must have the same shape");
     }
-    const auto size = t.sizes();
-    masks.push_back(empty_like_device(t, std::vector<int64_t>(size.begin(), size.end()),
-                                      accumulation_type(student_type, t.scalar_type())));
+    masks.push_back(empty_like_device(t, shape_of(t), accumulation_type(student_type, t.scalar_type())));
     if (t.numel() == 0) continue;
     levels.push_back({student_type, t.scalar_type(), t.size(0), t.numel() / t.size(0), s, t.const_data_ptr(),
                       masks.back().mutable_data_ptr(), temperature[index], joint[index]});
   }
-  if (!levels.empty()) run(levels, teacher[0]);
-  return masks;
+  return levels;
 }
 
 }  // namespace fbkd

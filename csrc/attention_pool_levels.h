@@ -21,11 +21,8 @@ struct PoolGradientLevel {
   ByDirection<const void*> grads;  // nullptr where absent
 };
 
-// run(levels, x) computes the means of every level; x is for allocations on its device.
-template <typename Run>
-Tensors attention_pool_forward(const Tensors& x, Run&& run) {
-  const char* op = "attention_pool";
-  Tensors outputs;
+// The levels that have elements. The four means of all levels are allocated.
+inline std::vector<PoolLevel> pool_levels(const Tensors& x, Tensors& outputs, const char* op) {
   std::vector<PoolLevel> levels;
   for (const Tensor& map : x) {
     const MatrixView view = checked_view(map, op, "x");
@@ -37,11 +34,10 @@ Tensors attention_pool_forward(const Tensors& x, Run&& run) {
     outputs.insert(outputs.end(), means, means + 4);
     if (map.numel() == 0) continue;
     const auto data = [&](int index) { return means[index].mutable_data_ptr(); };
-    levels.push_back({map.scalar_type(), view, map.const_data_ptr(),
-                      by_direction(view, data(0), data(1), data(2), data(3))});
+    levels.push_back(
+        {map.scalar_type(), view, map.const_data_ptr(), by_direction(view, data(0), data(1), data(2), data(3))});
   }
-  if (!levels.empty()) run(levels, x[0]);
-  return outputs;
+  return levels;
 }
 
 // The gradients of one map's four means, checked; pixels and channels count those of all images.
@@ -54,12 +50,10 @@ inline ByDirection<const void*> pool_gradients(const OptionalTensors& grads, siz
                       checked_data(grads[first + 3], type, channels, map, op, "grad_channel_mean"));
 }
 
-// run(levels, x) writes the gradient of every level.
-template <typename Run>
-Tensors attention_pool_backward(const Tensors& x, const OptionalTensors& grads, Run&& run) {
-  const char* op = "attention_pool_backward";
+// The levels that have elements. The gradients of all levels are allocated.
+inline std::vector<PoolGradientLevel> pool_gradient_levels(const Tensors& x, const OptionalTensors& grads,
+                                                           Tensors& outputs, const char* op) {
   check_length(grads, 4 * x.size(), op, "grads");
-  Tensors outputs;
   std::vector<PoolGradientLevel> levels;
   for (size_t index = 0; index < x.size(); ++index) {
     const Tensor& map = x[index];
@@ -72,8 +66,7 @@ Tensors attention_pool_backward(const Tensors& x, const OptionalTensors& grads, 
     const bool reads = by.row_abs != nullptr || by.col_abs != nullptr;
     levels.push_back({map.scalar_type(), view, reads ? map.const_data_ptr() : nullptr, dx.mutable_data_ptr(), by});
   }
-  if (!levels.empty()) run(levels, x[0]);
-  return outputs;
+  return levels;
 }
 
 }  // namespace fbkd

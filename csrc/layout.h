@@ -5,6 +5,8 @@
 
 #if defined(__CUDACC__)
 #define FBKD_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FBKD_HOST_DEVICE inline __attribute__((always_inline))  // into the clones of simd.h
 #else
 #define FBKD_HOST_DEVICE inline
 #endif
@@ -25,7 +27,7 @@ struct MatrixView {
   int64_t cols;
   int64_t image_stride;
   int64_t row_stride;
-  int64_t col_stride;  // 1, except in a view turned by `oriented`
+  int64_t col_stride;  // 1, except in a view that `oriented` has transposed
   bool rows_are_channels;
   bool channels_last;  // the layout that a gradient of this input gets
   bool valid;          // false: neither view exists, the caller has to make a copy
@@ -62,12 +64,12 @@ inline MatrixView matrix_view(const int64_t* size,      // (4) N, C, H, W
 
 // The same memory with rows and columns as another view of that size has them.
 inline MatrixView oriented(const MatrixView& view, bool rows_are_channels) {
-  MatrixView turned = view;
-  if (view.rows_are_channels == rows_are_channels) return turned;
-  turned.rows_are_channels = rows_are_channels;
-  turned.rows = view.cols, turned.cols = view.rows;
-  turned.row_stride = view.col_stride, turned.col_stride = view.row_stride;
-  return turned;
+  if (view.rows_are_channels == rows_are_channels) return view;
+  MatrixView transposed = view;
+  transposed.rows_are_channels = rows_are_channels;
+  transposed.rows = view.cols, transposed.cols = view.rows;
+  transposed.row_stride = view.col_stride, transposed.col_stride = view.row_stride;
+  return transposed;
 }
 
 // The densely packed view that the gradient of an input with this view has.

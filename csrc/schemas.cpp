@@ -8,10 +8,9 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
   m.def("attention_pool_forward(Tensor[] x) -> Tensor[]");
   m.def("attention_pool_backward(Tensor[] x, Tensor?[] grads) -> Tensor[]");
   m.def("attention_masks(Tensor?[] student, Tensor[] teacher, float[] temperature, bool[] joint) -> Tensor[]");
-  // Sums (levels, 1): squares; with gradient (levels, 11): also their derivatives by the nine weights and the bias for a
-  // grad of 1, followed by that of each level's student.
-  m.def(
-      "spatial_l2(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient) -> Tensor[]");
+  // Sums (levels, 1): squares; with gradient (levels, 11): also their derivatives by the nine weights and the bias for
+  // a grad of 1, followed by that of each level's student.
+  m.def("spatial_l2(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient) -> Tensor[]");
   m.def(
       "masked_l2_forward(Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask) -> "
       "Tensor");
@@ -25,7 +24,7 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
       "adapted_masked_l2_backward(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
       "Tensor?[] spatial_mask, Tensor?[] channel_mask, Tensor[] residual, Tensor grad, Tensor?[] pool_grads, "
       "Tensor?[] grad_student) -> Tensor[]");
-  // The forward pass together with the gradients that a grad of ones would give, and what makes them a backward pass's.
+  // `..._with_gradient` also returns the gradients for grad = 1; `..._finish_` turns these into the real ones.
   m.def(
       "adapted_masked_l2_with_gradient(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, "
       "Tensor?[] spatial_mask, Tensor?[] channel_mask) -> Tensor[]");
@@ -46,7 +45,7 @@ STABLE_TORCH_LIBRARY(fbkd_ops, m) {
       "relation_residual_backward(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
       "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, Tensor[] residual, Tensor grad, "
       "bool student_gradient) -> Tensor[]");
-  // The forward pass together with the gradients that a grad of ones would give.
+  // `..._with_gradient` also returns the gradients for grad = 1.
   m.def(
       "relation_residual_with_gradient(Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, "
       "Tensor[] teacher_matrix, Tensor?[] teacher_projection, Tensor[] offset, bool student_gradient) -> Tensor[]");

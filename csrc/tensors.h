@@ -44,10 +44,14 @@ struct Type {
 template <class Device, typename F>
 auto dispatch(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Double: return f(Type<double>());
-    case ScalarType::Half: return f(Type<typename Device::Half>());
-    case ScalarType::BFloat16: return f(Type<typename Device::BFloat16>());
-    default: return f(Type<float>());  // check_type has refused everything else
+    case ScalarType::Double:
+      return f(Type<double>());
+    case ScalarType::Half:
+      return f(Type<typename Device::Half>());
+    case ScalarType::BFloat16:
+      return f(Type<typename Device::BFloat16>());
+    default:
+      return f(Type<float>());  // check_type has refused everything else
   }
 }
 
@@ -67,8 +71,7 @@ inline bool is_floating(ScalarType type) {
 }
 
 inline void check_type(const Tensor& tensor, const char* op, const char* name) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name,
-                  " must be float16, bfloat16, float32 or float64");
+  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64");
 }
 
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* op, const char* name) {
@@ -91,18 +94,41 @@ inline MatrixView checked_view(const Tensor& x, const char* op, const char* name
 // Data of a contiguous tensor of a given type and size.
 inline const void* checked_data(const Tensor& tensor, ScalarType type, int64_t numel, const Tensor& like,
                                 const char* op, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ",
-                  type == ScalarType::Double ? "float64 where the features are" : "float32 unless the features are float64");
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == numel, op, ": ", name, " must be contiguous with ",
-                  numel, " elements, got ", tensor.numel());
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == type, op, ": ", name, " must be ",
+      type == ScalarType::Double ? "float64 where the features are" : "float32 unless the features are float64");
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == numel, op, ": ", name, " must be contiguous with ", numel,
+                  " elements, got ", tensor.numel());
   check_device(tensor, like, op, name);
   return tensor.const_data_ptr();
 }
 
 // The same; nullptr where the tensor is absent.
-inline const void* checked_data(const std::optional<Tensor>& tensor, ScalarType type, int64_t numel,
-                                const Tensor& like, const char* op, const char* name) {
+inline const void* checked_data(const std::optional<Tensor>& tensor, ScalarType type, int64_t numel, const Tensor& like,
+                                const char* op, const char* name) {
   return tensor.has_value() ? checked_data(*tensor, type, numel, like, op, name) : nullptr;
+}
+
+// Student and teacher of a level agree in N, H and W, and in C where they have the same width.
+inline void check_pair(const Tensor& student, const Tensor& teacher, bool same_width, const char* op) {
+  bool same = true;
+  for (int64_t dim = 0; dim < 4; ++dim)
+    same = same && ((dim == 1 && !same_width) || student.size(dim) == teacher.size(dim));
+  STD_TORCH_CHECK(same, op, ": student and teacher must agree in ", same_width ? "N, C, H and W" : "N, H and W");
+}
+
+// The type of a tensor with one sum per level.
+inline ScalarType total_type(const Tensors& student, const Tensors& teacher) {
+  ScalarType type = ScalarType::Float;
+  for (size_t index = 0; index < student.size(); ++index)
+    type = accumulation_type(type, accumulation_type(student[index].scalar_type(), teacher[index].scalar_type()));
+  return type;
+}
+
+// The grad of each level's sum, checked.
+inline const void* checked_grad(const Tensor& grad, const Tensors& student, const Tensors& teacher, const char* op) {
+  const int64_t levels = static_cast<int64_t>(student.size());
+  return checked_data(grad, total_type(student, teacher), levels, student[0], op, "grad");
 }
 
 template <typename T>
@@ -117,9 +143,18 @@ inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> size, S
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 inline Tensor empty_gradient(const Tensor& x, const MatrixView& view) {
-  const auto size = x.sizes();
-  return empty_like_device(x, std::vector<int64_t>(size.begin(), size.end()), x.scalar_type(), view.channels_last);
+  return empty_like_device(x, shape_of(x), x.scalar_type(), view.channels_last);
+}
+
+// One sum per level, undefined.
+inline Tensor empty_squares(const Tensors& student, const Tensors& teacher) {
+  return empty_like_device(student[0], {static_cast<int64_t>(student.size())}, total_type(student, teacher));
 }
 
 // Data of a tensor of x's type that is packed as the gradient of x is.
@@ -139,7 +174,7 @@ inline void* checked_gradient(const Tensor& grad, const Tensor& x, const MatrixV
   return grad.mutable_data_ptr();
 }
 
-// Numbers that a launch needs while it runs, freed with this object: the device's allocator reuses them in order.
+// Temporary device buffer. May be freed right after the launch: the caching allocator reuses memory in stream order.
 template <typename A>
 struct Scratch {
   Tensor storage;
@@ -148,5 +183,18 @@ struct Scratch {
       : storage(empty_like_device(like, {count}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float)) {}
   A* data() const { return static_cast<A*>(storage.mutable_data_ptr()); }
 };
+
+// An element of a contiguous tensor on the CPU, of float or double.
+inline double number_at(const Tensor& numbers, int64_t index) {
+  if (numbers.scalar_type() == ScalarType::Double) return static_cast<const double*>(numbers.const_data_ptr())[index];
+  return static_cast<const float*>(numbers.const_data_ptr())[index];
+}
+
+inline void put_number(const Tensor& numbers, int64_t index, double value) {
+  if (numbers.scalar_type() == ScalarType::Double)
+    static_cast<double*>(numbers.mutable_data_ptr())[index] = value;
+  else
+    static_cast<float*>(numbers.mutable_data_ptr())[index] = static_cast<float>(value);
+}
 
 }  // namespace fbkd

@@ -6,56 +6,58 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "masked_rows.h"
 #include "memory.h"
 #include "pixel_blocks.h"
 #include "pool_gradient.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
 
-// Sums over pixels with channels side by side: longer ones are made of pieces.
-constexpr int64_t kColPiece = 128;
-
-#define FBKD_RESIDUAL(A)                                                                                              \
-  /* Turns products into E = scale * weight * (d + bias - t) and returns the sum of weight * (d + bias - t)^2. */      \
-  FBKD_CLONES A channel_residual(A* __restrict__ d, const A* __restrict__ t, A bias, A scale,                          \
-                                 const A* __restrict__ weight, int64_t count, A& bias_gradient) {                      \
-    A sum = 0, total = 0;                                                                                              \
-    _Pragma("omp simd reduction(+ : sum, total)") for (int64_t i = 0; i < count; ++i) {                                \
-      const A difference = d[i] + bias - t[i];                                                                         \
-      const A weighted = weight[i] * difference;                                                                       \
-      sum += weighted * difference;                                                                                    \
-      d[i] = scale * weighted;                                                                                         \
-      total += d[i];                                                                                                   \
-    }                                                                                                                  \
-    bias_gradient = total;                                                                                             \
-    return sum;                                                                                                        \
-  }                                                                                                                    \
-  /* The same along the channels of a pixel. */                                                                        \
-  FBKD_CLONES A pixel_residual(A* __restrict__ d, const A* __restrict__ t, const A* __restrict__ bias, A scale,        \
-                               const A* __restrict__ weight, int64_t count, A* __restrict__ bias_gradient) {           \
-    A sum = 0;                                                                                                         \
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i) {                                       \
-      const A difference = d[i] + bias[i] - t[i];                                                                      \
-      const A weighted = weight[i] * difference;                                                                       \
-      sum += weighted * difference;                                                                                    \
-      d[i] = scale * weighted;                                                                                         \
-      bias_gradient[i] += d[i];                                                                                        \
-    }                                                                                                                  \
-    return sum;                                                                                                        \
-  }                                                                                                                    \
-  FBKD_CLONES void scale_and_add(A* __restrict__ x, A scale, const A* __restrict__ y, int64_t count) {                 \
-    if (y == nullptr) {                                                                                                \
-      _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) x[i] *= scale;                                           \
-    } else {                                                                                                           \
-      _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) x[i] = scale * x[i] + y[i];                              \
-    }                                                                                                                  \
+// Turns products into E = scale * weight * (d + bias - t) and returns the sum of weight * (d + bias - t)^2.
+template <typename A>
+FBKD_CLONES A channel_residual(A* __restrict__ d, const A* __restrict__ t, A bias, A scale,
+                               const A* __restrict__ weight, int64_t count, A& bias_gradient) {
+  A sum = 0, total = 0;
+#pragma omp simd reduction(+ : sum, total)
+  for (int64_t i = 0; i < count; ++i) {
+    const A difference = d[i] + bias - t[i];
+    const A weighted = weight[i] * difference;
+    sum += weighted * difference;
+    d[i] = scale * weighted;
+    total += d[i];
   }
+  bias_gradient = total;
+  return sum;
+}
 
-FBKD_RESIDUAL(float)
-FBKD_RESIDUAL(double)
-#undef FBKD_RESIDUAL
+// The same along the channels of a pixel.
+template <typename A>
+FBKD_CLONES A pixel_residual(A* __restrict__ d, const A* __restrict__ t, const A* __restrict__ bias, A scale,
+                             const A* __restrict__ weight, int64_t count, A* __restrict__ bias_gradient) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    const A difference = d[i] + bias[i] - t[i];
+    const A weighted = weight[i] * difference;
+    sum += weighted * difference;
+    d[i] = scale * weighted;
+    bias_gradient[i] += d[i];
+  }
+  return sum;
+}
+
+// x = scale * x + y; y nullptr: zeros.
+template <typename A>
+FBKD_CLONES void scale_and_add(A* __restrict__ x, A scale, const A* __restrict__ y, int64_t count) {
+  if (y == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] *= scale;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] = scale * x[i] + y[i];
+  }
+}
 
 template <typename A>
 std::vector<A> converted(ScalarType type, const void* data, int64_t count) {
@@ -69,10 +71,10 @@ std::vector<A> converted(ScalarType type, const void* data, int64_t count) {
 template <typename A>
 struct Finisher {
   Finisher(ScalarType type, const MatrixView& view, const void* student, const StudentGradient& gradient)
-      : type(type), student(student), gradient(gradient), to(gradient_view(view)), pool(view, gradient.pool) {}
+      : type(type), student(student), gradient(gradient), dense(gradient_view(view)), pool(view, gradient.pool) {}
 
   int64_t offset(int64_t image, int64_t row, int64_t col) const {
-    return image * to.image_stride + row * to.row_stride + col;
+    return image * dense.image_stride + row * dense.row_stride + col;
   }
   // A row's `count` elements from column `col` on, which are in `piece`, and end up in ds times scale.
   void finish(int64_t image, int64_t row, int64_t col, int64_t count, A scale, A* piece) const {
@@ -90,7 +92,7 @@ struct Finisher {
   ScalarType type;
   const void* student;
   StudentGradient gradient;
-  MatrixView to;
+  MatrixView dense;
   PoolGradient<A> pool;
 };
 
@@ -100,33 +102,31 @@ struct LevelDistance : SumOfSquares {
   // gradients nullptr: the sum alone. grad: of the sum of squares.
   LevelDistance(const AdaptedLevel& level, const AdaptedGradients* gradients, double grad)
       : level(level),
-        from_channels(level.student_channels()),
-        to_channels(level.teacher_channels()),
-        block_pixels(block_pixels_of(max64(from_channels, to_channels), level.student.images, level.pixels())),
+        student_channels(level.student_channels()),
+        teacher_channels(level.teacher_channels()),
+        block_pixels(block_pixels_of(max64(student_channels, teacher_channels), level.student.images, level.pixels())),
         blocks_per_image(ceil_div(level.pixels(), block_pixels)),
         blocks(level.student.images * blocks_per_image),
         groups(min64(blocks, groups_of(partial_bytes()))),
-        weight(converted<A>(level.weight_type, level.weight, to_channels * from_channels)),
-        bias(converted<A>(level.bias_type, level.bias, to_channels)),
+        weight(converted<A>(level.weight_type, level.weight, teacher_channels * student_channels)),
+        bias(converted<A>(level.bias_type, level.bias, teacher_channels)),
         scale(static_cast<A>(2 * grad)),
         squares(static_cast<size_t>(groups)) {
     if (gradients == nullptr) return;
     finisher.emplace(level.student_type, level.student, level.s, gradients->student);
     parameter_gradients = *gradients;
-    dweight.resize(static_cast<size_t>(groups * to_channels * from_channels));
-    dbias.resize(static_cast<size_t>(groups * to_channels));
-    advise_huge_pages(gradients->student.ds, finisher->to.numel() * element_size(level.student_type));
+    dweight.resize(static_cast<size_t>(groups * teacher_channels * student_channels));
+    dbias.resize(static_cast<size_t>(groups * teacher_channels));
+    advise_huge_pages(gradients->student.ds, finisher->dense.numel() * element_size(level.student_type));
   }
 
-  int64_t partial_bytes() const override { return to_channels * from_channels * static_cast<int64_t>(sizeof(A)); }
+  int64_t partial_bytes() const override {
+    return teacher_channels * student_channels * static_cast<int64_t>(sizeof(A));
+  }
   int64_t count() const override { return groups; }
-  int64_t elements() const override { return level.student.numel() * to_channels; }
+  int64_t elements() const override { return level.student.numel() * teacher_channels; }
 
-  double total() const override {
-    double sum = 0;
-    for (double group : squares) sum += group;
-    return sum;
-  }
+  double total() const override { return total_of(squares); }
   std::unique_ptr<Tiles> second_stage() const override;
 
   struct Workspace {
@@ -135,22 +135,22 @@ struct LevelDistance : SumOfSquares {
 
   void run(int64_t group) override {
     Workspace space;
-    space.adapted.resize(static_cast<size_t>(to_channels * block_pixels));
-    space.bias_piece.resize(static_cast<size_t>(to_channels));
+    space.adapted.resize(static_cast<size_t>(teacher_channels * block_pixels));
+    space.bias_piece.resize(static_cast<size_t>(teacher_channels));
     space.ones.assign(kPiece, A(1));
     for (int64_t index = group * blocks / groups; index < (group + 1) * blocks / groups; ++index) {
       const int64_t first = index % blocks_per_image * block_pixels;
       const Block block{index / blocks_per_image, first, min64(block_pixels, level.pixels() - first)};
       const Matrix<A> s = read_block(level.student_type, level.s, level.student, block, space.student);  // (Cs, pixels)
-      const Matrix<A> d = compact(space.adapted.data(), to_channels, block.size);                        // (Ct, pixels)
+      const Matrix<A> d = compact(space.adapted.data(), teacher_channels, block.size);                   // (Ct, pixels)
       matmul(d, weight_matrix(weight.data()), s);
-      squares[group] += residual(block, d.data, space, dbias.empty() ? nullptr : &dbias[group * to_channels]);
-      if (finisher.has_value()) gradient(block, d, s, space, &dweight[group * to_channels * from_channels]);
+      squares[group] += residual(block, d.data, space, dbias.empty() ? nullptr : &dbias[group * teacher_channels]);
+      if (finisher.has_value()) gradient(block, d, s, space, &dweight[group * teacher_channels * student_channels]);
     }
   }
 
   Matrix<A> weight_matrix(const A* data) const {
-    return {const_cast<A*>(data), to_channels, from_channels, from_channels, 1};
+    return {const_cast<A*>(data), teacher_channels, student_channels, student_channels, 1};
   }
   // A compact block in the student's order.
   Matrix<A> compact(A* data, int64_t channels, int64_t pixels) const {
@@ -163,7 +163,7 @@ struct LevelDistance : SumOfSquares {
     A buffer[kPiece];
     const MatrixView& view = level.teacher;
     const bool by_channel = level.student.rows_are_channels;
-    const BlockRows rows = rows_of(block, level.student.rows_are_channels, to_channels);
+    const BlockRows rows = rows_of(block, level.student.rows_are_channels, teacher_channels);
     for (int64_t row = 0; row < rows.count; ++row) {
       const A row_weight = by_channel ? channel_weight(block.image, row) : pixel_weight(block.image, block.first + row);
       for (int64_t col = 0; col < rows.cols; col += kPiece) {
@@ -181,26 +181,20 @@ struct LevelDistance : SumOfSquares {
           if (total != nullptr) total[row] += channel_total;
         } else {
           part = pixel_residual(piece, t, &bias[col], scale * row_weight,
-                                weights(level.channel_mask, block.image * to_channels + col, space), size,
+                                weights(level.channel_mask, block.image * teacher_channels + col, space), size,
                                 &space.bias_piece[col]);
         }
         sum += static_cast<double>(row_weight) * part;
       }
-      if (!by_channel && (row % kColPiece == kColPiece - 1 || row == rows.count - 1)) flush(space.bias_piece, total);
+      if (!by_channel && (row % kRowsOfPiece == kRowsOfPiece - 1 || row == rows.count - 1))
+        flush(space.bias_piece.data(), teacher_channels, total);
     }
     return sum;
   }
 
-  static void flush(std::vector<A>& piece, double* total) {
-    for (size_t c = 0; c < piece.size(); ++c) {
-      if (total != nullptr) total[c] += piece[c];
-      piece[c] = 0;
-    }
-  }
-
   A channel_weight(int64_t image, int64_t channel) const {
     const A* mask = static_cast<const A*>(level.channel_mask);
-    return mask == nullptr ? A(1) : mask[image * to_channels + channel];
+    return mask == nullptr ? A(1) : mask[image * teacher_channels + channel];
   }
   A pixel_weight(int64_t image, int64_t pixel) const {
     const A* mask = static_cast<const A*>(level.spatial_mask);
@@ -214,21 +208,21 @@ struct LevelDistance : SumOfSquares {
   void gradient(const Block& block, const Matrix<A>& e, const Matrix<A>& s, Workspace& space, A* group_dweight) const {
     matmul_add(weight_matrix(group_dweight), e, s.transposed());
     const BlockRows rows = rows_of(block, level.student);
-    const MatrixView& to = finisher->to;
+    const MatrixView& dense = finisher->dense;
     const int64_t first = finisher->offset(block.image, rows.first_row, rows.first_col);
     const bool in_place = is_accumulator<A>(level.student_type);
-    if (!in_place) space.gradient.resize(static_cast<size_t>(from_channels * block_pixels));
+    if (!in_place) space.gradient.resize(static_cast<size_t>(student_channels * block_pixels));
     A* data = piece_to_fill(level.student_type, finisher->gradient.ds, first, space.gradient.data());
-    const int64_t pitch = in_place ? to.row_stride : rows.cols;
+    const int64_t pitch = in_place ? dense.row_stride : rows.cols;
     const bool by_channel = level.student.rows_are_channels;
-    const Matrix<A> ds{data, from_channels, block.size, by_channel ? pitch : 1, by_channel ? 1 : pitch};
+    const Matrix<A> ds{data, student_channels, block.size, by_channel ? pitch : 1, by_channel ? 1 : pitch};
     matmul(ds, weight_matrix(weight.data()).transposed(), e);
     for (int64_t row = 0; row < rows.count; ++row)
       finisher->finish(block.image, rows.first_row + row, rows.first_col, rows.cols, A(1), data + row * pitch);
   }
 
   AdaptedLevel level;
-  int64_t from_channels, to_channels;  // Cs, Ct
+  int64_t student_channels, teacher_channels;  // Cs, Ct
   int64_t block_pixels, blocks_per_image, blocks, groups;
   std::vector<A> weight, bias;
   A scale;
@@ -239,27 +233,31 @@ struct LevelDistance : SumOfSquares {
   AdaptedGradients parameter_gradients{};
 };
 
-// Adds the groups' gradients of the parameters, in their order: a tile a row of the weight.
+// Second stage: adds the groups' gradients of the parameters, in their order. A tile is a row of the weight.
 template <typename A>
 struct Parameters : Tiles {
-  explicit Parameters(const LevelDistance<A>& of) : of(of) {}
+  explicit Parameters(const LevelDistance<A>& distance) : distance(distance) {}
 
-  int64_t count() const override { return of.to_channels; }
-  int64_t elements() const override { return of.to_channels * of.from_channels * max64(1, of.groups); }
+  int64_t count() const override { return distance.teacher_channels; }
+  int64_t elements() const override {
+    return distance.teacher_channels * distance.student_channels * max64(1, distance.groups);
+  }
   void run(int64_t row) override {
-    const int64_t size = of.from_channels;
+    const int64_t size = distance.student_channels;
     std::vector<A> sum(static_cast<size_t>(size));
     double total = 0;
-    for (int64_t group = 0; group < of.groups; ++group) {
-      scale_and_add(sum.data(), A(1), &of.dweight[(group * of.to_channels + row) * size], size);
-      total += of.dbias[group * of.to_channels + row];
+    for (int64_t group = 0; group < distance.groups; ++group) {
+      const int64_t index = group * distance.teacher_channels + row;
+      add_vector(sum.data(), &distance.dweight[index * size], size);
+      total += distance.dbias[index];
     }
     const A bias = static_cast<A>(total);
-    store_piece(of.level.weight_type, of.parameter_gradients.dweight, row * size, size, sum.data());
-    store_piece(of.level.bias_type, of.parameter_gradients.dbias, row, 1, &bias);
+    const AdaptedGradients& gradients = distance.parameter_gradients;
+    store_piece(distance.level.weight_type, gradients.dweight, row * size, size, sum.data());
+    store_piece(distance.level.bias_type, gradients.dbias, row, 1, &bias);
   }
 
-  const LevelDistance<A>& of;
+  const LevelDistance<A>& distance;
 };
 
 template <typename A>
@@ -273,27 +271,12 @@ std::unique_ptr<SumOfSquares> make_distance(const AdaptedLevel& level, const Ada
   });
 }
 
-Tensor empty_squares(const AdaptedArguments& of) {
-  return empty_like_device(of.student[0], {static_cast<int64_t>(of.student.size())},
-                           total_type(of.student, of.teacher));
-}
-
-Tensor forward(const AdaptedArguments& of) {
-  std::vector<std::unique_ptr<SumOfSquares>> distances;
-  for (const AdaptedLevel& level : adapted_levels(of, "adapted_masked_l2"))
-    distances.push_back(make_distance(level, nullptr, 1));
-  run_products(distances);
-  const Tensor squares = empty_squares(of);
-  for (size_t index = 0; index < distances.size(); ++index) put_number(squares, index, distances[index]->total());
-  return squares;
-}
-
 // Gradients of the students, the weights and the biases, and the levels' sums of squares.
-struct Backward {
+struct AdaptedResult {
   Tensors dstudent, dweight, dbias;
   std::vector<double> squares;
 
-  Tensors all() const {
+  Tensors gradients() const {
     Tensors result = dstudent;
     result.insert(result.end(), dweight.begin(), dweight.end());
     result.insert(result.end(), dbias.begin(), dbias.end());
@@ -301,27 +284,28 @@ struct Backward {
   }
 };
 
-// grad nullptr: of ones, with nothing else added.
-Backward backward(const AdaptedArguments& of, const Tensor* grad, const OptionalTensors& pool_grads,
-                  const OptionalTensors& grad_student) {
-  const char* op = "adapted_masked_l2_backward";
-  const std::vector<AdaptedLevel> levels = adapted_levels(of, op);
+// Sums of squares and gradients. grad nullptr: of ones, with nothing else added.
+AdaptedResult launch_adapted_masked_l2_backward(const AdaptedArguments& arguments, const Tensor* grad,
+                                                const OptionalTensors& pool_grads, const OptionalTensors& grad_student,
+                                                const char* op) {
+  const std::vector<AdaptedLevel> levels = adapted_levels(arguments, op);
   check_length(pool_grads, 4 * levels.size(), op, "pool_grads");
   check_length(grad_student, levels.size(), op, "grad_student");
-  if (grad != nullptr)
-    checked_data(*grad, total_type(of.student, of.teacher), static_cast<int64_t>(levels.size()), *grad, op, "grad");
-  Backward result;
+  if (grad != nullptr) checked_grad(*grad, arguments.student, arguments.teacher, op);
+  AdaptedResult result;
   std::vector<std::unique_ptr<SumOfSquares>> distances;
   for (size_t index = 0; index < levels.size(); ++index) {
-    const Tensor& s = of.student[index];
-    result.dstudent.push_back(empty_gradient(s, levels[index].student));
-    result.dweight.push_back(empty_like_device(s, {of.weight[index].size(0), s.size(1)}, levels[index].weight_type));
-    result.dbias.push_back(empty_like_device(s, {of.bias[index].size(0)}, levels[index].bias_type));
-    const StudentGradient student = student_gradient(s, levels[index].student, levels[index].accumulation(), pool_grads,
-                                                     grad_student, index, result.dstudent.back(), op);
+    const AdaptedLevel& level = levels[index];
+    const Tensor& s = arguments.student[index];
+    result.dstudent.push_back(empty_gradient(s, level.student));
+    result.dweight.push_back(
+        empty_like_device(s, {level.teacher_channels(), level.student_channels()}, level.weight_type));
+    result.dbias.push_back(empty_like_device(s, {level.teacher_channels()}, level.bias_type));
+    const StudentGradient student = student_gradient(s, level.student, level.accumulation(), pool_grads, grad_student,
+                                                     index, result.dstudent.back(), op);
     const AdaptedGradients gradients{student, result.dweight.back().mutable_data_ptr(),
                                      result.dbias.back().mutable_data_ptr()};
-    distances.push_back(make_distance(levels[index], &gradients, grad == nullptr ? 1 : number_at(*grad, index)));
+    distances.push_back(make_distance(level, &gradients, grad == nullptr ? 1 : number_at(*grad, index)));
   }
   run_products(distances);
   run_second_stages(distances);
@@ -330,53 +314,65 @@ Backward backward(const AdaptedArguments& of, const Tensor* grad, const Optional
 }
 
 // The difference is never kept: in cache, computing it again costs less than it would take to write and read it.
-Tensors forward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
-                   const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, bool keep) {
-  STD_TORCH_CHECK(!keep, "adapted_masked_l2_forward: keep must be false on the CPU");
-  return {forward({student, weight, bias, teacher, spatial_mask, channel_mask})};
+Tensors adapted_masked_l2_forward(const Tensors& student, const Tensors& weight, const Tensors& bias,
+                                  const Tensors& teacher, const OptionalTensors& spatial_mask,
+                                  const OptionalTensors& channel_mask, bool keep) {
+  const char* op = "adapted_masked_l2_forward";
+  STD_TORCH_CHECK(!keep, op, ": keep must be false on the CPU");
+  std::vector<std::unique_ptr<SumOfSquares>> distances;
+  for (const AdaptedLevel& level : adapted_levels({student, weight, bias, teacher, spatial_mask, channel_mask}, op))
+    distances.push_back(make_distance(level, nullptr, 1));
+  run_products(distances);
+  const Tensor squares = empty_squares(student, teacher);
+  for (size_t index = 0; index < distances.size(); ++index) put_number(squares, index, distances[index]->total());
+  return {squares};
 }
 
-Tensors backward_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
-                    const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask, const Tensors& residual,
-                    const Tensor& grad, const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
-  check_length(residual, 0, "adapted_masked_l2_backward", "residual");
-  const AdaptedArguments of{student, weight, bias, teacher, spatial_mask, channel_mask};
-  return backward(of, &grad, pool_grads, grad_student).all();
+Tensors adapted_masked_l2_backward(const Tensors& student, const Tensors& weight, const Tensors& bias,
+                                   const Tensors& teacher, const OptionalTensors& spatial_mask,
+                                   const OptionalTensors& channel_mask, const Tensors& residual, const Tensor& grad,
+                                   const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
+  const char* op = "adapted_masked_l2_backward";
+  check_length(residual, 0, op, "residual");
+  const AdaptedArguments arguments{student, weight, bias, teacher, spatial_mask, channel_mask};
+  return launch_adapted_masked_l2_backward(arguments, &grad, pool_grads, grad_student, op).gradients();
 }
 
-// The sums of squares, then the gradients that a grad of ones would give.
-Tensors with_gradient_op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
-                         const OptionalTensors& spatial_mask, const OptionalTensors& channel_mask) {
-  const AdaptedArguments of{student, weight, bias, teacher, spatial_mask, channel_mask};
+// The sums of squares, then the gradients for grad = 1.
+Tensors adapted_masked_l2_with_gradient(const Tensors& student, const Tensors& weight, const Tensors& bias,
+                                        const Tensors& teacher, const OptionalTensors& spatial_mask,
+                                        const OptionalTensors& channel_mask) {
+  const AdaptedArguments arguments{student, weight, bias, teacher, spatial_mask, channel_mask};
   const OptionalTensors no_pool_grads(4 * student.size()), no_grad_student(student.size());
-  const Backward result = backward(of, nullptr, no_pool_grads, no_grad_student);
-  const Tensor squares = empty_squares(of);
+  const AdaptedResult result = launch_adapted_masked_l2_backward(arguments, nullptr, no_pool_grads, no_grad_student,
+                                                                 "adapted_masked_l2_with_gradient");
+  const Tensor squares = empty_squares(student, teacher);
   for (size_t index = 0; index < student.size(); ++index) put_number(squares, index, result.squares[index]);
-  Tensors all{squares};
-  for (const Tensor& gradient : result.all()) all.push_back(gradient);
-  return all;
+  Tensors outputs{squares};
+  for (const Tensor& gradient : result.gradients()) outputs.push_back(gradient);
+  return outputs;
 }
 
-// In place over gradients that with_gradient_op made: rows of a student's gradient, from a grad of ones to what flows
-// back to it.
+// Second half of `with_gradient`: scales the stored gradient (made for grad = 1) by the real grad and adds the other
+// incoming gradients, in place. A tile is a row of a student's gradient.
 template <typename A>
 struct FinishRows : Tiles {
   FinishRows(Finisher<A> finisher, double grad) : finisher(std::move(finisher)), scale(static_cast<A>(grad)) {}
 
-  int64_t count() const override { return finisher.to.images * finisher.to.rows; }
-  int64_t elements() const override { return finisher.to.numel(); }
+  int64_t count() const override { return finisher.dense.images * finisher.dense.rows; }
+  int64_t elements() const override { return finisher.dense.numel(); }
   void run(int64_t tile) override {
-    const int64_t image = tile / finisher.to.rows, row = tile % finisher.to.rows;
+    const int64_t image = tile / finisher.dense.rows, row = tile % finisher.dense.rows;
     A* data = static_cast<A*>(finisher.gradient.ds) + finisher.offset(image, row, 0);
-    finisher.finish(image, row, 0, finisher.to.cols, scale, data);
+    finisher.finish(image, row, 0, finisher.dense.cols, scale, data);
   }
 
   Finisher<A> finisher;
   A scale;
 };
 
-void finish_op(const Tensors& gradient, const Tensors& student, const Tensor& grad, const OptionalTensors& pool_grads,
-               const OptionalTensors& grad_student) {
+void adapted_masked_l2_finish_(const Tensors& gradient, const Tensors& student, const Tensor& grad,
+                               const OptionalTensors& pool_grads, const OptionalTensors& grad_student) {
   const char* op = "adapted_masked_l2_finish";
   check_length(gradient, student.size(), op, "gradient");
   check_length(pool_grads, 4 * student.size(), op, "pool_grads");
@@ -389,10 +385,12 @@ void finish_op(const Tensors& gradient, const Tensors& student, const Tensor& gr
     const MatrixView view = checked_view(s, op, "student");
     const ScalarType type = s.scalar_type();
     STD_TORCH_CHECK(type == accumulation_type(type), op, ": student must be float32 or float64");
-    const StudentGradient of = student_gradient(s, view, type, pool_grads, grad_student, index, gradient[index], op);
+    const StudentGradient wanted =
+        student_gradient(s, view, type, pool_grads, grad_student, index, gradient[index], op);
     rows.push_back(with_accumulator(type, [&](auto tag) -> std::unique_ptr<Tiles> {
       using A = typename decltype(tag)::type;
-      return std::make_unique<FinishRows<A>>(Finisher<A>(type, view, s.const_data_ptr(), of), number_at(grad, index));
+      const Finisher<A> finisher(type, view, s.const_data_ptr(), wanted);
+      return std::make_unique<FinishRows<A>>(finisher, number_at(grad, index));
     }));
   }
   run_tiles(rows);
@@ -402,8 +400,8 @@ void finish_op(const Tensors& gradient, const Tensors& student, const Tensor& gr
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("adapted_masked_l2_forward", TORCH_BOX(&fbkd::forward_op));
-  m.impl("adapted_masked_l2_backward", TORCH_BOX(&fbkd::backward_op));
-  m.impl("adapted_masked_l2_with_gradient", TORCH_BOX(&fbkd::with_gradient_op));
-  m.impl("adapted_masked_l2_finish_", TORCH_BOX(&fbkd::finish_op));
+  m.impl("adapted_masked_l2_forward", TORCH_BOX(&fbkd::adapted_masked_l2_forward));
+  m.impl("adapted_masked_l2_backward", TORCH_BOX(&fbkd::adapted_masked_l2_backward));
+  m.impl("adapted_masked_l2_with_gradient", TORCH_BOX(&fbkd::adapted_masked_l2_with_gradient));
+  m.impl("adapted_masked_l2_finish_", TORCH_BOX(&fbkd::adapted_masked_l2_finish_));
 }

@@ -9,6 +9,7 @@
 
 #include "pieces.h"
 #include "tiles.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -30,40 +31,32 @@ struct Normaliser {
   }
 };
 
-#define FBKD_SOFTMAX(A)                                                                                         \
-  FBKD_CLONES A largest_of(const A* __restrict__ x, int64_t count) {                                            \
-    A result = -std::numeric_limits<A>::infinity();                                                             \
-    _Pragma("omp simd reduction(max : result)") for (int64_t i = 0; i < count; ++i) result =                    \
-        x[i] > result ? x[i] : result;                                                                          \
-    return result;                                                                                              \
-  }                                                                                                             \
-  FBKD_CLONES A exponential_sum(const A* __restrict__ x, int64_t count, A largest, A temperature) {              \
-    A sum = 0;                                                                                                  \
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i) sum +=                           \
-        exponential((x[i] - largest) / temperature);                                                            \
-    return sum;                                                                                                 \
-  }                                                                                                             \
-  FBKD_CLONES void add_softmax(const A* __restrict__ x, int64_t count, A largest, A temperature, A scale,       \
-                               A* __restrict__ mask) {                                                          \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) mask[i] +=                                          \
-        scale * exponential((x[i] - largest) / temperature);                                                    \
-  }                                                                                                             \
-  FBKD_CLONES void add_to(A* __restrict__ x, const A* __restrict__ y, int64_t count) {                          \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) x[i] += y[i];                                       \
-  }
+template <typename A>
+FBKD_CLONES A largest_of(const A* __restrict__ x, int64_t count) {
+  A result = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : result)
+  for (int64_t i = 0; i < count; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
 
-FBKD_SOFTMAX(float)
-FBKD_SOFTMAX(double)
-#undef FBKD_SOFTMAX
+template <typename A>
+FBKD_CLONES A exponential_sum(const A* __restrict__ x, int64_t count, A largest, A temperature) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += exponential((x[i] - largest) / temperature);
+  return sum;
+}
 
-struct MaskStage : Tiles {
-  // The second stage, which writes the mask from the first one's partials.
-  virtual std::unique_ptr<Tiles> second() = 0;
-};
+template <typename A>
+FBKD_CLONES void add_softmax(const A* __restrict__ x, int64_t count, A largest, A temperature, A scale,
+                             A* __restrict__ mask) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) mask[i] += scale * exponential((x[i] - largest) / temperature);
+}
 
 // One level's softmaxes: of the student's and the teacher's map, or of their sum (joint), or of the teacher's alone.
 template <typename A>
-struct Softmaxes : MaskStage {
+struct Softmaxes : StagedTiles {
   explicit Softmaxes(const MaskLevel& level)
       : level(level),
         tiles(ceil_div(level.length, kTile)),
@@ -79,14 +72,14 @@ struct Softmaxes : MaskStage {
       const int64_t size = load(tile, map, buffer);
       const A largest = largest_of(buffer, size);
       // Nothing but -Inf (and perhaps NaN) adds nothing (or NaN).
-      const A from = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
+      const A finite = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
       A sum = 0;
       for (int64_t i = 0; i < size; i += kPiece)
-        sum += exponential_sum(buffer + i, min64(kPiece, size - i), from, temperature);
+        sum += exponential_sum(buffer + i, min64(kPiece, size - i), finite, temperature);
       partial[tile * maps + map] = {largest, sum};
     }
   }
-  std::unique_ptr<Tiles> second() override;
+  std::unique_ptr<Tiles> second_stage() const override;
 
   // A tile of a map, or of the sum of both; its number of elements.
   int64_t load(int64_t tile, int64_t map, A* buffer) const {
@@ -98,7 +91,7 @@ struct Softmaxes : MaskStage {
     if (level.joint && level.student != nullptr) {
       A other[kTile];
       copy(level.student_type, level.student, first, size, other);
-      add_to(buffer, other, size);
+      add_vector(buffer, other, size);
     }
     return size;
   }
@@ -144,28 +137,28 @@ struct Masks : Tiles {
 };
 
 template <typename A>
-std::unique_ptr<Tiles> Softmaxes<A>::second() {
+std::unique_ptr<Tiles> Softmaxes<A>::second_stage() const {
   return std::make_unique<Masks<A>>(*this);
 }
 
-void run(const std::vector<MaskLevel>& levels, const Tensor&) {
-  std::vector<std::unique_ptr<MaskStage>> softmaxes;
+void launch_attention_masks(const std::vector<MaskLevel>& levels) {
+  std::vector<std::unique_ptr<StagedTiles>> softmaxes;
   for (const MaskLevel& level : levels)
-    softmaxes.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<MaskStage> {
+    softmaxes.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<StagedTiles> {
       return std::make_unique<Softmaxes<typename decltype(type)::type>>(level);
     }));
   run_tiles(softmaxes);
-  std::vector<std::unique_ptr<Tiles>> masks;
-  for (const auto& level : softmaxes) masks.push_back(level->second());
-  run_tiles(masks);
+  run_second_stages(softmaxes);
 }
 
-Tensors op(const OptionalTensors& student, const Tensors& teacher, const std::vector<double>& temperature,
-           const std::vector<bool>& joint) {
-  return attention_masks(student, teacher, temperature, joint, run);
+Tensors attention_masks(const OptionalTensors& student, const Tensors& teacher, const std::vector<double>& temperature,
+                        const std::vector<bool>& joint) {
+  Tensors masks;
+  launch_attention_masks(mask_levels(student, teacher, temperature, joint, masks, "attention_masks"));
+  return masks;
 }
 
 }  // namespace
 }  // namespace fbkd
 
-STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) { m.impl("attention_masks", TORCH_BOX(&fbkd::op)); }
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) { m.impl("attention_masks", TORCH_BOX(&fbkd::attention_masks)); }

@@ -11,6 +11,7 @@
 #include "pool_gradient.h"
 #include "simd.h"
 #include "tiles.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -32,7 +33,6 @@ template <typename T>
 constexpr int64_t kShortRow = 4096 / sizeof(T);
 // Rounding errors grow with the root of the number of consecutive additions: longer sums are made of pieces.
 constexpr int64_t kRowPiece = 1024;  // columns, 64 additions in each of 16 lanes
-constexpr int64_t kColPiece = 128;   // rows, taken one at a time
 constexpr int64_t kFinishBlock = 8192;
 constexpr int64_t kGradientRows = 8;
 
@@ -55,8 +55,8 @@ FBKD_INLINE void accumulate(A& sum, A value) {
 }
 
 template <bool First, typename T, typename A>
-FBKD_INLINE void add_four_rows(const T* __restrict__ x, int64_t row_stride, int64_t cols,
-                               A* __restrict__ row_abs, A* __restrict__ row_plain,    // (4)
+FBKD_INLINE void add_four_rows(const T* __restrict__ x, int64_t row_stride, int64_t cols, A* __restrict__ row_abs,
+                               A* __restrict__ row_plain,                             // (4)
                                A* __restrict__ col_abs, A* __restrict__ col_plain) {  // (cols)
   const T* x0 = x;
   const T* x1 = x0 + row_stride;
@@ -78,8 +78,8 @@ FBKD_INLINE void add_four_rows(const T* __restrict__ x, int64_t row_stride, int6
 
 // One row, in pieces of columns.
 template <bool First, typename T, typename A>
-FBKD_INLINE void add_row(const T* __restrict__ x, int64_t cols,
-                         A* __restrict__ row_abs, A* __restrict__ row_plain,    // (1)
+FBKD_INLINE void add_row(const T* __restrict__ x, int64_t cols, A* __restrict__ row_abs,
+                         A* __restrict__ row_plain,                             // (1)
                          A* __restrict__ col_abs, A* __restrict__ col_plain) {  // (cols)
   *row_plain = *row_abs = 0;
   for (int64_t col = 0; col < cols; col += kRowPiece) {
@@ -101,9 +101,8 @@ FBKD_INLINE void add_row(const T* __restrict__ x, int64_t cols,
 
 // Four rows in pieces of columns.
 template <bool First, typename T, typename A>
-FBKD_INLINE void add_long_rows(const T* x, int64_t row_stride, int64_t cols,
-                               A* row_abs, A* row_plain,    // (4)
-                               A* col_abs, A* col_plain) {  // (cols)
+FBKD_INLINE void add_long_rows(const T* x, int64_t row_stride, int64_t cols, A* row_abs, A* row_plain,  // (4)
+                               A* col_abs, A* col_plain) {                                              // (cols)
   for (int64_t row = 0; row < kRowStep; ++row) row_abs[row] = row_plain[row] = 0;
   for (int64_t col = 0; col < cols; col += kRowPiece) {
     A abs[kRowStep], plain[kRowStep];
@@ -114,25 +113,18 @@ FBKD_INLINE void add_long_rows(const T* x, int64_t row_stride, int64_t cols,
 
 // Rows one at a time, column sums written.
 template <typename T, typename A>
-FBKD_INLINE void sum_short_rows(const T* x, int64_t row_stride, int64_t rows, int64_t cols,
-                                A* row_abs, A* row_plain,    // (rows)
+FBKD_INLINE void sum_short_rows(const T* x, int64_t row_stride, int64_t rows, int64_t cols, A* row_abs,
+                                A* row_plain,                // (rows)
                                 A* col_abs, A* col_plain) {  // (cols)
   add_row<true>(x, cols, row_abs, row_plain, col_abs, col_plain);
   for (int64_t row = 1; row < rows; ++row)
     add_row<false>(x + row * row_stride, cols, row_abs + row, row_plain + row, col_abs, col_plain);
 }
 
-// Adds a later piece's or tile's partial sums to the first one's.
-template <typename A>
-FBKD_INLINE void add_to(A* __restrict__ sum, const A* __restrict__ partial, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) sum[i] += partial[i];
-}
-
 template <typename T, typename A>
-FBKD_INLINE void sum_tile_body(const T* x, int64_t row_stride, int64_t rows, int64_t cols,
-                               A* row_abs, A* row_plain,    // (rows)
-                               A* col_abs, A* col_plain) {  // (cols)
+FBKD_CLONES void sum_tile(const T* x, int64_t row_stride, int64_t rows, int64_t cols, A* row_abs,
+                          A* row_plain,                // (rows)
+                          A* col_abs, A* col_plain) {  // (cols)
   int64_t row = 0;
   if (rows >= kRowStep && cols > kShortRow<T>) {
     add_long_rows<true>(x, row_stride, cols, row_abs, row_plain, col_abs, col_plain);
@@ -142,54 +134,16 @@ FBKD_INLINE void sum_tile_body(const T* x, int64_t row_stride, int64_t rows, int
       add_row<false>(x + row * row_stride, cols, row_abs + row, row_plain + row, col_abs, col_plain);
     return;
   }
-  const int64_t first = min64(rows, kColPiece);
+  const int64_t first = min64(rows, kRowsOfPiece);
   sum_short_rows(x, row_stride, first, cols, row_abs, row_plain, col_abs, col_plain);
   A abs[kShortRow<T>], plain[kShortRow<T>];
-  for (row = first; row < rows; row += kColPiece) {
-    sum_short_rows(x + row * row_stride, row_stride, min64(kColPiece, rows - row), cols, row_abs + row,
+  for (row = first; row < rows; row += kRowsOfPiece) {
+    sum_short_rows(x + row * row_stride, row_stride, min64(kRowsOfPiece, rows - row), cols, row_abs + row,
                    row_plain + row, abs, plain);
-    add_to(col_abs, abs, cols);
-    add_to(col_plain, plain, cols);
+    add_vector(col_abs, abs, cols);
+    add_vector(col_plain, plain, cols);
   }
 }
-
-#define FBKD_SUM_TILE(T, A)                                                                                      \
-  FBKD_CLONES void sum_tile(const T* x, int64_t row_stride, int64_t rows, int64_t cols, A* row_abs, A* row_plain, \
-                            A* col_abs, A* col_plain) {                                                           \
-    sum_tile_body<T, A>(x, row_stride, rows, cols, row_abs, row_plain, col_abs, col_plain);                       \
-  }
-
-FBKD_SUM_TILE(float, float)
-FBKD_SUM_TILE(double, double)
-FBKD_SUM_TILE(Half, float)
-FBKD_SUM_TILE(BFloat16, float)
-#undef FBKD_SUM_TILE
-
-template <bool Read, bool Add, typename A>
-FBKD_INLINE void pool_gradient_body(const A* __restrict__ x, A row_abs, A row_plain, const A* __restrict__ col_abs,
-                                    const A* __restrict__ col_plain, int64_t count, A* __restrict__ out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const A plain = row_plain + col_plain[i];
-    const A gradient = Read ? input_gradient<A>(x[i], row_abs + col_abs[i], plain) : plain;
-    out[i] = Add ? out[i] + gradient : gradient;
-  }
-}
-
-#define FBKD_POOL_GRADIENT(A)                                                                                     \
-  FBKD_CLONES void pool_gradient_row(const A* x, A row_abs, A row_plain, const A* col_abs, const A* col_plain,    \
-                                     int64_t count, bool add, A* out) {                                           \
-    if (x == nullptr)                                                                                             \
-      add ? pool_gradient_body<false, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)                \
-          : pool_gradient_body<false, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);              \
-    else                                                                                                          \
-      add ? pool_gradient_body<true, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)                 \
-          : pool_gradient_body<true, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);               \
-  }
-
-FBKD_POOL_GRADIENT(float)
-FBKD_POOL_GRADIENT(double)
-#undef FBKD_POOL_GRADIENT
 
 // Sums of one direction: tile t of image n lies at (n * tiles + t) * length. A single tile lies in the output itself.
 template <typename A>
@@ -205,9 +159,7 @@ struct Partials {
     plain = abs + count;
   }
 
-  int64_t offset(int64_t image, int64_t tile, int64_t index) const {
-    return (image * tiles + tile) * length + index;
-  }
+  int64_t offset(int64_t image, int64_t tile, int64_t index) const { return (image * tiles + tile) * length + index; }
 
   // Adds the tiles of outputs first .. first + size in their order and divides.
   void finish(int64_t image, int64_t first, int64_t size, A count) const {
@@ -218,7 +170,7 @@ struct Partials {
   void finish_one(A* sums, A* means, int64_t image, int64_t first, int64_t size, A count) const {
     A* mean = means + image * length + first;
     A* total = sums + offset(image, 0, first);
-    for (int64_t tile = 1; tile < tiles; ++tile) add_to(total, sums + offset(image, tile, first), size);
+    for (int64_t tile = 1; tile < tiles; ++tile) add_vector(total, sums + offset(image, tile, first), size);
     for (int64_t i = 0; i < size; ++i) mean[i] = total[i] / count;
   }
 
@@ -230,12 +182,7 @@ struct Partials {
   std::optional<Scratch<A>> storage;
 };
 
-// First stage of a level: every tile's row and column sums.
-struct Sums : Tiles {
-  // Second stage: blocks of the means of both directions.
-  virtual std::unique_ptr<Tiles> finish() const = 0;
-};
-
+// Second stage: blocks of the means of both directions.
 template <typename A>
 struct Finish : Tiles {
   Finish(const MatrixView& view, const Partials<A>& by_row, const Partials<A>& by_col)
@@ -244,9 +191,7 @@ struct Finish : Tiles {
   int64_t row_blocks() const { return ceil_div(view.rows, kFinishBlock); }
   int64_t col_blocks() const { return ceil_div(view.cols, kFinishBlock); }
   int64_t count() const override { return view.images * (row_blocks() + col_blocks()); }
-  int64_t elements() const override {
-    return view.images * (view.rows * by_row.tiles + view.cols * by_col.tiles);
-  }
+  int64_t elements() const override { return view.images * (view.rows * by_row.tiles + view.cols * by_col.tiles); }
   void run(int64_t tile) override {
     const int64_t image = tile / (row_blocks() + col_blocks()), block = tile % (row_blocks() + col_blocks());
     if (block < row_blocks())
@@ -264,8 +209,9 @@ struct Finish : Tiles {
   const Partials<A>& by_col;
 };
 
+// First stage of a level: every tile's row and column sums.
 template <typename T, typename A>
-struct LevelSums : Sums {
+struct LevelSums : StagedTiles {
   LevelSums(const PoolLevel& level, const Tensor& like)
       : x(static_cast<const T*>(level.x)),
         view(level.view),
@@ -286,7 +232,7 @@ struct LevelSums : Sums {
              min64(tiling.row_tile, view.rows - row), min64(tiling.col_tile, view.cols - col), by_row.abs + row_offset,
              by_row.plain + row_offset, by_col.abs + col_offset, by_col.plain + col_offset);
   }
-  std::unique_ptr<Tiles> finish() const override { return std::make_unique<Finish<A>>(view, by_row, by_col); }
+  std::unique_ptr<Tiles> second_stage() const override { return std::make_unique<Finish<A>>(view, by_row, by_col); }
 
   const T* x;
   MatrixView view;
@@ -294,50 +240,48 @@ struct LevelSums : Sums {
   Partials<A> by_row, by_col;
 };
 
-void forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
-  std::vector<std::unique_ptr<Sums>> sums;
+void launch_attention_pool_forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
+  std::vector<std::unique_ptr<StagedTiles>> sums;
   for (const PoolLevel& level : levels)
-    sums.push_back(dispatch<Cpu>(level.type, [&](auto type) -> std::unique_ptr<Sums> {
+    sums.push_back(dispatch<Cpu>(level.type, [&](auto type) -> std::unique_ptr<StagedTiles> {
       using T = typename decltype(type)::type;
       return std::make_unique<LevelSums<T, Accumulator<T>>>(level, like);
     }));
   run_tiles(sums);
-  std::vector<std::unique_ptr<Tiles>> means;
-  for (const auto& level : sums) means.push_back(level->finish());
-  run_tiles(means);
+  run_second_stages(sums);
 }
 
 // dx a few whole rows at a time: threads that touch fresh memory far apart do not wait for each other's pages.
 template <typename A>
 struct GradientRows : Tiles {
   explicit GradientRows(const PoolGradientLevel& level)
-      : level(level), to(gradient_view(level.view)), gradient(level.view, level.grads) {
-    advise_huge_pages(level.dx, to.numel() * element_size(level.type));
+      : level(level), dense(gradient_view(level.view)), gradient(level.view, level.grads) {
+    advise_huge_pages(level.dx, dense.numel() * element_size(level.type));
   }
 
-  int64_t count() const override { return ceil_div(to.images * to.rows, kGradientRows); }
-  int64_t elements() const override { return to.numel(); }
+  int64_t count() const override { return ceil_div(dense.images * dense.rows, kGradientRows); }
+  int64_t elements() const override { return dense.numel(); }
   void run(int64_t tile) override {
-    const int64_t last = min64((tile + 1) * kGradientRows, to.images * to.rows);
+    const int64_t last = min64((tile + 1) * kGradientRows, dense.images * dense.rows);
     for (int64_t row = tile * kGradientRows; row < last; ++row)
-      for (int64_t col = 0; col < to.cols; col += kPiece)
-        write(row / to.rows, row % to.rows, col, min64(kPiece, to.cols - col));
+      for (int64_t col = 0; col < dense.cols; col += kPiece)
+        write(row / dense.rows, row % dense.rows, col, min64(kPiece, dense.cols - col));
   }
 
   void write(int64_t image, int64_t row, int64_t col, int64_t count) const {
     A buffer[kPiece];
-    const int64_t first = image * to.image_stride + row * to.row_stride + col;
+    const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
     A* piece = piece_to_fill(level.type, level.dx, first, buffer);
     gradient.put(image, row, col, count, level.type, level.x, false, piece);
     store_piece(level.type, level.dx, first, count, piece);
   }
 
   PoolGradientLevel level;
-  MatrixView to;
+  MatrixView dense;
   PoolGradient<A> gradient;
 };
 
-void backward(const std::vector<PoolGradientLevel>& levels, const Tensor&) {
+void launch_attention_pool_backward(const std::vector<PoolGradientLevel>& levels) {
   std::vector<std::unique_ptr<Tiles>> rows;
   for (const PoolGradientLevel& level : levels)
     rows.push_back(with_accumulator(level.type, [&](auto type) -> std::unique_ptr<Tiles> {
@@ -346,26 +290,23 @@ void backward(const std::vector<PoolGradientLevel>& levels, const Tensor&) {
   run_tiles(rows);
 }
 
-Tensors forward_op(const Tensors& x) { return attention_pool_forward(x, forward); }
+Tensors attention_pool_forward(const Tensors& x) {
+  Tensors means;
+  const auto levels = pool_levels(x, means, "attention_pool");
+  if (!levels.empty()) launch_attention_pool_forward(levels, x[0]);
+  return means;
+}
 
-Tensors backward_op(const Tensors& x, const OptionalTensors& grads) {
-  return attention_pool_backward(x, grads, backward);
+Tensors attention_pool_backward(const Tensors& x, const OptionalTensors& grads) {
+  Tensors gradients;
+  launch_attention_pool_backward(pool_gradient_levels(x, grads, gradients, "attention_pool_backward"));
+  return gradients;
 }
 
 }  // namespace
-
-void pool_gradient(const float* x, float row_abs, float row_plain, const float* col_abs, const float* col_plain,
-                   int64_t count, bool add, float* out) {
-  pool_gradient_row(x, row_abs, row_plain, col_abs, col_plain, count, add, out);
-}
-void pool_gradient(const double* x, double row_abs, double row_plain, const double* col_abs, const double* col_plain,
-                   int64_t count, bool add, double* out) {
-  pool_gradient_row(x, row_abs, row_plain, col_abs, col_plain, count, add, out);
-}
-
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::forward_op));
-  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::backward_op));
+  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::attention_pool_forward));
+  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::attention_pool_backward));
 }

@@ -14,11 +14,10 @@
 
 #include <cmath>
 
-#include "../masked_l2_levels.h"
-#include "masked_rows.h"
+#include "../tensors.h"
 #include "max_pool.h"
 #include "pixel_blocks.h"
-#include "vectors.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -496,9 +495,7 @@ struct CellLevel {
           squares[image] += dot(e + first, e + first, min64(kPiece, size.pixels() - first));
       }
     });
-    double sum = 0;
-    for (double value : squares) sum += value;
-    return sum;
+    return total_of(squares);
   }
 
   // After forward(): gradients of grad times the sum.
@@ -678,9 +675,8 @@ LevelGradients<A> allocate(const CellArguments& arguments, size_t index, ScalarT
   LevelGradients<A> gradients{};
   if (student != nullptr) {
     const Tensor& s = arguments.student[index];
-    const auto shape = s.sizes();
-    *student = empty_like_device(s, std::vector<int64_t>(shape.begin(), shape.end()), student_type,
-                                 matrix_view(shape.data(), s.strides().data()).channels_last);
+    const bool channels_last = matrix_view(s.sizes().data(), s.strides().data()).channels_last;
+    *student = empty_like_device(s, shape_of(s), student_type, channels_last);
     gradients.student = student->mutable_data_ptr(), gradients.student_type = student_type;
   }
   std::vector<A*> data;
@@ -720,12 +716,12 @@ struct CellResults {
 };
 
 // differentiates: also the gradients, of grad times the sums, or (nullptr) of the sums.
-CellResults run(const CellArguments& arguments, bool differentiates, const Tensor* grad, bool student_gradient,
-                const char* op) {
+CellResults launch_cell_relation(const CellArguments& arguments, bool differentiates, const Tensor* grad,
+                                 bool student_gradient, const char* op) {
   check(arguments, op);
+  if (grad != nullptr) checked_grad(*grad, arguments.student, arguments.teacher, op);
   CellResults results;
-  results.squares = empty_like_device(arguments.student[0], {static_cast<int64_t>(arguments.student.size())},
-                                      total_type(arguments.student, arguments.teacher));
+  results.squares = empty_squares(arguments.student, arguments.teacher);
   for (size_t index = 0; index < arguments.student.size(); ++index)
     with_accumulator(arguments.accumulation(index), [&](auto tag) {
       using A = typename decltype(tag)::type;
@@ -750,27 +746,27 @@ Tensors joined(std::initializer_list<const Tensors*> lists) {
   return all;
 }
 
-Tensors forward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                   const std::vector<int64_t>& pools, const std::vector<double>& eps) {
+Tensors cell_relation_forward(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                              const std::vector<int64_t>& pools, const std::vector<double>& eps) {
   const CellResults results =
-      run({student, teacher, parameters, pools, eps}, false, nullptr, false, "cell_relation_forward");
+      launch_cell_relation({student, teacher, parameters, pools, eps}, false, nullptr, false, "cell_relation_forward");
   const Tensors squares{results.squares};
   return joined({&squares, &results.moments});
 }
 
-Tensors backward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                    const std::vector<int64_t>& pools, const std::vector<double>& eps, const Tensor& grad,
-                    bool student_gradient) {
-  const char* op = "cell_relation_backward";
-  checked_data(grad, total_type(student, teacher), static_cast<int64_t>(student.size()), grad, op, "grad");
-  const CellResults results = run({student, teacher, parameters, pools, eps}, true, &grad, student_gradient, op);
+Tensors cell_relation_backward(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                               const std::vector<int64_t>& pools, const std::vector<double>& eps, const Tensor& grad,
+                               bool student_gradient) {
+  const CellResults results = launch_cell_relation({student, teacher, parameters, pools, eps}, true, &grad,
+                                                   student_gradient, "cell_relation_backward");
   return joined({&results.students, &results.parameters});
 }
 
-Tensors with_gradient_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
-                         const std::vector<int64_t>& pools, const std::vector<double>& eps, bool student_gradient) {
-  const CellResults results =
-      run({student, teacher, parameters, pools, eps}, true, nullptr, student_gradient, "cell_relation_with_gradient");
+Tensors cell_relation_with_gradient(const Tensors& student, const Tensors& teacher, const OptionalTensors& parameters,
+                                    const std::vector<int64_t>& pools, const std::vector<double>& eps,
+                                    bool student_gradient) {
+  const CellResults results = launch_cell_relation({student, teacher, parameters, pools, eps}, true, nullptr,
+                                                   student_gradient, "cell_relation_with_gradient");
   const Tensors squares{results.squares};
   return joined({&squares, &results.moments, &results.students, &results.parameters});
 }
@@ -779,7 +775,7 @@ Tensors with_gradient_op(const Tensors& student, const Tensors& teacher, const O
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("cell_relation_forward", TORCH_BOX(&fbkd::forward_op));
-  m.impl("cell_relation_backward", TORCH_BOX(&fbkd::backward_op));
-  m.impl("cell_relation_with_gradient", TORCH_BOX(&fbkd::with_gradient_op));
+  m.impl("cell_relation_forward", TORCH_BOX(&fbkd::cell_relation_forward));
+  m.impl("cell_relation_backward", TORCH_BOX(&fbkd::cell_relation_backward));
+  m.impl("cell_relation_with_gradient", TORCH_BOX(&fbkd::cell_relation_with_gradient));
 }

@@ -5,8 +5,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "masked_rows.h"
 #include "memory.h"
+#include "pieces.h"
 #include "tiles.h"
 
 namespace fbkd {
@@ -20,6 +20,34 @@ constexpr int64_t kMinRows = 8, kMaxRows = 128;
 // the teacher's cache lines have to wait for the tile's next row.
 constexpr int64_t kCutCols = 4096, kCutRows = 64;
 
+// Sum of weight * (s - t)^2; weight nullptr: ones.
+template <typename A>
+FBKD_CLONES A masked_squares(const A* __restrict__ s, const A* __restrict__ t, const A* __restrict__ weight,
+                             int64_t count) {
+  A sum = 0;
+  if (weight == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += (s[i] - t[i]) * (s[i] - t[i]);
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += weight[i] * (s[i] - t[i]) * (s[i] - t[i]);
+  }
+  return sum;
+}
+
+// out = scale * weight * (s - t)
+template <typename A>
+FBKD_CLONES void masked_gradient(const A* __restrict__ s, const A* __restrict__ t, A scale,
+                                 const A* __restrict__ weight, int64_t count, A* __restrict__ out) {
+  if (weight == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = scale * (s[i] - t[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = scale * weight[i] * (s[i] - t[i]);
+  }
+}
+
 Tiling tiling_for(const MaskedLevel& level) {
   const MatrixView& view = level.student;
   if (level.teacher.col_stride != 1 || view.rows <= kMinRows) return tiling_of(view, kCutRows, kCutCols);
@@ -29,8 +57,7 @@ Tiling tiling_for(const MaskedLevel& level) {
 // What both passes share: a level's tiles, their rows cut into pieces.
 template <typename A, class Base>
 struct MaskedTiles : Base {
-  explicit MaskedTiles(const MaskedLevel& level)
-      : level(level), tiling(tiling_for(level)) {}
+  explicit MaskedTiles(const MaskedLevel& level) : level(level), tiling(tiling_for(level)) {}
 
   int64_t count() const override { return tiles_of(level.student, tiling); }
   int64_t elements() const override { return level.student.numel(); }
@@ -86,11 +113,7 @@ struct LevelSquares : MaskedTiles<A, Squares> {
     });
     partial[tile] = sum;
   }
-  double total() const override {
-    double sum = 0;
-    for (double tile : partial) sum += tile;
-    return sum;
-  }
+  double total() const override { return total_of(partial); }
 
   std::vector<double> partial;
 };
@@ -98,26 +121,26 @@ struct LevelSquares : MaskedTiles<A, Squares> {
 template <typename A>
 struct LevelGradient : MaskedTiles<A, Tiles> {
   LevelGradient(const MaskedLevel& level, double grad)
-      : MaskedTiles<A, Tiles>(level), to(gradient_view(level.student)), scale(static_cast<A>(2 * grad)) {
-    advise_huge_pages(level.ds, to.numel() * element_size(level.student_type));
+      : MaskedTiles<A, Tiles>(level), dense(gradient_view(level.student)), scale(static_cast<A>(2 * grad)) {
+    advise_huge_pages(level.ds, dense.numel() * element_size(level.student_type));
   }
 
   void run(int64_t tile) override {
     A buffer[kPiece];
     const MaskedLevel& level = this->level;
     this->pieces(tile, [&](int64_t image, int64_t row, int64_t col, const A* s, const A* t, int64_t cols) {
-      const int64_t first = image * to.image_stride + row * to.row_stride + col;
+      const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
       A* piece = piece_to_fill(level.student_type, level.ds, first, buffer);
       masked_gradient(s, t, scale * this->row_weight(image, row), this->col_weights(image, col), cols, piece);
       store_piece(level.student_type, level.ds, first, cols, piece);
     });
   }
 
-  MatrixView to;
+  MatrixView dense;
   A scale;
 };
 
-void forward(const std::vector<MaskedLevel>& levels, const Tensor& squares) {
+void launch_masked_l2_forward(const std::vector<MaskedLevel>& levels, const Tensor& squares) {
   std::vector<std::unique_ptr<Squares>> sums;
   for (const MaskedLevel& level : levels)
     sums.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Squares> {
@@ -127,7 +150,7 @@ void forward(const std::vector<MaskedLevel>& levels, const Tensor& squares) {
   for (size_t i = 0; i < levels.size(); ++i) put_number(squares, levels[i].index, sums[i]->total());
 }
 
-void backward(const std::vector<MaskedLevel>& levels, const Tensor& grad) {
+void launch_masked_l2_backward(const std::vector<MaskedLevel>& levels, const Tensor& grad) {
   std::vector<std::unique_ptr<Tiles>> gradients;
   for (const MaskedLevel& level : levels)
     gradients.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Tiles> {
@@ -136,20 +159,29 @@ void backward(const std::vector<MaskedLevel>& levels, const Tensor& grad) {
   run_tiles(gradients);
 }
 
-Tensor forward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& spatial_mask,
-                  const OptionalTensors& channel_mask) {
-  return masked_l2_forward(student, teacher, spatial_mask, channel_mask, forward);
+Tensor masked_l2_forward(const Tensors& student, const Tensors& teacher, const OptionalTensors& spatial_mask,
+                         const OptionalTensors& channel_mask) {
+  const auto levels = masked_levels(student, teacher, spatial_mask, channel_mask, nullptr, "masked_l2");
+  Tensor squares = empty_squares(student, teacher);
+  torch::stable::zero_(squares);
+  launch_masked_l2_forward(levels, squares);
+  return squares;
 }
 
-Tensors backward_op(const Tensors& student, const Tensors& teacher, const OptionalTensors& spatial_mask,
-                    const OptionalTensors& channel_mask, const Tensor& grad) {
-  return masked_l2_backward(student, teacher, spatial_mask, channel_mask, grad, backward);
+Tensors masked_l2_backward(const Tensors& student, const Tensors& teacher, const OptionalTensors& spatial_mask,
+                           const OptionalTensors& channel_mask, const Tensor& grad) {
+  const char* op = "masked_l2_backward";
+  Tensors gradients;
+  const auto levels = masked_levels(student, teacher, spatial_mask, channel_mask, &gradients, op);
+  checked_grad(grad, student, teacher, op);
+  launch_masked_l2_backward(levels, grad);
+  return gradients;
 }
 
 }  // namespace
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("masked_l2_forward", TORCH_BOX(&fbkd::forward_op));
-  m.impl("masked_l2_backward", TORCH_BOX(&fbkd::backward_op));
+  m.impl("masked_l2_forward", TORCH_BOX(&fbkd::masked_l2_forward));
+  m.impl("masked_l2_backward", TORCH_BOX(&fbkd::masked_l2_backward));
 }

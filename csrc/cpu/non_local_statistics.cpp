@@ -6,6 +6,7 @@
 
 #include "max_pool.h"
 #include "pixel_blocks.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -16,30 +17,15 @@ namespace {
 // 11 and 27; 4.4 and 24. Without the map's gradient both are even at 4x4.
 constexpr int64_t kGatherPixels = 36, kGatherPixelsForWeight = 17;
 
-#define FBKD_STATISTICS(A)                                                                                            \
-  FBKD_CLONES void subtract_constant(A* __restrict__ to, const A* __restrict__ x, A constant, int64_t count) {        \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = x[i] - constant;                                  \
-  }                                                                                                                   \
-  FBKD_CLONES void subtract_vector(A* __restrict__ to, const A* __restrict__ x, const A* __restrict__ v,              \
-                                   int64_t count) {                                                                   \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = x[i] - v[i];                                      \
-  }                                                                                                                   \
-  FBKD_CLONES void add_constant(A* __restrict__ to, A constant, int64_t count) {                                      \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] += constant;                                        \
-  }                                                                                                                   \
-  FBKD_CLONES void add_scaled(A* __restrict__ to, A scale, const A* __restrict__ x, int64_t count) {                  \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] += scale * x[i];                                    \
-  }                                                                                                                   \
-  /* to[c] += sum over cells of grad[cell, c] * x[at[cell, c]] */                                                     \
-  FBKD_CLONES void gather(A* __restrict__ to, const A* __restrict__ x, const int32_t* __restrict__ at,                \
-                          const A* __restrict__ grad, int64_t cells, int64_t channels) {                              \
-    for (int64_t cell = 0; cell < cells; ++cell, at += channels, grad += channels)                                    \
-      _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) to[c] += grad[c] * x[at[c]];                         \
+// sum[c] += sum over cells of grad[cell, c] * x[at[cell, c]]
+template <typename A>
+FBKD_CLONES void gather(A* __restrict__ sum, const A* __restrict__ x, const int32_t* __restrict__ at,
+                        const A* __restrict__ grad, int64_t cells, int64_t channels) {
+  for (int64_t cell = 0; cell < cells; ++cell, at += channels, grad += channels) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) sum[c] += grad[c] * x[at[c]];
   }
-
-FBKD_STATISTICS(float)
-FBKD_STATISTICS(double)
-#undef FBKD_STATISTICS
+}
 
 struct StatisticsLevel {
   ScalarType type;
@@ -77,8 +63,8 @@ struct Strips {
 template <typename F>
 void for_strips(const StatisticsLevel& level, const Strips& strips, int64_t tile, F&& f) {
   const int64_t image = tile / strips.groups, group = tile % strips.groups;
-  for (int64_t strip = group * strips.per_image / strips.groups;
-       strip < (group + 1) * strips.per_image / strips.groups; ++strip) {
+  for (int64_t strip = group * strips.per_image / strips.groups; strip < (group + 1) * strips.per_image / strips.groups;
+       ++strip) {
     const int64_t row = strip * strips.rows;
     f(Block{image, row * level.width, min64(strips.rows, level.height() - row) * level.width});
   }
@@ -124,7 +110,8 @@ struct Statistics : ProductTiles {
 
   // The pooled convolution of a block of rows.
   void fold(const Block& block, Workspace& space) {
-    const int64_t last = level.cell_rows() * level.pool.ky, width = level.width, columns = level.cell_cols() * level.pool.kx;
+    const int64_t last = level.cell_rows() * level.pool.ky, width = level.width,
+                  columns = level.cell_cols() * level.pool.kx;
     if (block.first / width >= last) return;
     const Matrix<A> x = read_block(level.type, level.x, level.view, block, space.x);
     const Matrix<A> y = row_major(reserve(space.y, level.pooled * block.size), level.pooled, block.size);
@@ -150,14 +137,13 @@ struct Statistics : ProductTiles {
       for (int64_t cell = 0; cell < level.cell_cols(); ++cell) {
         const int64_t first = cell * level.pool.kx, col = first + level.pool.winner(best + first, best_row + first);
         pooled[out + cell] = best[col];
-        winners[out + cell] =
-            static_cast<int32_t>((cell_row * level.pool.ky + best_row[col]) * level.width + col);
+        winners[out + cell] = static_cast<int32_t>((cell_row * level.pool.ky + best_row[col]) * level.width + col);
       }
     }
   }
 
-  // A covariance is symmetric: these rows are made in full, of the others only the part right of their number. Halves of
-  // few rows would take a product that adds all pixels into one float: 1e-4 off where values repeat, as zeros do.
+  // A covariance is symmetric: these rows are made in full, of the others only the part right of their number. Halves
+  // of few rows would take a product that adds all pixels into one float: 1e-4 off where values repeat, as zeros do.
   int64_t upper_rows() const { return level.projection == nullptr && level.rank >= 64 ? level.rank / 2 : 0; }
 
   // Adds the block's share of the sum of W (x - mean) (x - mean)^T.
@@ -187,9 +173,9 @@ struct Statistics : ProductTiles {
       for (int64_t col = 0; col < rows.cols; col += kPiece) {
         const int64_t size = min64(kPiece, rows.cols - col);
         const A* x = load_piece(level.type, level.x, rows.offset(level.view, block.image, row) + col, 1, size, buffer);
-        A* to = data + row * rows.cols + col;
-        level.view.rows_are_channels ? subtract_constant(to, x, mean[row], size)
-                                     : subtract_vector(to, x, mean + col, size);
+        A* piece = data + row * rows.cols + col;
+        level.view.rows_are_channels ? write_sum(piece, x, -mean[row], size)
+                                     : write_difference(piece, x, mean + col, size);
       }
     }
     return block_matrix(data, level.view.rows_are_channels, level.channels(), block.size);
@@ -197,38 +183,39 @@ struct Statistics : ProductTiles {
 
   StatisticsLevel level;
   Strips strips;
-  A* pooled;          // (images, p, cells)
-  int32_t* winners;   // (images, p, cells)
-  A* cross;           // (images, r, C)
+  A* pooled;                // (images, p, cells)
+  int32_t* winners;         // (images, p, cells)
+  A* cross;                 // (images, r, C)
   std::vector<A> partials;  // (images, groups, r, C)
 };
 
-// Adds the groups' sums in their order and divides them by the number of pixels: a tile a row of an image.
+// Second stage: adds the groups' sums in their order and divides them by the number of pixels. A tile is a row of an
+// image.
 template <typename A>
-struct FinishCovariance : Tiles {
-  explicit FinishCovariance(const Statistics<A>& of) : of(of) {}
+struct Covariances : Tiles {
+  explicit Covariances(const Statistics<A>& sums) : sums(sums) {}
 
-  int64_t count() const override { return of.level.covaries ? of.level.view.images * of.level.rank : 0; }
-  int64_t elements() const override { return static_cast<int64_t>(of.partials.size()); }
+  int64_t count() const override { return sums.level.covaries ? sums.level.view.images * sums.level.rank : 0; }
+  int64_t elements() const override { return static_cast<int64_t>(sums.partials.size()); }
   void run(int64_t tile) override {
-    const int64_t rank = of.level.rank, channels = of.level.channels(), image = tile / rank, row = tile % rank;
-    const int64_t left = row < of.upper_rows() ? 0 : of.upper_rows();
-    A* out = of.cross + tile * channels;
+    const int64_t rank = sums.level.rank, channels = sums.level.channels(), image = tile / rank, row = tile % rank;
+    const int64_t left = row < sums.upper_rows() ? 0 : sums.upper_rows(), groups = sums.strips.groups;
+    A* out = sums.cross + tile * channels;
     std::fill(out, out + channels, A(0));
-    const A share = A(1) / static_cast<A>(of.level.view.pixels());
-    for (int64_t group = image * of.strips.groups; group < (image + 1) * of.strips.groups; ++group) {
-      const A* partial = &of.partials[group * of.cross_size()];
+    const A share = A(1) / static_cast<A>(sums.level.view.pixels());
+    for (int64_t group = image * groups; group < (image + 1) * groups; ++group) {
+      const A* partial = &sums.partials[group * sums.cross_size()];
       for (int64_t col = 0; col < left; ++col) out[col] += share * partial[col * channels + row];
-      add_scaled(out + left, share, partial + row * channels + left, channels - left);
+      add_multiple(out + left, share, partial + row * channels + left, channels - left);
     }
   }
 
-  const Statistics<A>& of;
+  const Statistics<A>& sums;
 };
 
 template <typename A>
 std::unique_ptr<Tiles> Statistics<A>::second_stage() const {
-  return std::make_unique<FinishCovariance<A>>(*this);
+  return std::make_unique<Covariances<A>>(*this);
 }
 
 struct StatisticsGradient {
@@ -249,15 +236,16 @@ struct StatisticsBackward : ProductTiles {
         dense(level.view.rows_are_channels &&
               level.pool.ky * level.pool.kx < (gradient.dx == nullptr ? kGatherPixelsForWeight : kGatherPixels)),
         partials(static_cast<size_t>(count() * dweight_size())) {
-    if (level.weight != nullptr) turn_weight();
+    if (level.weight != nullptr) transpose_weight();
     if (affine()) find_offsets();
   }
 
-  void turn_weight() {
-    turned.resize(static_cast<size_t>(level.pooled * level.channels()));
+  void transpose_weight() {
+    transposed_weight.resize(static_cast<size_t>(level.pooled * level.channels()));
     const A* weight = static_cast<const A*>(level.weight);
     for (int64_t c = 0; c < level.pooled; ++c)
-      for (int64_t k = 0; k < level.channels(); ++k) turned[k * level.pooled + c] = weight[c * level.channels() + k];
+      for (int64_t k = 0; k < level.channels(); ++k)
+        transposed_weight[k * level.pooled + c] = weight[c * level.channels() + k];
   }
 
   // shift - projection^T inner mean
@@ -276,7 +264,7 @@ struct StatisticsBackward : ProductTiles {
       matmul(z, inner_of(image), mean);
       if (level.projection != nullptr) matmul(row_major(centre.data(), channels, 1), projection().transposed(), z);
       const A* back = level.projection == nullptr ? z.data : centre.data();
-      add_scaled(&offsets[image * channels], A(-1), back, channels);
+      add_multiple(&offsets[image * channels], A(-1), back, channels);
     }
   }
 
@@ -347,9 +335,9 @@ struct StatisticsBackward : ProductTiles {
     }
     const A* offset = &offsets[block.image * channels];
     if (level.view.rows_are_channels)
-      for (int64_t k = 0; k < channels; ++k) add_constant(dx.data + k * dx.row_stride, offset[k], block.size);
+      for (int64_t k = 0; k < channels; ++k) add_number(dx.data + k * dx.row_stride, offset[k], block.size);
     else
-      for (int64_t i = 0; i < block.size; ++i) add_scaled(dx.data + i * dx.col_stride, A(1), offset, channels);
+      for (int64_t i = 0; i < block.size; ++i) add_vector(dx.data + i * dx.col_stride, offset, channels);
   }
 
   // The gradients of a strip's cells and where in it they go, (cells, p).
@@ -391,9 +379,9 @@ struct StatisticsBackward : ProductTiles {
     if (!level.view.rows_are_channels) {
       const A* weight = static_cast<const A*>(level.weight);
       for (int64_t i = 0; i < space.cells * pooled; ++i) {
-        add_scaled(dweight + i % pooled * channels, grads[i], x.data + at[i] * x.col_stride, channels);
+        add_multiple(dweight + i % pooled * channels, grads[i], x.data + at[i] * x.col_stride, channels);
         if (gradient.dx != nullptr)
-          add_scaled(dx.data + at[i] * dx.col_stride, grads[i], weight + i % pooled * channels, channels);
+          add_multiple(dx.data + at[i] * dx.col_stride, grads[i], weight + i % pooled * channels, channels);
       }
       return;
     }
@@ -401,7 +389,7 @@ struct StatisticsBackward : ProductTiles {
       gather(dweight + k * pooled, x.data + k * x.row_stride, at, grads, space.cells, pooled);
       if (gradient.dx == nullptr) continue;
       A* dx_row = dx.data + k * dx.row_stride;
-      const A* weight = &turned[k * pooled];
+      const A* weight = &transposed_weight[k * pooled];
       for (int64_t cell = 0; cell < space.cells; ++cell)
         for (int64_t c = 0; c < pooled; ++c) dx_row[at[cell * pooled + c]] += grads[cell * pooled + c] * weight[c];
     }
@@ -413,37 +401,37 @@ struct StatisticsBackward : ProductTiles {
   StatisticsGradient gradient;
   Strips strips;
   bool dense;
-  std::vector<A> turned;    // (C, p), the weight transposed
-  std::vector<A> offsets;   // (images, C), of dx
-  std::vector<A> partials;  // (images, groups, p, C), or (images, groups, C, p) where transposed()
+  std::vector<A> transposed_weight;  // (C, p)
+  std::vector<A> offsets;            // (images, C), of dx
+  std::vector<A> partials;           // (images, groups, p, C), or (images, groups, C, p) where transposed()
 };
 
-// Adds the groups' gradients of the weight in their order: a tile a pooled channel.
+// Second stage: adds the groups' gradients of the weight in their order. A tile is a pooled channel.
 template <typename A>
-struct FinishWeight : Tiles {
-  explicit FinishWeight(const StatisticsBackward<A>& of) : of(of) {}
+struct WeightGradient : Tiles {
+  explicit WeightGradient(const StatisticsBackward<A>& sums) : sums(sums) {}
 
-  int64_t count() const override { return of.level.weight == nullptr ? 0 : of.level.pooled; }
-  int64_t elements() const override { return static_cast<int64_t>(of.partials.size()); }
+  int64_t count() const override { return sums.level.weight == nullptr ? 0 : sums.level.pooled; }
+  int64_t elements() const override { return static_cast<int64_t>(sums.partials.size()); }
   void run(int64_t row) override {
-    const int64_t channels = of.level.channels(), pooled = of.level.pooled;
-    A* out = static_cast<A*>(of.gradient.dweight) + row * channels;
+    const int64_t channels = sums.level.channels(), pooled = sums.level.pooled;
+    A* out = static_cast<A*>(sums.gradient.dweight) + row * channels;
     std::fill(out, out + channels, A(0));
-    for (size_t first = 0; first < of.partials.size(); first += static_cast<size_t>(of.dweight_size())) {
-      const A* partial = &of.partials[first];
-      if (of.transposed())
+    for (size_t first = 0; first < sums.partials.size(); first += static_cast<size_t>(sums.dweight_size())) {
+      const A* partial = &sums.partials[first];
+      if (sums.transposed())
         for (int64_t k = 0; k < channels; ++k) out[k] += partial[k * pooled + row];
       else
-        add_scaled(out, A(1), partial + row * channels, channels);
+        add_vector(out, partial + row * channels, channels);
     }
   }
 
-  const StatisticsBackward<A>& of;
+  const StatisticsBackward<A>& sums;
 };
 
 template <typename A>
 std::unique_ptr<Tiles> StatisticsBackward<A>::second_stage() const {
-  return std::make_unique<FinishWeight<A>>(*this);
+  return std::make_unique<WeightGradient<A>>(*this);
 }
 
 StatisticsLevel statistics_level(const Tensor& x, const OptionalTensors& projections, const OptionalTensors& weights,
@@ -464,8 +452,8 @@ StatisticsLevel statistics_level(const Tensor& x, const OptionalTensors& project
   level.projection = rows(projections[index], "projection", level.rank);
   level.weight = rows(weights[index], "weight", level.pooled);
   if (level.weight != nullptr) {
-    STD_TORCH_CHECK(level.pool.fits(x.size(2), x.size(3)) && view.pixels() <= INT32_MAX,
-                    op, ": pool must fit the map, and its first cell the pool");
+    STD_TORCH_CHECK(level.pool.fits(x.size(2), x.size(3)) && view.pixels() <= INT32_MAX, op,
+                    ": pool must fit the map, and its first cell the pool");
   }
   return level;
 }
@@ -477,8 +465,9 @@ void check_lengths(const char* op, size_t count, const std::vector<int64_t>& poo
   (check_length(lists, count, op, "an argument"), ...);
 }
 
-Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const OptionalTensors& projection,
-                   const OptionalTensors& weight, const OptionalTensors& bias, const std::vector<int64_t>& pool) {
+Tensors non_local_statistics_forward(const Tensors& x, const OptionalTensors& mean, const OptionalTensors& projection,
+                                     const OptionalTensors& weight, const OptionalTensors& bias,
+                                     const std::vector<int64_t>& pool) {
   const char* op = "non_local_statistics_forward";
   check_lengths(op, x.size(), pool, mean, projection, weight, bias);
   Tensors pooled, winners, cross;
@@ -499,9 +488,8 @@ Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const Optional
         map, level.covaries ? std::vector<int64_t>{images, level.rank, level.channels()} : none, type));
     with_accumulator(type, [&](auto tag) {
       using A = typename decltype(tag)::type;
-      levels.push_back(std::make_unique<Statistics<A>>(level, pooled.back().mutable_data_ptr(),
-                                                       winners.back().mutable_data_ptr(),
-                                                       cross.back().mutable_data_ptr()));
+      levels.push_back(std::make_unique<Statistics<A>>(
+          level, pooled.back().mutable_data_ptr(), winners.back().mutable_data_ptr(), cross.back().mutable_data_ptr()));
     });
   }
   run_products(levels);
@@ -513,10 +501,11 @@ Tensors forward_op(const Tensors& x, const OptionalTensors& mean, const Optional
 }
 
 // Adds to every gradient that is not empty, if there are any, and fills grad_weight where something is pooled.
-void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tensors& x,
-                 const OptionalTensors& mean, const OptionalTensors& projection, const OptionalTensors& inner,
-                 const OptionalTensors& shift, const OptionalTensors& weight, const Tensors& winners,
-                 const OptionalTensors& grad_pooled, const std::vector<int64_t>& pool) {
+void non_local_statistics_backward_(const Tensors& gradient, const Tensors& grad_weight, const Tensors& x,
+                                    const OptionalTensors& mean, const OptionalTensors& projection,
+                                    const OptionalTensors& inner, const OptionalTensors& shift,
+                                    const OptionalTensors& weight, const Tensors& winners,
+                                    const OptionalTensors& grad_pooled, const std::vector<int64_t>& pool) {
   const char* op = "non_local_statistics_backward";
   check_lengths(op, x.size(), pool, grad_weight, mean, projection, inner, shift, weight, winners, grad_pooled);
   if (!gradient.empty()) check_length(gradient, x.size(), op, "gradient");
@@ -534,7 +523,8 @@ void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tens
     STD_TORCH_CHECK(wanted.inner == nullptr || level.mean != nullptr || images == 0, op, ": inner needs a mean");
     wanted.shift = checked_data(shift[index], type, images * level.channels(), map, op, "shift");
     if (level.weight != nullptr) {
-      wanted.winners = static_cast<const int32_t*>(checked_data(winners[index], ScalarType::Int, cells, map, op, "winners"));
+      wanted.winners =
+          static_cast<const int32_t*>(checked_data(winners[index], ScalarType::Int, cells, map, op, "winners"));
       wanted.grad_pooled = checked_data(grad_pooled[index], type, cells, map, op, "grad_pooled");
       checked_data(grad_weight[index], type, level.pooled * level.channels(), map, op, "grad_weight");
       wanted.dweight = grad_weight[index].mutable_data_ptr();
@@ -552,6 +542,6 @@ void backward_op(const Tensors& gradient, const Tensors& grad_weight, const Tens
 }  // namespace fbkd
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
-  m.impl("non_local_statistics_forward", TORCH_BOX(&fbkd::forward_op));
-  m.impl("non_local_statistics_backward_", TORCH_BOX(&fbkd::backward_op));
+  m.impl("non_local_statistics_forward", TORCH_BOX(&fbkd::non_local_statistics_forward));
+  m.impl("non_local_statistics_backward_", TORCH_BOX(&fbkd::non_local_statistics_backward_));
 }

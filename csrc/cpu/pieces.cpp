@@ -3,56 +3,32 @@
 namespace fbkd {
 namespace {
 
-#define FBKD_CONVERT(T, A)                                                                                \
-  FBKD_CLONES void convert_in(const T* __restrict__ from, int64_t stride, int64_t count, A* __restrict__ to) { \
-    if (stride == 1) {                                                                                    \
-      _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(load(from[i]));      \
-    } else {                                                                                              \
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(load(from[i * stride]));                 \
-    }                                                                                                     \
-  }
-
-#define FBKD_CONVERT_BACK(T, A)                                                                           \
-  FBKD_CLONES void convert_out(const A* __restrict__ from, int64_t count, T* __restrict__ to) {           \
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) store(to[i], narrowed<T>(from[i]));           \
-  }
-
-// What `store` takes: 16-bit types are rounded from float.
 template <typename T, typename A>
-FBKD_INLINE auto narrowed(A value) {
-  if constexpr (std::is_same_v<T, double>)
-    return static_cast<double>(value);
-  else
-    return static_cast<float>(value);
+FBKD_CLONES void convert_from(const T* __restrict__ x, int64_t stride, int64_t count, A* __restrict__ result) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) result[i] = static_cast<A>(load(x[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) result[i] = static_cast<A>(load(x[i * stride]));
+  }
 }
 
-FBKD_CONVERT(float, float)
-FBKD_CONVERT(double, float)
-FBKD_CONVERT(Half, float)
-FBKD_CONVERT(BFloat16, float)
-FBKD_CONVERT(float, double)
-FBKD_CONVERT(double, double)
-FBKD_CONVERT(Half, double)
-FBKD_CONVERT(BFloat16, double)
-FBKD_CONVERT_BACK(float, float)
-FBKD_CONVERT_BACK(double, float)
-FBKD_CONVERT_BACK(Half, float)
-FBKD_CONVERT_BACK(BFloat16, float)
-FBKD_CONVERT_BACK(float, double)
-FBKD_CONVERT_BACK(double, double)
-FBKD_CONVERT_BACK(Half, double)
-FBKD_CONVERT_BACK(BFloat16, double)
-#undef FBKD_CONVERT
-#undef FBKD_CONVERT_BACK
+// 16-bit types are rounded from float.
+template <typename T, typename A>
+FBKD_CLONES void convert_to(const A* __restrict__ x, int64_t count, T* __restrict__ result) {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(result[i], static_cast<Wide>(x[i]));
+}
 
 template <typename A>
 const A* load_as(ScalarType type, const void* data, int64_t first, int64_t stride, int64_t count, A* buffer) {
   return dispatch<Cpu>(type, [&](auto tag) -> const A* {
     using T = typename decltype(tag)::type;
-    const T* from = static_cast<const T*>(data) + first;
+    const T* x = static_cast<const T*>(data) + first;
     if constexpr (std::is_same_v<T, A>)
-      if (stride == 1) return from;
-    convert_in(from, stride, count, buffer);
+      if (stride == 1) return x;
+    convert_from(x, stride, count, buffer);
     return buffer;
   });
 }
@@ -61,8 +37,8 @@ template <typename A>
 void store_as(ScalarType type, void* data, int64_t first, int64_t count, const A* piece) {
   dispatch<Cpu>(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    T* to = static_cast<T*>(data) + first;
-    if (static_cast<const void*>(to) != piece) convert_out(piece, count, to);
+    T* result = static_cast<T*>(data) + first;
+    if (static_cast<const void*>(result) != piece) convert_to(piece, count, result);
   });
 }
 

@@ -8,6 +8,8 @@ namespace fbkd {
 
 // Columns that are handled at a time: small beside the first cache, and few enough additions for one float sum.
 constexpr int64_t kPiece = 1024;
+// Rows that a column's sum takes one at a time in the accumulation type: longer sums are made of pieces.
+constexpr int64_t kRowsOfPiece = 128;
 
 // `count` elements, `stride` apart, from element `first` on. The address itself where nothing has to be changed.
 const float* load_piece(ScalarType type, const void* data, int64_t first, int64_t stride, int64_t count, float* buffer);

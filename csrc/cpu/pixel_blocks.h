@@ -9,8 +9,8 @@
 
 namespace fbkd {
 
-// Pixels of a block: the widest of its maps is about 1 MB at most. Two blocks at least, for two threads; more of them, and
-// smaller, do not pay: with 4, 8 and 12 a level of 256 channels at 25x42 took 1.1, 1.4 and 1.8 times as long.
+// Pixels of a block: the widest of its maps is about 1 MB at most. Two blocks at least, for two threads; more of them,
+// and smaller, do not pay: with 4, 8 and 12 a level of 256 channels at 25x42 took 1.1, 1.4 and 1.8 times as long.
 constexpr int64_t kBlockElements = int64_t(1) << 18;
 constexpr int64_t kMinBlock = 64, kMaxBlock = 4096;
 constexpr int64_t kMinBlocks = 2;
@@ -93,15 +93,20 @@ Matrix<A> row_major(const A* data, int64_t rows, int64_t cols) {
 }
 
 // A level whose tiles are groups of blocks, each with partial sums of its own.
-struct ProductTiles : Tiles {
+struct ProductTiles : StagedTiles {
   virtual int64_t partial_bytes() const = 0;
-  // What adds the partial sums, once all tiles have run.
-  virtual std::unique_ptr<Tiles> second_stage() const = 0;
 };
 
 struct SumOfSquares : ProductTiles {
   virtual double total() const = 0;
 };
+
+// Adds the sums over a piece of the pixels to those over all of them, unless nullptr, and begins anew.
+template <typename A>
+void flush(A* sums, int64_t count, double* totals) {
+  for (int64_t i = 0; totals != nullptr && i < count; ++i) totals[i] += sums[i];
+  std::fill(sums, sums + count, A(0));
+}
 
 // All levels in one parallel region, except those that have too few groups for it: these run on the product's threads.
 template <class Level>
@@ -114,13 +119,6 @@ void run_products(const std::vector<std::unique_ptr<Level>>& levels) {
       for (int64_t tile = 0; tile < level->count(); ++tile) level->run(tile);
   }
   run_tiles(together, 2);
-}
-
-template <class Level>
-void run_second_stages(const std::vector<std::unique_ptr<Level>>& levels) {
-  std::vector<std::unique_ptr<Tiles>> stages;
-  for (const auto& level : levels) stages.push_back(level->second_stage());
-  run_tiles(stages);
 }
 
 }  // namespace fbkd

@@ -6,11 +6,32 @@
 
 namespace fbkd {
 
+namespace {
+
+template <bool READ, bool ADD, typename A>
+FBKD_INLINE void write_pool_gradient(const A* __restrict__ x, A row_abs, A row_plain, const A* __restrict__ col_abs,
+                                     const A* __restrict__ col_plain, int64_t count, A* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A plain = row_plain + col_plain[i];
+    const A gradient = READ ? input_gradient<A>(x[i], row_abs + col_abs[i], plain) : plain;
+    out[i] = ADD ? out[i] + gradient : gradient;
+  }
+}
+
 // sign(x) * (row_abs + col_abs) + row_plain + col_plain, written to out or added to it; x nullptr: only the plain part.
-void pool_gradient(const float* x, float row_abs, float row_plain, const float* col_abs, const float* col_plain,
-                   int64_t count, bool add, float* out);
-void pool_gradient(const double* x, double row_abs, double row_plain, const double* col_abs, const double* col_plain,
-                   int64_t count, bool add, double* out);
+template <typename A>
+FBKD_CLONES void pool_gradient(const A* x, A row_abs, A row_plain, const A* col_abs, const A* col_plain, int64_t count,
+                               bool add, A* out) {
+  if (x == nullptr)
+    add ? write_pool_gradient<false, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)
+        : write_pool_gradient<false, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);
+  else
+    add ? write_pool_gradient<true, true>(x, row_abs, row_plain, col_abs, col_plain, count, out)
+        : write_pool_gradient<true, false>(x, row_abs, row_plain, col_abs, col_plain, count, out);
+}
+
+}  // namespace
 
 // Gradients of one direction's means, divided by the number of elements of each mean; zeros where there is none.
 template <typename A>
@@ -38,8 +59,8 @@ struct PoolGradient {
         reads(grads.row_abs != nullptr || grads.col_abs != nullptr),
         present(reads || grads.row_plain != nullptr || grads.col_plain != nullptr) {}
 
-  // Writes, or adds to, up to kPiece elements of a row's gradient from column `col` on. data: the map itself, of element
-  // type `type`.
+  // Writes, or adds to, up to kPiece elements of a row's gradient from column `col` on. data: the map itself, of
+  // element type `type`.
   void put(int64_t image, int64_t row, int64_t col, int64_t count, ScalarType type, const void* data, bool add,
            A* out) const {
     A buffer[kPiece];

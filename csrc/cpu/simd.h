@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-// One clone a vector width, picked by the loader: wheels run on any x86-64 and still use the widest registers. A build with
-// -DFBKD_CLONES= has the width of its -march alone.
+// One clone a vector width, picked by the loader: wheels run on any x86-64 and still use the widest registers. A build
+// with -DFBKD_CLONES= has the width of its -march alone.
 #if defined(FBKD_CLONES)
 #elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FBKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -6,7 +6,8 @@
 //   e(y, x)  = t(y, x) - b - sum_ij w(i, j) s(y + i - 1, x + j - 1)    zero outside the image
 //   dw(i, j) = -2 sum_yx e(y, x) s(y + i - 1, x + j - 1)
 //   db       = -2 sum_yx e(y, x)
-//   ds(y, x) = -2 sum_ij w(2 - i, 2 - j) e(y + i - 1, x + j - 1)       the same convolution with w turned around
+//   ds(y, x) = -2 sum_ij w(2 - i, 2 - j) e(y + i - 1, x + j - 1)       the same convolution with w rotated by 180
+//   degrees
 //
 // ds needs e of one row beyond the tile on either side, which both neighbours compute.
 #include "../stable_abi.h"
@@ -16,10 +17,9 @@
 #include <array>
 
 #include "../tensors.h"
-#include "masked_rows.h"
 #include "pieces.h"
 #include "tiles.h"
-#include "vectors.h"
+#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -184,28 +184,32 @@ std::vector<SpatialLevel> spatial_levels(const Tensors& student, const Tensors& 
   return levels;
 }
 
-Tensors op(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher, bool gradient) {
-  Tensors outputs{Tensor()};
-  const auto levels = spatial_levels(student, weight, bias, teacher, gradient, outputs);
+// Writes the sums of every level, (levels, columns).
+void launch_spatial_l2(const std::vector<SpatialLevel>& levels, const Tensor& sums) {
   std::vector<std::unique_ptr<SpatialTiles>> tiles;
-  ScalarType total_type = ScalarType::Float;
-  for (const SpatialLevel& level : levels) {
-    total_type = accumulation_type(total_type, level.type);
+  for (const SpatialLevel& level : levels)
     tiles.push_back(with_accumulator(level.type, [&](auto type) -> std::unique_ptr<SpatialTiles> {
       return std::make_unique<LevelTiles<typename decltype(type)::type>>(level);
     }));
-  }
   run_tiles(tiles);
-  const int64_t columns = gradient ? kSums : 1;
-  outputs[0] = empty_like_device(student[0], {static_cast<int64_t>(levels.size()), columns}, total_type);
+  const int64_t columns = sums.size(1);
   for (size_t index = 0; index < levels.size(); ++index) {
-    const SpatialSums sums = tiles[index]->total();
-    for (int64_t k = 0; k < columns; ++k) put_number(outputs[0], index * columns + k, sums[k]);
+    const SpatialSums total = tiles[index]->total();
+    for (int64_t k = 0; k < columns; ++k) put_number(sums, static_cast<int64_t>(index) * columns + k, total[k]);
   }
+}
+
+Tensors spatial_l2(const Tensors& student, const Tensors& weight, const Tensors& bias, const Tensors& teacher,
+                   bool gradient) {
+  Tensors outputs{Tensor()};
+  const auto levels = spatial_levels(student, weight, bias, teacher, gradient, outputs);
+  const std::vector<int64_t> shape{static_cast<int64_t>(levels.size()), gradient ? kSums : 1};
+  outputs[0] = empty_like_device(student[0], shape, total_type(student, teacher));
+  launch_spatial_l2(levels, outputs[0]);
   return outputs;
 }
 
 }  // namespace
 }  // namespace fbkd
 
-STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) { m.impl("spatial_l2", TORCH_BOX(&fbkd::op)); }
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) { m.impl("spatial_l2", TORCH_BOX(&fbkd::spatial_l2)); }

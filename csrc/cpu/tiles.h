@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../layout.h"
@@ -28,8 +29,8 @@ struct Tiles {
   virtual void run(int64_t tile) = 0;
 };
 
-// Runs the tiles of every level in one parallel region, beginning with the first level's. A region needs two threads or
-// more: ask for at least two where the tiles' own calls must not start threads of theirs.
+// Runs the tiles of every level in one parallel region, beginning with the first level's. `at_least = 2` forces a
+// parallel region, inside which the BLAS calls of a tile stay single-threaded.
 inline void run_tiles(const std::vector<Tiles*>& levels, int64_t at_least = 1) {
   std::vector<int64_t> ends;
   int64_t tiles = 0, elements = 0;
@@ -57,6 +58,23 @@ void run_tiles(const std::vector<std::unique_ptr<Level>>& levels) {
   std::vector<Tiles*> pointers;
   for (const auto& level : levels) pointers.push_back(level.get());
   run_tiles(pointers);
+}
+
+// Tiles that leave partial sums, which a second stage adds up once all of them have run.
+struct StagedTiles : Tiles {
+  virtual std::unique_ptr<Tiles> second_stage() const = 0;
+};
+
+template <class Level>
+void run_second_stages(const std::vector<std::unique_ptr<Level>>& levels) {
+  std::vector<std::unique_ptr<Tiles>> stages;
+  for (const auto& level : levels) stages.push_back(level->second_stage());
+  run_tiles(stages);
+}
+
+// Partial sums of tiles, added up in the tiles' order.
+inline double total_of(const std::vector<double>& partials) {
+  return std::accumulate(partials.begin(), partials.end(), 0.0);
 }
 
 }  // namespace fbkd

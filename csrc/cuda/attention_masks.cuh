@@ -21,10 +21,14 @@ struct Map {
 
   __device__ __forceinline__ double at(int64_t index) const {
     switch (type) {
-      case MapType::kDouble: return static_cast<const double*>(data)[index];
-      case MapType::kHalf: return to_float(static_cast<const __half*>(data)[index]);
-      case MapType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
-      default: return static_cast<const float*>(data)[index];
+      case MapType::kDouble:
+        return static_cast<const double*>(data)[index];
+      case MapType::kHalf:
+        return to_float(static_cast<const __half*>(data)[index]);
+      case MapType::kBFloat16:
+        return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+      default:
+        return static_cast<const float*>(data)[index];
     }
   }
 };
@@ -75,13 +79,13 @@ __device__ __forceinline__ double block_maximum(double value, double (&shared)[k
 }
 
 // The tile's place: its level is known.
-struct MaskSpot {
+struct MaskPosition {
   int64_t image, tile;
   int64_t first;  // element of the image that is the thread's first; the next is kThreads further
   int count;
 
   template <typename A>
-  __device__ __forceinline__ MaskSpot(const SoftmaxLevel<A>& level, int64_t tile_of_level)
+  __device__ __forceinline__ MaskPosition(const SoftmaxLevel<A>& level, int64_t tile_of_level)
       : image(tile_of_level / level.tiles),
         tile(tile_of_level - image * level.tiles),
         first(tile * kMaskTile + threadIdx.x),
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kMaskBlocks)
   for (int64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
     const int index = batch.find(tile);
     const SoftmaxLevel<A>& level = batch.level[index];
-    const MaskSpot at(level, tile - batch.first_tile[index]);
+    const MaskPosition at(level, tile - batch.first_tile[index]);
     const int64_t first = at.image * level.length + at.first;
     for (int softmax = 0; softmax < level.softmaxes(); ++softmax) {
       double values[kMaskElements], maximum = -infinity, sum = 0;
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kMaskBlocks)
   for (int64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
     const int index = batch.find(tile);
     const SoftmaxLevel<A>& level = batch.level[index];
-    const MaskSpot at(level, tile - batch.first_tile[index]);
+    const MaskPosition at(level, tile - batch.first_tile[index]);
     const int64_t first = at.image * level.length + at.first;
     double masks[kMaskElements];
 #pragma unroll
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kMaskBlocks)
 // The masks of levels that accumulate in A. Of a level it takes: images, length, student, teacher, mask, temperature
 // and joint, and map_type(level, of_student).
 template <typename A, typename Level, typename TypeOf, typename Queue>
-void attention_masks(const std::vector<Level>& levels, TypeOf&& map_type, Queue& queue) {
+void launch_attention_masks(const std::vector<Level>& levels, TypeOf&& map_type, Queue& queue) {
   in_batches(levels, [&](const Level* first, const Level* last) {
     auto batch = empty_batch<SoftmaxLevel<A>>();
     int64_t count = 0;

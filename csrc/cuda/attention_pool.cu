@@ -9,30 +9,40 @@
 namespace fbkd::cuda {
 namespace {
 
-Tensors pool_forward(const Tensors& x) {
-  return fbkd::attention_pool_forward(x, [](const std::vector<PoolLevel>& levels, const Tensor& like) {
-    Queue queue(like);
-    by_type(levels, &PoolLevel::type, [&](auto element, const auto& same) {
-      using T = typename decltype(element)::type;
-      attention_pool_forward<T, Accumulator<T>>(same, queue);
-    });
+void launch_attention_pool_forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
+  Queue queue(like);
+  by_type(levels, &PoolLevel::type, [&](auto element, const auto& same) {
+    using T = typename decltype(element)::type;
+    launch_attention_pool_forward<T, Accumulator<T>>(same, queue);
   });
 }
 
-Tensors pool_backward(const Tensors& x, const OptionalTensors& grads) {
-  return fbkd::attention_pool_backward(x, grads, [](const std::vector<PoolGradientLevel>& levels, const Tensor& like) {
-    Queue queue(like);
-    by_type(levels, &PoolGradientLevel::type, [&](auto element, const auto& same) {
-      using T = typename decltype(element)::type;
-      attention_pool_backward<T, Accumulator<T>>(same, queue);
-    });
+void launch_attention_pool_backward(const std::vector<PoolGradientLevel>& levels, const Tensor& like) {
+  Queue queue(like);
+  by_type(levels, &PoolGradientLevel::type, [&](auto element, const auto& same) {
+    using T = typename decltype(element)::type;
+    launch_attention_pool_backward<T, Accumulator<T>>(same, queue);
   });
+}
+
+Tensors attention_pool_forward(const Tensors& x) {
+  Tensors means;
+  const auto levels = pool_levels(x, means, "attention_pool");
+  if (!levels.empty()) launch_attention_pool_forward(levels, x[0]);
+  return means;
+}
+
+Tensors attention_pool_backward(const Tensors& x, const OptionalTensors& grads) {
+  Tensors gradients;
+  const auto levels = pool_gradient_levels(x, grads, gradients, "attention_pool_backward");
+  if (!levels.empty()) launch_attention_pool_backward(levels, x[0]);
+  return gradients;
 }
 
 }  // namespace
 }  // namespace fbkd::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CUDA, m) {
-  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::cuda::pool_forward));
-  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::cuda::pool_backward));
+  m.impl("attention_pool_forward", TORCH_BOX(&fbkd::cuda::attention_pool_forward));
+  m.impl("attention_pool_backward", TORCH_BOX(&fbkd::cuda::attention_pool_backward));
 }

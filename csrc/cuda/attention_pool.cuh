@@ -81,7 +81,7 @@ struct SumLevel {
 
 // Row sums of a tile, and each thread's share of the sums of its columns.
 template <typename T, typename A, int VEC>
-__device__ __forceinline__ void sum_rows(const SumLevel<A>& level, const Spot& at, Sums<A> (&total)[VEC]) {
+__device__ __forceinline__ void sum_rows(const SumLevel<A>& level, const TilePosition& at, Sums<A> (&total)[VEC]) {
   const int64_t stride = level.view.row_stride;
   const T* columns =
       static_cast<const T*>(level.x) + at.image * level.view.image_stride + at.first_row * stride + at.col;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kSumBlocks)
   for (int64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
     const int index = batch.find(tile);
     const SumLevel<A>& level = batch.level[index];
-    const Spot at = spot_of<VEC>(level.view, level.shape, tile - batch.first_tile[index]);
+    const TilePosition at = tile_position<VEC>(level.view, level.shape, tile - batch.first_tile[index]);
     Sums<A> total[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) total[i] = {A(0), A(0)};
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     const int index = batch.find(tile);
     const GradientLevel<A>& level = batch.level[index];
     const MatrixView& view = level.view;
-    const Spot at = spot_of<VEC>(view, level.shape, tile - batch.first_tile[index]);
+    const TilePosition at = tile_position<VEC>(view, level.shape, tile - batch.first_tile[index]);
     const int64_t corner = at.image * view.image_stride + at.first_row * view.row_stride + at.col;
     const T* x = static_cast<const T*>(level.x) + corner;
     T* dx = static_cast<T*>(level.dx) + (at.image * view.rows + at.first_row) * view.cols + at.col;
@@ -294,7 +294,7 @@ inline int64_t partial_sums(const MatrixView& view, const Tiling& tiling) {
 
 // The means of levels of T. Of a level it takes: view, x and means (by direction).
 template <typename T, typename A, typename Level, typename Queue>
-void attention_pool_forward(const std::vector<Level>& levels, Queue& queue) {
+void launch_attention_pool_forward(const std::vector<Level>& levels, Queue& queue) {
   const auto shape_of = [](const Level& level) { return tile_shape<kVec<T>, kSumRows>(level.view, kSumSteps); };
   in_batches(levels, [&](const Level* first, const Level* last) {
     int64_t count = 0;
@@ -327,7 +327,7 @@ Source<A> source(const void* abs, const void* plain, int64_t length, int64_t cou
 
 // The gradients of levels of T. Of a level it takes: view, x, dx and grads (by direction).
 template <typename T, typename A, typename Level, typename Queue>
-void attention_pool_backward(const std::vector<Level>& levels, Queue& queue) {
+void launch_attention_pool_backward(const std::vector<Level>& levels, Queue& queue) {
   in_batches(levels, [&](const Level* first, const Level* last) {
     auto batch = empty_batch<GradientLevel<A>>();
     for (const Level* level = first; level != last; ++level) {

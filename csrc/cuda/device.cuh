@@ -25,19 +25,33 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 template <typename T, typename A>
 __device__ __forceinline__ T from_float(A x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ float from_float<float>(double x) { return static_cast<float>(x); }
+__device__ __forceinline__ float from_float<float>(double x) {
+  return static_cast<float>(x);
+}
 template <>
-__device__ __forceinline__ double from_float<double>(double x) { return x; }
+__device__ __forceinline__ double from_float<double>(double x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(double x) { return __double2half(x); }
+__device__ __forceinline__ __half from_float<__half>(double x) {
+  return __double2half(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(double x) { return __double2bfloat16(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(double x) {
+  return __double2bfloat16(x);
+}
 
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
@@ -95,7 +109,7 @@ struct Pack {
 
 // Words that move together.
 template <typename W, int COUNT>
-struct alignas(COUNT * sizeof(W)) Move {
+struct alignas(COUNT * sizeof(W)) Copy {
   W word[COUNT];
 };
 
@@ -114,10 +128,10 @@ __device__ __forceinline__ void load_pack(Pack<T, VEC>& pack, const T* data, int
     constexpr int kElements = PIECE < kVec<T> ? PIECE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
 #pragma unroll
     for (int first = 0; first < VEC; first += kElements) {
-      Move<Word<T>, kWords> move{};
-      if (first < count) move = *reinterpret_cast<const Move<Word<T>, kWords>*>(data + first);
+      Copy<Word<T>, kWords> copy{};
+      if (first < count) copy = *reinterpret_cast<const Copy<Word<T>, kWords>*>(data + first);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) pack.word[first / Pack<T, VEC>::kInWord + i] = move.word[i];
+      for (int i = 0; i < kWords; ++i) pack.word[first / Pack<T, VEC>::kInWord + i] = copy.word[i];
     }
   }
 }
@@ -133,10 +147,10 @@ __device__ __forceinline__ void store_pack(T* data, const Pack<T, VEC>& pack, in
     constexpr int kElements = PIECE < kVec<T> ? PIECE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
 #pragma unroll
     for (int first = 0; first < VEC; first += kElements) {
-      Move<Word<T>, kWords> move;
+      Copy<Word<T>, kWords> copy;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) move.word[i] = pack.word[first / Pack<T, VEC>::kInWord + i];
-      if (first < count) *reinterpret_cast<Move<Word<T>, kWords>*>(data + first) = move;
+      for (int i = 0; i < kWords; ++i) copy.word[i] = pack.word[first / Pack<T, VEC>::kInWord + i];
+      if (first < count) *reinterpret_cast<Copy<Word<T>, kWords>*>(data + first) = copy;
     }
   }
 }
@@ -216,14 +230,14 @@ struct TileShape {
 };
 
 // Where a thread works.
-struct Spot {
+struct TilePosition {
   int64_t image;
-  int64_t tile_row, tile_col;   // the tile among those of the image
-  int64_t first_row;            // of the tile
-  int64_t col;                  // first of the thread
-  int tile_rows;                // of the tile; rows in it count from its first
-  int cols;                     // of the thread
-  int lane;                     // in its group
+  int64_t tile_row, tile_col;  // the tile among those of the image
+  int64_t first_row;           // of the tile
+  int64_t col;                 // first of the thread
+  int tile_rows;               // of the tile; rows in it count from its first
+  int cols;                    // of the thread
+  int lane;                    // in its group
   int group;
   int groups;
 
@@ -235,11 +249,11 @@ struct Spot {
 };
 
 template <int VEC>
-__device__ __forceinline__ Spot spot_of(const MatrixView& view, const TileShape& shape, int64_t tile) {
+__device__ __forceinline__ TilePosition tile_position(const MatrixView& view, const TileShape& shape, int64_t tile) {
   const Tiling& tiling = shape.tiling;
   const int64_t row_of_tiles = tile / tiling.col_tiles;
   const int thread = threadIdx.x;
-  Spot at;
+  TilePosition at;
   at.image = row_of_tiles / tiling.row_tiles;
   at.tile_row = row_of_tiles - at.image * tiling.row_tiles;
   at.tile_col = tile - row_of_tiles * tiling.col_tiles;
@@ -268,8 +282,7 @@ __device__ __forceinline__ A sum_of_lane(A (&values)[8], int lane_bits) {
       values[i] = kept + __shfl_xor_sync(kFullWarp, given, half);
     }
   }
-  for (int offset = 8; offset < 1 << lane_bits; offset *= 2)
-    values[0] += __shfl_xor_sync(kFullWarp, values[0], offset);
+  for (int offset = 8; offset < 1 << lane_bits; offset *= 2) values[0] += __shfl_xor_sync(kFullWarp, values[0], offset);
   return values[0];
 }
 

@@ -20,7 +20,6 @@ CELLS = Selection(("test_cell_relation.py",), "literal_formula or every_norm or 
 POOL_CPP = "csrc/cpu/attention_pool.cpp"
 MASKS_CPP = "csrc/cpu/attention_masks.cpp"
 DISTANCE_CPP = "csrc/cpu/masked_l2.cpp"
-ROWS_CPP = "csrc/cpu/masked_rows.cpp"
 ADAPTED_CPP = "csrc/cpu/adapted_masked_l2.cpp"
 SPATIAL_CPP = "csrc/cpu/spatial_l2.cpp"
 STATISTICS_CPP = "csrc/cpu/non_local_statistics.cpp"
@@ -44,8 +43,8 @@ MUTATIONS = [
         "cpp.pool.last_column_of_later_rows",
         POOL_CPP,
         POOL,
-        "add_to(col_plain, plain, cols);",
-        "add_to(col_plain, plain, cols - 1);",
+        "add_vector(col_plain, plain, cols);",
+        "add_vector(col_plain, plain, cols - 1);",
     ),
     Mutation(
         "cpp.pool.count_of_a_row_mean",
@@ -108,13 +107,13 @@ MUTATIONS = [
         "row * t_view.row_stride + col;",
     ),
     Mutation(
-        "cpp.rows.sign_of_the_difference",
-        ROWS_CPP,
+        "cpp.distance.sign_of_the_difference",
+        DISTANCE_CPP,
         DISTANCE,
-        "weighted_difference<A>(s[i], t[i], weight[i]) * (s[i] - t[i]);",
-        "weighted_difference<A>(s[i], t[i], weight[i]) * (s[i] + t[i]);",
+        "sum += weight[i] * (s[i] - t[i]) * (s[i] - t[i]);",
+        "sum += weight[i] * (s[i] - t[i]) * (s[i] + t[i]);",
     ),
-    Mutation("cpp.pieces.stride", PIECES_CPP, DISTANCE, "load(from[i * stride])", "load(from[i])"),
+    Mutation("cpp.pieces.stride", PIECES_CPP, DISTANCE, "load(x[i * stride])", "load(x[i])"),
     Mutation(
         "cpp.adapted.sign_of_the_bias",
         ADAPTED_CPP,
@@ -133,8 +132,8 @@ MUTATIONS = [
         "cpp.adapted.last_rows_of_the_bias",
         ADAPTED_CPP,
         ADAPTED,
-        "(row % kColPiece == kColPiece - 1 || row == rows.count - 1)",
-        "(row % kColPiece == kColPiece - 1)",
+        "(row % kRowsOfPiece == kRowsOfPiece - 1 || row == rows.count - 1)",
+        "(row % kRowsOfPiece == kRowsOfPiece - 1)",
     ),
     Mutation(
         "cpp.spatial.mirrored_weight",
@@ -157,8 +156,8 @@ MUTATIONS = [
         "cpp.statistics.sign_of_the_mean",
         STATISTICS_CPP,
         STATISTICS,
-        "add_scaled(&offsets[image * channels], A(-1), back, channels);",
-        "add_scaled(&offsets[image * channels], A(1), back, channels);",
+        "add_multiple(&offsets[image * channels], A(-1), back, channels);",
+        "add_multiple(&offsets[image * channels], A(1), back, channels);",
     ),
     Mutation(
         "cpp.statistics.lower_half",
@@ -186,15 +185,15 @@ MUTATIONS = [
         "cpp.residual.sign_of_the_matrix_gradient",
         RESIDUAL_CPP,
         RESIDUAL,
-        "row * of.from, first, end, A(-1));",
-        "row * of.from, first, end, A(1));",
+        "row * student_channels, first, end, A(-1));",
+        "row * student_channels, first, end, A(1));",
     ),
     Mutation(
         "cpp.residual.groups_of_an_image",
         RESIDUAL_CPP,
         RESIDUAL,
-        "first = tile / of.to * of.groups, end = first + of.groups;",
-        "first = tile / of.to * of.groups, end = first + 1;",
+        "first = tile / teacher_channels * groups, end = first + groups;",
+        "first = tile / teacher_channels * groups, end = first + 1;",
     ),
     Mutation(
         "cpp.residual.square_after_scaling",

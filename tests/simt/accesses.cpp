@@ -211,8 +211,8 @@ int64_t simt_unwritten(const void* memory) {
 }
 
 // Before each access (-fsanitize=thread).
-#define SIMT_ACCESS(SIZE)                                                                                             \
-  void __tsan_read##SIZE(void* at) { simt::access(at, SIZE, false, __builtin_return_address(0)); }                    \
+#define SIMT_ACCESS(SIZE)                                                                          \
+  void __tsan_read##SIZE(void* at) { simt::access(at, SIZE, false, __builtin_return_address(0)); } \
   void __tsan_write##SIZE(void* at) { simt::access(at, SIZE, true, __builtin_return_address(0)); }
 SIMT_ACCESS(1)
 SIMT_ACCESS(2)

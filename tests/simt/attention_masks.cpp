@@ -19,10 +19,9 @@ struct Level {
 
 }  // namespace
 
-extern "C" const char* masks(int64_t count, bool in_double, void** student, void** teacher,
-                             const int64_t* student_type, const int64_t* teacher_type, const int64_t* images,
-                             const int64_t* length, const double* temperature, const bool* joint, void** mask,
-                             int64_t most_blocks) {
+extern "C" const char* masks(int64_t count, bool in_double, void** student, void** teacher, const int64_t* student_type,
+                             const int64_t* teacher_type, const int64_t* images, const int64_t* length,
+                             const double* temperature, const bool* joint, void** mask, int64_t most_blocks) {
   return simt::report([&] {
     Queue queue(most_blocks);
     std::vector<Level> levels;
@@ -33,8 +32,8 @@ extern "C" const char* masks(int64_t count, bool in_double, void** student, void
       return static_cast<cuda::MapType>(of_student ? level.student_type : level.teacher_type);
     };
     if (in_double)
-      cuda::attention_masks<double>(levels, type, queue);
+      cuda::launch_attention_masks<double>(levels, type, queue);
     else
-      cuda::attention_masks<float>(levels, type, queue);
+      cuda::launch_attention_masks<float>(levels, type, queue);
   });
 }

@@ -45,7 +45,7 @@ extern "C" const char* forward(int64_t count, int64_t type, void** x, const int6
     const auto levels = levels_of(count, x, sizes, strides, means, nullptr, nullptr);
     with_type(type, [&](auto element) {
       using T = typename decltype(element)::type;
-      cuda::attention_pool_forward<T, Accumulator<T>>(levels, queue);
+      cuda::launch_attention_pool_forward<T, Accumulator<T>>(levels, queue);
     });
   });
 }
@@ -57,7 +57,7 @@ extern "C" const char* backward(int64_t count, int64_t type, void** x, const int
     const auto levels = levels_of(count, x, sizes, strides, nullptr, grads, dx);
     with_type(type, [&](auto element) {
       using T = typename decltype(element)::type;
-      cuda::attention_pool_backward<T, Accumulator<T>>(levels, queue);
+      cuda::launch_attention_pool_backward<T, Accumulator<T>>(levels, queue);
     });
   });
 }

@@ -79,7 +79,11 @@ def build(name):
 
 def elements(tensor):
     """From the first to the last element, in elements."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    return (
+        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel()
+        else 0
+    )
 
 
 def flat(tensor):
@@ -121,7 +125,7 @@ class Library:
             self.call(name, arguments, outputs)
             results = [flat(output).clone() for output in outputs]
             first = first or results
-            for index, (mine, theirs) in enumerate(zip(results, first)):
+            for index, (mine, theirs) in enumerate(zip(results, first, strict=True)):
                 if not torch.equal(mine, theirs):
                     raise KernelError(f"{name}: the order of threads changes output {index} (order {order})")
 

@@ -56,7 +56,7 @@ class CaughtSignals {
     stack.ss_sp = memory.data();
     stack.ss_size = memory.size();
     sigaltstack(&stack, &stack_before_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = crash;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &before_[i]);

@@ -37,16 +37,15 @@ void with_types(int64_t student, int64_t teacher, F&& f) {
 }  // namespace
 
 extern "C" const char* forward(int64_t count, int64_t student_type, int64_t teacher_type, void** s, void** t,
-                               const int64_t* sizes, const int64_t* s_strides, const int64_t* t_strides,
-                               void** spatial, void** channel, void* squares, bool squares_are_double,
-                               int64_t most_blocks) {
+                               const int64_t* sizes, const int64_t* s_strides, const int64_t* t_strides, void** spatial,
+                               void** channel, void* squares, bool squares_are_double, int64_t most_blocks) {
   return simt::report([&] {
     Queue queue(most_blocks);
     const auto levels = levels_of(count, s, t, sizes, s_strides, t_strides, spatial, channel, nullptr);
     with_types(student_type, teacher_type, [&](auto student, auto teacher) {
       using S = typename decltype(student)::type;
       using T = typename decltype(teacher)::type;
-      cuda::masked_l2_forward<S, T, Accumulator<S, T>>(levels, squares, squares_are_double, queue);
+      cuda::launch_masked_l2_forward<S, T, Accumulator<S, T>>(levels, squares, squares_are_double, queue);
     });
   });
 }
@@ -61,7 +60,7 @@ extern "C" const char* backward(int64_t count, int64_t student_type, int64_t tea
     with_types(student_type, teacher_type, [&](auto student, auto teacher) {
       using S = typename decltype(student)::type;
       using T = typename decltype(teacher)::type;
-      cuda::masked_l2_backward<S, T, Accumulator<S, T>>(levels, grad, grad_is_double, queue);
+      cuda::launch_masked_l2_backward<S, T, Accumulator<S, T>>(levels, grad, grad_is_double, queue);
     });
   });
 }

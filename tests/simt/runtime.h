@@ -19,9 +19,10 @@
 // Library.run in build.py passes (inputs: reading only), Scratch, __shared__ variables and their own locals; a byte of
 // an output, of Scratch or of __shared__ (there: by the same block) has to be written before it is read.
 //
-// Not here: atomics, memcpy of a size known only at run time, extern __shared__, `__shared__ alignas(16)` (__align__(16)
-// works), blocks with an incomplete warp in a shuffle, textures, inline PTX, approximate intrinsics such as __expf.
-// Host code in a driver: no shared_ptr, no function-local static with an initialiser (both want hooks for atomics).
+// Not here: atomics, memcpy of a size known only at run time, extern __shared__, `__shared__ alignas(16)`
+// (__align__(16) works), blocks with an incomplete warp in a shuffle, textures, inline PTX, approximate intrinsics such
+// as __expf. Host code in a driver: no shared_ptr, no function-local static with an initialiser (both want hooks for
+// atomics).
 #pragma once
 
 #include <cuda_bf16.h>
