@@ -14,7 +14,7 @@ or float64, see products.py. D is kept without its masks, which may be as large 
   for float16 with Ms divided by a power of two above its peak, so that no element is larger than that of D.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -269,7 +269,7 @@ def weight_gradients(
 
 @triton.jit
 def below_one(mask, begin, end, given):
-    """A power of two, times which the float32 mask is below 1 on the pixels from ``begin`` to ``end``."""
+    """Return a power of two, times which the float32 mask is below 1 on the pixels from ``begin`` to ``end``."""
     peak = tl.zeros((PEAK_PIXELS,), tl.float32)
     for first in range(begin, end, PEAK_PIXELS):
         pixel = first + tl.arange(0, PEAK_PIXELS)
@@ -292,7 +292,7 @@ def difference_tile(
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile ``(pixels, teacher channels)`` of D; zeros outside."""
+    """Return a tile ``(pixels, teacher channels)`` of D; zeros outside."""
     student_channels, teacher_channels, pixels = extents
     student, weight, bias, teacher = inputs
     value = add_product(
@@ -303,12 +303,12 @@ def difference_tile(
         pixel,
         channel,
         (pixels, teacher_channels, student_channels),
-        STUDENT_PLANAR & PATH,
-        False,
-        ALIGNED & PATH,
-        weight.dtype.element_ty,
-        PRECISION,
-        INNER,
+        PLANAR=STUDENT_PLANAR & PATH,
+        TRANSPOSED=False,
+        IS_ALIGNED=ALIGNED & PATH,
+        OPERAND=weight.dtype.element_ty,
+        PRECISION=PRECISION,
+        INNER=INNER,
     )
     teachers = Images(teacher, size.teacher_stride, size.teacher_pitch)
     IS_ALIGNED: tl.constexpr = ALIGNED & PATH
@@ -320,7 +320,7 @@ def difference_tile(
 
 @triton.jit
 def add_pooled_gradients(total, student, pools, size, extents, image, pixel, channel, PATH: tl.constexpr):
-    """A tile ``(pixels, student channels)`` plus what the gradients of the student's four means add to it."""
+    """Return a tile ``(pixels, student channels)`` plus what the gradients of the student's four means add to it."""
     channels, _, pixels = extents
     spatial_abs, channel_abs, spatial_plain, channel_plain = pools
     row, col = pixel[:, None], channel[None, :]
@@ -358,8 +358,8 @@ class _Adaptation(NamedTuple):
     pair: Pair
     weight: Tensor  # (Ct, Cs)
     bias: Tensor  # (Ct,)
-    spatial_mask: Optional[Tensor]  # (N, H, W)
-    channel_mask: Optional[Tensor]  # (N, Ct)
+    spatial_mask: Tensor | None  # (N, H, W)
+    channel_mask: Tensor | None  # (N, Ct)
 
     @property
     def masks(self) -> list[Tensor]:
@@ -385,8 +385,8 @@ class _Adaptation(NamedTuple):
 
 
 def _adaptations(students, weights, biases, teachers, spatial_masks, channel_masks) -> list[_Adaptation]:
-    parameters = zip(weights, biases, spatial_masks, channel_masks)
-    levels = zip(pairs_of(students, teachers), parameters)
+    parameters = zip(weights, biases, spatial_masks, channel_masks, strict=True)
+    levels = zip(pairs_of(students, teachers), parameters, strict=True)
     return [
         _Adaptation(pair, weight.contiguous(), bias.contiguous(), *masks) for pair, (weight, bias, *masks) in levels
     ]
@@ -397,8 +397,8 @@ def adapted_masked_l2_forward(
     weights: list[Tensor],  # (Ct, Cs)
     biases: list[Tensor],  # (Ct,)
     teachers: list[Tensor],  # (N, Ct, H, W)
-    spatial_masks: list[Optional[Tensor]],  # (N, H, W)
-    channel_masks: list[Optional[Tensor]],  # (N, Ct)
+    spatial_masks: list[Tensor | None],  # (N, H, W)
+    channel_masks: list[Tensor | None],  # (N, Ct)
     keep: bool,
 ) -> list[Tensor]:
     """``sum(Ms * Mc * (A S + a - T)**2)`` of each level, ``(levels,)``; then, if kept, each level's D."""
@@ -409,13 +409,13 @@ def adapted_masked_l2_forward(
 
 
 def _empty_residuals(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-    return [empty_residual(*features) for features in zip(students, teachers)]
+    return [empty_residual(*features) for features in zip(students, teachers, strict=True)]
 
 
 def _write_residuals(levels: list[_Adaptation], residuals: list[Tensor]) -> tuple[Tensor, list[int]]:
     """Write D of each level, unless the list is empty; the partial sums, and how many of them each level has."""
     launched, first = [], 0
-    for level, residual in zip(levels, residuals or [level.pair.teacher for level in levels]):
+    for level, residual in zip(levels, residuals or [level.pair.teacher for level in levels], strict=True):
         launched.append(_sums_level(level, residual, first))
         first += launched[-1].programs
     pairs = [level.pair for level in levels]
@@ -443,12 +443,12 @@ def adapted_masked_l2_backward(
     weights: list[Tensor],
     biases: list[Tensor],
     teachers: list[Tensor],
-    spatial_masks: list[Optional[Tensor]],
-    channel_masks: list[Optional[Tensor]],
+    spatial_masks: list[Tensor | None],
+    channel_masks: list[Tensor | None],
     residuals: list[Tensor],  # D as the forward pass kept it; empty: it is computed again
     grad: Tensor,  # (levels,)
-    pool_grads: list[Optional[Tensor]],  # of the student's four means, 4 a level
-    grad_students: list[Optional[Tensor]],  # like the students, densely packed
+    pool_grads: list[Tensor | None],  # of the student's four means, 4 a level
+    grad_students: list[Tensor | None],  # like the students, densely packed
 ) -> list[Tensor]:
     """All gradients of the students, then of the weights, then of the biases."""
     levels = _adaptations(students, weights, biases, teachers, spatial_masks, channel_masks)
@@ -457,17 +457,17 @@ def adapted_masked_l2_backward(
         _write_residuals(levels, residuals)
     added = [(pool_grads[4 * slot : 4 * slot + 4], grad_students[slot]) for slot in range(len(levels))]
     gradients = _student_gradients(levels, residuals, added, grad) + _parameter_gradients(levels, residuals, grad)
-    return [gradient.to(like.dtype) for gradient, like in zip(gradients, [*students, *weights, *biases])]
+    return [gradient.to(like.dtype) for gradient, like in zip(gradients, [*students, *weights, *biases], strict=True)]
 
 
 def _student_gradients(
     levels: list[_Adaptation],
     residuals: list[Tensor],
-    added: list[tuple[list[Optional[Tensor]], Optional[Tensor]]],  # gradients of the means and of the student
+    added: list[tuple[list[Tensor | None], Tensor | None]],  # gradients of the means and of the student
     grad: Tensor,
 ) -> list[Tensor]:
     gradients, launched = [], []
-    for slot, (level, residual, (pool_grads, grad_student)) in enumerate(zip(levels, residuals, added)):
+    for slot, (level, residual, (pool_grads, grad_student)) in enumerate(zip(levels, residuals, added, strict=True)):
         gradients.append(empty_gradient(level.pair.student))
         launched.append(_student_level(level, residual, gradients[-1], pool_grads, grad_student, slot))
     launch_products(student_gradients, [level.pair for level in levels], launched, _STUDENT, grad)
@@ -478,8 +478,8 @@ def _student_level(
     level: _Adaptation,
     residual: Tensor,
     gradient: Tensor,
-    pool_grads: list[Optional[Tensor]],
-    grad_student: Optional[Tensor],
+    pool_grads: list[Tensor | None],
+    grad_student: Tensor | None,
     slot: int,
 ) -> Level:
     pair, matrix = level.pair, level.masked_weight()
@@ -501,9 +501,11 @@ def _student_level(
 
 def _parameter_gradients(levels: list[_Adaptation], residuals: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Gradients of all weights, then of all biases."""
-    weights, biases = ([torch.empty_like(x) for x in group] for group in zip(*((of.weight, of.bias) for of in levels)))
+    weights, biases = (
+        [torch.empty_like(x) for x in group] for group in zip(*((of.weight, of.bias) for of in levels), strict=True)
+    )
     launched, sums = [], []
-    for slot, (level, residual, weight, bias) in enumerate(zip(levels, residuals, weights, biases)):
+    for slot, (level, residual, weight, bias) in enumerate(zip(levels, residuals, weights, biases, strict=True)):
         path = level.pair.path(residual)
         splits = split_pixels(level.pair, weight.shape[1], _WEIGHT[level.pair.kind(path)])
         partials = splits.partials(residual, level.pair.dtype)

@@ -5,7 +5,6 @@ combines those of its image itself, which costs less than a third launch.
 """
 
 import struct
-from typing import Optional
 
 import triton
 import triton.language as tl
@@ -112,7 +111,7 @@ def combine_tiles(partials, tiles, temperature, TILES: tl.constexpr):
 
 @triton.jit
 def load_map(maps, at, inside, which: tl.constexpr, PATH: tl.constexpr):
-    """A map whose softmax is taken; -inf outside."""
+    """Return a map whose softmax is taken; -inf outside."""
     student, teacher, mask = maps
     source = student if which == 1 else teacher
     value = tl.load(source + at, mask=inside, other=-float("inf")).to(mask.dtype.element_ty)
@@ -134,7 +133,7 @@ def unpack_sizes(size, dtype: tl.constexpr):
     return length, images, tiles, temperature.to(dtype)
 
 
-def _level(student: Optional[Tensor], teacher: Tensor, mask: Tensor, temperature: float, joint: bool) -> Level:
+def _level(student: Tensor | None, teacher: Tensor, mask: Tensor, temperature: float, joint: bool) -> Level:
     images, path = teacher.shape[0], TEACHER if student is None else JOINT if joint else AVERAGE
     length = teacher.numel() // max(images, 1)
     tiles = triton.cdiv(length, BLOCK)
@@ -146,15 +145,18 @@ def _level(student: Optional[Tensor], teacher: Tensor, mask: Tensor, temperature
 
 
 def attention_masks(
-    students: list[Optional[Tensor]],  # (N, ...), None for a mask of the teacher alone
+    students: list[Tensor | None],  # (N, ...), None for a mask of the teacher alone
     teachers: list[Tensor],  # (N, ...)
     temperatures: list[float],
     joint: list[bool],
 ) -> list[Tensor]:
     """One mask from each pair of attention maps; inputs are contiguous."""
-    dtypes = [accumulation_dtype(t) if s is None else accumulation_dtype(s, t) for s, t in zip(students, teachers)]
-    masks = [teacher.new_empty(teacher.shape, dtype=dtype) for teacher, dtype in zip(teachers, dtypes)]
-    levels = [_level(*level) for level in zip(students, teachers, masks, temperatures, joint)]
+    dtypes = [
+        accumulation_dtype(t) if s is None else accumulation_dtype(s, t)
+        for s, t in zip(students, teachers, strict=True)
+    ]
+    masks = [teacher.new_empty(teacher.shape, dtype=dtype) for teacher, dtype in zip(teachers, dtypes, strict=True)]
+    levels = [_level(*level) for level in zip(students, teachers, masks, temperatures, joint, strict=True)]
     launch(sum_exponentials, levels, BLOCK=BLOCK)
     launch(write_masks, levels, BLOCK=BLOCK, TILES=TILES)
     return masks

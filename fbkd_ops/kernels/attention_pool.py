@@ -4,7 +4,7 @@ The decomposition of csrc/cuda: one read of ``x`` gives the sums of each tile's 
 kernel adds the tiles in a fixed order. No atomics, so that results repeat bit for bit.
 """
 
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,34 @@ MANY_ROWS, FEW_ROWS, ENOUGH_TILES = 128, 32, 512
 FINISH_TILES, FINISH_OUTPUTS = 16, 32
 
 
+class SumSizes(NamedTuple):
+    """A level's sizes in sum_tiles."""
+
+    images: int
+    rows: int
+    cols: int
+    stride: int  # from image to image
+    pitch: int
+    row_tiles: int
+    col_tiles: int
+    tile_rows: int
+
+
+class GradientSizes(NamedTuple):
+    """A level's sizes in input_gradients."""
+
+    rows: int
+    cols: int
+    stride: int
+    pitch: int
+    row_tiles: int
+    col_tiles: int
+    row_abs_given: int
+    row_plain_given: int
+    col_abs_given: int
+    col_plain_given: int
+
+
 @triton.jit
 def sum_tiles(
     x,  # a level: (images, rows, cols)
@@ -48,8 +76,9 @@ def sum_tiles(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
+    """Write the sums of x and of its magnitude over each tile's rows and columns."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = SumSizes(*pick_sizes(sizes, level))
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             sum_tile(pick(x, level), pick(partials, level), program, size, PATHS[index], BLOCK_ROWS, BLOCK_COLS)
@@ -57,26 +86,26 @@ def sum_tiles(
 
 @triton.jit
 def sum_tile(x, partials, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    images, rows, cols, image_stride, pitch, row_tiles, col_tiles, tile_rows = size
-    image, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    images, rows, cols = size.images, size.rows, size.cols
+    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     dtype: tl.constexpr = partials.dtype.element_ty
     col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
-    row_sums = partials + (image * col_tiles + col_tile) * rows
-    col_sums = partials + 2 * images * col_tiles * rows + (image * row_tiles + row_tile) * cols
+    row_sums = partials + (image * size.col_tiles + col_tile) * rows
+    col_sums = partials + 2 * images * size.col_tiles * rows + (image * size.row_tiles + row_tile) * cols
     total_abs = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
     total_plain = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
-    for first in range(0, tile_rows, BLOCK_ROWS):
-        row = row_tile * tile_rows + first + tl.arange(0, BLOCK_ROWS)
-        at = tile_pointers(x, image, image_stride, pitch, row[:, None], col[None, :], ALIGNED, False)
+    for first in range(0, size.tile_rows, BLOCK_ROWS):
+        row = row_tile * size.tile_rows + first + tl.arange(0, BLOCK_ROWS)
+        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGNED, False)
         value = tl.load(at, mask=(row < rows)[:, None] & col_inside[None, :], other=0.0).to(dtype)
         magnitude = tl.abs(value)
         total_abs += magnitude
         total_plain += value
         tl.store(row_sums + row, tl.sum(magnitude, axis=1), mask=row < rows)
-        tl.store(row_sums + images * col_tiles * rows + row, tl.sum(value, axis=1), mask=row < rows)
+        tl.store(row_sums + images * size.col_tiles * rows + row, tl.sum(value, axis=1), mask=row < rows)
     tl.store(col_sums + col, tl.sum(total_abs, axis=0), mask=col_inside)
-    tl.store(col_sums + images * row_tiles * cols + col, tl.sum(total_plain, axis=0), mask=col_inside)
+    tl.store(col_sums + images * size.row_tiles * cols + col, tl.sum(total_plain, axis=0), mask=col_inside)
 
 
 @triton.jit
@@ -89,6 +118,7 @@ def finish_means(
     TILES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
+    """Write the means, from the sums of all tiles."""
     level, _, program = find_level(sizes)
     first, images, blocks, tiles, length, count = pick_sizes(sizes, level)
     _, image, block = find_tile(program, images, blocks)
@@ -114,8 +144,9 @@ def input_gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
+    """Write the gradient of x, from those of its four means."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = GradientSizes(*pick_sizes(sizes, level))
     grads = pick(row_abs, level), pick(row_plain, level), pick(col_abs, level), pick(col_plain, level)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
@@ -127,24 +158,23 @@ def input_gradient(
     x, dx, grads, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     row_abs, row_plain, col_abs, col_plain = grads
-    rows, cols, image_stride, pitch, row_tiles, col_tiles = size[:6]
-    row_abs_given, row_plain_given, col_abs_given, col_plain_given = size[6:]
-    image, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    rows, cols = size.rows, size.cols
+    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     row_inside = row < rows
     col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
     row_at, col_at = image * rows + row, image * cols + col
-    by_row = scaled_gradient(row_plain, row_at, row_inside, row_plain_given, cols)
-    by_col = scaled_gradient(col_plain, col_at, col_inside, col_plain_given, rows)
+    by_row = scaled_gradient(row_plain, row_at, row_inside, size.row_plain_given, cols)
+    by_col = scaled_gradient(col_plain, col_at, col_inside, size.col_plain_given, rows)
     gradient = by_row[:, None] + by_col[None, :]
     inside = row_inside[:, None] & col_inside[None, :]
-    if row_abs_given + col_abs_given > 0:
-        at = tile_pointers(x, image, image_stride, pitch, row[:, None], col[None, :], ALIGNED, False)
+    if size.row_abs_given + size.col_abs_given > 0:
+        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGNED, False)
         value = tl.load(at, mask=inside, other=0.0).to(gradient.dtype)
         sign = (value > 0).to(gradient.dtype) - (value < 0).to(gradient.dtype)
-        by_row = scaled_gradient(row_abs, row_at, row_inside, row_abs_given, cols)
-        by_col = scaled_gradient(col_abs, col_at, col_inside, col_abs_given, rows)
+        by_row = scaled_gradient(row_abs, row_at, row_inside, size.row_abs_given, cols)
+        by_col = scaled_gradient(col_abs, col_at, col_inside, size.col_abs_given, rows)
         gradient += sign * (by_row[:, None] + by_col[None, :])
     at = tile_pointers(dx, image, rows * cols, cols, row[:, None], col[None, :], ALIGNED, False)
     tl.store(at, gradient.to(dx.dtype.element_ty), mask=inside)
@@ -167,13 +197,13 @@ def _empty_means(x: Tensor) -> list[Tensor]:
 
 
 def _forward_level(x: Tensor, means: list[Tensor]) -> tuple[Level, list[Level]]:
-    """The sums of the tiles, and both directions' means."""
+    """Return the sums of the tiles, and both directions' means."""
     view = matrix_view(x)
     images, rows, cols, tile_rows = view.images, view.rows, view.cols, _tile_rows(view)
     row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, BLOCK_COLS)
     by_row, by_col = 2 * images * col_tiles * rows, 2 * images * row_tiles * cols
     partials = x.new_empty(by_row + by_col, dtype=means[0].dtype)
-    sizes = images, rows, cols, view.image_stride, view.row_stride, row_tiles, col_tiles, tile_rows
+    sizes = SumSizes(images, rows, cols, view.image_stride, view.row_stride, row_tiles, col_tiles, tile_rows)
     sums = Level(images * row_tiles * col_tiles, (x, partials), sizes, _aligned(x, view))
     row_means, col_means = (means[1::2], means[::2]) if view.rows_are_channels else (means[::2], means[1::2])
     finish = [
@@ -193,30 +223,32 @@ def _direction(
 def attention_pool_forward(xs: list[Tensor]) -> list[Tensor]:
     """For each level: spatial attention ``(N, H, W)``, channel attention ``(N, C)``, spatial mean, channel mean."""
     means = [_empty_means(x) for x in xs]
-    levels = [_forward_level(x, outputs) for x, outputs in zip(xs, means)]
+    levels = [_forward_level(x, outputs) for x, outputs in zip(xs, means, strict=True)]
     launch(sum_tiles, [sums for sums, _ in levels], BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS)
     directions = [direction for _, finish in levels for direction in finish]
     launch(finish_means, directions, TILES=FINISH_TILES, OUTPUTS=FINISH_OUTPUTS)
     return [mean for outputs in means for mean in outputs]
 
 
-def _backward_level(x: Tensor, dx: Tensor, grads: list[Optional[Tensor]]) -> Level:
+def _backward_level(x: Tensor, dx: Tensor, grads: list[Tensor | None]) -> Level:
     view = matrix_view(x)
     by_row, by_col = (grads[1::2], grads[::2]) if view.rows_are_channels else (grads[::2], grads[1::2])
     grads = *by_row, *by_col
     tiles = triton.cdiv(view.rows, BLOCK_ROWS), triton.cdiv(view.cols, BLOCK_COLS)
     given = (grad is not None for grad in grads)
-    sizes = view.rows, view.cols, view.image_stride, view.row_stride, *tiles, *given
+    sizes = GradientSizes(view.rows, view.cols, view.image_stride, view.row_stride, *tiles, *given)
     pointers = x, dx, *in_place_of_none(grads, x, accumulation_dtype(x))
     return Level(view.images * tiles[0] * tiles[1], pointers, sizes, _aligned(x, view))
 
 
-def attention_pool_backward(xs: list[Tensor], grads: list[Optional[Tensor]]) -> list[Tensor]:
+def attention_pool_backward(xs: list[Tensor], grads: list[Tensor | None]) -> list[Tensor]:
     """Gradient of each level's ``x`` from those of its four means (None: absent).
 
     ``x`` is read only where a gradient of an attention map is given.
     """
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=matrix_layout(x)) for x in xs]
-    levels = [_backward_level(x, dx, grads[4 * at : 4 * at + 4]) for at, (x, dx) in enumerate(zip(xs, dxs))]
+    levels = [
+        _backward_level(x, dx, grads[4 * at : 4 * at + 4]) for at, (x, dx) in enumerate(zip(xs, dxs, strict=True))
+    ]
     launch(input_gradients, levels, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLS=BLOCK_COLS)
     return dxs

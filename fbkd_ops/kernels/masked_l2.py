@@ -4,7 +4,7 @@ Both maps are matrices in the student's orientation (rows = channels or pixels, 
 layout may be the other one: its tiles are then read along their columns.
 """
 
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,36 @@ __all__ = ["masked_l2_backward", "masked_l2_forward"]
 # 32 elements of each map a thread of 4 warps, all loaded before the first is used. 64 elements of a row, or of a
 # column of a transposed teacher, are whole 128-byte lines in 16 bits. In float64 registers suffice for half of that.
 _BLOCKS = {torch.float32: 64, torch.float64: 32}
-# A level's code path: 1 where both maps are read 16 bytes at a time, plus 2 where the teacher's tiles are transposed.
+# A level's code path has two bits: both maps are read 16 bytes at a time, the teacher's tiles are transposed.
+ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
+
+
+class Sizes(NamedTuple):
+    """A level's sizes in both kernels."""
+
+    rows: int
+    cols: int
+    stride: int  # of the student, from image to image
+    pitch: int
+    teacher_stride: int
+    teacher_pitch: int
+    row_tiles: int
+    col_tiles: int
+    row_given: int  # whether the mask is there
+    col_given: int
+    slot: int  # of the level in the result
+    first: int  # of the level's partial sums
+
+
+class Tile(NamedTuple):
+    """A tile of a level in a kernel."""
+
+    difference: tl.tensor  # S - T
+    weight: tl.tensor  # the product of the masks
+    image: tl.tensor
+    row: tl.tensor
+    col: tl.tensor
+    inside: tl.tensor
 
 
 @triton.jit
@@ -49,13 +78,14 @@ def sum_squares(
     PATHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Partial sums of the masked squared difference."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = Sizes(*pick_sizes(sizes, level))
     tensors = pick(student, level), pick(teacher, level), pick(row_mask, level), pick(col_mask, level)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             tile = difference_tile(tensors, program, size, PATHS[index], BLOCK)
-            store_sum(partials, tile, program + size[11])
+            store_sum(partials, tile, program + size.first)
 
 
 @triton.jit
@@ -70,52 +100,55 @@ def difference_gradients(
     PATHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the gradients of the students, ``2 grad Ms Mc (S - T)``."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = Sizes(*pick_sizes(sizes, level))
     tensors = pick(student, level), pick(teacher, level), pick(row_mask, level), pick(col_mask, level)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             tile = difference_tile(tensors, program, size, PATHS[index], BLOCK)
-            store_gradient(pick(gradient, level), grad, tile, size, PATHS[index] % 2)
+            store_gradient(pick(gradient, level), grad, tile, size, ALIGNED & PATHS[index])
 
 
 @triton.jit
 def difference_tile(tensors, program, size, PATH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of ``S - T``, of the product of the masks, and where the tile lies."""
+    """Return the program's Tile."""
     student, teacher, row_mask, col_mask = tensors
-    rows, cols, image_stride, pitch, teacher_image_stride, teacher_pitch = size[:6]
-    row_tiles, col_tiles, row_given, col_given = size[6:10]
-    image, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    rows, cols = size.rows, size.cols
+    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
+    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     row, col = row_tile * BLOCK + tl.arange(0, BLOCK), col_tile * BLOCK + tl.arange(0, BLOCK)
     VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
-    row_inside = row < whole_vectors(rows, PATH == 3, VECTOR)
-    col_inside = col < whole_vectors(cols, PATH % 2, VECTOR)
+    row_inside = row < whole_vectors(rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
+    col_inside = col < whole_vectors(cols, IS_ALIGNED, VECTOR)
     inside = row_inside[:, None] & col_inside[None, :]
-    at = tile_pointers(student, image, image_stride, pitch, row[:, None], col[None, :], PATH % 2, False)
+    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
     value = tl.load(at, mask=inside, other=0.0)
     at = tile_pointers(
-        teacher, image, teacher_image_stride, teacher_pitch, row[:, None], col[None, :], PATH % 2, PATH >= 2
+        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
     )
     dtype: tl.constexpr = row_mask.dtype.element_ty
     difference = value.to(dtype) - tl.load(at, mask=inside, other=0.0).to(dtype)
-    by_row = load_mask(row_mask, image * rows + row, row_inside, row_given)
-    by_col = load_mask(col_mask, image * cols + col, col_inside, col_given)
-    return difference, by_row[:, None] * by_col[None, :], image, row, col, inside
+    by_row = load_mask(row_mask, image * rows + row, row_inside, size.row_given)
+    by_col = load_mask(col_mask, image * cols + col, col_inside, size.col_given)
+    return Tile(difference, by_row[:, None] * by_col[None, :], image, row, col, inside)
 
 
 @triton.jit
 def store_sum(partials, tile, at):
-    difference, weight = tile[:2]
-    tl.store(partials + at, tl.sum(difference * difference * weight).to(partials.dtype.element_ty))
+    """Store the tile's masked sum of squares."""
+    squares = tile.difference * tile.difference * tile.weight
+    tl.store(partials + at, tl.sum(squares).to(partials.dtype.element_ty))
 
 
 @triton.jit
-def store_gradient(gradient, grad, tile, size, ALIGNED: tl.constexpr):
-    difference, weight, image, row, col, inside = tile
-    rows, cols, slot = size[0], size[1], size[10]
-    scale = 2 * tl.load(grad + slot).to(difference.dtype)
-    at = tile_pointers(gradient, image, rows * cols, cols, row[:, None], col[None, :], ALIGNED, False)
-    store_rounded(at, scale * weight * difference, inside)
+def store_gradient(gradient, grad, tile, size, IS_ALIGNED: tl.constexpr):
+    """Store the tile of the student's gradient."""
+    scale = 2 * tl.load(grad + size.slot).to(tile.difference.dtype)
+    row, col = tile.row[:, None], tile.col[None, :]
+    at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    store_rounded(at, scale * tile.weight * tile.difference, tile.inside)
 
 
 def _path(student: Tensor, view: MatrixView, teacher: Tensor, teacher_view: MatrixView) -> int:
@@ -124,11 +157,11 @@ def _path(student: Tensor, view: MatrixView, teacher: Tensor, teacher_view: Matr
     aligned = aligned_to_16_bytes(student, view.image_stride, view.row_stride, *extents) and aligned_to_16_bytes(
         teacher, teacher_view.image_stride, teacher_view.row_stride, *extents
     )
-    return 2 * transposed + aligned
+    return TRANSPOSED.value * transposed + ALIGNED.value * aligned
 
 
 def _level(
-    inputs: tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]],
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     outputs: tuple[Tensor, ...],
     slot: int,  # of the level in the result
     first: int,  # of the level's partial sums
@@ -139,7 +172,8 @@ def _level(
     strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
     dtype = accumulation_dtype(student, teacher)
     tiles = triton.cdiv(view.rows, _BLOCKS[dtype]), triton.cdiv(view.cols, _BLOCKS[dtype])
-    sizes = view.rows, view.cols, *strides, *tiles, row_mask is not None, col_mask is not None, slot, first
+    given = row_mask is not None, col_mask is not None
+    sizes = Sizes(view.rows, view.cols, *strides, *tiles, *given, slot, first)
     masks = in_place_of_none((row_mask, col_mask), student, dtype)
     path = _path(student, view, teacher, teacher_view)
     return Level(view.images * tiles[0] * tiles[1], (student, teacher, *masks, *outputs), sizes, path)
@@ -154,12 +188,12 @@ def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
 def masked_l2_forward(
     students: list[Tensor],  # (N, C, H, W)
     teachers: list[Tensor],  # (N, C, H, W)
-    spatial_masks: list[Optional[Tensor]],  # (N, H, W)
-    channel_masks: list[Optional[Tensor]],  # (N, C)
+    spatial_masks: list[Tensor | None],  # (N, H, W)
+    channel_masks: list[Tensor | None],  # (N, C)
 ) -> Tensor:
     """``sum(Ms * Mc * (S - T)**2)`` of each level, ``(levels,)``."""
     levels, first = [], 0
-    for slot, inputs in enumerate(zip(students, teachers, spatial_masks, channel_masks)):
+    for slot, inputs in enumerate(zip(students, teachers, spatial_masks, channel_masks, strict=True)):
         levels.append(_level(inputs, (), slot, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
@@ -170,13 +204,13 @@ def masked_l2_forward(
 def masked_l2_backward(
     students: list[Tensor],
     teachers: list[Tensor],
-    spatial_masks: list[Optional[Tensor]],
-    channel_masks: list[Optional[Tensor]],
+    spatial_masks: list[Tensor | None],
+    channel_masks: list[Tensor | None],
     grad: Tensor,  # (levels,)
 ) -> list[Tensor]:
     """Gradient of each level's student, ``2 * grad * Ms * Mc * (S - T)``."""
     gradients = [torch.empty(s.shape, dtype=s.dtype, device=s.device, memory_format=matrix_layout(s)) for s in students]
-    inputs = zip(students, teachers, spatial_masks, channel_masks)
-    levels = [_level(level, (dS,), slot, 0) for slot, (level, dS) in enumerate(zip(inputs, gradients))]
+    inputs = zip(students, teachers, spatial_masks, channel_masks, strict=True)
+    levels = [_level(level, (dS,), slot, 0) for slot, (level, dS) in enumerate(zip(inputs, gradients, strict=True))]
     _launch(difference_gradients, levels, grad)
     return gradients

@@ -10,7 +10,7 @@ beside float16, whose range a gradient could leave, and in a covariance, a 16-bi
 dtypes see products.py.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,13 +52,87 @@ from .pyramid import (
 
 __all__ = ["non_local_statistics_backward_", "non_local_statistics_forward"]
 
-# A level's sizes: channels, pixels, width, the map's image stride and pitch. Kernels that know of cells go on with p,
-# height and width of a cell, height and width of the first pool's in a nested order, rows and columns of cells.
 # A level's code path has two bits: the map's pixels lie side by side (else its channels), and maps and matrices are
 # read 16 bytes at a time.
 PLANAR = tl.constexpr(2)
 UNVISITED = tl.constexpr((1 << 31) - 1)  # comes after every candidate
 FINISH_TILES, FINISH_OUTPUTS = 8, 256
+
+
+class PoolSizes(NamedTuple):
+    """A level's sizes in pool_convolutions."""
+
+    channels: int
+    pixels: int
+    width: int
+    stride: int  # of the map, from image to image
+    pitch: int
+    outputs: int  # p
+    cell_height: int
+    cell_width: int
+    first_height: int  # of the first pool's cells in a nested order
+    first_width: int
+    cell_rows: int
+    cell_cols: int
+    cells_of_tile: int
+    tiles_of_row: int
+    channel_tiles: int
+
+
+class CovarianceSizes(NamedTuple):
+    """A level's sizes in covariance_tiles."""
+
+    channels: int
+    pixels: int
+    width: int
+    stride: int
+    pitch: int
+    channel_tiles: int
+    splits: int
+    tiles_of_split: int
+
+
+class GradientSizes(NamedTuple):
+    """A level's sizes in add_map_gradients."""
+
+    channels: int
+    pixels: int
+    width: int
+    stride: int
+    pitch: int
+    outputs: int
+    cell_height: int
+    cell_width: int
+    first_height: int
+    first_width: int
+    cell_rows: int
+    cell_cols: int
+    pixel_tiles: int
+    channel_tiles: int
+    matrix_given: int
+    shift_given: int
+
+
+class WeightSizes(NamedTuple):
+    """A level's sizes in pool_weight_gradients."""
+
+    channels: int
+    pixels: int
+    width: int
+    stride: int
+    pitch: int
+    outputs: int
+    cell_height: int
+    cell_width: int
+    first_height: int
+    first_width: int
+    cell_rows: int
+    cell_cols: int
+    row_tiles: int
+    col_tiles: int
+    tiles_of_image: int
+    tiles: int
+    tiles_of_split: int
 
 
 @triton.jit
@@ -75,16 +149,19 @@ def pool_convolutions(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A program folds some cells of a row; a lane, a column of a cell, or every PIXELS-th of a cell that is wider."""
+    """Fold some cells of a row per program; per lane a column of a cell, or every PIXELS-th of a wider cell."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = PoolSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, weight, bias), level)
-    outputs, cell_height, cell_width, _, _, _, cell_cols, cells_of_tile, tiles_of_row = small(size[5:14])
-    image, tile, channel_tile = find_tile(program, size[10] * tiles_of_row, size[14])
+    outputs, cell_height, cell_width, cell_cols = small(
+        (size.outputs, size.cell_height, size.cell_width, size.cell_cols)
+    )
+    cells_of_tile, tiles_of_row = small((size.cells_of_tile, size.tiles_of_row))
+    image, tile, channel_tile = find_tile(program, size.cell_rows * tiles_of_row, size.channel_tiles)
     tile = tile.to(tl.int32)
     cell_row, first_cell = tile // tiles_of_row, tile % tiles_of_row * cells_of_tile
     lane, channel = tl.arange(0, PIXELS), indices(channel_tile, CHANNELS)
-    corner = cell_row * cell_height * size[2].to(tl.int32) + first_cell * cell_width
+    corner = cell_row * cell_height * size.width.to(tl.int32) + first_cell * cell_width
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             best, order = fold_columns(
@@ -92,7 +169,7 @@ def pool_convolutions(
             )
             best, order = fold_cells(best, order, lane, cell_width, PIXELS)
             inside = ((lane < cells_of_tile) & (first_cell + lane < cell_cols))[:, None] & (channel < outputs)[None, :]
-            first = (image * outputs + channel) * (size[10] * cell_cols) + cell_row * cell_cols + first_cell
+            first = (image * outputs + channel) * (size.cell_rows * cell_cols) + cell_row * cell_cols + first_cell
             at = first[None, :] + lane[:, None]
             tl.store(pick(pooled, level) + at, best, mask=inside)
             winner = corner + (lane * cell_width)[:, None] + pixel_in_cell(size, order)
@@ -113,13 +190,13 @@ def fold_columns(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """The best of each column ``(pixels, p)`` of a tile's cells, and when it was visited."""
+    """Return the best of each column ``(pixels, p)`` of a tile's cells, and when it was visited."""
     x, weight, bias = inputs
     BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and (PLANAR & PATH)
     VECTOR: tl.constexpr = vector_length(x.dtype.element_ty)
-    channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
-    width = size[2].to(tl.int32)
-    outputs, cell_height, cell_width = small(size[5:8])
+    channels = whole_vectors(size.channels.to(tl.int32), ALIGNED & PATH, VECTOR)
+    width = size.width.to(tl.int32)
+    outputs, cell_height, cell_width = small((size.outputs, size.cell_height, size.cell_width))
     offset, chunks = lane % cell_width, tl.cdiv(cell_width, PIXELS)
     shift = tl.load(bias + channel, mask=channel < outputs, other=0.0)
     best = tl.full((PIXELS, CHANNELS), float("-inf"), shift.dtype)
@@ -130,18 +207,18 @@ def fold_columns(
         end = whole_vectors((corner // width + row + 1) * width, BY_PIXEL, VECTOR)  # of the row of pixels
         value = add_product(
             tl.zeros((PIXELS, CHANNELS), shift.dtype),
-            Images(x, size[3], size[4]),
+            Images(x, size.stride, size.pitch),
             Images(weight, 0, channels),
             image,
             start + lane,
             channel,
             (end, outputs, channels),
-            PLANAR & PATH,
-            False,
-            ALIGNED & PATH,
-            weight.dtype.element_ty,
-            PRECISION,
-            INNER,
+            PLANAR=PLANAR & PATH,
+            TRANSPOSED=False,
+            IS_ALIGNED=ALIGNED & PATH,
+            OPERAND=weight.dtype.element_ty,
+            PRECISION=PRECISION,
+            INNER=INNER,
         )
         value += shift[None, :]
         column = chunk * PIXELS + offset
@@ -153,7 +230,7 @@ def fold_columns(
 
 @triton.jit
 def fold_cells(best, order, lane, cell_width, PIXELS: tl.constexpr):
-    """The best of each cell, cell by cell, from the columns that lie in ``cell_width`` lanes each."""
+    """Return the best of each cell, cell by cell, from the columns that lie in ``cell_width`` lanes each."""
     width = tl.minimum(cell_width, PIXELS)
     distance = 1
     while distance < width:
@@ -176,7 +253,7 @@ def precedes(value, rank, best, order):
 @triton.jit
 def order_in_cell(size, row, column):
     """When a cell's pixel is visited: the first pool's cells, one after the other."""
-    cell_width, first_height, first_width = small(size[7:10])
+    cell_width, first_height, first_width = small((size.cell_width, size.first_height, size.first_width))
     outer = row // first_height * (cell_width // first_width) + column // first_width
     return (outer * first_height + row % first_height) * first_width + column % first_width
 
@@ -184,12 +261,12 @@ def order_in_cell(size, row, column):
 @triton.jit
 def pixel_in_cell(size, order):
     """How many pixels after the cell's first one the pixel lies that is visited at ``order``."""
-    cell_width, first_height, first_width = small(size[7:10])
+    cell_width, first_height, first_width = small((size.cell_width, size.first_height, size.first_width))
     across_cell = cell_width // first_width
     column, rest = order % first_width, order // first_width
     row, outer = rest % first_height, rest // first_height
     row, column = outer // across_cell * first_height + row, outer % across_cell * first_width + column
-    return row * size[2].to(tl.int32) + column
+    return row * size.width.to(tl.int32) + column
 
 
 @triton.jit
@@ -204,34 +281,34 @@ def covariance_tiles(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Partial sums over pixels of ``(x - mean) (x - mean)^T``, up to the tiles on the diagonal."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = CovarianceSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, mean), level)
-    channel_tiles, splits, tiles_of_split = size[5:8]
-    part, row_tile, col_tile = find_tile(program, channel_tiles, channel_tiles)
+    part, row_tile, col_tile = find_tile(program, size.channel_tiles, size.channel_tiles)
     row, col = indices(row_tile, CHANNELS), indices(col_tile, CHANNELS)
-    pitch = channel_tiles * CHANNELS
+    pitch = size.channel_tiles * CHANNELS
     for index in tl.static_range(len(PATHS)):
         if (path == PATHS[index]) & (row_tile >= col_tile):
-            known = known_sizes(inputs[0], size, PATHS[index])
-            image, first = part // splits, part % splits * tiles_of_split
+            extents = map_extents(inputs[0], size, PATHS[index])
+            image, first = part // size.splits, part % size.splits * size.tiles_of_split
             total = tl.zeros((CHANNELS, CHANNELS), inputs[1].dtype.element_ty)
-            for step in range(0, tl.minimum(tiles_of_split, tl.cdiv(size[1], PIXELS) - first)):
+            for step in range(0, tl.minimum(size.tiles_of_split, tl.cdiv(size.pixels, PIXELS) - first)):
                 pixel = indices(first + step, PIXELS)
-                left = centred_tile(inputs, known, image, pixel, row, False, PATHS[index])
-                right = centred_tile(inputs, known, image, pixel, col, True, PATHS[index])
+                left = centred_tile(inputs, size, extents, image, pixel, row, False, PATHS[index])
+                right = centred_tile(inputs, size, extents, image, pixel, col, True, PATHS[index])
                 total = multiply(left, right, total, PRECISION)
-            to = pick(partials, level)
-            at = tile_pointers(to, part, pitch * pitch, pitch, row[:, None], col[None, :], True, False)
+            sums = pick(partials, level)
+            at = tile_pointers(sums, part, pitch * pitch, pitch, row[:, None], col[None, :], True, False)
             tl.store(at, total)
 
 
 @triton.jit
-def centred_tile(inputs, size, image, pixel, channel, PIXELS_FIRST: tl.constexpr, PATH: tl.constexpr):
-    """A tile of ``x - mean``, ``(pixels, channels)`` or the other way round; zeros outside."""
+def centred_tile(inputs, size, extents, image, pixel, channel, PIXELS_FIRST: tl.constexpr, PATH: tl.constexpr):
+    """Return a tile of ``x - mean``, ``(pixels, channels)`` or transposed; zeros outside."""
     x, mean = inputs
-    channels, pixels = size[:2]
-    value = map_tile(x, size, image, pixel, channel, PIXELS_FIRST, PATH).to(mean.dtype.element_ty)
+    channels, pixels = extents
+    value = load_tile(x, size, extents, image, pixel, channel, PIXELS_FIRST, PATH).to(mean.dtype.element_ty)
     centre = tl.load(mean + image * channels + channel, mask=channel < channels, other=0.0)
     return tl.where(across(pixel < pixels, PIXELS_FIRST), value - across(centre, not PIXELS_FIRST), 0.0)
 
@@ -245,15 +322,16 @@ def finish_covariances(
     TILES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
+    """Add up the partial sums, divide by the number of pixels, and mirror what is below the diagonal."""
     level, _, program = find_level(sizes)
     channels, pixels, splits, pitch, blocks = pick_sizes(sizes, level)
     image, row, block = find_tile(program, channels, blocks)
     col = block * OUTPUTS + tl.arange(0, OUTPUTS)
     at = pick(partials, level) + (image * splits * pitch + row) * pitch + col
     value = add_tiles(at, splits, pitch * pitch, col <= row, TILES, OUTPUTS) / pixels
-    to = pick(covariance, level) + image * channels * channels
-    tl.store(to + row * channels + col, value, mask=col <= row)
-    tl.store(to + col * channels + row, value, mask=col <= row)
+    matrix = pick(covariance, level) + image * channels * channels
+    tl.store(matrix + row * channels + col, value, mask=col <= row)
+    tl.store(matrix + col * channels + row, value, mask=col <= row)
 
 
 @triton.jit
@@ -272,19 +350,22 @@ def add_map_gradients(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Add ``matrix x + shift`` and the pooled values' ``G weight`` to each map's gradient."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = GradientSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, matrix, shift, weight), level)
     pool = pick_all((winners, grad_pooled), level)
-    image, pixel_tile, channel_tile = find_tile(program, size[12], size[13])
+    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
     pixel, channel = indices(pixel_tile, PIXELS), indices(channel_tile, CHANNELS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(inputs[0], size, PATHS[index])
-            total = gradient_tile(inputs, pool, known, image, pixel, channel, PATHS[index], PRECISION, INNER)
+            extents = map_extents(inputs[0], size, PATHS[index])
+            total = gradient_tile(inputs, pool, size, extents, image, pixel, channel, PATHS[index], PRECISION, INNER)
             IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
-            to = pick(gradient, level)
-            at, inside = dense_tile(to, image, pixel, channel, known[1], known[0], IS_ALIGNED, PLANAR & PATHS[index])
+            IS_PLANAR: tl.constexpr = PLANAR & PATHS[index]
+            channels, pixels = extents
+            dense = pick(gradient, level)
+            at, inside = dense_tile(dense, image, pixel, channel, pixels, channels, IS_ALIGNED, IS_PLANAR)
             total += tl.load(at, mask=inside, other=0.0).to(total.dtype)
             store_rounded(at, total, inside)
 
@@ -294,6 +375,7 @@ def gradient_tile(
     inputs,
     pool,
     size,
+    extents,
     image,
     pixel,
     channel,
@@ -301,25 +383,25 @@ def gradient_tile(
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile ``(pixels, channels)`` of ``matrix x + shift`` and of the pooled values' ``G weight``."""
+    """Return a tile ``(pixels, channels)`` of ``matrix x + shift`` and of the pooled values' ``G weight``."""
     x, matrix, shift, weight = inputs
-    channels, pixels = size[:2]
-    outputs, matrix_given, shift_given = size[5].to(tl.int32), size[14].to(tl.int32), size[15]
+    channels, pixels = extents
+    outputs, matrix_given = small((size.outputs, size.matrix_given))
     operand: tl.constexpr = weight.dtype.element_ty
     total = add_product(
         tl.zeros((pixel.shape[0], channel.shape[0]), shift.dtype.element_ty),
-        Images(x, size[3], size[4]),
+        Images(x, size.stride, size.pitch),
         Images(matrix, channels.to(tl.int64) * channels, channels),
         image,
         pixel,
         channel,
         (pixels, channels, channels * matrix_given),
-        PLANAR & PATH,
-        False,
-        ALIGNED & PATH,
-        operand,
-        PRECISION,
-        INNER,
+        PLANAR=PLANAR & PATH,
+        TRANSPOSED=False,
+        IS_ALIGNED=ALIGNED & PATH,
+        OPERAND=operand,
+        PRECISION=PRECISION,
+        INNER=INNER,
     )
     for first in range(0, outputs, INNER):
         k = first + tl.arange(0, INNER)
@@ -327,7 +409,7 @@ def gradient_tile(
         at = tile_pointers(weight, 0, 0, channels, k[:, None], channel[None, :], ALIGNED & PATH, False)
         inside = (k < outputs)[:, None] & (channel < channels)[None, :]
         total = multiply(scattered, tl.load(at, mask=inside, other=0.0), total, PRECISION)
-    inside = (channel < channels) & (shift_given != 0)
+    inside = (channel < channels) & (size.shift_given != 0)
     return total + tl.load(shift + image * channels + channel, mask=inside, other=0.0)[None, :]
 
 
@@ -346,61 +428,64 @@ def pool_weight_gradients(
 ):
     """Partial sums over pixels of ``G^T x^T``."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = WeightSizes(*pick_sizes(sizes, level))
     pool = pick_all((winners, grad_pooled), level)
-    row_tiles, col_tiles, tiles_of_image, tiles, tiles_of_split = size[12:17]
-    split, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    split, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     row, col = indices(row_tile, INNER), indices(col_tile, CHANNELS)
     dtype: tl.constexpr = pool[1].dtype.element_ty
+    first, end = split * size.tiles_of_split, tl.minimum((split + 1) * size.tiles_of_split, size.tiles)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            known = known_sizes(pick(x, level), size, PATHS[index])
+            extents = map_extents(pick(x, level), size, PATHS[index])
             operand: tl.constexpr = tl.bfloat16 if pick(x, level).dtype.element_ty == tl.bfloat16 else dtype
             total = tl.zeros((INNER, CHANNELS), dtype)
-            for tile in range(split * tiles_of_split, tl.minimum((split + 1) * tiles_of_split, tiles)):
-                image, pixel = tile // tiles_of_image, indices(tile % tiles_of_image, PIXELS)
-                scattered = scattered_tile(pool, known, image, pixel, row, False).to(operand)
-                features = map_tile(pick(x, level), known, image, pixel, col, True, PATHS[index]).to(operand)
+            for tile in range(first, end):
+                image, pixel = tile // size.tiles_of_image, indices(tile % size.tiles_of_image, PIXELS)
+                scattered = scattered_tile(pool, size, image, pixel, row, False).to(operand)
+                features = load_tile(pick(x, level), size, extents, image, pixel, col, True, PATHS[index]).to(operand)
                 total = multiply(scattered, features, total, PRECISION)
-            pitch = col_tiles * CHANNELS
-            to = pick(partials, level)
-            at = tile_pointers(to, split, row_tiles * INNER * pitch, pitch, row[:, None], col[None, :], True, False)
+            pitch = size.col_tiles * CHANNELS
+            stride = size.row_tiles * INNER * pitch
+            at = tile_pointers(pick(partials, level), split, stride, pitch, row[:, None], col[None, :], True, False)
             tl.store(at, total)
 
 
 @triton.jit
 def scattered_tile(pool, size, image, pixel, channel, PIXELS_FIRST: tl.constexpr):
-    """A tile of G, ``(pixels, p)`` or the other way round: a cell's gradient at its winner, and zeros elsewhere."""
+    """Return a tile of G, ``(pixels, p)`` or transposed: a cell's gradient at its winner, and zeros elsewhere."""
     winners, grad_pooled = pool
-    width = size[2].to(tl.int32)
-    outputs, cell_height, cell_width, _, _, cell_rows, cell_cols = small(size[5:12])
+    width, outputs = small((size.width, size.outputs))
+    cell_height, cell_width, cell_rows, cell_cols = small(
+        (size.cell_height, size.cell_width, size.cell_rows, size.cell_cols)
+    )
     cell_row, cell_col = pixel // width // cell_height, pixel % width // cell_width
     in_cell = (cell_row < cell_rows) & (cell_col < cell_cols)
     cell, channel = across(cell_row * cell_cols + cell_col, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    at = (image * outputs + channel) * (size[10] * cell_cols) + cell
+    at = (image * outputs + channel) * (size.cell_rows * cell_cols) + cell
     inside = across(in_cell, PIXELS_FIRST) & (channel < outputs)
     won = tl.load(winners + at, mask=inside, other=-1) == across(pixel, PIXELS_FIRST)
     return tl.load(grad_pooled + at, mask=won, other=0.0)
 
 
 @triton.jit
-def map_tile(x, size, image, pixel, channel, PIXELS_FIRST: tl.constexpr, PATH: tl.constexpr):
-    """A tile of x, ``(pixels, channels)`` or the other way round; zeros outside."""
+def load_tile(x, size, extents, image, pixel, channel, PIXELS_FIRST: tl.constexpr, PATH: tl.constexpr):
+    """Return a tile of x, ``(pixels, channels)`` or transposed; zeros outside."""
+    channels, pixels = extents
     row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    at = tile_pointers(x, image, size[3], size[4], row, col, ALIGNED & PATH, PLANAR & PATH)
-    return tl.load(at, mask=(row < size[1]) & (col < size[0]), other=0.0)
+    at = tile_pointers(x, image, size.stride, size.pitch, row, col, ALIGNED & PATH, PLANAR & PATH)
+    return tl.load(at, mask=(row < pixels) & (col < channels), other=0.0)
 
 
 @triton.jit
-def known_sizes(x, size, PATH: tl.constexpr):
-    """The sizes, with those extents known to be whole vectors along which 16 bytes are read at a time.
+def map_extents(x, size, PATH: tl.constexpr):
+    """Return channels and pixels, known to be whole vectors where 16 bytes are read at a time along them.
 
     Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
     """
     VECTOR: tl.constexpr = vector_length(x.dtype.element_ty)
-    channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
-    pixels = whole_vectors(size[1].to(tl.int32), (ALIGNED & PATH) and (PLANAR & PATH), VECTOR)
-    return [channels, pixels] + size[2:]
+    channels = whole_vectors(size.channels.to(tl.int32), ALIGNED & PATH, VECTOR)
+    pixels = whole_vectors(size.pixels.to(tl.int32), (ALIGNED & PATH) and (PLANAR & PATH), VECTOR)
+    return channels, pixels
 
 
 @triton.jit
@@ -464,7 +549,7 @@ def _gradient_operand(x: Tensor) -> torch.dtype:
 
 
 def _path(x: Tensor, others: tuple[Tensor, ...], *pixel_extents: int) -> int:
-    """The code path of a level.
+    """Return the code path of a level.
 
     Args:
         x: the map.
@@ -483,13 +568,13 @@ def _pixels(x: Tensor) -> int:
 
 
 def _map_sizes(x: Tensor) -> tuple[int, ...]:
-    """The sizes that all kernels take."""
+    """Return the sizes that all kernels take."""
     view = matrix_view(x)
     return x.shape[1], _pixels(x), x.shape[3], view.image_stride, view.row_stride
 
 
 def _cells(x: Tensor, pool: tuple[int, ...]) -> tuple[int, ...]:
-    """The pool, and rows and columns of its cells."""
+    """Return the pool, and rows and columns of its cells."""
     return *pool, x.shape[2] // pool[0], x.shape[3] // pool[1]
 
 
@@ -499,7 +584,7 @@ def _by_level(pools: list[int]) -> list[tuple[int, ...]]:
 
 def _launch(kernel, levels: list[Level], table: _Table, operands: list[torch.dtype]) -> None:
     groups = {}
-    for level, operand in zip(levels, operands):
+    for level, operand in zip(levels, operands, strict=True):
         allowed = "tf32" if level.pointers[0].element_size() == 2 else precision()
         groups.setdefault((_blocks(table, operand, level.path), allowed), []).append(level)
     for (blocks, allowed), group in groups.items():
@@ -508,33 +593,36 @@ def _launch(kernel, levels: list[Level], table: _Table, operands: list[torch.dty
 
 def non_local_statistics_forward(
     maps: list[Tensor],  # (N, C, H, W)
-    means: list[Optional[Tensor]],  # (N, C)
-    projections: list[Optional[Tensor]],  # (r, C)
-    weights: list[Optional[Tensor]],  # (p, C)
-    biases: list[Optional[Tensor]],  # (p,)
+    means: list[Tensor | None],  # (N, C)
+    projections: list[Tensor | None],  # (r, C)
+    weights: list[Tensor | None],  # (p, C)
+    biases: list[Tensor | None],  # (p,)
     pools: list[int],  # 4 a level: height and width of a cell, and of the first pool's in a nested order
 ) -> list[Tensor]:
-    """All levels' largest values of ``weight @ x + bias`` in each cell ``(N, p, cells)``, then the pixels that they
-    come from, then the covariances of ``projection @ x`` with x ``(N, r, C)``. Empty where nothing is asked for."""
+    """Return all levels' largest values of ``weight @ x + bias`` in each cell ``(N, p, cells)``.
+
+    Then the pixels that they come from, then the covariances of ``projection @ x`` with x ``(N, r, C)``. Empty where
+    nothing is asked for.
+    """
     pooled, winners = _pool(maps, weights, biases, _by_level(pools))
     covariances = _covariances(maps, means)
     with without_autocast(maps[0]):
         cross = [
             covariance if mean is None or projection is None else torch.matmul(projection, covariance)
-            for covariance, mean, projection in zip(covariances, means, projections)
+            for covariance, mean, projection in zip(covariances, means, projections, strict=True)
         ]
     return [*pooled, *winners, *cross]
 
 
 def _pool(
     maps: list[Tensor],
-    weights: list[Optional[Tensor]],
-    biases: list[Optional[Tensor]],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
     pools: list[tuple[int, ...]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     pooled, winners, levels = [], [], []
     weights = in_dtypes(weights, [x.dtype for x in maps])
-    for x, weight, bias, pool in zip(maps, weights, biases, pools):
+    for x, weight, bias, pool in zip(maps, weights, biases, pools, strict=True):
         shape = (0,)
         if weight is not None:
             *_, rows, cols = cells = _cells(x, pool)
@@ -555,15 +643,15 @@ def _pool_level(
     path = _path(x, (weight,), x.shape[3], cells_of_tile * width)
     tiles_of_row = triton.cdiv(cols, cells_of_tile)
     channel_tiles = triton.cdiv(weight.shape[0], _blocks(_POOL, x.dtype, path).CHANNELS)
-    sizes = *_map_sizes(x), weight.shape[0], *cells, cells_of_tile, tiles_of_row, channel_tiles
+    sizes = PoolSizes(*_map_sizes(x), weight.shape[0], *cells, cells_of_tile, tiles_of_row, channel_tiles)
     programs = x.shape[0] * rows * tiles_of_row * channel_tiles
     return Level(programs, (x, weight, bias, pooled, winners), sizes, path)
 
 
-def _covariances(maps: list[Tensor], means: list[Optional[Tensor]]) -> list[Tensor]:
+def _covariances(maps: list[Tensor], means: list[Tensor | None]) -> list[Tensor]:
     """Of each map ``(N, C, C)``; empty where there is no mean."""
     covariances, levels, finish = [], [], []
-    for x, mean in zip(maps, means):
+    for x, mean in zip(maps, means, strict=True):
         shape = (0,) if mean is None else (*x.shape[:2], x.shape[1])
         covariances.append(x.new_empty(shape, dtype=accumulation_dtype(x)))
         if mean is not None:
@@ -576,7 +664,7 @@ def _covariances(maps: list[Tensor], means: list[Optional[Tensor]]) -> list[Tens
 
 
 def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Level, Level]:
-    """The partial sums, and the sums."""
+    """Return the partial sums, and the sums."""
     images, channels, path = *x.shape[:2], _path(x, (), _pixels(x))
     blocks = _blocks(_COVARIANCE, mean.dtype, path)
     tiles = triton.cdiv(channels, blocks.CHANNELS)
@@ -584,7 +672,7 @@ def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Lev
     splits, tiles_of_split = splits_of(triton.cdiv(_pixels(x), blocks.PIXELS), used, blocks.PIXELS)
     pitch = tiles * blocks.CHANNELS
     partials = x.new_empty(images * splits * pitch * pitch, dtype=mean.dtype)
-    sizes = *_map_sizes(x), tiles, splits, tiles_of_split
+    sizes = CovarianceSizes(*_map_sizes(x), tiles, splits, tiles_of_split)
     parts = Level(images * splits * tiles * tiles, (x, mean, partials), sizes, path)
     output_blocks = triton.cdiv(channels, FINISH_OUTPUTS)
     sizes = channels, _pixels(x), splits, pitch, output_blocks
@@ -595,34 +683,37 @@ def non_local_statistics_backward_(
     gradients: list[Tensor],  # (N, C, H, W), densely packed, an empty one is not wanted; an empty list: none is
     grad_weights: list[Tensor],  # (p, C), to fill
     maps: list[Tensor],  # (N, C, H, W)
-    means: list[Optional[Tensor]],  # (N, C)
-    projections: list[Optional[Tensor]],  # (r, C)
-    inner: list[Optional[Tensor]],  # (N, r, C)
-    shifts: list[Optional[Tensor]],  # (N, C)
-    weights: list[Optional[Tensor]],  # (p, C)
+    means: list[Tensor | None],  # (N, C)
+    projections: list[Tensor | None],  # (r, C)
+    inner: list[Tensor | None],  # (N, r, C)
+    shifts: list[Tensor | None],  # (N, C)
+    weights: list[Tensor | None],  # (p, C)
     winners: list[Tensor],  # (N, p, cells)
-    grad_pooled: list[Optional[Tensor]],  # (N, p, cells)
+    grad_pooled: list[Tensor | None],  # (N, p, cells)
     pools: list[int],
 ) -> None:
-    """Adds to each gradient ``projection^T inner (x - mean) + shift`` and, where a pooled value came from, ``weight^T``
-    times that value's gradient; fills the weights' own gradients, where the pooled values have any."""
+    """Add to each gradient ``projection^T inner (x - mean) + shift``, in place.
+
+    Where a pooled value came from, add ``weight^T`` times that value's gradient too. Fill the weights' own gradients
+    where the pooled values have any.
+    """
     pools = _by_level(pools)
     operands = [_gradient_operand(x) for x in maps]
     if gradients:
-        matrices = in_dtypes([_product(p, i) for p, i in zip(projections, inner)], operands)
+        matrices = in_dtypes([_product(p, i) for p, i in zip(projections, inner, strict=True)], operands)
         offsets = _offsets(matrices, means, shifts)
         columns = gradients, maps, matrices, offsets, in_dtypes(weights, operands), winners, grad_pooled, pools
-        levels = [_gradient_level(*level) for level in zip(*columns)]
+        levels = [_gradient_level(*level) for level in zip(*columns, strict=True)]
         wanted = [index for index, gradient in enumerate(gradients) if gradient.numel()]
         _launch(add_map_gradients, [levels[i] for i in wanted], _GRADIENT, [operands[i] for i in wanted])
     columns = grad_weights, maps, winners, grad_pooled, pools
-    pooled = [_weight_levels(*level) for level in zip(*columns) if level[3] is not None]
+    pooled = [_weight_levels(*level) for level in zip(*columns, strict=True) if level[3] is not None]
     operands = [_gradient_operand(partial.pointers[0]) for partial, _ in pooled]
     _launch(pool_weight_gradients, [partial for partial, _ in pooled], _WEIGHT, operands)
     add_up([total for _, total in pooled])
 
 
-def _product(projection: Optional[Tensor], inner: Optional[Tensor]) -> Optional[Tensor]:
+def _product(projection: Tensor | None, inner: Tensor | None) -> Tensor | None:
     """``projection^T inner (N, C, C)``."""
     if projection is None or inner is None:
         return inner
@@ -631,12 +722,12 @@ def _product(projection: Optional[Tensor], inner: Optional[Tensor]) -> Optional[
 
 
 def _offsets(
-    matrices: list[Optional[Tensor]], means: list[Optional[Tensor]], shifts: list[Optional[Tensor]]
-) -> list[Optional[Tensor]]:
+    matrices: list[Tensor | None], means: list[Tensor | None], shifts: list[Tensor | None]
+) -> list[Tensor | None]:
     """``shift - matrix mean (N, C)``, of matrices that are rounded already: the same ones meet x."""
     matrices = in_dtypes(matrices, [None if mean is None else mean.dtype for mean in means])
     offsets = list(shifts)
-    for index, (matrix, mean, shift) in enumerate(zip(matrices, means, shifts)):
+    for index, (matrix, mean, shift) in enumerate(zip(matrices, means, shifts, strict=True)):
         if matrix is not None:
             mean, beta = mean[:, :, None], 0 if shift is None else 1
             with without_autocast(matrix):
@@ -648,11 +739,11 @@ def _offsets(
 def _gradient_level(
     gradient: Tensor,
     x: Tensor,
-    matrix: Optional[Tensor],
-    shift: Optional[Tensor],
-    weight: Optional[Tensor],
+    matrix: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
     winners: Tensor,
-    grad_pooled: Optional[Tensor],
+    grad_pooled: Tensor | None,
     pool: tuple[int, ...],
 ) -> Level:
     operand = _gradient_operand(x)
@@ -665,13 +756,14 @@ def _gradient_level(
     shift, grad_pooled = in_place_of_none((shift, grad_pooled), x, accumulation_dtype(x))
     programs = x.shape[0] * tiles[0] * tiles[1] if any(given) or outputs else 0
     pointers = x, factors[0], shift, factors[1], winners, grad_pooled, gradient
-    return Level(programs, pointers, (*_map_sizes(x), outputs, *cells, *tiles, *given), path)
+    sizes = GradientSizes(*_map_sizes(x), outputs, *cells, *tiles, *given)
+    return Level(programs, pointers, sizes, path)
 
 
 def _weight_levels(
     gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: tuple[int, ...]
 ) -> tuple[Level, Level]:
-    """The partial sums, and the sums."""
+    """Return the partial sums, and the sums."""
     path, (outputs, channels) = _path(x, (), _pixels(x)), gradient.shape
     blocks = _blocks(_WEIGHT, _gradient_operand(x), path)
     rows, cols = triton.cdiv(outputs, blocks.INNER), triton.cdiv(channels, blocks.CHANNELS)
@@ -680,6 +772,7 @@ def _weight_levels(
     splits, tiles_of_split = splits_of(tiles, rows * cols, blocks.PIXELS)
     pitch, stride = cols * blocks.CHANNELS, rows * blocks.INNER * cols * blocks.CHANNELS
     partials = x.new_empty(splits * stride, dtype=grad_pooled.dtype)
-    sizes = *_map_sizes(x), outputs, *_cells(x, pool), rows, cols, tiles_of_image, tiles, tiles_of_split
+    tiles_of_level = rows, cols, tiles_of_image, tiles, tiles_of_split
+    sizes = WeightSizes(*_map_sizes(x), outputs, *_cells(x, pool), *tiles_of_level)
     parts = Level(splits * rows * cols, (x, winners, grad_pooled, partials), sizes, path)
     return parts, sum_of_splits(gradient, partials, 0, splits, stride, pitch)

@@ -10,7 +10,7 @@ by a matrix for the student's gradient (:func:`residual_by_matrix`), by a map fo
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -102,25 +102,27 @@ class PixelWeights(NamedTuple):
 
 @triton.jit
 def indices(tile, BLOCK: tl.constexpr):
+    """Return the indices ``(BLOCK,)`` of a tile's elements."""
     return tile.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def across(index, FIRST: tl.constexpr):
+    """Return ``index`` along the first of two dimensions, or along the second."""
     return index[:, None] if FIRST else index[None, :]
 
 
 @triton.jit
 def known_extents(size, PATH: tl.constexpr, a, b, c):
-    """Extents whose multiples the compiler knows where 16 bytes are read at a time from the pointers a, b and c.
+    """Extents of ``size`` whose multiples the compiler knows where 16 bytes are read at a time from a, b and c.
 
     Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
     """
     VECTOR: tl.constexpr = vector_length(a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
     BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
-    student_channels = whole_vectors(size[0].to(tl.int32), ALIGNED & PATH, VECTOR)
-    teacher_channels = whole_vectors(size[1].to(tl.int32), ALIGNED & PATH, VECTOR)
-    return Extents(student_channels, teacher_channels, whole_vectors(size[2].to(tl.int32), BY_PIXEL, VECTOR))
+    student_channels = whole_vectors(size.student_channels.to(tl.int32), ALIGNED & PATH, VECTOR)
+    teacher_channels = whole_vectors(size.teacher_channels.to(tl.int32), ALIGNED & PATH, VECTOR)
+    return Extents(student_channels, teacher_channels, whole_vectors(size.pixels.to(tl.int32), BY_PIXEL, VECTOR))
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexp
 
 @triton.jit
 def dense_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
-    """The same of a densely packed map, given its pointer."""
+    """Return the same of a densely packed map, given its pointer."""
     x = Images(x, channels.to(tl.int64) * pixels, pixels if PLANAR else channels)
     return map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
 
@@ -188,7 +190,7 @@ def residual_by_matrix(
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile ``(pixels, student channels)`` of ``matrix^T @ residual``."""
+    """Return a tile ``(pixels, student channels)`` of ``matrix^T @ residual``."""
     student_channels, teacher_channels, pixels = extents
     operand: tl.constexpr = residual.dtype.element_ty
     total: tl.constexpr = tl.float64 if operand == tl.float64 else tl.float32
@@ -201,12 +203,12 @@ def residual_by_matrix(
         pixel,
         channel,
         (pixels, student_channels, teacher_channels),
-        TEACHER_PLANAR & PATH,
-        True,
-        ALIGNED & PATH,
-        operand,
-        PRECISION,
-        INNER,
+        PLANAR=TEACHER_PLANAR & PATH,
+        TRANSPOSED=True,
+        IS_ALIGNED=ALIGNED & PATH,
+        OPERAND=operand,
+        PRECISION=PRECISION,
+        INNER=INNER,
     )
 
 
@@ -277,6 +279,7 @@ def add_splits(
     TILES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
+    """Add up the partial sums that the splits of a gradient's pixels left."""
     level, _, program = find_level(sizes)
     first, splits, stride, rows, pitch, length, blocks = pick_sizes(sizes, level)
     image, row, block = find_tile(program, rows, blocks)
@@ -287,7 +290,7 @@ def add_splits(
 
 
 def splits_of(tiles: int, programs: int, block: int) -> tuple[int, int]:
-    """Number of splits of a level's pixels, and the tiles of each; from the level's shape alone.
+    """Return the number of splits of a level's pixels, and the tiles of each; from the level's shape alone.
 
     Args:
         tiles: of pixels, in all images over which is summed.
@@ -300,7 +303,7 @@ def splits_of(tiles: int, programs: int, block: int) -> tuple[int, int]:
 
 
 def sum_of_splits(gradient: Tensor, partials: Tensor, first: int, splits: int, stride: int, pitch: int) -> Level:
-    """A level of :func:`add_up` for a gradient ``([images,] rows, length)``; the arguments are those of its kernel."""
+    """Return a level of :func:`add_up` for a gradient ``([images,] rows, length)``, from its kernel's arguments."""
     *images, rows, length = gradient.shape
     blocks = triton.cdiv(length, FINISH_OUTPUTS)
     sizes = first, splits, stride, rows, pitch, length, blocks
@@ -308,7 +311,7 @@ def sum_of_splits(gradient: Tensor, partials: Tensor, first: int, splits: int, s
 
 
 def add_up(levels: list[Level]) -> None:
-    """Runs the levels made by :func:`sum_of_splits`."""
+    """Run the levels made by :func:`sum_of_splits`."""
     launch(add_splits, levels, TILES=SPLITS_AT_ONCE, OUTPUTS=FINISH_OUTPUTS)
 
 
@@ -322,10 +325,10 @@ def fit_for_products(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=matrix_layout(x))
 
 
-def in_dtypes(tensors: list[Optional[Tensor]], dtypes: list[torch.dtype]) -> list[Optional[Tensor]]:
+def in_dtypes(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tensor | None]:
     """Each tensor in its dtype, contiguous if it had another, with one copy for all of these."""
     results, copies, sources = [], [], []
-    for tensor, dtype in zip(tensors, dtypes):
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
         if tensor is not None and tensor.dtype != dtype:
             copies.append(tensor.new_empty(tensor.shape, dtype=dtype))
             sources.append(tensor)
@@ -360,13 +363,13 @@ class Pair(NamedTuple):
         return self.student.shape[1], self.teacher.shape[1], self.student.shape[2] * self.student.shape[3]
 
     def path(self, *others: Tensor) -> int:
-        """The code path of a level whose kernel also reads or writes the other tensors."""
+        """Return the code path of a level whose kernel also reads or writes the other tensors."""
         views = [matrix_view(feature) for feature in self]
         planar = [view.rows_are_channels for view in views]
         student_channels, teacher_channels, pixels = self.extents
         extents = [student_channels, teacher_channels, *([pixels] if any(planar) else [])]
         aligned = all(aligned_to_16_bytes(x, *extents) for x in (*self, *others)) and all(
-            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views)
+            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views, strict=True)
         )
         return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + ALIGNED.value * aligned
 
@@ -385,8 +388,9 @@ class Blocks(NamedTuple):
 
 
 def pairs_of(students: list[Tensor], teachers: list[Tensor]) -> list[Pair]:
-    dtypes = [accumulation_dtype(*pair) for pair in zip(students, teachers)]
-    features = zip(students, teachers, dtypes)
+    """Return each level's features in a form that products can read."""
+    dtypes = [accumulation_dtype(*pair) for pair in zip(students, teachers, strict=True)]
+    features = zip(students, teachers, dtypes, strict=True)
     return [Pair(fit_for_products(s, dtype), fit_for_products(t, dtype)) for s, t, dtype in features]
 
 
@@ -395,7 +399,7 @@ def launch_products(
 ) -> None:
     """Launch the kernel for all levels, each with the blocks of its pair's :meth:`Pair.kind`."""
     for kind, block in blocks.items():
-        chosen = [level for level, pair in zip(levels, pairs) if pair.kind(level.path) == kind]
+        chosen = [level for level, pair in zip(levels, pairs, strict=True) if pair.kind(level.path) == kind]
         launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **constants, **block._asdict())
 
 

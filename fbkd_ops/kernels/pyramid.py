@@ -6,7 +6,7 @@ the device before the launch. A program finds its level from its index and selec
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -73,15 +73,15 @@ def _launch_once(kernel, levels: list[Level], shared: tuple[Tensor, ...], consta
     programs = [level.programs for level in levels]
     *firsts, total = accumulate(programs, initial=0)
     paths = [level.path for level in levels]
-    columns = (firsts, paths, *zip(*(level.sizes for level in levels)))
+    columns = (firsts, paths, *zip(*(level.sizes for level in levels), strict=True))
     sizes = tuple(tuple(2 * (size + SIZE_OFFSET.value) + 1 for size in column) for column in columns)
-    pointers = tuple(zip(*(level.pointers for level in levels)))
+    pointers = tuple(zip(*(level.pointers for level in levels), strict=True))
     with torch.cuda.device_of((*levels[0].pointers, *shared)[0]):
         kernel[(total,)](*pointers, *shared, sizes, PATHS=tuple(sorted(set(paths))), **constants)
 
 
-def in_place_of_none(tensors: Iterable[Optional[Tensor]], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, with one that is never read in place of each None."""
+def in_place_of_none(tensors: Iterable[Tensor | None], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the tensors, with one that is never read in place of each None."""
     dummy = None
     result = []
     for tensor in tensors:
@@ -99,7 +99,7 @@ def aligned_to_16_bytes(x: Tensor, *strides: int) -> bool:
 
 @triton.jit
 def pick(values, level):
-    """The level's entry of a tuple."""
+    """Return the level's entry of a tuple."""
     chosen = values[0]
     for index in tl.static_range(1, len(values)):
         chosen = tl.where(level == index, values[index], chosen)
@@ -108,7 +108,7 @@ def pick(values, level):
 
 @triton.jit
 def pick_all(tuples, level):
-    """The level's entry of each tuple."""
+    """Return the level's entry of each tuple."""
     return [pick(values, level) for values in tuples]
 
 
@@ -124,13 +124,13 @@ def pick_size(values, level):
 
 @triton.jit
 def pick_sizes(sizes, level):
-    """The level's sizes, in int64."""
+    """Return the level's sizes, in int64."""
     return [pick_size(values, level) for values in sizes[2:]]
 
 
 @triton.jit
 def find_level(sizes):
-    """The program's level, that level's code path, and the program's index among the level's programs."""
+    """Return the program's level, that level's code path, and the program's index among the level's programs."""
     program = tl.program_id(0)
     firsts = sizes[0]
     level = 0
@@ -194,6 +194,7 @@ def load_mask(mask, at, inside, given):
 
 @triton.jit
 def add_tiles(partials, tiles, length, inside, TILES: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Return the sums over all tiles of each output's partial sums."""
     total = tl.zeros((TILES, OUTPUTS), partials.dtype.element_ty)
     for first in range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
@@ -210,8 +211,11 @@ def scaled_gradient(grad, at, inside, given, count):
 
 @triton.jit
 def store_rounded(at, value, inside):
-    """Stores in the pointers' dtype. To 16 bits by way of float32: PyTorch rounds a float64 so, and the interpreter
-    has no conversion from float64 to bfloat16."""
+    """Store in the pointers' dtype.
+
+    To 16 bits by way of float32: PyTorch rounds a float64 so, and the interpreter has no conversion from float64 to
+    bfloat16.
+    """
     if at.dtype.scalar.element_ty.primitive_bitwidth == 16:
         value = value.to(tl.float32)
     tl.store(at, value.to(at.dtype.scalar.element_ty), mask=inside)
@@ -219,6 +223,7 @@ def store_rounded(at, value, inside):
 
 @triton.jit
 def add_partials(partials, result, sizes, PATHS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up a slot's partial sums, in float64 and in a fixed order."""
     level, _, program = find_level(sizes)
     first, count, slot = pick_sizes(sizes, level)
     first += program * count
@@ -234,6 +239,6 @@ def add_partial_sums(partials: Tensor, counts: list[int], sums: int = 1) -> Tens
     result = partials.new_empty(len(counts) * sums)
     firsts = accumulate((count * sums for count in counts), initial=0)
     slots = range(0, len(result), sums)
-    levels = [Level(sums, (), sizes) for sizes in zip(firsts, counts, slots)]
+    levels = [Level(sums, (), sizes) for sizes in zip(firsts, counts, slots, strict=False)]
     launch(add_partials, levels, partials, result, BLOCK=PARTIALS)
     return result

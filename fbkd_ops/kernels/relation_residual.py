@@ -10,7 +10,7 @@ The operands of features that share a 16-bit dtype are of that dtype, matrices a
 are float32 or float64, see products.py. ``E = 2 grad e`` is never stored: grad scales float32 sums.
 """
 
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 import triton
@@ -54,8 +54,49 @@ from .pyramid import (
 
 __all__ = ["relation_residual_backward", "relation_residual_forward"]
 
-# A level's sizes: student channels (in residual_products: the map's), teacher channels, pixels; from index 3 on the
-# kernel's own.
+
+class SumSizes(NamedTuple):
+    """A level's sizes in residual_sums."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    student_stride: int  # from image to image
+    student_pitch: int
+    teacher_stride: int
+    teacher_pitch: int
+    first: int  # of the level's partial sums
+    pixel_tiles: int
+    channel_tiles: int
+
+
+class StudentSizes(NamedTuple):
+    """A level's sizes in student_residual_gradients."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    slot: int  # of the level's grad
+    pixel_tiles: int
+    channel_tiles: int
+
+
+class ProductSizes(NamedTuple):
+    """A product's sizes in residual_products, whose ``student_channels`` are those of the map x."""
+
+    student_channels: int
+    teacher_channels: int
+    pixels: int
+    stride: int  # of x, from image to image
+    pitch: int
+    slot: int
+    factor: int
+    parts: int
+    splits: int
+    row_tiles: int
+    col_tiles: int
+    tiles_of_image: int
+    tiles_of_split: int
 
 
 @triton.jit
@@ -75,17 +116,17 @@ def residual_sums(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    """Partial sums of ``e^2``, and e."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = SumSizes(*pick_sizes(sizes, level))
     inputs = pick_all((student, student_matrix, teacher, teacher_matrix, offset), level)
-    first, pixel_tiles, channel_tiles = size[7:10]
-    image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
+    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
     pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             extents = known_extents(size, PATHS[index], inputs[0], inputs[1], inputs[2])
             value = residual_tile(inputs, size, extents, image, pixel, channel, PATHS[index], PRECISION, INNER)
-            tl.store(partials + first + program, tl.sum(value * value).to(partials.dtype.element_ty))
+            tl.store(partials + size.first + program, tl.sum(value * value).to(partials.dtype.element_ty))
             if KEEP:
                 _, teacher_channels, pixels = extents
                 PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
@@ -110,10 +151,9 @@ def student_residual_gradients(
 ):
     """``-P^T E``."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = StudentSizes(*pick_sizes(sizes, level))
     residual, student_matrix, gradient = pick_all((residual, student_matrix, gradient), level)
-    slot, pixel_tiles, channel_tiles = size[3:6]
-    image, pixel_tile, channel_tile = find_tile(program, pixel_tiles, channel_tiles)
+    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
     pixel, channel = indices(pixel_tile, ROWS), indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
@@ -126,7 +166,7 @@ def student_residual_gradients(
                 residual, matrix, image, pixel, channel, extents, PATHS[index], PRECISION, INNER
             )
             at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
-            store_rounded(at, -2 * tl.load(grad + slot).to(product.dtype) * product, inside)
+            store_rounded(at, -2 * tl.load(grad + size.slot).to(product.dtype) * product, inside)
 
 
 @triton.jit
@@ -144,22 +184,21 @@ def residual_products(
 ):
     """Partial sums over pixels of ``factor / 2 * E x^T`` and of ``factor / 2 * E``."""
     level, path, program = find_level(sizes)
-    size = pick_sizes(sizes, level)
+    size = ProductSizes(*pick_sizes(sizes, level))
     residual, x, partials = pick_all((residual, x, partials), level)
     dtype: tl.constexpr = partials.dtype.element_ty
-    image_stride, pitch, slot, factor, parts, splits, row_tiles, col_tiles, tiles_of_image, tiles_of_split = size[3:13]
-    part, row_tile, col_tile = find_tile(program, row_tiles, col_tiles)
+    part, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     row, col = indices(row_tile, ROWS), indices(col_tile, COLS)
-    first = part % splits * tiles_of_split
-    tiles = tl.minimum(tiles_of_split, tiles_of_image - first)
-    scale = factor.to(dtype) * tl.load(grad + slot).to(dtype)
+    first = part % size.splits * size.tiles_of_split
+    tiles = tl.minimum(size.tiles_of_split, size.tiles_of_image - first)
+    scale = size.factor.to(dtype) * tl.load(grad + size.slot).to(dtype)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             product, total = residual_by_map(
                 residual,
-                Images(x, image_stride, pitch),
+                Images(x, size.stride, size.pitch),
                 None,
-                part // splits,
+                part // size.splits,
                 first,
                 tiles,
                 row,
@@ -170,37 +209,36 @@ def residual_products(
                 PATHS[index],
                 PRECISION,
             )
-            rows, cols = row_tiles * ROWS, col_tiles * COLS
+            rows, cols = size.row_tiles * ROWS, size.col_tiles * COLS
             product, total, is_first = scale * product, scale * total, col_tile == 0
-            store_partials(partials, part, parts, row, col, rows, cols, product, total, is_first)
+            store_partials(partials, part, size.parts, row, col, rows, cols, product, total, is_first)
 
 
 @triton.jit
 def residual_tile(
     inputs, size, extents, image, pixel, channel, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr
 ):
-    """A tile ``(pixels, teacher channels)`` of e; zeros outside."""
+    """Return a tile ``(pixels, teacher channels)`` of e; zeros outside."""
     student_channels, teacher_channels, pixels = extents
-    image_stride, pitch, teacher_stride, teacher_pitch = size[3:7]
     student, student_matrix, teacher, teacher_matrix, offset = inputs
     operand: tl.constexpr = student_matrix.dtype.element_ty
     value = tl.zeros((pixel.shape[0], channel.shape[0]), offset.dtype.element_ty)
     value = add_product(
         value,
-        Images(student, image_stride, pitch),
+        Images(student, size.student_stride, size.student_pitch),
         Images(student_matrix, teacher_channels.to(tl.int64) * student_channels, student_channels),
         image,
         pixel,
         channel,
         (pixels, teacher_channels, student_channels),
-        STUDENT_PLANAR & PATH,
-        False,
-        ALIGNED & PATH,
-        operand,
-        PRECISION,
-        INNER,
+        PLANAR=STUDENT_PLANAR & PATH,
+        TRANSPOSED=False,
+        IS_ALIGNED=ALIGNED & PATH,
+        OPERAND=operand,
+        PRECISION=PRECISION,
+        INNER=INNER,
     )
-    teachers = Images(teacher, teacher_stride, teacher_pitch)
+    teachers = Images(teacher, size.teacher_stride, size.teacher_pitch)
     value = add_product(
         -value,
         teachers,
@@ -209,12 +247,12 @@ def residual_tile(
         pixel,
         channel,
         (pixels, teacher_channels, teacher_channels),
-        TEACHER_PLANAR & PATH,
-        False,
-        ALIGNED & PATH,
-        operand,
-        PRECISION,
-        INNER,
+        PLANAR=TEACHER_PLANAR & PATH,
+        TRANSPOSED=False,
+        IS_ALIGNED=ALIGNED & PATH,
+        OPERAND=operand,
+        PRECISION=PRECISION,
+        INNER=INNER,
     )
     IS_ALIGNED: tl.constexpr = ALIGNED & PATH
     at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, TEACHER_PLANAR & PATH)
@@ -250,20 +288,22 @@ def relation_residual_forward(
     student_matrices: list[Tensor],  # P (N, Ct, Cs)
     teachers: list[Tensor],  # (N, Ct, H, W)
     teacher_matrices: list[Tensor],  # U (N, Ct, c), or (N, Ct, Ct) without a projection
-    teacher_projections: list[Optional[Tensor]],  # W (c, Ct)
+    teacher_projections: list[Tensor | None],  # W (c, Ct)
     offsets: list[Tensor],  # v (N, Ct)
     keep: bool,
 ) -> list[Tensor]:
     """``sum(e**2)`` of each level, ``(levels,)``; then, to keep, e of each level in the teacher's layout."""
     pairs = pairs_of(students, teachers)
-    products = [_product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections)]
+    products = [
+        _product(matrix, projection) for matrix, projection in zip(teacher_matrices, teacher_projections, strict=True)
+    ]
     operands = [pair.operand for pair in pairs]
     matrices = in_dtypes([*student_matrices, *products], operands * 2)
     student_matrices, products = matrices[: len(pairs)], matrices[len(pairs) :]
-    residuals = [empty_residual(*features) for features in zip(students, teachers)] if keep else []
+    residuals = [empty_residual(*features) for features in zip(students, teachers, strict=True)] if keep else []
     levels, first = [], 0
     unused = [pair.teacher for pair in pairs]
-    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or unused):
+    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or unused, strict=True):
         levels.append(_sums_level(pair, *tensors, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
@@ -271,7 +311,7 @@ def relation_residual_forward(
     return [add_partial_sums(partials, [level.programs for level in levels]), *residuals]
 
 
-def _product(teacher_matrix: Tensor, projection: Optional[Tensor]) -> Tensor:
+def _product(teacher_matrix: Tensor, projection: Tensor | None) -> Tensor:
     """``U W (N, Ct, Ct)``."""
     with without_autocast(teacher_matrix):
         return teacher_matrix if projection is None else torch.matmul(teacher_matrix, projection)
@@ -291,7 +331,8 @@ def _sums_level(
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
     strides = [stride for view in map(matrix_view, pair) for stride in (view.image_stride, view.row_stride)]
     pointers = pair.student, student_matrix, pair.teacher, teacher_matrix, offset, residual
-    return Level(pair.images * tiles[0] * tiles[1], pointers, (*pair.extents, *strides, first, *tiles), path)
+    sizes = SumSizes(*pair.extents, *strides, first, *tiles)
+    return Level(pair.images * tiles[0] * tiles[1], pointers, sizes, path)
 
 
 def relation_residual_backward(
@@ -299,7 +340,7 @@ def relation_residual_backward(
     student_matrices: list[Tensor],
     teachers: list[Tensor],
     teacher_matrices: list[Tensor],
-    teacher_projections: list[Optional[Tensor]],
+    teacher_projections: list[Tensor | None],
     offsets: list[Tensor],
     residuals: list[Tensor],  # e as the forward pass kept it; empty: it is computed again
     grad: Tensor,  # (levels,)
@@ -313,8 +354,8 @@ def relation_residual_backward(
     gradients = [empty_gradient(student) for student in students] if student_gradient else []
     _write_student_gradients(pairs, student_matrices, residuals, gradients, grad)
     by_student, by_teacher, by_offset = _parameter_gradients(pairs, student_matrices, offsets, residuals, grad)
-    matrices = zip(by_teacher, teacher_matrices, teacher_projections)
-    by_matrix, by_projection = zip(*(_factor_gradients(*level) for level in matrices))
+    matrices = zip(by_teacher, teacher_matrices, teacher_projections, strict=True)
+    by_matrix, by_projection = zip(*(_factor_gradients(*level) for level in matrices), strict=True)
     return [*gradients, *by_student, *by_matrix, *by_projection, *by_offset]
 
 
@@ -325,14 +366,15 @@ def _write_student_gradients(
     gradients: list[Tensor],  # empty: not wanted
     grad: Tensor,
 ) -> None:
-    levels = []
-    matrices = in_dtypes(student_matrices, [pair.operand for pair in pairs]) if gradients else []
-    for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, matrices, residuals, gradients)):
+    if not gradients:
+        return
+    levels, matrices = [], in_dtypes(student_matrices, [pair.operand for pair in pairs])
+    for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, matrices, residuals, gradients, strict=True)):
         path = pair.path(matrix, residual, gradient)
         blocks = _STUDENT[pair.kind(path)]
         channels, _, pixels = pair.extents
         tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
-        sizes = *pair.extents, slot, *tiles
+        sizes = StudentSizes(*pair.extents, slot, *tiles)
         levels.append(Level(pair.images * tiles[0] * tiles[1], (residual, matrix, gradient), sizes, path))
     launch_products(student_residual_gradients, pairs, levels, _STUDENT, grad)
 
@@ -345,7 +387,7 @@ def _parameter_gradients(
     by_teacher = [x.new_empty((*x.shape, x.shape[1])) for x in offsets]
     launched, sums = [], []
     for side, factor, gradients in ((0, -2, by_student), (1, 2, by_teacher)):
-        for slot, (pair, residual, gradient) in enumerate(zip(pairs, residuals, gradients)):
+        for slot, (pair, residual, gradient) in enumerate(zip(pairs, residuals, gradients, strict=True)):
             path = _products_path(pair, residual, pair[side])
             splits = split_pixels(pair, pair[side].shape[1], _PRODUCTS[pair.kind(path)])
             partials = splits.partials(residual, pair.dtype)
@@ -362,7 +404,8 @@ def _products_level(
     pair: Pair, residual: Tensor, x: Tensor, partials: Tensor, splits: PixelSplits, slot: int, factor: int, path: int
 ) -> Level:
     view, (_, channels, pixels) = matrix_view(x), pair.extents
-    sizes = x.shape[1], channels, pixels, view.image_stride, view.row_stride, slot, factor, *splits.sizes
+    strides = view.image_stride, view.row_stride
+    sizes = ProductSizes(x.shape[1], channels, pixels, *strides, slot, factor, *splits.sizes)
     return Level(splits.programs, (residual, x, partials), sizes, path)
 
 
@@ -374,7 +417,7 @@ def _products_path(pair: Pair, residual: Tensor, x: Tensor) -> int:
 def _factor_gradients(
     product: Tensor,  # (N, Ct, Ct)
     teacher_matrix: Tensor,
-    projection: Optional[Tensor],
+    projection: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of U and W, given that of ``U W``."""
     if projection is None:

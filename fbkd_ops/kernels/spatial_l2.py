@@ -113,7 +113,7 @@ def spatial_l2(
     teachers: list[Tensor],  # (N, H, W)
     gradient: bool,
 ) -> list[Tensor]:
-    """The sums of every level, ``(levels, 1)`` or, with gradient, ``(levels, 11)`` and each student's gradient."""
+    """Return every level's sums, ``(levels, 1)``, or with gradient ``(levels, 11)`` and each student's gradient."""
     sums = SUMS if gradient else 1
     gradients = [s.new_empty(s.shape) for s in students] if gradient else []
     levels, first = [], 0

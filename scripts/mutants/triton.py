@@ -61,22 +61,22 @@ MUTATIONS = [
         "triton.distance.sum_of_the_masks",
         f"{KERNELS}/masked_l2.py",
         DISTANCE,
-        "return difference, by_row[:, None] * by_col[None, :],",
-        "return difference, by_row[:, None] + by_col[None, :],",
+        "return Tile(difference, by_row[:, None] * by_col[None, :],",
+        "return Tile(difference, by_row[:, None] + by_col[None, :],",
     ),
     Mutation(
         "triton.distance.gradient_of_the_first_level",
         f"{KERNELS}/masked_l2.py",
         DISTANCE,
-        "tl.load(grad + slot)",
+        "tl.load(grad + size.slot)",
         "tl.load(grad)",
     ),
     Mutation(
         "triton.distance.transposed_teacher",
         f"{KERNELS}/masked_l2.py",
         DISTANCE,
-        "PATH % 2, PATH >= 2",
-        "PATH % 2, PATH > 2",
+        "IS_ALIGNED, IS_TRANSPOSED\n    )",
+        "IS_ALIGNED, False\n    )",
     ),
     Mutation(
         "triton.spatial.mirrored_weight", f"{KERNELS}/spatial_l2.py", SPATIAL, "w[8 - k] * residual", "w[k] * residual"
@@ -134,8 +134,8 @@ MUTATIONS = [
         "triton.residual.sign_of_the_student_gradient",
         f"{KERNELS}/relation_residual.py",
         RESIDUAL,
-        "store_rounded(at, -2 * tl.load(grad + slot)",
-        "store_rounded(at, 2 * tl.load(grad + slot)",
+        "store_rounded(at, -2 * tl.load(grad + size.slot)",
+        "store_rounded(at, 2 * tl.load(grad + size.slot)",
     ),
     Mutation(
         "triton.residual.offset_of_the_first_image",
