@@ -4,7 +4,7 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Moments(NamedTuple):
     pixels: int  # H * W
 
 
-def uses_batch_statistics(norm: Optional[nn.Module]) -> bool:
+def uses_batch_statistics(norm: nn.Module | None) -> bool:
     """Whether ``norm`` normalises with the batch's own moments: in training, or without running statistics."""
     return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
 
@@ -92,9 +92,9 @@ def synchronizes(norm: nn.Module) -> bool:
 
 def scale_and_shift(
     norm: nn.Module,
-    moments: Optional[Moments],
+    moments: Moments | None,
     like: Tensor,
-    parameters: Optional[tuple[Optional[Tensor], Optional[Tensor]]] = None,
+    parameters: tuple[Tensor | None, Tensor | None] | None = None,
     updates: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``(C,), (C,)`` in the dtype of ``like``, with ``norm(u) = scale * u + shift``.
@@ -122,8 +122,8 @@ def scale_and_shift(
     return scale, shift
 
 
-def _statistics(norm: nn.Module, moments: Optional[Moments], like: Tensor, updates: bool) -> tuple[Tensor, Tensor]:
-    """The mean and the biased variance ``(C,)`` to normalise with."""
+def _statistics(norm: nn.Module, moments: Moments | None, like: Tensor, updates: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance ``(C,)`` to normalise with."""
     if not uses_batch_statistics(norm):
         return norm.running_mean.to(like.dtype), norm.running_var.to(like.dtype)
     mean, variance, count = _over_images(moments)
@@ -191,7 +191,7 @@ class SharedMoments(NamedTuple):
 
 
 def shared_moments(means: Tensor, variances: Tensor, counts: Tensor, group) -> SharedMoments:
-    """The moments of all processes' values by the law of total variance; means, variances and counts are ``(C,)``."""
+    """Combine the moments ``(C,)`` of all processes' values by the law of total variance."""
     own = torch.stack([means, variances, counts])
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(every, own, group=group)
@@ -222,13 +222,13 @@ class Fold(NamedTuple):
     scale: Tensor
 
 
-def fold(mean: Tensor, variance: Tensor, eps: float, weight: Optional[Tensor]) -> Fold:
+def fold(mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None) -> Fold:
     inverse = (variance + eps).rsqrt_()
     return Fold(mean, inverse, inverse if weight is None else inverse * weight)
 
 
-def folded_offsets(folded: Fold, bias: Optional[Tensor], offsets: Tensor) -> Tensor:
-    """What the norm makes of ``offsets (N, C)``."""
+def folded_offsets(folded: Fold, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Return the norm's result for ``offsets (N, C)``."""
     if bias is None:
         return folded.scale * (offsets - folded.mean)
     shift = torch.addcmul(bias, folded.scale, folded.mean, value=-1)
@@ -258,7 +258,7 @@ class RunningUpdate(NamedTuple):
 
 
 def update_running_statistics(updates: list[RunningUpdate]) -> None:
-    """What BatchNorm does to its buffers in training: unbiased variance, momentum or average.
+    """Update the buffers as BatchNorm does in training: unbiased variance, momentum or average.
 
     An empty batch is counted, but leaves the statistics. A norm that has none, or does not train, is left alone.
     """
@@ -302,15 +302,15 @@ def _average_weight(norm: nn.Module) -> Tensor:
     return norm.running_mean.new_zeros((), dtype=torch.float64) if batches is None else batches.double().reciprocal()
 
 
-def _move_towards(buffers: list[Tensor], values: list[Tensor], weights: Union[float, list[Tensor]]) -> None:
+def _move_towards(buffers: list[Tensor], values: list[Tensor], weights: float | list[Tensor]) -> None:
     """``lerp_``; buffers of 16 bits in the values' dtype, because a value that float16 cannot hold may have a share."""
-    wide = [x.to(value.dtype) if x.dtype.itemsize < 4 else x for x, value in zip(buffers, values)]
-    values = [value.to(x.dtype) for x, value in zip(wide, values)]
+    wide = [x.to(value.dtype) if x.dtype.itemsize < 4 else x for x, value in zip(buffers, values, strict=True)]
+    values = [value.to(x.dtype) for x, value in zip(wide, values, strict=True)]
     if isinstance(weights, list):
-        for x, value, weight in zip(wide, values, weights):
+        for x, value, weight in zip(wide, values, weights, strict=True):
             x.lerp_(value, weight.to(x.dtype))
     else:
         torch._foreach_lerp_(wide, values, weights)
-    for buffer, x in zip(buffers, wide):
+    for buffer, x in zip(buffers, wide, strict=True):
         if buffer is not x:
             buffer.copy_(x)

@@ -27,13 +27,13 @@ class Library(NamedTuple):
 
 
 def build_report() -> dict:
-    """What setup.py built and left out, and why; empty if it never ran."""
+    """Return what setup.py built and left out, and why; empty if it never ran."""
     path = _FOLDER / "_build_report.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def build_info() -> dict:
-    """The compiled module's own facts; empty where it is not loaded."""
+    """Return the facts that the compiled module tells of itself; empty where it is not loaded."""
     return sys.modules[f"{__package__}._C"].build_info() if cpu.loaded else {}
 
 
@@ -43,7 +43,7 @@ def _version(text: str) -> tuple[int, int]:
 
 
 def _mismatch(report: dict) -> str:
-    """What differs between the build and this process, as an explanation of a failed load."""
+    """Explain a failed load by what differs between the build and this process."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     notes = []
     if "torch" in report and report["torch"] != torch.__version__:

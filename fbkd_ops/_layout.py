@@ -1,6 +1,6 @@
 """Layouts that the kernels read in place: each image as a matrix with unit column stride."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _readable(x: Tensor) -> tuple[bool, bool]:
     return by_channel, by_pixel
 
 
-def matrix_layout(x: Tensor) -> Optional[torch.memory_format]:
+def matrix_layout(x: Tensor) -> torch.memory_format | None:
     """Layout in which the kernels read ``x (N, C, H, W)`` in place, and which its gradient gets.
 
     ``torch.contiguous_format``: the pixels of a channel lie side by side. ``torch.channels_last``: the
@@ -71,7 +71,7 @@ def empty_residual(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def matrix_view(x: Tensor) -> MatrixView:
-    """The matrices of an ``x`` whose :func:`matrix_layout` is not None."""
+    """Return the matrices of an ``x`` whose :func:`matrix_layout` is not None."""
     images, channels, height, width = x.shape
     pixels = height * width
     channel_pitch, pixel_pitch, _ = _pitches(x)

@@ -4,7 +4,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,11 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _TEXTS = (str, bytes, bytearray, memoryview)
 
-Features = Union[Sequence[Tensor], Mapping[Any, Tensor]]
+Features = Sequence[Tensor] | Mapping[Any, Tensor]
 
 
 def is_int(value: Any) -> bool:
-    """An integer of any kind that is no bool."""
+    """Return whether the value is an integer of any kind that is no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -133,7 +133,7 @@ def check_number(value: Any, expected: str, accepts: Callable[[float], bool], na
 
 
 def _is_finite(value: numbers.Real) -> bool:
-    """False for integers that no float can hold too."""
+    """Return whether the number is finite as a float."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -175,7 +175,7 @@ def warn_of_clamping(stride: int, feature: Tensor) -> None:
 
 
 def check_feature(feature: Any, name: str) -> None:
-    """A feature map: a dense floating-point tensor ``(N, C, H, W)`` with at least one channel and pixel."""
+    """Require a feature map: a dense floating-point tensor ``(N, C, H, W)`` with at least one channel and pixel."""
     check_dense(feature, name)
     if feature.dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
@@ -187,7 +187,7 @@ def check_feature(feature: Any, name: str) -> None:
 
 
 def check_spatial_map(x: Any, name: str) -> None:
-    """A spatial map: a dense floating-point tensor ``(N, H, W)`` with at least one pixel."""
+    """Require a spatial map: a dense floating-point tensor ``(N, H, W)`` with at least one pixel."""
     check_tensor(x, None, x, name)
     if x.dim() != 3:
         raise ValueError(f"{name} must have shape (N, H, W), got {_shape(x)}")
@@ -196,7 +196,7 @@ def check_spatial_map(x: Any, name: str) -> None:
 
 
 def check_attention_map(x: Any, name: str) -> None:
-    """An attention map: a dense floating-point tensor ``(N, ...)`` with at least one value per image."""
+    """Require an attention map: a dense floating-point tensor ``(N, ...)`` with at least one value per image."""
     check_tensor(x, None, x, name)
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (N, ...) with at least one dimension beside N, got {_shape(x)}")
@@ -205,7 +205,7 @@ def check_attention_map(x: Any, name: str) -> None:
 
 
 def check_dense(tensor: Any, name: str) -> None:
-    """A tensor whose values lie in memory by strides: the kernels read nothing else."""
+    """Require a tensor whose values lie in memory by strides: the kernels read nothing else."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {_kind(tensor)}")
     if tensor.is_nested:
@@ -240,8 +240,8 @@ def check_channels(feature: Tensor, expected: int, name: str) -> None:
         raise ValueError(f"{name} must have {expected} channels, got {feature.shape[1]} in {_shape(feature)}")
 
 
-def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor, name: str) -> None:
-    """A dense floating-point tensor on the device of ``like``, of shape ``expected`` where one is given."""
+def check_tensor(tensor: Any, expected: tuple[int, ...] | None, like: Tensor, name: str) -> None:
+    """Require a dense floating-point tensor on the device of ``like``, of shape ``expected`` where one is given."""
     check_dense(tensor, name)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
@@ -251,7 +251,7 @@ def check_tensor(tensor: Any, expected: Optional[tuple[int, ...]], like: Tensor,
 
 
 def check_norm(norm: Any, like: Tensor, name: str) -> None:
-    """A BatchNorm, a SyncBatchNorm or a frozen BatchNorm for features ``like (N, C, H, W)``, on their device, or None.
+    """Require a BatchNorm of any kind, or None, that fits features ``like (N, C, H, W)`` and is on their device.
 
     Its tensors are read without a call of the norm, so :func:`check_layer` holds for it too.
     """
@@ -289,7 +289,7 @@ def check_layer(layer: nn.Module, name: str) -> None:
 
 
 def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> None:
-    """That ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
+    """Require that ``weights`` has what ``mode`` needs, in shapes that fit ``x (N, C, H, W)``, on its device."""
     if not isinstance(weights, NonLocalWeights):
         raise TypeError(f"{name} must be NonLocalWeights, got {_kind(weights)}")
     check_tensor(weights.g_weight, None, x, f"{name}.g_weight")
@@ -347,7 +347,7 @@ def _check_attention_pool(pool: Any, name: str) -> None:
 
 
 def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
-    """The levels of a list or dict of any kind, keyed by how an error should call each one."""
+    """Return the levels of a list or dict of any kind, keyed by how an error should call each one."""
     if isinstance(features, Mapping):
         levels = {f"{name}[{key!r}]": feature for key, feature in features.items()}
     elif is_list(features) and not isinstance(features, Tensor):
@@ -381,7 +381,7 @@ def paired_levels(
                 f"student_features and {teacher_name} must have the same keys, got {list(student)} and {list(teacher)}"
             )
         teachers = {f"{teacher_name}[{key!r}]": teacher[key] for key in student}
-    pairs = [(*s, *t) for s, t in zip(students.items(), teachers.items())]
+    pairs = [(*s, *t) for s, t in zip(students.items(), teachers.items(), strict=True)]
     for student_label, s, teacher_label, t in pairs:
         check_pair(s, t, student_label, teacher_label)
     return pairs
@@ -392,5 +392,5 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What an error calls a value of a wrong type; a class may have been meant to be an object of it."""
+    """Return an error's name for a value of a wrong type; a class may have been meant to be an object of it."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

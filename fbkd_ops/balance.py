@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class BalanceReport(NamedTuple):
 
 
 def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
-    """The report of :meth:`fbkd_ops.Distiller.balance_report`, which says what it leaves alone."""
+    """Return the report of :meth:`fbkd_ops.Distiller.balance_report`, which says what it leaves alone."""
     if any(map(is_sharded, distiller.parameters())):
         raise NotImplementedError("balance_report needs whole parameters: call it before fully_shard")
     student, loss = unwrapped(distiller.student), copy.deepcopy(unwrapped(distiller.loss))
@@ -64,7 +64,9 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
 
 def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list[Tensor]) -> BalanceReport:
     total = sum(terms.values())
-    shared = [each for each, gradient in zip(parameters, _gradients(total, parameters)) if gradient is not None]
+    shared = [
+        each for each, gradient in zip(parameters, _gradients(total, parameters), strict=True) if gradient is not None
+    ]
     return BalanceReport(
         [_row(name, value, shared) for name, value in own.items()],
         [_row(name, value, shared) for name, value in terms.items()],
@@ -83,7 +85,7 @@ def _row(name: str, value: Tensor, parameters: list[Tensor]) -> BalanceRow:
     return BalanceRow(name, value.item(), sum(squares) ** 0.5)
 
 
-def _gradients(value: Tensor, parameters: list[Tensor]) -> Sequence[Optional[Tensor]]:
+def _gradients(value: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None]:
     if not parameters or not value.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)

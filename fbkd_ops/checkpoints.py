@@ -12,7 +12,7 @@ __all__ = ["drop_shared_names", "fit_names"]
 
 
 def drop_shared_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Hook of ``state_dict``: leave one name to each tensor. Safetensors refuses tensors that share memory."""
+    """Leave one name to each tensor, as a hook of ``state_dict``. Safetensors refuses tensors that share memory."""
     for group in _shared_names(wrapper):
         present = [prefix + name for name in group if prefix + name in state]
         for name in present[1:]:
@@ -20,7 +20,7 @@ def drop_shared_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, me
 
 
 def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook of ``load_state_dict``: take shared tensors under any of their names, and a plain student's checkpoint.
+    """Take shared tensors under any of their names, and a plain student's checkpoint. A hook of ``load_state_dict``.
 
     Args:
         wrapper: a :class:`fbkd_ops.student_attributes.StudentAttributes`, which says where its student is.
@@ -68,7 +68,7 @@ def _state_names(module: nn.Module, prefix: str) -> set[str]:
 
 
 def _shared_names(module: nn.Module) -> list[list[str]]:
-    """The names of each tensor that a module has under several names, in the order of its ``state_dict()``."""
+    """Return the names of each tensor that a module has under several names, in the order of its ``state_dict()``."""
     names: dict[Hashable, list[str]] = {}
     for name, tensor in _named_tensors(module):
         names.setdefault(memory(tensor), []).append(name)

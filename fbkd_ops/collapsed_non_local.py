@@ -10,7 +10,7 @@ with x. Projected, with the bias added to the first two, they are the *probes*: 
 covariance, which is all that BatchNorm needs to know.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def fill_covariances(rows: Tensor, projections: Tensor, covariances: Tensor) -> 
 
 
 def project_moments(moments: Tensor, projections: Tensor) -> Tensor:
-    """The probes ``(B, N, 2 + r, r)`` of moments ``(B, N, 2 + r, C)``, without the bias due to their first two rows."""
+    """Project moments ``(B, N, 2 + r, C)`` to probes ``(B, N, 2 + r, r)``, without the bias of their first two rows."""
     return torch.bmm(moments.flatten(1, 2), projections.mT).unflatten(1, moments.shape[1:3])
 
 
@@ -61,7 +61,7 @@ def pooled_pairs(pooled: Tensor, cells: list[int]) -> Tensor:
 
 
 def pooled_gradients(pairs_gradient: Tensor, pooled: Tensor, cells: list[int]) -> Tensor:
-    """The gradient of the pooled phi and g ``(B, N, 2c, K)``, given that of the pairs ``(B, N, c, c)``."""
+    """Return the gradient of the pooled phi and g ``(B, N, 2c, K)``, given that of the pairs ``(B, N, c, c)``."""
     gradient, pairs = torch.empty_like(pooled), pairs_gradient.flatten(0, 1)
     (to_phi, to_g), (phi, g) = (x.flatten(0, 1).chunk(2, dim=1) for x in (gradient, pooled))
     to_phi.baddbmm_(pairs, g, beta=0, alpha=_factor(cells))
@@ -82,14 +82,14 @@ def _divided(blocks: Tensor, cells: list[int]) -> Tensor:
 
 
 def all_pairs(probes: Tensor, inner: int) -> Tensor:
-    """The same pairs over all pixels: the covariance of phi and g, and the product of their means."""
+    """Return the same pairs over all pixels: the covariance of phi and g, and the product of their means."""
     parts = _PhiAndG(probes, inner)
     pairs = torch.baddbmm(parts.covariance.flatten(0, 1), _columns(parts.phi), _columns(parts.g).mT)
     return pairs.unflatten(0, probes.shape[:2])
 
 
 def all_pairs_gradient(theta_gradient: Tensor, pairs_gradient: Tensor, probes: Tensor, inner: int) -> Tensor:
-    """The gradient of the probes of all three convolutions, given that of theta's and of the pairs.
+    """Return the gradient of the probes of all three convolutions, given that of theta's and of the pairs.
 
     As in :class:`UnscaledGradients`, that of a covariance is the sum of the gradient and its transpose.
     """
@@ -124,11 +124,11 @@ def unscaled_matrices(pairs: Tensor, out_weights: Tensor) -> Tensor:
 
 
 def probe_values(probes: Tensor, unscaled: Tensor) -> Tensor:
-    """What the blocks make of theta's probes, ``(B, N, rows, C)``."""
+    """Return the blocks' results for theta's probes, ``(B, N, rows, C)``."""
     return torch.bmm(probes.flatten(0, 1), unscaled.flatten(0, 1)).unflatten(0, unscaled.shape[:2])
 
 
-def scaled_matrices(unscaled: Tensor, scale: Optional[Tensor]) -> Tensor:
+def scaled_matrices(unscaled: Tensor, scale: Tensor | None) -> Tensor:
     """``V (B, N, C, c)``, the matrix after a norm that scales channels by ``scale (B, C)``."""
     if scale is None:
         return unscaled.mT.contiguous()
@@ -172,7 +172,7 @@ def projection_gradients(theta_gradient: Tensor, probe_gradient: Tensor, moments
 
 
 def map_gradient(probe_gradient: Tensor, projection: Tensor, pixels: int, projects: bool) -> tuple[Tensor, Tensor]:
-    """The gradient of one map as ``inner (x - mean) + shift``: ``inner (N, C, C)`` and ``shift (N, C)``.
+    """Return the gradient of one map as ``inner (x - mean) + shift``: ``inner (N, C, C)`` and ``shift (N, C)``.
 
     Args:
         probe_gradient: ``(N, 2 + r, r)``.

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._numerics import accumulation_dtype
 from ._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
-from ._watch import BackwardWatch
+from ._warnings import BackwardWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -31,7 +31,7 @@ from .student_losses import TOTALS, Total, add_terms, is_scalar
 
 __all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
-Levels = Optional[Sequence[Any]]
+Levels = Sequence[Any] | None
 
 
 class Distiller(StudentAttributes, nn.Module):
@@ -96,16 +96,16 @@ class Distiller(StudentAttributes, nn.Module):
         loss: nn.Module,
         *,
         student_layers: Layers,
-        teacher_layers: Optional[Layers] = None,
-        teacher_entry: Optional[str] = None,
+        teacher_layers: Layers | None = None,
+        teacher_entry: str | None = None,
         student_levels: Levels = None,
         teacher_levels: Levels = None,
         resize: bool = False,
         start_step: int = 0,
-        stop_step: Optional[int] = None,
+        stop_step: int | None = None,
         warmup_steps: int = 0,
         total: Total = TOTALS,
-        combine: Optional[Callable[[Any, dict[str, Tensor]], Any]] = None,
+        combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
         super().__init__()
         _check_modules(student, teacher, loss)
@@ -163,7 +163,7 @@ class Distiller(StudentAttributes, nn.Module):
         return min(1.0, (self._step - self.start_step + 1) / max(self.warmup_steps, 1))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's losses with the FBKD terms added; in eval mode the student's output as it is.
+        """Return the student's losses with the FBKD terms added; in eval mode the student's output as it is.
 
         Args:
             *args, **kwargs: what the detectors take.
@@ -204,7 +204,7 @@ class Distiller(StudentAttributes, nn.Module):
         return add_terms(output, terms, self.total, self._student_learns())
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
-        """The student's output, and the features of the student and the teacher as they go into the loss.
+        """Return the student's output, and the features of the student and the teacher as they go into the loss.
 
         Args:
             *args, **kwargs: what the detectors take.
@@ -290,7 +290,7 @@ class Distiller(StudentAttributes, nn.Module):
             super().__setattr__(name, value)
 
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last training step as they were added, detached, for logging; empty before the first."""
+        """Return the last training step's terms as they were added, detached, for logging; empty before the first."""
         return dict(self._terms)
 
     def balance_report(self, *args: Any, **kwargs: Any) -> BalanceReport:
@@ -313,7 +313,7 @@ class Distiller(StudentAttributes, nn.Module):
         return balance_report(self, *args, **kwargs)
 
     def get_extra_state(self) -> Tensor:
-        """The step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
+        """Return the step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
         return torch.tensor(self._step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -326,8 +326,8 @@ class Distiller(StudentAttributes, nn.Module):
 
 def _closed_tap(
     model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False
-) -> Union[FeatureTap, OutputTap]:
-    """A tap that is on its model during a step only, so that models are copied and saved without it."""
+) -> FeatureTap | OutputTap:
+    """Return a tap that is on its model during a step only, so that models are copied and saved without it."""
     if is_output(layers):
         return OutputTap(layers, name)
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
@@ -336,7 +336,7 @@ def _closed_tap(
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """This process' part of a parameter that FSDP2 has sharded."""
+    """Return this process' part of a parameter that FSDP2 has sharded."""
     return parameter.to_local() if is_sharded(parameter) else parameter
 
 
@@ -350,7 +350,7 @@ def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
 
 
 def checked_levels(levels: Any, name: str) -> Levels:
-    """The levels as a list of Python's own integers, or keys."""
+    """Return the levels as a list of Python's own integers, or keys."""
     if levels is None:
         return None
     if not is_list(levels):
@@ -389,7 +389,7 @@ def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
         )
 
 
-def _check_steps(start_step: int, stop_step: Optional[int], warmup_steps: int) -> None:
+def _check_steps(start_step: int, stop_step: int | None, warmup_steps: int) -> None:
     _check_count(start_step, "start_step")
     _check_count(warmup_steps, "warmup_steps")
     if stop_step is not None and (not is_int(stop_step) or stop_step < start_step):
@@ -402,7 +402,7 @@ def _check_count(value: Any, name: str) -> None:
 
 
 def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
-    """The features of ``levels``, in a list."""
+    """Return the features of ``levels``, in a list."""
     if levels is None:
         return features
     present = list(features) if isinstance(features, Mapping) else range(-len(features), len(features))
@@ -414,14 +414,14 @@ def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
 
 
 def _resized(teacher: Features, student: Features) -> Features:
-    """The teacher's maps in the sizes of the student's, matched as the loss does it."""
+    """Return the teacher's maps in the sizes of the student's, matched as the loss does it."""
     if isinstance(teacher, Mapping) and isinstance(student, Mapping):
         return {key: _resized_map(t, student[key]) if key in student else t for key, t in teacher.items()}
     teachers = list(teacher.values()) if isinstance(teacher, Mapping) else list(teacher)
     students = list(student.values()) if isinstance(student, Mapping) else list(student)
     if len(teachers) != len(students):
         return teacher
-    return [_resized_map(t, s) for t, s in zip(teachers, students)]
+    return [_resized_map(t, s) for t, s in zip(teachers, students, strict=True)]
 
 
 def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Distillation in several processes: where the loss goes, and what they share."""
 
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +14,8 @@ __all__ = ["data_parallel"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def data_parallel(
-    module: Module, *, sync_batch_norm: bool = False, **options: Any
-) -> Union[Module, DistributedDataParallel]:
-    """``module`` in ``DistributedDataParallel``, or as it is where there is no process group or nothing to learn.
+def data_parallel(module: Module, *, sync_batch_norm: bool = False, **options: Any) -> Module | DistributedDataParallel:
+    """Wrap ``module`` in ``DistributedDataParallel``, unless there is no process group or nothing to learn.
 
     Wrap the whole :class:`fbkd_ops.Distiller` where you call it yourself: student and loss are then one unit, and every
     parameter is used in every step, also before ``start_step``, so ``find_unused_parameters`` is not needed. Where a
@@ -61,5 +59,5 @@ def data_parallel(
 
 
 def _losses(module: nn.Module) -> list[nn.Module]:
-    """The losses of the distillers in ``module``, whatever is wrapped around these, or the loss that it is itself."""
+    """Return the losses of the distillers in ``module``, whatever wraps these, or the loss that it is itself."""
     return [each.loss for each in module.modules() if isinstance(each, Distiller)] or [module]

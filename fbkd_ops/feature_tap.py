@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Layer:
 
     path: str = ""
     inputs: bool = False
-    select: Optional[Callable[[Any], Any]] = None
+    select: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         check_text(self.path, "path")
@@ -56,8 +56,8 @@ class Layer:
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
-Place = Union[str, Layer]
-Layers = Union[Place, Sequence[Place], Mapping[str, Place], Callable[[Any], Features]]
+Place = str | Layer
+Layers = Place | Sequence[Place] | Mapping[str, Place] | Callable[[Any], Features]
 
 
 class FeatureTap:
@@ -147,7 +147,7 @@ class FeatureTap:
         self._recorder.is_live = True
 
     def caught(self) -> list[Any]:
-        """What each layer returned or, as ``(args, kwargs)``, was given, in order; forgotten then.
+        """Return each layer's output, or its inputs as ``(args, kwargs)``, in order, and forget them.
 
         Raises:
             RuntimeError: a module that was not called, or called more than once; values that were changed in place
@@ -155,7 +155,7 @@ class FeatureTap:
         """
         values, calls, at_call = self._recorder.values, self._recorder.calls, self._recorder.versions
         self._recorder.clear()
-        for layer, count, value, version in zip(self._layers.values(), calls, values, at_call):
+        for layer, count, value, version in zip(self._layers.values(), calls, values, at_call, strict=True):
             if count != 1:
                 raise RuntimeError(f"{self.name}: {self._miscounted(layer, count)}")
             if version is not None and version != versions(value):
@@ -177,7 +177,7 @@ class FeatureTap:
         return message
 
     def features(self) -> Features:
-        """The features of the last forward; forgotten then.
+        """Return the features of the last forward, and forget them.
 
         Returns:
             The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name.
@@ -187,16 +187,16 @@ class FeatureTap:
                 since they were caught.
             TypeError: one of several layers that gave something other than a tensor, or a single one no features.
         """
-        values = [_selected(layer, value) for layer, value in zip(self._layers.values(), self.caught())]
+        values = [_selected(layer, value) for layer, value in zip(self._layers.values(), self.caught(), strict=True)]
         if self._is_single:
             return _as_features(values[0], self.name)
-        for layer, value in zip(self._layers.values(), values):
+        for layer, value in zip(self._layers.values(), values, strict=True):
             if not isinstance(value, Tensor):
                 raise TypeError(
                     f"{self.name}: module {layer.path!r} must give one tensor where several layers are given, "
                     f"got {type(value).__name__}"
                 )
-        return dict(zip(self._layers, values)) if self._is_named else values
+        return dict(zip(self._layers, values, strict=True)) if self._is_named else values
 
 
 class OutputTap:
@@ -210,7 +210,7 @@ class OutputTap:
         self.name = name
 
     def features_of(self, output: Any) -> Features:
-        """The features in ``output``."""
+        """Return the features in ``output``."""
         return _as_features(_selected(self.layer, output), self.name)
 
     def clear(self) -> None:
@@ -249,7 +249,7 @@ class _Recorder:
 
     def clear(self) -> None:
         self.values: list[Any] = [None] * self.count
-        self.versions: list[Optional[list[int]]] = [None] * self.count
+        self.versions: list[list[int] | None] = [None] * self.count
         self.calls = [0] * self.count
 
     def restart(self, module: nn.Module, args: tuple) -> None:
@@ -291,12 +291,12 @@ class _Hook:
 
 
 def kept_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a call, of which the callee may change lists and dicts."""
+    """Return the arguments of a call, of which the callee may change lists and dicts."""
     return tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()}
 
 
 def _kept(value: Any) -> Any:
-    """A list or dict of its own: the model may change the one it has (a YOLO's head does)."""
+    """Copy a list or dict: the model may change the one it has (a YOLO's head does)."""
     return type(value)(value) if type(value) in (list, dict, OrderedDict) else value
 
 
@@ -314,7 +314,7 @@ def _is_recomputation() -> bool:
 
 
 def _selected(layer: Layer, value: Any) -> Any:
-    """The features in what was caught."""
+    """Return the features in what was caught."""
     if layer.inputs:
         args, kwargs = value
         value = (args[0] if len(args) == 1 else args) if args else kwargs
@@ -380,7 +380,7 @@ def _calls(graph: torch.fx.GraphModule, parts: list[str]) -> bool:
 
 
 def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
-    """The module of ``model`` at ``path``; ``name`` is what an error calls the argument.
+    """Return the module of ``model`` at ``path``; errors call the argument ``name``.
 
     Raises:
         ValueError: there is none; the message lists what is there.
@@ -389,7 +389,7 @@ def find_module(model: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def _way(model: nn.Module, path: str, name: str) -> Iterator[nn.Module]:
-    """The model and every module on the way to ``path``."""
+    """Return the model and every module on the way to ``path``."""
     module = unwrapped(model)
     yield module
     parts = path.split(".") if path else []
@@ -406,7 +406,7 @@ def _way(model: nn.Module, path: str, name: str) -> Iterator[nn.Module]:
         yield module
 
 
-def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
+def _child(module: nn.Module, part: str) -> nn.Module | None:
     children = dict(module.named_children())
     if part in children:
         return children[part]
@@ -418,7 +418,7 @@ def _child(module: nn.Module, part: str) -> Optional[nn.Module]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside data parallelism, ``torch.compile`` and averaged copies."""
+    """Return the model inside data parallelism, ``torch.compile`` and averaged copies."""
     while (name := _inner_name(model)) is not None:
         model = getattr(model, name)
     return model
@@ -432,7 +432,7 @@ def wrapping_path(model: nn.Module) -> str:
     return path
 
 
-def _inner_name(model: nn.Module) -> Optional[str]:
+def _inner_name(model: nn.Module) -> str | None:
     if hasattr(model, "_orig_mod"):
         return "_orig_mod"
     return "module" if isinstance(model, _WRAPPERS) else None

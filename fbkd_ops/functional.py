@@ -13,7 +13,6 @@ Beside a float64 map nothing is rounded.
 """
 
 from collections.abc import Sequence
-from typing import Optional
 
 from torch import Tensor, nn
 
@@ -115,7 +114,7 @@ def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
 
 
 def attention_mask(
-    student: Optional[Tensor], teacher: Tensor, *, temperature: float, mask_rule: str = "average"
+    student: Tensor | None, teacher: Tensor, *, temperature: float, mask_rule: str = "average"
 ) -> Tensor:
     """One mask, without gradient, from the student's and the teacher's attention map.
 
@@ -163,7 +162,7 @@ def attention_masks(
     channel_temperature: float,
     mask_rule: str = "average",
 ) -> tuple[Tensor, Tensor]:
-    """The spatial and the channel mask of a level, without gradient.
+    """Return the spatial and the channel mask of a level, without gradient.
 
     Args:
         student: the student's four means; where the widths differ, with its channel attention already adapted
@@ -206,8 +205,8 @@ def attention_masks(
 def masked_l2_loss(
     student: Tensor,
     teacher: Tensor,
-    spatial_mask: Optional[Tensor] = None,
-    channel_mask: Optional[Tensor] = None,
+    spatial_mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (S - T)**2))`` over the whole batch; the gradient at 0 is 0.
 
@@ -245,8 +244,8 @@ def adapted_masked_l2_loss(
     weight: Tensor,
     bias: Tensor,
     teacher: Tensor,
-    spatial_mask: Optional[Tensor] = None,
-    channel_mask: Optional[Tensor] = None,
+    spatial_mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (A S + a - T)**2))`` over the whole batch; the gradient at 0 is 0.
 
@@ -331,7 +330,7 @@ def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tens
     return root(spatial_l2_squares(backend, SpatialLevels([student], [weight], [bias], [teacher]))[0])
 
 
-def _check_masks(spatial_mask: Optional[Tensor], channel_mask: Optional[Tensor], teacher: Tensor) -> None:
+def _check_masks(spatial_mask: Tensor | None, channel_mask: Tensor | None, teacher: Tensor) -> None:
     n, channels, height, width = teacher.shape
     if spatial_mask is not None:
         check_tensor(spatial_mask, (n, height, width), teacher, "spatial_mask")
@@ -347,9 +346,9 @@ def non_local(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    norm: Optional[nn.Module] = None,
+    norm: nn.Module | None = None,
 ) -> Tensor:
-    """The non-local block ``z = x + Norm(Wz y + bz)`` without its ``(HW, K)`` matrix.
+    """Return the non-local block ``z = x + Norm(Wz y + bz)`` without its ``(HW, K)`` matrix.
 
     Args:
         x: ``(N, C, H, W)``.
@@ -402,8 +401,8 @@ def relation_loss(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    student_norm: Optional[nn.Module] = None,
-    teacher_norm: Optional[nn.Module] = None,
+    student_norm: nn.Module | None = None,
+    teacher_norm: nn.Module | None = None,
     memory_efficient: bool = False,
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch, without a ``(HW, K)`` matrix and without z.

@@ -2,7 +2,7 @@
 
 import importlib.util
 import platform
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -74,7 +74,7 @@ def _choices() -> Iterator[str]:
 
 
 def report() -> str:
-    """The whole report as text."""
+    """Return the whole report as text."""
     pairs = [*_versions(), *_build(), *_libraries()]
     lines = [f"{name:<13} {value}" for name, value in pairs]
     return "\n".join([*lines, "", *_choices()])

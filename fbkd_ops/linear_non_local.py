@@ -8,7 +8,7 @@ from the mean and the covariance of ``r``, so neither ``u = Wz y + bz`` nor the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +54,18 @@ class Block(NamedTuple):
 
     weights: NonLocalWeights
     settings: BlockSettings
-    norm: Optional[nn.Module] = None
-    norm_parameters: Optional[tuple[Optional[Tensor], Optional[Tensor]]] = None  # weight and bias in place of its own
+    norm: nn.Module | None = None
+    norm_parameters: tuple[Tensor | None, Tensor | None] | None = None  # weight and bias in place of its own
     updates_statistics: bool = True  # False: those of the norm have seen this batch already
 
 
-def block_tensors(block: Block) -> list[Optional[Tensor]]:
+def block_tensors(block: Block) -> list[Tensor | None]:
     """All of a block that learns."""
     return [*block.weights, *((None, None) if block.norm is None else (block.norm.weight, block.norm.bias))]
 
 
-def with_tensors(block: Block, tensors: Sequence[Optional[Tensor]], updates_statistics: bool) -> Block:
-    """The block with other tensors in place of its :func:`block_tensors`."""
+def with_tensors(block: Block, tensors: Sequence[Tensor | None], updates_statistics: bool) -> Block:
+    """Return the block with other tensors in place of its :func:`block_tensors`."""
     *weights, norm_weight, norm_bias = tensors
     return Block(NonLocalWeights(*weights), block.settings, block.norm, (norm_weight, norm_bias), updates_statistics)
 
@@ -87,7 +87,7 @@ class AffineNonLocal(NamedTuple):
 
 
 def as_matrices(weights: NonLocalWeights) -> NonLocalWeights:
-    """The convolutions' weights as matrices."""
+    """Return the convolutions' weights as matrices."""
     return NonLocalWeights(*(w.flatten(1) if w is not None and w.dim() == 4 else w for w in weights))
 
 
@@ -98,7 +98,7 @@ def non_local(
 ) -> Tensor:
     """``z (N, C, H, W)`` of the block."""
 
-    def output(is_first: bool, x: Tensor, *tensors: Optional[Tensor]) -> Tensor:
+    def output(is_first: bool, x: Tensor, *tensors: Tensor | None) -> Tensor:
         affine = to_affine(backend, x, with_tensors(block, tensors, is_first))[1]
         added = torch.baddbmm(affine.offset[:, :, None], affine.matrix, affine.vectors)  # (N, C, L)
         return x + added.reshape(x.shape)
@@ -107,13 +107,13 @@ def non_local(
 
 
 def to_affine(backend: str, x: Tensor, block: Block) -> tuple[Tensor, AffineNonLocal]:
-    """x for what the caller's own gradient flows into, and the block of ``x (N, C, H, W)``; see :func:`response`."""
+    """Return x for all further reads, whose gradient is added in place, and the block of ``x (N, C, H, W)``."""
     x, found = response(backend, x, block.weights, block.settings)
     return x, _normalized(found, block)
 
 
 def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings) -> tuple[Tensor, Response]:
-    """x for what the caller's own gradient flows into, and the block's response to ``x (N, C, H, W)``.
+    """Return x for all further reads, and the block's response to ``x (N, C, H, W)``.
 
     What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.
     """
@@ -134,7 +134,7 @@ def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockS
 def _projections(
     backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x again, the query of every pixel (theta, or x in ``gaussian`` mode), and the pooled keys and g."""
+    """Return x, the query of every pixel (theta, or x in ``gaussian`` mode), and the pooled keys and g."""
     gaussian = settings.mode == "gaussian"
     fields, cells = ("g",) if gaussian else ("g", "phi"), pool_cells(x, settings)
     if backend == "torch" or cells == (1, 1, 1, 1):
@@ -153,7 +153,7 @@ def _projections(
 
 
 def _convolved(x: Tensor, weights: NonLocalWeights, fields: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """x again and its convolutions, each ``(N, c, H, W)``, from one product."""
+    """Return x and its convolutions, each ``(N, c, H, W)``, from one product."""
     projected, flat = projection(x.flatten(2), stacked(weights, fields, "weight"), stacked(weights, fields, "bias"))
     return flat.reshape(x.shape), *projected.unflatten(2, x.shape[2:]).chunk(len(fields), dim=1)
 
@@ -161,14 +161,14 @@ def _convolved(x: Tensor, weights: NonLocalWeights, fields: tuple[str, ...]) -> 
 def _convolved_and_pooled(
     backend: str, x: Tensor, weights: NonLocalWeights, fields: tuple[str, ...], cells: tuple[int, int, int, int]
 ) -> tuple[Tensor, ...]:
-    """x again and its pooled convolutions, each ``(N, c, K)``, from one read."""
+    """Return x and its pooled convolutions, each ``(N, c, K)``, from one read."""
     weight, bias = stacked(weights, fields, "weight"), stacked(weights, fields, "bias")
     (statistics,) = non_local_statistics(backend, [StatisticsRequest(x, weight=weight, bias=bias, pool=cells)])
     return statistics.x, *statistics.pooled.chunk(len(fields), dim=1)
 
 
 def stacked(weights: NonLocalWeights, fields: tuple[str, ...], part: str) -> Tensor:
-    """The ``"weight"`` or ``"bias"`` of several convolutions as that of one."""
+    """Return the ``"weight"`` or ``"bias"`` of several convolutions as that of one."""
     return torch.cat([getattr(weights, f"{field}_{part}") for field in fields])
 
 
@@ -187,7 +187,7 @@ def _pooled(x: Tensor, settings: BlockSettings) -> Tensor:
 
 
 def _softmax_attention(query: Tensor, key: Tensor, g: Tensor, settings: BlockSettings) -> Tensor:
-    """y of the two gaussian modes, ``(N, c, L)``: attention with a query a pixel and K keys."""
+    """Return y of the two gaussian modes, ``(N, c, L)``: attention with one query per pixel and K keys."""
     scaled = settings.mode == "embedded_gaussian" and settings.use_scale
     scale = query.shape[1] ** -0.5 if scaled else 1.0
     # On a GPU the fused kernels read whole 16-byte vectors; PyTorch would fall back to one with a (L, K) matrix.
@@ -209,7 +209,7 @@ def _as_heads(vectors: Tensor, width: int) -> Tensor:
 
 
 def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, pair_weight: Tensor) -> Tensor:
-    """y of ``concatenation`` mode, ``(N, c, L)``: ``y_i = sum_j relu(a_i + b_j) g_j / K``.
+    """Return y of ``concatenation`` mode, ``(N, c, L)``: ``y_i = sum_j relu(a_i + b_j) g_j / K``.
 
     The j that count for pixel i are those with ``b_j > -a_i``: a suffix of the sorted b, so
     ``y_i = (a_i * G_i + B_i) / K`` with suffix sums of g and of b g, found by one binary search a pixel.

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ._validation import (
     values_per_level,
     warn_of_clamping,
 )
-from ._watch import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
+from ._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
 from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from .autograd.attention_masks import MaskRequest, attention_masks
 from .autograd.attention_pool import attention_pools
@@ -38,7 +38,7 @@ from .types import AttentionPool
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
-Channels = Union[int, Sequence[int]]
+Channels = int | Sequence[int]
 
 
 class TermSquares(NamedTuple):
@@ -101,9 +101,9 @@ class FBKDLoss(nn.Module):
     def __init__(
         self,
         student_channels: Channels,
-        teacher_channels: Optional[Channels] = None,
+        teacher_channels: Channels | None = None,
         *,
-        num_levels: Optional[int] = None,
+        num_levels: int | None = None,
         preset: str = "two_stage",
         memory_efficient: bool = False,
         synchronize: bool = False,
@@ -115,6 +115,7 @@ class FBKDLoss(nn.Module):
         widths = zip(
             _level_widths(student_channels, num_levels, "student_channels"),
             _level_widths(teacher_channels, num_levels, "teacher_channels"),
+            strict=True,
         )
         self.preset = preset
         self.memory_efficient = check_flag(memory_efficient, "memory_efficient")
@@ -123,7 +124,7 @@ class FBKDLoss(nn.Module):
         self._layer_watch = LayerWatch()
         self.levels = nn.ModuleList()
         for index, (settings, (student, teacher)) in enumerate(
-            zip(resolve_settings(preset, num_levels, overrides), widths)
+            zip(resolve_settings(preset, num_levels, overrides), widths, strict=True)
         ):
             try:
                 self.levels.append(FBKDLevel(student, teacher, settings))
@@ -132,7 +133,7 @@ class FBKDLoss(nn.Module):
 
     @classmethod
     def from_features(cls, student_features: Features, teacher_features: Features, **arguments: Any) -> "FBKDLoss":
-        """A loss for features like these: channels and levels are read off them.
+        """Return a loss for features like these: channels and levels are read off them.
 
         Args:
             student_features, teacher_features: lists, tuples or dicts of ``(N, C, H, W)``, as for the call.
@@ -155,7 +156,7 @@ class FBKDLoss(nn.Module):
         return loss.to(pairs[0][1].device)
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
-        """The four terms of the loss.
+        """Return the four terms of the loss.
 
         Args:
             student_features: one ``(N, Cs, H, W)`` a level, in a list, a tuple or a dict.
@@ -186,7 +187,7 @@ class FBKDLoss(nn.Module):
         return terms
 
     def _squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
-        """The sums under the roots of every term and level; ``backend`` of the relation term."""
+        """Return the sums under the roots of every term and level; ``backend`` of the relation term."""
         if backend != "reference":
             return self._fused_squares(backend, students, teachers)
         levels = [reference.level_terms(*level) for level in zip(students, teachers, self.levels, strict=True)]
@@ -198,7 +199,7 @@ class FBKDLoss(nn.Module):
         ]
 
     def _fused_squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
-        """The sums, with one launch for all levels of each step that has kernels."""
+        """Return the sums, with one launch for all levels of each step that has kernels."""
         students, pools_s, pools_t, squares = self._feature_squares(students, teachers)
         indices = self._levels_with("channel_adaptation")
         if indices:
@@ -217,7 +218,7 @@ class FBKDLoss(nn.Module):
     def _feature_squares(
         self, students: list[Tensor], teachers: list[Tensor]
     ) -> tuple[list[Tensor], list[AttentionPool], list[AttentionPool], list[TermSquares]]:
-        """The students and both sides' means for the other terms to start from, and the feature term's sums."""
+        """Return the students and both sides' means for the other terms to start from, and the feature term's sums."""
         indices = self._levels_with("feature_adaptation")
         with torch.no_grad():
             pools = attention_pools([*teachers, *(students[index] for index in indices)])
@@ -238,13 +239,13 @@ class FBKDLoss(nn.Module):
         return [index for index, level in enumerate(self.levels) if getattr(level, layer) is not None]
 
     def _select(self, indices: list[int], *lists: list) -> list[list]:
-        """The levels of these indices, and their entries of each list."""
+        """Return the levels of these indices, and their entries of each list."""
         return [[entries[index] for index in indices] for entries in (self.levels, *lists)]
 
     def _weighted_terms(
         self, squares: list[TermSquares], students: list[Tensor], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
-        """The loss's terms from the sums of each level's."""
+        """Return the loss's terms from the sums of each level's."""
         dtype = accumulation_dtype(*students, *teachers)
         if not squares:
             return {name: students[0].new_zeros((), dtype=dtype) for name in self.term_names}
@@ -260,7 +261,7 @@ class FBKDLoss(nn.Module):
     def _sums_and_scales(
         self, sums: Tensor, names: list[tuple[int, str]], teachers: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The sums ``(K,)``, over all processes where asked for, and what their roots are multiplied with ``(K,)``."""
+        """Return the sums ``(K,)``, over all processes where asked for, and the factors ``(K,)`` of their roots."""
         weights, counts = [], []
         for index, term in names:
             weights.append(getattr(self.levels[index].settings, f"{term}_weight"))
@@ -282,7 +283,7 @@ class FBKDLoss(nn.Module):
             raise ValueError(
                 f"student_features must have {len(self.levels)} levels, as the loss was made with, got {len(pairs)}"
             )
-        for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs):
+        for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs, strict=True):
             check_channels(student, level.student_channels, student_name)
             check_channels(teacher, level.teacher_channels, teacher_name)
             check_same_device(student, pairs[0][1], student_name, pairs[0][0])
@@ -293,7 +294,7 @@ class FBKDLoss(nn.Module):
 
     def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         self.check_levels(pairs)
-        for level, (name, student, _, _) in zip(self.levels, pairs):
+        for level, (name, student, _, _) in zip(self.levels, pairs, strict=True):
             level.check_statistics(student, name)
             if level.relation_adaptation is not None:
                 warn_of_clamping(level.settings.stride, student)
@@ -348,7 +349,7 @@ class FBKDLevel(nn.Module):
             )
 
     def mask_requests(self, pool_s: AttentionPool, pool_t: AttentionPool) -> list[MaskRequest]:
-        """What the feature term's spatial mask, and its channel mask if it has one, are made from."""
+        """Return the inputs of the feature term's spatial mask, and of its channel mask if it has one."""
         settings = self.settings
         spatial = (pool_s.spatial_attention, pool_t.spatial_attention, settings.spatial_temperature)
         requests = [MaskRequest(*spatial, settings.mask_rule)]
@@ -357,26 +358,26 @@ class FBKDLevel(nn.Module):
             requests.append(MaskRequest(*channel, settings.mask_rule))
         return requests
 
-    def _channel_attention(self, pool_s: AttentionPool) -> Optional[Tensor]:
-        """The student's part of the channel mask ``(N, Ct)``; another width goes through the channel term's layer."""
+    def _channel_attention(self, pool_s: AttentionPool) -> Tensor | None:
+        """Return the student's part ``(N, Ct)`` of the channel mask; the channel term's layer adapts another width."""
         if self.settings.channel_mask_source == "teacher":
             return None
         attention = pool_s.channel_attention.detach()
         return attention if self.student_channels == self.teacher_channels else self._adapted_channels(attention)
 
     def _adapted_channels(self, channels: Tensor) -> Tensor:
-        """The channel term's linear layer on ``(N, Cs)``, ``(N, Ct)``."""
+        """Apply the channel term's linear layer to ``(N, Cs)``, giving ``(N, Ct)``."""
         layer = self.channel_adaptation
         return F.linear(channels, layer.weight.to(channels.dtype), layer.bias.to(channels.dtype))
 
     def pooled(self, pool: AttentionPool, axis: str) -> Tensor:
-        """What the channel or the spatial term compares: a plain mean or a mean of absolute values."""
+        """Return the mean that the channel or the spatial term compares: plain, or of absolute values."""
         return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
 
     def relation_term(
         self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
     ) -> RelationTerm:
-        """What the relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)`` is made from."""
+        """Return the inputs of the relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
         layer = self.relation_adaptation
         return RelationTerm(
             student,
@@ -418,21 +419,21 @@ def _feature_terms(
     )
     backend = backends.resolve("adapted_masked_l2_loss", students[0])
     if backend == "reference":
-        losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments)]
+        losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments, strict=True)]
         return students, attention_pools(students), torch.stack(losses).square()
     squares, pools_s, students = student_pyramid(backend, arguments, pools_s, memory_efficient)
     return students, pools_s, squares
 
 
 def _over_processes(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and numbers of squares ``(K,)`` over all processes; one alone has them already."""
+    """Add up sums and numbers of squares ``(K,)`` over all processes; one alone has them already."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums, counts
     return SumOverProcessesFunction.apply(torch.cat([sums, counts])).chunk(2)
 
 
 def _channel_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
-    """The channel term squared ``(levels,)`` of levels that all have this term."""
+    """Return the channel term squared ``(levels,)`` of levels that all have this term."""
     return channel_l2_squares(
         ChannelLevels(
             [level.pooled(pool, "channel") for level, pool in zip(levels, pools_s, strict=True)],
@@ -444,7 +445,7 @@ def _channel_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pool
 
 
 def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
-    """The spatial term squared ``(levels,)`` of levels that all have this term."""
+    """Return the spatial term squared ``(levels,)`` of levels that all have this term."""
     arguments = SpatialLevels(
         [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_s, strict=True)],
         [level.spatial_adaptation.weight.view(3, 3) for level in levels],
@@ -472,7 +473,7 @@ def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:
 
 
 def _check_channel_mask(student_channels: int, teacher_channels: int, settings: LevelSettings) -> None:
-    """The student's half of the channel mask needs the channel term's layer where the widths differ."""
+    """Require the channel term's layer where the student's half of the channel mask has another width."""
     needs_layer = (
         settings.use_channel_mask and settings.channel_mask_source == "both" and student_channels != teacher_channels
     )
@@ -484,7 +485,7 @@ def _check_channel_mask(student_channels: int, teacher_channels: int, settings: 
         )
 
 
-def _count_levels(student: Channels, teacher: Channels, num_levels: Optional[int], preset: str) -> int:
+def _count_levels(student: Channels, teacher: Channels, num_levels: int | None, preset: str) -> int:
     default = default_num_levels(preset)
     lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
     if num_levels is None and lengths:

@@ -1,7 +1,5 @@
 """The non-local block as a module."""
 
-from typing import Optional
-
 from torch import Tensor, nn
 
 from . import functional
@@ -91,9 +89,9 @@ class NonLocalBlock2d(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        inter_channels: Optional[int] = None,
+        inter_channels: int | None = None,
         *,
-        reduction: Optional[int] = None,
+        reduction: int | None = None,
         mode: str = "dot_product",
         stride: int = 1,
         pool_order: str = "single",
@@ -124,7 +122,7 @@ class NonLocalBlock2d(nn.Module):
             layer.reset_parameters()
 
     def weights(self) -> NonLocalWeights:
-        """The block's convolutions as matrices, in the layout that the functions take.
+        """Return the block's convolutions as matrices, in the layout that the functions take.
 
         Raises:
             RuntimeError: a layer with hooks, which would never run.
@@ -136,10 +134,10 @@ class NonLocalBlock2d(nn.Module):
     def _convolutions(self) -> NonLocalWeights:
         """Weights in the layers' own shapes."""
 
-        def weight(layer: Optional[nn.Conv2d]) -> Optional[Tensor]:
+        def weight(layer: nn.Conv2d | None) -> Tensor | None:
             return None if layer is None else layer.weight
 
-        def bias(layer: Optional[nn.Conv2d]) -> Optional[Tensor]:
+        def bias(layer: nn.Conv2d | None) -> Tensor | None:
             return None if layer is None else layer.bias
 
         return NonLocalWeights(
@@ -180,7 +178,7 @@ class NonLocalBlock2d(nn.Module):
         )
 
 
-def _inner_width(channels: int, inner: Optional[int], reduction: Optional[int]) -> int:
+def _inner_width(channels: int, inner: int | None, reduction: int | None) -> int:
     if inner is None:
         reduction = 2 if reduction is None else reduction
         if not is_int(reduction) or reduction < 1:

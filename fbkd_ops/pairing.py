@@ -1,7 +1,7 @@
 """Whether a student and a teacher can work side by side: nothing shared that learns, and the same images."""
 
 from collections.abc import Hashable, Iterator
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def _sharing(kind: str, name: str, teacher_name: str) -> str:
 
 
 def training_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that are in training mode. Frozen TorchScript has no mode."""
+    """Return the modules that are in training mode. Frozen TorchScript has no mode."""
     return [module for module in model.modules() if getattr(module, "training", False)]
 
 
@@ -78,7 +78,7 @@ def check_exported_mode(teacher: nn.Module) -> None:
 
 
 def _is_training(node: torch.fx.Node) -> bool:
-    arguments = zip(node.target._schema.arguments, node.args)
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
     given = {argument.name: value for argument, value in arguments} | dict(node.kwargs)
     return any(given.get(name) is True for name in ("training", "train"))
 
@@ -119,7 +119,7 @@ def check_same_images(student: nn.Module, teacher: nn.Module) -> None:
     )
 
 
-def _resizing(model: nn.Module) -> Optional[nn.Module]:
+def _resizing(model: nn.Module) -> nn.Module | None:
     """Torchvision's transform of images, recognised by what it has: this module imports no framework."""
     names = ("min_size", "max_size", "fixed_size", "size_divisible", "resize")
     return next((module for module in model.modules() if all(hasattr(module, name) for name in names)), None)
@@ -132,7 +132,7 @@ def _sizes(resizing: nn.Module) -> list[Any]:
     return [(size, resizing.max_size) for size in resizing.min_size]
 
 
-def _described(sizes: Optional[list[Any]]) -> str:
+def _described(sizes: list[Any] | None) -> str:
     if sizes is None:
         return "no other size"
     return f"one of {sizes}" if len(sizes) > 1 else f"{sizes[0]}"

@@ -1,14 +1,13 @@
-"""The four parameterisations of FBKD in circulation, and how they resolve to one setting a level.
+"""The four parameterisations of FBKD in circulation, and how they resolve to the settings of each level.
 
-A preset is a row of constants; every one of them is an override of :class:`fbkd_ops.FBKDLoss`.
-A tuple holds one value a level: with fewer levels than entries the first ones are taken, with more the
-last one repeats.
+A preset is one record of constants; every one of them is an override of :class:`fbkd_ops.FBKDLoss`. A tuple holds one
+value per level: with fewer levels than entries the first ones are taken, with more the last one repeats.
 """
 
 import dataclasses
 import numbers
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 from ._validation import (
     check_choice,
@@ -65,7 +64,7 @@ class LevelSettings:
     channel_weight: float
     spatial_weight: float
     relation_weight: float
-    inter_channels: Union[int, float]
+    inter_channels: int | float
     stride: int
     conv_out_bias: bool
     pool_order: str = "single"
@@ -93,14 +92,14 @@ class LevelSettings:
         object.__setattr__(self, name, value)
 
     def inner_width(self, channels: int) -> int:
-        """The inner width of a non-local block on ``channels`` channels."""
+        """Return the inner width of a non-local block on ``channels`` channels."""
         if isinstance(self.inter_channels, float):
             return max(int(channels * self.inter_channels), 1)
         return self.inter_channels
 
 
-def _inner_channels(value: Any) -> Union[int, float]:
-    """An inner width, or its ratio to the features' width."""
+def _inner_channels(value: Any) -> int | float:
+    """Return an inner width, or its ratio to the features' width."""
     if is_int(value) and value >= 1:
         return int(value)
     is_ratio = isinstance(value, numbers.Real) and not is_int(value) and not isinstance(value, bool) and 0 < value <= 1
@@ -119,43 +118,96 @@ CHOICES = {
     "normalize": ("none", "mean"),
 }
 
-_TWO_STAGE = dict(
-    spatial_temperature=0.5,
-    channel_temperature=0.5,
-    mask_rule="average",
-    use_channel_mask=False,
-    feature_weight=7e-5,
-    channel_weight=4e-3,
-    spatial_weight=4e-3,
-    relation_weight=7e-5,
-    stride=(8, 4, 2, 2, 2),
-    inter_channels=(0.25, 0.25, 0.5, 0.5, 0.5),
-    conv_out_bias=True,
-)
-_ONE_STAGE_FACTOR = 6
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "two_stage": _TWO_STAGE,
-    "one_stage": _TWO_STAGE
-    | dict(spatial_temperature=0.1, channel_temperature=0.1, use_channel_mask=True)
-    | {f"{term}_weight": _ONE_STAGE_FACTOR * _TWO_STAGE[f"{term}_weight"] for term in TERMS},
-    "mmrazor": _TWO_STAGE
-    | dict(
-        stride=(16, 8, 4, 4),
-        inter_channels=(0.25, 0.25, 0.5, 0.5),
-        conv_out_bias=False,
-        pool_order="nested",
+@dataclass(frozen=True)
+class Preset:
+    """A set of constants in circulation.
+
+    Attributes:
+        num_levels: how many levels it was written for; None where it fits any number.
+        settings: fields of :class:`LevelSettings`; a tuple holds one value per level.
+    """
+
+    num_levels: int | None
+    settings: dict[str, Any]
+
+
+_PRESETS = {
+    "two_stage": Preset(
+        num_levels=5,
+        settings=dict(
+            spatial_temperature=0.5,
+            channel_temperature=0.5,
+            mask_rule="average",
+            use_channel_mask=False,
+            feature_weight=7e-5,
+            channel_weight=4e-3,
+            spatial_weight=4e-3,
+            relation_weight=7e-5,
+            stride=(8, 4, 2, 2, 2),
+            inter_channels=(0.25, 0.25, 0.5, 0.5, 0.5),
+            conv_out_bias=True,
+        ),
     ),
-    "paper": _TWO_STAGE | dict(mask_rule="joint", use_channel_mask=True, pooled_terms="attention"),
+    "one_stage": Preset(
+        num_levels=5,
+        settings=dict(
+            spatial_temperature=0.1,
+            channel_temperature=0.1,
+            mask_rule="average",
+            use_channel_mask=True,
+            feature_weight=6 * 7e-5,
+            channel_weight=6 * 4e-3,
+            spatial_weight=6 * 4e-3,
+            relation_weight=6 * 7e-5,
+            stride=(8, 4, 2, 2, 2),
+            inter_channels=(0.25, 0.25, 0.5, 0.5, 0.5),
+            conv_out_bias=True,
+        ),
+    ),
+    "mmrazor": Preset(
+        num_levels=4,
+        settings=dict(
+            spatial_temperature=0.5,
+            channel_temperature=0.5,
+            mask_rule="average",
+            use_channel_mask=False,
+            feature_weight=7e-5,
+            channel_weight=4e-3,
+            spatial_weight=4e-3,
+            relation_weight=7e-5,
+            stride=(16, 8, 4, 4),
+            inter_channels=(0.25, 0.25, 0.5, 0.5),
+            conv_out_bias=False,
+            pool_order="nested",
+        ),
+    ),
+    "paper": Preset(
+        num_levels=None,
+        settings=dict(
+            spatial_temperature=0.5,
+            channel_temperature=0.5,
+            mask_rule="joint",
+            use_channel_mask=True,
+            feature_weight=7e-5,
+            channel_weight=4e-3,
+            spatial_weight=4e-3,
+            relation_weight=7e-5,
+            stride=(8, 4, 2, 2, 2),
+            inter_channels=(0.25, 0.25, 0.5, 0.5, 0.5),
+            conv_out_bias=True,
+            pooled_terms="attention",
+        ),
+    ),
 }
 
-_NUM_LEVELS: dict[str, Optional[int]] = {"two_stage": 5, "one_stage": 5, "mmrazor": 4, "paper": None}
+PRESETS: dict[str, dict[str, Any]] = {name: preset.settings for name, preset in _PRESETS.items()}
 
 
-def default_num_levels(preset: str) -> Optional[int]:
+def default_num_levels(preset: str) -> int | None:
     """How many levels the preset was written for, None where it fits any number."""
     check_choice(preset, tuple(PRESETS), "preset")
-    return _NUM_LEVELS[preset]
+    return _PRESETS[preset].num_levels
 
 
 def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) -> list[LevelSettings]:
@@ -193,7 +245,7 @@ def _require_known(overrides: dict[str, Any]) -> None:
 
 
 def _spread(value: Any, num_levels: int) -> list[Any]:
-    """A preset's value at each level."""
+    """Return a preset's value at each level."""
     if not isinstance(value, tuple):
         return [value] * num_levels
     return [value[min(level, len(value) - 1)] for level in range(num_levels)]

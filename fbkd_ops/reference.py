@@ -8,8 +8,6 @@ Source: Zhang & Ma, "Improve Object Detection with Feature-based Knowledge Disti
 the authors' released code for its constants.
 """
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +43,7 @@ def attention_pool(x: Tensor) -> AttentionPool:
 
 
 def attention_mask(
-    student: Optional[Tensor],  # (N, ...), None for a mask of the teacher alone
+    student: Tensor | None,  # (N, ...), None for a mask of the teacher alone
     teacher: Tensor,  # (N, ...)
     *,
     temperature: float,
@@ -90,8 +88,8 @@ def attention_masks(
 def masked_l2_loss(
     student: Tensor,  # (N, C, H, W)
     teacher: Tensor,  # (N, C, H, W)
-    spatial_mask: Optional[Tensor] = None,  # (N, H, W)
-    channel_mask: Optional[Tensor] = None,  # (N, C)
+    spatial_mask: Tensor | None = None,  # (N, H, W)
+    channel_mask: Tensor | None = None,  # (N, C)
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (S - T)**2))`` over the whole batch."""
     dtype = accumulation_dtype(student, teacher)
@@ -108,8 +106,8 @@ def adapted_masked_l2_loss(
     weight: Tensor,  # (Ct, Cs)
     bias: Tensor,  # (Ct,)
     teacher: Tensor,  # (N, Ct, H, W)
-    spatial_mask: Optional[Tensor] = None,  # (N, H, W)
-    channel_mask: Optional[Tensor] = None,  # (N, Ct)
+    spatial_mask: Tensor | None = None,  # (N, H, W)
+    channel_mask: Tensor | None = None,  # (N, Ct)
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (A S + a - T)**2))`` over the whole batch."""
     dtype = accumulation_dtype(student, teacher)
@@ -141,7 +139,7 @@ def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
 
 
 def pool_kernels(size: tuple[int, int], stride: int, pool_order: str) -> list[tuple[int, int]]:
-    """The kernels of the pools that together pool ``size (H, W)`` by ``stride``."""
+    """Return the kernels of the pools that together pool ``size (H, W)`` by ``stride``."""
     total = tuple(min(stride, extent) for extent in size)
     if total == (1, 1):
         return []
@@ -159,9 +157,9 @@ def non_local(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    norm: Optional[nn.Module] = None,
+    norm: nn.Module | None = None,
 ) -> Tensor:
-    """The non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
+    """Return the non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
     weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
     g = max_pool(_conv1x1(x, weights.g_weight, weights.g_bias), stride, pool_order).flatten(2)
     if mode == "gaussian":
@@ -188,14 +186,14 @@ def _normalized(u: Tensor, norm: nn.Module) -> Tensor:
     return out
 
 
-def _conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def _pairwise(
     theta: Tensor,  # (N, c, HW)
     phi: Tensor,  # (N, c, K)
-    pair_weight: Optional[Tensor],  # (2c,)
+    pair_weight: Tensor | None,  # (2c,)
     mode: str,
     use_scale: bool,
 ) -> Tensor:
@@ -225,8 +223,8 @@ def relation_loss(
     stride: int = 1,
     pool_order: str = "single",
     use_scale: bool = True,
-    student_norm: Optional[nn.Module] = None,
-    teacher_norm: Optional[nn.Module] = None,
+    student_norm: nn.Module | None = None,
+    teacher_norm: nn.Module | None = None,
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch."""
     dtype = accumulation_dtype(student, teacher)
@@ -238,7 +236,7 @@ def relation_loss(
 
 
 def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
-    """The unweighted terms of one level that its settings ask for, keyed by the term's name.
+    """Return the unweighted terms of one level that its settings ask for, keyed by the term's name.
 
     Args:
         student: ``(N, Cs, H, W)``.
@@ -284,12 +282,12 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer on ``x``, in x's dtype."""
+    """Apply the layer to ``x``, in x's dtype."""
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor, Optional[Tensor]]:
-    """The feature term's masks ``(N, H, W)`` and ``(N, Ct)``, None where the settings have none."""
+def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor, Tensor | None]:
+    """Return the feature term's masks ``(N, H, W)`` and ``(N, Ct)``, None where the settings have none."""
     settings = level.settings
     spatial = attention_mask(
         pool_s.spatial_attention,

@@ -1,7 +1,7 @@
 """The relation term ``|| NL_t(T) - B(NL_s(S)) ||`` of a pyramid, without z, the adapted relation or a pair matrix."""
 
 import itertools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +37,12 @@ class RelationTerm(NamedTuple):
     teacher_block: Block
     adaptation_weight: Tensor  # B (Ct, Cs), or (Ct, Cs, 1, 1) as a layer holds it
     adaptation_bias: Tensor  # (Ct,)
-    student_mean: Optional[Tensor] = None  # (N, Cs) over pixels, where it is known already
-    teacher_mean: Optional[Tensor] = None  # (N, Ct)
+    student_mean: Tensor | None = None  # (N, Cs) over pixels, where it is known already
+    teacher_mean: Tensor | None = None  # (N, Ct)
 
 
 def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool = False) -> list[Tensor]:
-    """The squared term of every level.
+    """Return the squared term of every level.
 
     Args:
         backend: what ``backends.resolve`` says; "torch" is plain PyTorch.
@@ -55,16 +55,16 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
         chosen = [index for index, name in enumerate(forms) if name == form]
         if chosen:
             squares = form_squares(backend, [terms[index] for index in chosen], memory_efficient)
-            for index, value in zip(chosen, squares):
+            for index, value in zip(chosen, squares, strict=True):
                 results[index] = value
-    for index, (form, term) in enumerate(zip(forms, terms)):
+    for index, (form, term) in enumerate(zip(forms, terms, strict=True)):
         if form == "responses":
             results[index] = _isolated_response_squares(backend, term, memory_efficient)
     return results
 
 
 def _term_dtype(term: RelationTerm) -> torch.dtype:
-    """What a level is accumulated in. No property: torch.compile of torch 2.10 reads none of a named tuple."""
+    """Return the accumulation dtype. No property: torch.compile of torch 2.10 reads none of a named tuple."""
     return accumulation_dtype(term.student, term.teacher)
 
 
@@ -74,16 +74,16 @@ def _collapsed_squares(backend: str, terms: list[RelationTerm], memory_efficient
 
 
 def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
-    """What the terms' residuals are made of. Updates the norms' running statistics.
+    """Return the inputs of the terms' residuals. Update the norms' running statistics.
 
     What flows back into the students is added to in place: it must come from an op that keeps no hold of it.
     """
     dtypes = [_term_dtype(term) for term in terms for _ in range(2)]
     blocks = [block for term in terms for block in (term.student_block, term.teacher_block)]
     maps = [x for term in terms for x in (term.student, term.teacher.detach())]
-    maps = [_accumulated_in(dtype, x) for dtype, x in zip(dtypes, maps)]
+    maps = [_accumulated_in(dtype, x) for dtype, x in zip(dtypes, maps, strict=True)]
     plan = make_plan(backend, maps, blocks, dtypes)
-    for x, block in zip(maps, blocks):
+    for x, block in zip(maps, blocks, strict=True):
         if uses_batch_statistics(block.norm) and not synchronizes(block.norm):
             check_count(_values_of(x), x.shape[1])
     means = _means(plan, maps, [mean for term in terms for mean in (term.student_mean, term.teacher_mean)])
@@ -94,7 +94,7 @@ def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
     end = len(LevelOutputs._fields) * len(terms)
     columns = LevelOutputs(*(list(outputs[first : first + len(terms)]) for first in range(0, end, len(terms))))
     _update_statistics(plan, maps, blocks, outputs[end:])
-    students = [through if x.requires_grad else x for through, x in zip(columns.student, maps[::2])]
+    students = [through if x.requires_grad else x for through, x in zip(columns.student, maps[::2], strict=True)]
     projections = [w if w.numel() else None for w in columns.projection]
     return RelationLevels(
         students, columns.student_matrix, maps[1::2], columns.teacher_matrix, projections, columns.offset
@@ -102,7 +102,7 @@ def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
 
 
 def _accumulated_in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """A map whose statistics are made in ``dtype``: x itself, except beside a float64 map."""
+    """Return a map whose statistics are made in ``dtype``: x itself, except beside a float64 map."""
     return x if accumulation_dtype(x) == dtype else x.to(dtype)
 
 
@@ -111,7 +111,7 @@ def _values_of(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _means(plan: Plan, maps: list[Tensor], known: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+def _means(plan: Plan, maps: list[Tensor], known: list[Tensor | None]) -> list[Tensor | None]:
     """``(N, C)`` over the pixels of each map whose block needs it; one that is known in too few bits is made anew."""
     needed = [block for group in plan.groups if group.takes_moments for block in group.blocks]
     means = [None] * count_blocks(plan)
@@ -120,12 +120,12 @@ def _means(plan: Plan, maps: list[Tensor], known: list[Optional[Tensor]]) -> lis
         means[block] = mean.detach() if mean is not None and mean.dtype == accumulation_dtype(maps[block]) else None
     lacking = [block for block in needed if means[block] is None]
     if lacking:
-        for block, pool in zip(lacking, attention_pools([maps[block].detach() for block in lacking])):
+        for block, pool in zip(lacking, attention_pools([maps[block].detach() for block in lacking]), strict=True):
             means[block] = pool.channel_mean
     return [mean if mean is None else mean.contiguous() for mean in means]
 
 
-def _block_tensors(x: Tensor, mean: Optional[Tensor], block: Block) -> BlockTensors:
+def _block_tensors(x: Tensor, mean: Tensor | None, block: Block) -> BlockTensors:
     weights, norm = block.weights, block.norm
     fixed = norm is not None and not uses_batch_statistics(norm)
     return BlockTensors(
@@ -157,7 +157,7 @@ def _update_statistics(plan: Plan, maps: list[Tensor], blocks: list[Block], stat
         counts = [_values_of(maps[block]) for block in order]
         if family.synchronizes:
             counts = [int(count[0]) for count in next(found).split(widths)]
-        for block, width, mean, variance, count in zip(order, widths, means, variances, counts):
+        for block, width, mean, variance, count in zip(order, widths, means, variances, counts, strict=True):
             check_count(count, width)
             updates[block] = RunningUpdate(blocks[block].norm, mean, variance, count)
     # Students before teachers, should they share a norm.
@@ -169,16 +169,19 @@ def _isolated_response_squares(backend: str, term: RelationTerm, memory_efficien
     tensors = [[term.student, term.teacher, term.adaptation_weight, term.adaptation_bias], *map(block_tensors, sides)]
     ends = list(itertools.accumulate(map(len, tensors)))
 
-    def squares(is_first: bool, *given: Optional[Tensor]) -> Tensor:
+    def squares(is_first: bool, *given: Tensor | None) -> Tensor:
         student, teacher, weight, bias = given[: ends[0]]
-        blocks = (with_tensors(side, given[first:end], is_first) for side, first, end in zip(sides, ends, ends[1:]))
+        blocks = (
+            with_tensors(side, given[first:end], is_first)
+            for side, (first, end) in zip(sides, itertools.pairwise(ends), strict=True)
+        )
         return _response_squares(backend, RelationTerm(student, teacher, *blocks, weight, bias))
 
     return isolated(squares, [x for group in tensors for x in group], memory_efficient)
 
 
 def _response_squares(backend: str, term: RelationTerm) -> Tensor:
-    """The residual ``t + U_t r_t - B s - B U_s r_s + v`` from the responses r of both sides, in plain PyTorch."""
+    """Return the residual ``t + U_t r_t - B s - B U_s r_s + v`` of both sides' responses r, in plain PyTorch."""
     dtype = _term_dtype(term)
     adaptation, bias = term.adaptation_weight.to(dtype).flatten(1), term.adaptation_bias.to(dtype)
     student, s = linear_non_local.to_affine(backend, term.student.to(dtype), term.student_block)
@@ -196,8 +199,10 @@ def _response_squares(backend: str, term: RelationTerm) -> Tensor:
 
 
 def relation_form(backend: str, term: RelationTerm) -> str:
-    """``"responses"``, or for ``dot_product`` the cheaper one of ``"cells"``, which only the CPU has, and
-    ``"collapsed"``."""
+    """Return ``"responses"``, or for ``dot_product`` the cheaper one of ``"cells"`` and ``"collapsed"``.
+
+    Only the CPU has ``"cells"``.
+    """
     blocks = term.student_block, term.teacher_block
     if backend == "torch" or any(block.settings.mode != "dot_product" for block in blocks):
         return "responses"
@@ -224,7 +229,7 @@ def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: boo
     squares, moments = cell_relation([_cell_level(term) for term in terms], memory_efficient)
     updates = [
         RunningUpdate(norm, mean, variance, _values_of(x))
-        for (norm, x), (mean, variance) in zip(norms, moments)
+        for (norm, x), (mean, variance) in zip(norms, moments, strict=True)
         if uses_batch_statistics(norm)
     ]
     update_running_statistics(updates[::2] + updates[1::2])  # students before teachers, should they share a norm

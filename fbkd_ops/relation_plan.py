@@ -50,13 +50,15 @@ class LevelGroup(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """Which blocks, norms and levels of a pyramid are computed together."""
+
     groups: tuple[Group, ...]
     families: tuple[Family, ...]
     levels: tuple[LevelGroup, ...]
     pools: tuple[int, ...]  # four a block: cell height and width, and those of the first pool in a nested order
 
     def order(self, family: Family) -> list[int]:
-        """The family's blocks as their channels lie side by side."""
+        """Return the family's blocks as their channels lie side by side."""
         return [block for group in family.groups for block in self.groups[group].blocks]
 
     def widths(self, family: Family) -> list[int]:
@@ -74,6 +76,7 @@ def moment_rank(group: Group) -> int:
 
 
 def count_blocks(plan: Plan) -> int:
+    """Return the number of blocks, two per level."""
     return len(plan.pools) // 4
 
 
@@ -99,7 +102,7 @@ class _Width(NamedTuple):
 
 
 def make_plan(backend: str, maps: list[Tensor], blocks: list[Block], dtypes: list[torch.dtype]) -> Plan:
-    """The plan for maps ``(N, C, H, W)`` and their blocks, student and teacher of each level in turn.
+    """Return the plan for maps ``(N, C, H, W)`` and their blocks, student and teacher of each level in turn.
 
     Args:
         backend: the C++ kernels multiply matrices of low rank one after the other; Triton's take their products.
@@ -107,17 +110,20 @@ def make_plan(backend: str, maps: list[Tensor], blocks: list[Block], dtypes: lis
         blocks: all in ``dot_product`` mode.
         dtypes: what each map's moments are accumulated in.
     """
-    cells = [pool_cells(x, block.settings) for x, block in zip(maps, blocks)]
+    cells = [pool_cells(x, block.settings) for x, block in zip(maps, blocks, strict=True)]
     pools = [pool != _NO_POOL for pool in cells]
     widths = [
         _Width(_kind_of(x, block, dtype, pooled), x.shape[1], block.weights.theta_weight.shape[0], pooled)
-        for x, block, dtype, pooled in zip(maps, blocks, dtypes, pools)
+        for x, block, dtype, pooled in zip(maps, blocks, dtypes, pools, strict=True)
     ]
     kinds = _distinct([width.kind for width in widths])
     # Families one after the other, so that their groups are.
     ordered = [width for kind in kinds for width in _distinct(widths) if width.kind == kind]
     members, levels = [[] for _ in ordered], []
-    pairs = [(ordered.index(student), ordered.index(teacher)) for student, teacher in zip(widths[::2], widths[1::2])]
+    pairs = [
+        (ordered.index(student), ordered.index(teacher))
+        for student, teacher in zip(widths[::2], widths[1::2], strict=True)
+    ]
     for pair in _distinct(pairs):
         chosen = tuple(level for level, other in enumerate(pairs) if other == pair)
         places = []
@@ -126,10 +132,10 @@ def make_plan(backend: str, maps: list[Tensor], blocks: list[Block], dtypes: lis
             members[group] += [2 * level + side for level in chosen]
         levels.append(LevelGroup(chosen, *places, _stays_factored(backend, ordered[pair[1]])))
     return Plan(
-        tuple(_group(backend, width, blocks) for width, blocks in zip(ordered, members)),
+        tuple(_group(backend, width, blocks) for width, blocks in zip(ordered, members, strict=True)),
         tuple(_family(kind, ordered) for kind in kinds),
         tuple(levels),
-        tuple(side for pool, pooled in zip(cells, pools) for side in (pool if pooled else NO_POOL)),
+        tuple(side for pool, pooled in zip(cells, pools, strict=True) for side in (pool if pooled else NO_POOL)),
     )
 
 
@@ -137,7 +143,7 @@ _NO_POOL = (1, 1, 1, 1)  # as pool_cells says it
 
 
 def _distinct(values: list) -> list:
-    """The values without repetitions. Sizes that torch.compile leaves open can be compared, but not hashed."""
+    """Return the values without repetitions. Sizes that torch.compile leaves open can be compared, but not hashed."""
     found = []
     for value in values:
         if value not in found:

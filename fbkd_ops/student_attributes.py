@@ -1,7 +1,7 @@
 """Pass the names that a wrapper lacks on to its student, for frameworks that look for them on the model."""
 
 import functools
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
@@ -58,7 +58,7 @@ class StudentAttributes:
     student_path = "student"
 
     def __getattr__(self, name: str) -> Any:
-        """Called where the ordinary look-up found nothing, or a property raised an AttributeError."""
+        """Read the student's attribute where the ordinary look-up found none, or ended in a property's error."""
         student = None if _owns(self, name) else _student_in(self)
         if student is not None:
             if has_name(student, name):
@@ -105,8 +105,8 @@ def _in_class(module: nn.Module, name: str) -> bool:
     return any(name in vars(base) for base in type(module).__mro__)
 
 
-def _student_in(wrapper: nn.Module) -> Optional[nn.Module]:
-    """The student, looked up without attributes: these would ask for the student again. None before it is there."""
+def _student_in(wrapper: nn.Module) -> nn.Module | None:
+    """Return the student, or None before it is there. Read from the registry: an attribute would ask for it again."""
     module = wrapper
     for part in type(wrapper).student_path.split("."):
         module = module.__dict__.get("_modules", {}).get(part)
@@ -121,7 +121,7 @@ def _is_property(module: nn.Module, name: str) -> bool:
 
 
 def _value(module: nn.Module, name: str) -> Any:
-    """The attribute, where a property's own AttributeError survives: nn.Module replaces its message."""
+    """Return the attribute, where a property's own AttributeError survives: nn.Module replaces its message."""
     if _is_property(module, name) and name not in module.__dict__:
         return _class_attribute(module, name).__get__(module, type(module))
     return getattr(module, name)

@@ -3,14 +3,14 @@
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["TOTALS", "Total", "add_terms", "is_scalar", "own_losses"]
 
-Total = Union[str, Sequence[str], None]
+Total = str | Sequence[str] | None
 
 # Entries that hold the sum of all losses where a student has one: Hugging Face's name, then YOLOX's.
 TOTALS = ("loss", "total_loss")
@@ -68,6 +68,7 @@ def own_losses(output: Any, total: Total) -> dict[str, Tensor]:
 
 
 def is_scalar(value: Any) -> bool:
+    """Return whether the value is a tensor without dimensions."""
     return isinstance(value, Tensor) and value.dim() == 0
 
 
@@ -75,8 +76,8 @@ def _names(total: Total) -> Sequence[str]:
     return (total,) if isinstance(total, str) else total or ()
 
 
-def _total_name(output: Any, total: Total, learns: bool) -> Optional[str]:
-    """The entry that the terms are added to. Dicts also have scalars under these names that are only for the log."""
+def _total_name(output: Any, total: Total, learns: bool) -> str | None:
+    """Return the entry that the terms are added to. Scalars under these names may also be for the log alone."""
     for name in _names(total):
         value = _entry(output, name) if _has_entry(output, name) else None
         is_chosen = isinstance(total, str) or not _is_plain_dict(output)
@@ -85,8 +86,8 @@ def _total_name(output: Any, total: Total, learns: bool) -> Optional[str]:
     return None
 
 
-def _empty_name(output: Any, total: Total) -> Optional[str]:
-    """The entry that would hold the total and is None: the images have no labels."""
+def _empty_name(output: Any, total: Total) -> str | None:
+    """Return the entry that would hold the total and is None: the images have no labels."""
     for name in _names(total):
         if _has_entry(output, name) and _entry(output, name) is None:
             return name
@@ -128,7 +129,7 @@ def _is_plain_dict(output: Any) -> bool:
 
 
 def _loss_names(output: Mapping, learns: bool) -> list[str]:
-    """The entries that are losses: a scalar with a gradient, or a list of tensors with one (MMDetection: per level)."""
+    """Return the losses: scalars with a gradient, and lists of tensors with one (MMDetection's, per level)."""
     return [name for name, value in output.items() if _is_loss(value, learns)]
 
 
@@ -166,7 +167,7 @@ def _check_losses(losses: Mapping, terms: dict[str, Tensor]) -> None:
 
 
 def _description(value: Any) -> str:
-    """What an error calls an output: ``Tensor(2, 5)``, ``dict with 'logits' Tensor(2, 5, 8, 8)``."""
+    """Return an error's name for an output: ``Tensor(2, 5)``, ``dict with 'logits' Tensor(2, 5, 8, 8)``."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"{kind}{tuple(value.shape)}"

@@ -1,6 +1,6 @@
 """The tuples that pass between the layers of the package."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,9 +30,9 @@ class NonLocalWeights(NamedTuple):
     g_weight: Tensor  # (c, C)
     g_bias: Tensor  # (c,)
     out_weight: Tensor  # (C, c)
-    out_bias: Optional[Tensor] = None  # (C,)
-    theta_weight: Optional[Tensor] = None  # (c, C)
-    theta_bias: Optional[Tensor] = None  # (c,)
-    phi_weight: Optional[Tensor] = None  # (c, C)
-    phi_bias: Optional[Tensor] = None  # (c,)
-    pair_weight: Optional[Tensor] = None  # (2c,), theta's half first
+    out_bias: Tensor | None = None  # (C,)
+    theta_weight: Tensor | None = None  # (c, C)
+    theta_bias: Tensor | None = None  # (c,)
+    phi_weight: Tensor | None = None  # (c, C)
+    phi_bias: Tensor | None = None  # (c,)
+    pair_weight: Tensor | None = None  # (2c,), theta's half first

@@ -7,7 +7,7 @@ caller alone.
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class _Level(NamedTuple):
     name: str
     student: AttentionPool  # (1, H, W) and (1, Cs)
     teacher: AttentionPool  # (1, H, W) and (1, Ct)
-    spatial_mask: Optional[Tensor]  # (1, H, W), None where the loss has no feature term
-    channel_mask: Optional[Tensor]  # (1, Ct), None where the loss has none
+    spatial_mask: Tensor | None  # (1, H, W), None where the loss has no feature term
+    channel_mask: Tensor | None  # (1, Ct), None where the loss has none
 
 
 class _Picture(NamedTuple):
@@ -60,13 +60,13 @@ def attention(
     student_features: Features,
     teacher_features: Features,
     *,
-    loss: Optional[FBKDLoss] = None,
+    loss: FBKDLoss | None = None,
     index: int = 0,
-    levels: Optional[Sequence[int]] = None,
-    boxes: Optional[Tensor] = None,
-    labels: Optional[Sequence[Any]] = None,
-    padded_size: Optional[tuple[int, int]] = None,
-    others: Optional[Mapping[str, Features]] = None,
+    levels: Sequence[int] | None = None,
+    boxes: Tensor | None = None,
+    labels: Sequence[Any] | None = None,
+    padded_size: tuple[int, int] | None = None,
+    others: Mapping[str, Features] | None = None,
     student_title: str = "student",
     teacher_title: str = "teacher",
 ) -> "Figure":
@@ -118,15 +118,15 @@ def attention(
     pyramids = _other_pyramids(student_features, others)
     figure, panels = _image_grid(len(drawn), len(pyramids) + 4, picture.size)
     titles = ["image", *pyramids, student_title, teacher_title, "mask"]
-    for axes, title in zip(panels[0], titles):
+    for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize=11)
-    for row, level in zip(panels, drawn):
+    for row, level in zip(panels, drawn, strict=True):
         pools = [attention_pool(pyramid[level.position][index : index + 1]) for pyramid in pyramids.values()]
         row[0].imshow(picture.pixels.permute(1, 2, 0).numpy())
         _draw_boxes(row[0], boxes, labels)
         stride = picture.padded_size[1] / level.teacher.spatial_attention.shape[-1]
         row[0].set_ylabel(f"{level.name}, stride {round(stride)}", fontsize=10)
-        for axes, pool in zip(row[1:-1], [*pools, level.student, level.teacher]):
+        for axes, pool in zip(row[1:-1], [*pools, level.student, level.teacher], strict=True):
             _draw_heat(axes, picture, pool.spatial_attention[0], ATTENTION_COLOURS)
         if level.spatial_mask is None:
             _draw_nothing(row[-1], "no feature term")
@@ -140,9 +140,9 @@ def channel_attention(
     student_features: Features,
     teacher_features: Features,
     *,
-    loss: Optional[FBKDLoss] = None,
+    loss: FBKDLoss | None = None,
     index: int = 0,
-    levels: Optional[Sequence[int]] = None,
+    levels: Sequence[int] | None = None,
 ) -> "Figure":
     """Which channels student and teacher use: their channel attention and the channel mask.
 
@@ -179,7 +179,7 @@ def channel_attention(
     drawn = _levels(student_features, teacher_features, loss, index, levels)
     figure = _new_figure(9, 1.8 * len(drawn) + 0.4)
     panels = figure.subplots(len(drawn), 3, squeeze=False)
-    for row, level in zip(panels, drawn):
+    for row, level in zip(panels, drawn, strict=True):
         _draw_channel_row(row, level)
     figure.supxlabel(
         "channels by falling attention of the teacher, or of their own where the widths differ", fontsize=9
@@ -195,7 +195,7 @@ def _require_matplotlib() -> None:
 
 
 def _levels(
-    student: Features, teacher: Features, loss: Optional[FBKDLoss], index: int, levels: Optional[Sequence[int]]
+    student: Features, teacher: Features, loss: FBKDLoss | None, index: int, levels: Sequence[int] | None
 ) -> list[_Level]:
     """Attention and masks of image ``index`` at each of ``levels``."""
     pairs = paired_levels(student, teacher)
@@ -213,9 +213,9 @@ def _levels(
 
 
 def _masks(
-    loss: Optional[FBKDLoss], position: int, student: AttentionPool, teacher: AttentionPool
-) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    """The masks ``(1, H, W)`` and ``(1, Ct)`` of a level, None for one that the loss does not have."""
+    loss: FBKDLoss | None, position: int, student: AttentionPool, teacher: AttentionPool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the masks ``(1, H, W)`` and ``(1, Ct)`` of a level, None for one that the loss does not have."""
     if loss is None:
         return _paper_masks(student, teacher)
     level = loss.levels[position]
@@ -226,7 +226,7 @@ def _masks(
 
 
 def _paper_masks(student: AttentionPool, teacher: AttentionPool) -> tuple[Tensor, Tensor]:
-    """The masks ``(1, H, W)`` and ``(1, Ct)`` of the preset ``"paper"``, before any layer has been trained."""
+    """Return the masks ``(1, H, W)`` and ``(1, Ct)`` of the preset ``"paper"``, before any layer has been trained."""
     constants = PRESETS["paper"]
     masks = []
     for axis in ("spatial", "channel"):
@@ -238,15 +238,15 @@ def _paper_masks(student: AttentionPool, teacher: AttentionPool) -> tuple[Tensor
 
 
 def _level_names(student: Features, teacher: Features) -> list[str]:
-    """The keys where there are some, numbers elsewhere, in the student's order."""
+    """Return the keys where there are some, numbers elsewhere, in the student's order."""
     for features in (student, teacher):
         if isinstance(features, Mapping):
             return [str(key) for key in features]
     return [f"level {position}" for position in range(len(student))]
 
 
-def _other_pyramids(student: Features, others: Optional[Mapping[str, Features]]) -> dict[str, list[Tensor]]:
-    """The levels ``(N, C, h, w)`` of each of ``others``, in the student's order."""
+def _other_pyramids(student: Features, others: Mapping[str, Features] | None) -> dict[str, list[Tensor]]:
+    """Return the levels ``(N, C, h, w)`` of each of ``others``, in the student's order."""
     if others is None:
         return {}
     if not isinstance(others, Mapping):
@@ -276,7 +276,7 @@ def _check_index(index: Any, batch: int) -> None:
 
 
 def _checked_positions(levels: Any, count: int) -> list[int]:
-    """The positions to draw, of ``count``."""
+    """Return the positions to draw, of ``count``."""
     if levels is None:
         return list(range(count))
     positions = as_list(levels, "a list", "levels") if is_list(levels) else []
@@ -289,7 +289,7 @@ def _checked_positions(levels: Any, count: int) -> list[int]:
 
 
 def _checked_picture(image: Any, padded_size: Any) -> _Picture:
-    """The image ``(3, H, W)`` as float32 in 0..1 on the CPU, and the area that the features cover."""
+    """Return the image ``(3, H, W)`` as float32 in 0..1 on the CPU, and the area that the features cover."""
     check_dense(image, "image")
     if image.dtype not in (torch.uint8, *FLOAT_DTYPES):
         raise TypeError(f"image must be of uint8 or floating-point, got {str(image.dtype).removeprefix('torch.')}")
@@ -310,7 +310,7 @@ def _checked_picture(image: Any, padded_size: Any) -> _Picture:
 def _checked_padding(padded_size: Any, size: tuple[int, int]) -> tuple[int, int]:
     sides = as_list(padded_size, "two ints", "padded_size") if is_list(padded_size) else []
     is_pair = len(sides) == 2 and all(map(is_int, sides))
-    if not is_pair or any(padded < own for padded, own in zip(sides, size)):
+    if not is_pair or any(padded < own for padded, own in zip(sides, size, strict=True)):
         raise ValueError(
             f"padded_size must be two ints, height and width, no less than the image's {size}, got {padded_size!r}"
         )
@@ -342,7 +342,7 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 
 def _image_grid(rows: int, columns: int, size: tuple[int, int]) -> tuple["Figure", list[list["Axes"]]]:
-    """A figure with panels for images of ``size`` (height, width) and the two colour scales below them."""
+    """Return a figure with panels for images of ``size`` (height, width) and the two colour scales below them."""
     figure = _new_figure(2.3 * columns, 2.5 * rows * size[0] / size[1] + 0.9)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1] * rows + [0.05])
     panels = [
@@ -355,7 +355,7 @@ def _image_grid(rows: int, columns: int, size: tuple[int, int]) -> tuple["Figure
 
 
 def _add_scale(figure: "Figure", place: "SubplotSpec", colours: str, label: str) -> None:
-    """A colour bar without numbers: each panel has its own range."""
+    """Draw a colour bar without numbers: each panel has its own range."""
     from matplotlib.cm import ScalarMappable
 
     bar = figure.colorbar(ScalarMappable(cmap=colours), cax=figure.add_subplot(place), orientation="horizontal")
@@ -368,7 +368,7 @@ def _draw_boxes(axes: "Axes", boxes: Tensor, labels: list[str]) -> None:
     """Outline ``boxes (K, 4)``, and write each one's label above it."""
     from matplotlib.patches import Rectangle
 
-    for (left, top, right, bottom), label in zip(boxes.tolist(), labels):
+    for (left, top, right, bottom), label in zip(boxes.tolist(), labels, strict=True):
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color="white", lw=1.2))
         plate = {"facecolor": "black", "alpha": 0.6, "pad": 1, "linewidth": 0}
         if label:
@@ -405,7 +405,7 @@ def _colour_map(colours: str) -> "Colormap":
 
 
 def _draw_channel_row(row: Sequence["Axes"], level: _Level) -> None:
-    """The channel attention of both sides and the mask of one level, in three panels."""
+    """Draw the channel attention of both sides and the mask of one level, in three panels."""
     student, teacher = level.student.channel_attention[0], level.teacher.channel_attention[0]  # (Cs,), (Ct,)
     order = teacher.argsort(descending=True)
     own_order = order if len(student) == len(teacher) else student.argsort(descending=True)
@@ -436,7 +436,7 @@ def _draw_nothing(axes: "Axes", reason: str) -> None:
 
 
 def _finite_range(values: Tensor) -> tuple[float, float]:
-    """The lowest and the highest finite value, 0 and 0 where there is none."""
+    """Return the lowest and the highest finite value, 0 and 0 where there is none."""
     finite = values[values.isfinite()]
     return (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
 

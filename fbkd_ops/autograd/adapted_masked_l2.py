@@ -1,7 +1,7 @@
 """Adapted masked squared distances of a pyramid, and everything that flows back to a student's level in one write."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def adapted_masked_l2_squares(backend: str, levels: AdaptedLevels) -> Tensor:
 def student_pyramid(
     backend: str, levels: AdaptedLevels, pools: list[AttentionPool], memory_efficient: bool = False
 ) -> tuple[Tensor, list[AttentionPool], list[Tensor]]:
-    """The squares of :func:`adapted_masked_l2_squares`, the means and the students themselves as outputs of one op.
+    """Return the squares of :func:`adapted_masked_l2_squares`, the means and the students, as outputs of one op.
 
     What flows back into the means and into the returned students joins the distance's own gradient as that is
     written, instead of being a feature map each that has to be added.
@@ -65,7 +65,7 @@ def _apply(backend: str, levels: AdaptedLevels, means: list[Tensor], memory_effi
     return AdaptedMaskedL2Function.apply(backend, len(levels.students), keep, *tensors, *means)
 
 
-def _makes_gradient(backend: str, arguments: list[list[Optional[Tensor]]], needed: Sequence[bool]) -> bool:
+def _makes_gradient(backend: str, arguments: list[list[Tensor | None]], needed: Sequence[bool]) -> bool:
     """Whether the forward pass makes the gradient, up to a factor, instead of repeating a matrix product later.
 
     On the CPU the product costs more than the memory traffic. A compiled graph cannot hold a gradient that a first
@@ -77,7 +77,7 @@ def _makes_gradient(backend: str, arguments: list[list[Optional[Tensor]]], neede
         and not torch.compiler.is_compiling()
         and all(
             wanted and {s.dtype, weight.dtype, bias.dtype} == {accumulation_dtype(s, t)}
-            for s, weight, bias, t, wanted in zip(*arguments[:4], needed)
+            for s, weight, bias, t, wanted in zip(*arguments[:4], needed, strict=True)
         )
     )
 
@@ -116,11 +116,11 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
         students, teachers = arguments[0], arguments[3]
         pool_grads = list(grads[: ctx.means]) or [None] * (4 * count)
         student_grads = list(grads[ctx.means :]) or [None] * count
-        student_grads = [g if g is None else _packed(g, s) for g, s in zip(student_grads, students)]
+        student_grads = [g if g is None else _packed(g, s) for g, s in zip(student_grads, students, strict=True)]
         if grad is None:
             gradients = _without_distance(ctx.backend, students, pool_grads, student_grads) + [None] * (2 * count)
         else:
-            dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers)]
+            dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers, strict=True)]
             pool_grads = [g if g is None else g.to(dtypes[i // 4]).contiguous() for i, g in enumerate(pool_grads)]
             # The gradient that the forward pass made becomes the student's own memory: it is good for one pass.
             ready, ctx.ready = ctx.ready, None
@@ -131,10 +131,10 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
 
 def _gradients(
     backend: str,
-    arguments: list[list[Optional[Tensor]]],
+    arguments: list[list[Tensor | None]],
     residuals: list[Tensor],
-    added: tuple[Tensor, list[Optional[Tensor]], list[Optional[Tensor]]],
-    ready: Optional[list[Tensor]],
+    added: tuple[Tensor, list[Tensor | None], list[Tensor | None]],
+    ready: list[Tensor] | None,
 ) -> list[Tensor]:
     """Gradients of all students, weights and biases: what the forward pass made, finished in place, or anew."""
     if ready is None:
@@ -146,11 +146,11 @@ def _gradients(
 
 
 def _without_distance(
-    backend: str, students: list[Tensor], pool_grads: list[Optional[Tensor]], student_grads: list[Optional[Tensor]]
-) -> list[Optional[Tensor]]:
+    backend: str, students: list[Tensor], pool_grads: list[Tensor | None], student_grads: list[Tensor | None]
+) -> list[Tensor | None]:
     """Gradients of the students where nothing flows back into the distance itself."""
     gradients = list(student_grads)
-    for level, (student, given) in enumerate(zip(students, _groups(tuple(pool_grads), 4))):
+    for level, (student, given) in enumerate(zip(students, _groups(tuple(pool_grads), 4), strict=True)):
         if any(grad is not None for grad in given):
             given = [grad if grad is None else grad.contiguous() for grad in given]
             (pooled,) = kernel("attention_pool_backward", backend)([student], given)
@@ -158,18 +158,18 @@ def _without_distance(
     return gradients
 
 
-def _groups(tensors: tuple[Optional[Tensor], ...], count: int) -> list[list[Optional[Tensor]]]:
+def _groups(tensors: tuple[Tensor | None, ...], count: int) -> list[list[Tensor | None]]:
     return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
 
 def _packed(grad: Tensor, student: Tensor) -> Tensor:
-    """A gradient from elsewhere in the dtype and the layout that the student's own gets."""
+    """Return a gradient from elsewhere in the dtype and the layout that the student's own gets."""
     return grad.to(student.dtype).contiguous(memory_format=matrix_layout(student))
 
 
 def _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks, keep):
     squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
-    return [squares, *(empty_residual(*features) for features in zip(students, teachers) if keep)]
+    return [squares, *(empty_residual(*features) for features in zip(students, teachers, strict=True) if keep)]
 
 
 def _fake_backward(students, weights, biases, *_):

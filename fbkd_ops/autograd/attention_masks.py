@@ -1,6 +1,6 @@
 """Masks of a whole pyramid in one launch. They carry no gradient."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,14 +14,14 @@ __all__ = ["MaskRequest", "attention_masks"]
 class MaskRequest(NamedTuple):
     """One mask: a softmax over all but the batch dimension of one or two attention maps."""
 
-    student: Optional[Tensor]  # (N, ...), None: the teacher alone
+    student: Tensor | None  # (N, ...), None: the teacher alone
     teacher: Tensor  # (N, ...)
     temperature: float
     mask_rule: str  # "average" or "joint"
 
 
 def attention_masks(requests: list[MaskRequest]) -> list[Tensor]:
-    """The mask of each request, in its teacher's shape."""
+    """Return the mask of each request, in its teacher's shape."""
     if not requests:
         return []
     backend = backends.resolve("attention_masks", requests[0].teacher)
@@ -38,7 +38,7 @@ def attention_masks(requests: list[MaskRequest]) -> list[Tensor]:
 def _fake(students, teachers, temperatures, joint):
     return [
         t.new_empty(t.shape, dtype=accumulation_dtype(t) if s is None else accumulation_dtype(s, t))
-        for s, t in zip(students, teachers)
+        for s, t in zip(students, teachers, strict=True)
     ]
 
 

@@ -25,7 +25,7 @@ def attention_pools(features: list[Tensor]) -> list[AttentionPool]:
 
 
 def pools_of(means: tuple[Tensor, ...]) -> list[AttentionPool]:
-    """The ops' flat lists, four tensors a level."""
+    """Return the ops' flat lists, four tensors a level."""
     return [AttentionPool(*means[first : first + 4]) for first in range(0, len(means), 4)]
 
 
@@ -50,7 +50,7 @@ class AttentionPoolFunction(torch.autograd.Function):
         if used:
             features = [saved[level] for level in used]
             given = [grad for level in used for grad in grads[4 * level :][:4]]
-            for level, dx in zip(used, kernel("attention_pool_backward", ctx.backend)(features, given)):
+            for level, dx in zip(used, kernel("attention_pool_backward", ctx.backend)(features, given), strict=True):
                 gradients[level] = dx
         return None, *gradients
 

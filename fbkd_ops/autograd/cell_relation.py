@@ -1,6 +1,6 @@
 """Squared relation terms of levels with few pooled cells, and all their gradients."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ class CellBlock(NamedTuple):
     g_weight: Tensor  # (c, C)
     g_bias: Tensor  # (c,)
     out_weight: Tensor  # (C, c)
-    out_bias: Optional[Tensor]  # (C,)
+    out_bias: Tensor | None  # (C,)
     theta_weight: Tensor  # (c, C)
     theta_bias: Tensor  # (c,)
     phi_weight: Tensor  # (c, C)
     phi_bias: Tensor  # (c,)
-    norm_weight: Optional[Tensor]  # (C,)
-    norm_bias: Optional[Tensor]  # (C,)
-    norm_mean: Optional[Tensor]  # (C,), None: the batch's own
-    norm_variance: Optional[Tensor]  # (C,)
+    norm_weight: Tensor | None  # (C,)
+    norm_bias: Tensor | None  # (C,)
+    norm_mean: Tensor | None  # (C,), None: the batch's own
+    norm_variance: Tensor | None  # (C,)
 
 
 class CellLevel(NamedTuple):
@@ -40,7 +40,7 @@ class CellLevel(NamedTuple):
     student_block: CellBlock
     teacher_block: CellBlock
     pool: tuple[int, int, int, int]  # cell height and width, and those of the first pool in a nested order
-    eps: tuple[Optional[float], Optional[float]]  # of the student's and the teacher's norm; None without a norm
+    eps: tuple[float | None, float | None]  # of the student's and the teacher's norm; None without a norm
 
 
 class Moments(NamedTuple):
@@ -50,7 +50,7 @@ class Moments(NamedTuple):
     variance: Tensor  # (C,), biased
 
 
-def level_parameters(level: CellLevel) -> list[Optional[Tensor]]:
+def level_parameters(level: CellLevel) -> list[Tensor | None]:
     """In the op's order. No method: torch.compile of torch 2.10 calls none of a named tuple."""
     return [level.adaptation_weight, level.adaptation_bias, *level.student_block, *level.teacher_block]
 
@@ -115,21 +115,30 @@ class CellRelationFunction(torch.autograd.Function):
         by_student = gradients[:count] if ctx.student_gradient else [None] * count
         by_parameter = gradients[len(gradients) - len(parameters) :]
         flat = [*by_student, *[None] * count, *by_parameter]
-        return None, None, None, None, *[g if wanted else None for g, wanted in zip(flat, ctx.needs_input_grad[4:])]
+        return (
+            None,
+            None,
+            None,
+            None,
+            *[g if wanted else None for g, wanted in zip(flat, ctx.needs_input_grad[4:], strict=True)],
+        )
 
 
 def _scaled(ready: list[Tensor], students: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The gradients that a grad of ones gives times their level's ``grad``; a student's rounded to its dtype once."""
+    """Multiply the gradients for grad = 1 with their level's ``grad``; round a student's to its dtype once."""
     levels = [*range(len(students)), *(index // _LEVEL_TENSORS for index in range(len(ready) - len(students)))]
     factors = grad.unbind()
-    torch._foreach_mul_(ready, [factors[level].to(gradient.dtype) for level, gradient in zip(levels, ready)])
-    return [x.to(student.dtype) for x, student in zip(ready, students)] + ready[len(students) :]
+    torch._foreach_mul_(
+        ready, [factors[level].to(gradient.dtype) for level, gradient in zip(levels, ready, strict=True)]
+    )
+    count = len(students)
+    return [x.to(student.dtype) for x, student in zip(ready[:count], students, strict=True)] + ready[count:]
 
 
 def _fake_forward(students, teachers, parameters, pools, eps):
     squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
     moments = []
-    for level, pair in enumerate(zip(students, teachers)):
+    for level, pair in enumerate(zip(students, teachers, strict=True)):
         for side, x in enumerate(pair):
             batch_mean = parameters[level * _LEVEL_TENSORS + 2 + side * len(CellBlock._fields) + _BATCH_MEAN]
             uses_batch = eps[2 * level + side] >= 0 and batch_mean is None
@@ -157,7 +166,8 @@ def _fake_with_gradient(students, teachers, parameters, pools, eps, student_grad
     by_student = []
     if student_gradient:
         by_student = [
-            torch.empty_like(empty_gradient(x), dtype=accumulation_dtype(x, t)) for x, t in zip(students, teachers)
+            torch.empty_like(empty_gradient(x), dtype=accumulation_dtype(x, t))
+            for x, t in zip(students, teachers, strict=True)
         ]
     forward = _fake_forward(students, teachers, parameters, pools, eps)
     return [*forward, *by_student, *_fake_parameter_gradients(students, teachers, parameters)]

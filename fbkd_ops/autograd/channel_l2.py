@@ -68,7 +68,7 @@ class ChannelL2Function(torch.autograd.Function):
 
 
 def _alike(tensors: tuple[Tensor, ...]) -> list[list[int]]:
-    """Indices of tensors of one shape and dtype together. Compared one by one: sizes may be symbols, without a hash."""
+    """Group the indices of tensors of one shape and dtype. Sizes are compared: symbols have no hash."""
     groups: list[list[int]] = []
     for index, tensor in enumerate(tensors):
         for group in groups:

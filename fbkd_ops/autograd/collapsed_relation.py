@@ -6,8 +6,6 @@ for the channels of all blocks, side by side. ``relation_plan.py`` decides which
 ``collapsed_relation_forward.py`` and ``collapsed_relation_backward.py``.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -31,8 +29,9 @@ __all__ = ["BlockTensors", "CollapsedRelationFunction", "LevelOutputs"]
 
 
 class CollapsedRelationFunction(torch.autograd.Function):
-    """The fields of :class:`LevelOutputs`, each a tensor a level; then, without gradient, mean, variance and number of
-    values ``(C,)`` of the families whose norms take the batch's moments.
+    """The fields of :class:`LevelOutputs`, each a tensor per level, then the batch's statistics.
+
+    These are mean, variance and number of values ``(C,)`` of the families whose norms take them; without gradient.
 
     Backward needs a gradient of every level's matrices and offsets.
     """
@@ -62,9 +61,9 @@ class CollapsedRelationFunction(torch.autograd.Function):
         maps = own_map_gradients(state, columns.student, ctx.wanted)
         with without_autocast(state.maps[0].x):
             gradients = collapsed_gradients(ctx.backend, plan, ctx.process_groups, state, columns, maps)
-        needed, found = ctx.needs_input_grad[3:], zip(gradients, ctx.shapes)
+        needed, found = ctx.needs_input_grad[3:], zip(gradients, ctx.shapes, strict=True)
         found = [g if g is None or shape is None else g.view(shape) for g, shape in found]
-        return None, None, None, *(g if wanted else None for g, wanted in zip(found, needed))
+        return None, None, None, *(g if wanted else None for g, wanted in zip(found, needed, strict=True))
 
 
 def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tuple[Tensor, Tensor]]]:
@@ -76,7 +75,7 @@ def _unpacked(plan: Plan, tensors: tuple) -> tuple[list[BlockTensors], list[tupl
     return blocks, [tuple(rest[first : first + 2]) for first in range(0, len(rest), 2)]
 
 
-def _convolution_shapes(plan: Plan, tensors: tuple) -> list[Optional[tuple[int, ...]]]:
+def _convolution_shapes(plan: Plan, tensors: tuple) -> list[tuple[int, ...] | None]:
     """Shapes of the weights that are no matrices ``(out, in)`` but ``(out, in, 1, 1)``; None for all other tensors."""
     width = len(BlockTensors._fields)
     end, shapes = width * count_blocks(plan), []
@@ -87,10 +86,10 @@ def _convolution_shapes(plan: Plan, tensors: tuple) -> list[Optional[tuple[int, 
 
 
 def _restored(plan: Plan, saved: tuple) -> State:
-    """The state from its tensors, one after the other."""
+    """Return the state from its tensors, one after the other."""
     parts, first = [], 0
     counts = count_blocks(plan), len(plan.groups), len(plan.families), len(plan.levels)
-    for row, count in zip((MapState, GroupState, FamilyState, LevelState), counts):
+    for row, count in zip((MapState, GroupState, FamilyState, LevelState), counts, strict=True):
         width = len(row._fields)
         parts.append([row(*saved[first + width * index : first + width * (index + 1)]) for index in range(count)])
         first += width * count

@@ -1,6 +1,6 @@
 """Backward pass of the collapsed relation, by hand."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +40,15 @@ class _GroupGradients(NamedTuple):
     projections: Tensor  # (B, r, C): of the pooled convolutions only where the kernel does not give them
     out_weights: Tensor  # (B, C, c)
     probes: Tensor  # (B, N, rows, r)
-    pooled: Optional[Tensor]  # (B, N, 2c, K)
+    pooled: Tensor | None  # (B, N, 2c, K)
 
 
 class _FamilyGradients(NamedTuple):
     out_bias: Tensor  # (C,)
-    norm_weight: Optional[Tensor]  # (C,)
+    norm_weight: Tensor | None  # (C,)
     norm_bias: Tensor  # (C,)
     values: list[Tensor]  # (N, C), of the values of theta's bias and, beside moments, of theta's mean
-    variances: Optional[Tensor] = None  # (C,), twice that of an image's variance
+    variances: Tensor | None = None  # (C,), twice that of an image's variance
 
 
 def collapsed_gradients(
@@ -57,12 +57,12 @@ def collapsed_gradients(
     process_groups: list,
     state: State,
     grads: LevelOutputs,  # of lists
-    maps: list[Optional[Tensor]],  # see own_map_gradients
-) -> list[Optional[Tensor]]:
+    maps: list[Tensor | None],  # see own_map_gradients
+) -> list[Tensor | None]:
     """Gradients in the order of the function's tensors."""
     offsets = by_group(plan, [family.offsets for family in state.families])
     sides, adaptations = [[] for _ in plan.groups], []
-    for chosen, level, stacks in zip(plan.levels, state.levels, _stacked_gradients(plan, grads)):
+    for chosen, level, stacks in zip(plan.levels, state.levels, _stacked_gradients(plan, grads), strict=True):
         student, teacher, weights = _level_gradients(chosen, level, state.groups, offsets, *stacks)
         sides[chosen.student.group].append(student)
         sides[chosen.teacher.group].append(teacher)
@@ -75,7 +75,7 @@ def collapsed_gradients(
     return [x for block in blocks for x in block] + _adaptation_gradients(plan, adaptations, families)
 
 
-def _stacked_gradients(plan: Plan, grads: LevelOutputs) -> list[tuple[Optional[Tensor], ...]]:
+def _stacked_gradients(plan: Plan, grads: LevelOutputs) -> list[tuple[Tensor | None, ...]]:
     """Those of P, U, W and v of each group of levels, ``(levels, ...)``, with one copy for all that are not alone."""
     stacks, slots, values = [], [], []
     for chosen in plan.levels:
@@ -101,7 +101,7 @@ def _level_gradients(
     offsets: list[Tensor],
     student_matrix: Tensor,  # of P (levels, N, Ct, Cs)
     teacher_matrix: Tensor,  # of U (levels, N, Ct, c), or of U W (levels, N, Ct, Ct)
-    projection: Optional[Tensor],  # of W (levels, c, Ct)
+    projection: Tensor | None,  # of W (levels, c, Ct)
     offset: Tensor,  # of v (levels, N, Ct)
 ) -> tuple[_SideGradients, _SideGradients, Tensor]:
     """Of the student's side, of the teacher's and of B ``(levels, Ct, Cs)``."""
@@ -127,7 +127,7 @@ def _family_gradients(
     plan: Plan, process_groups: list, state: State, sides: list[list[_SideGradients]], matrices: list[Tensor]
 ) -> list[_FamilyGradients]:
     rows, shifts, weights, moments = [], [], [], []
-    for family, own in zip(plan.families, state.families):
+    for family, own in zip(plan.families, state.families, strict=True):
         of_blocks = [row for index in family.groups for side in sides[index] for row in side.offsets.unbind()]
         rows.append(side_by_side(of_blocks))  # (N, C)
         shifts.append(rows[-1].sum(dim=0))
@@ -145,25 +145,28 @@ def _family_gradients(
         if family.norm == "batch":
             moments[-1] = norms.moment_gradients(fold_of(own), weights[-1], shifts[-1], rows[-1].shape[0])
     moments = _shared_gradients(plan, process_groups, state.families, moments)
-    return [_channel_gradients(own, *columns) for own, *columns in zip(state.families, rows, shifts, weights, moments)]
+    return [
+        _channel_gradients(own, *columns)
+        for own, *columns in zip(state.families, rows, shifts, weights, moments, strict=True)
+    ]
 
 
 def _shared_gradients(
-    plan: Plan, process_groups: list, families: list[FamilyState], moments: list[Optional[tuple[Tensor, Tensor]]]
-) -> list[Optional[tuple[Tensor, Tensor]]]:
-    """The gradients of the moments, after those of moments that several processes share have been added up."""
+    plan: Plan, process_groups: list, families: list[FamilyState], moments: list[tuple[Tensor, Tensor] | None]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the gradients of the moments, after those of moments that several processes share have been added up."""
     joint = [family.synchronizes for family in plan.families]
     if not any(joint):
         return moments
     images = [max(family.values.shape[0], 1) for family in families]
     vectors = [
         (own[0] * count, own[1] * (count / 2), family.shared_deviations, family.shares) if shares else None
-        for own, family, count, shares in zip(moments, families, images, joint)
+        for own, family, count, shares in zip(moments, families, images, joint, strict=True)
     ]
     found = over_processes(plan, process_groups, vectors, norms.shared_moment_gradients)
     return [
         own if new is None else (new[0] / count, new[1] * (2 / count))
-        for own, new, count in zip(moments, found, images)
+        for own, new, count in zip(moments, found, images, strict=True)
     ]
 
 
@@ -171,8 +174,8 @@ def _channel_gradients(
     own: FamilyState,
     row: Tensor,  # of the offsets (N, C)
     shift: Tensor,  # (C,)
-    weight: Optional[Tensor],  # (C,)
-    moments: Optional[tuple[Tensor, Tensor]],  # see norms.moment_gradients
+    weight: Tensor | None,  # (C,)
+    moments: tuple[Tensor, Tensor] | None,  # see norms.moment_gradients
 ) -> _FamilyGradients:
     if own.scale is None:
         return _FamilyGradients(shift, None, shift, [row])
@@ -199,11 +202,11 @@ def _group_gradients(
     values.append(by_group(plan, [family.values[1] if len(family.values) > 1 else None for family in families]))
     through = _products([matrix.mT for matrix in matrices], [x if x is None else x[:, None, None] for x in scales])
     weighted = _products(
-        [None if x is None else group.unscaled for group, x in zip(state.groups, variances)],
+        [None if x is None else group.unscaled for group, x in zip(state.groups, variances, strict=True)],
         [x if x is None else x[:, None, None] for x in variances],
     )
     results = []
-    for index, (member, group) in enumerate(zip(plan.groups, state.groups)):
+    for index, (member, group) in enumerate(zip(plan.groups, state.groups, strict=True)):
         rows = [column[index][:, :, None] for column in values if column[index] is not None] + [weighted[index]]
         rows = [row for row in rows if row is not None]
         of_theta = algebra.theta_probes(group.probes, member.inner, len(rows) > 1)
@@ -222,31 +225,33 @@ def _group_gradients(
     return results
 
 
-def _products(left: list[Optional[Tensor]], right: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
+def _products(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
     """Elementwise; where a right one is None, the left one."""
     chosen = [index for index, factor in enumerate(right) if factor is not None]
     results = list(left)
     if chosen:
         found = torch._foreach_mul([left[index] for index in chosen], [right[index] for index in chosen])
-        for index, product in zip(chosen, found):
+        for index, product in zip(chosen, found, strict=True):
             results[index] = product
     return results
 
 
-def own_map_gradients(state: State, students: list[Optional[Tensor]], wanted: list[bool]) -> list[Optional[Tensor]]:
-    """What flows into each block's map from elsewhere, in memory that may be changed; None where nobody wants it."""
+def own_map_gradients(state: State, students: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+    """Return each map's gradient from elsewhere, in memory that may be changed; None where nobody wants it."""
     incoming = [grad for student in students for grad in (student, None)]
-    return [own_memory(grad, map.x) if want else None for grad, map, want in zip(incoming, state.maps, wanted)]
+    return [
+        own_memory(grad, map.x) if want else None for grad, map, want in zip(incoming, state.maps, wanted, strict=True)
+    ]
 
 
 def _finish_map_gradients(
-    backend: str, plan: Plan, state: State, groups: list[_GroupGradients], gradients: list[Optional[Tensor]]
+    backend: str, plan: Plan, state: State, groups: list[_GroupGradients], gradients: list[Tensor | None]
 ) -> list[Tensor]:
     """Add to each map's gradient in place; return that of the pooled weights ``(2c, C)``. One read of each map."""
-    maps, means, winners = map(list, zip(*state.maps))
+    maps, means, winners = map(list, zip(*state.maps, strict=True))
     projections, weights, _ = kernel_parameters(plan, state.groups)
     inner, shifts, pooled = ([None] * count_blocks(plan) for _ in range(3))
-    for member, group, found in zip(plan.groups, state.groups, groups):
+    for member, group, found in zip(plan.groups, state.groups, groups, strict=True):
         for slot, block in enumerate(member.blocks if member.takes_moments else ()):
             if gradients[block] is not None:
                 inner[block], shifts[block] = algebra.map_gradient(
@@ -259,10 +264,12 @@ def _finish_map_gradients(
             pooled[block] = found.pooled[slot, :, :, : winners[block].shape[2]].contiguous()
     if backend == "cpu":  # whose op takes no strides
         inner, shifts = ([x if x is None else x.contiguous() for x in column] for column in (inner, shifts))
-    own = [x.new_empty(0) if grad is None else grad for grad, x in zip(gradients, maps)]
+    own = [x.new_empty(0) if grad is None else grad for grad, x in zip(gradients, maps, strict=True)]
     own = own if any(grad is not None for grad in gradients) else []
     # Outputs that the op fills: torch.compile takes no op that changes some arguments and returns others.
-    filled = [x.new_empty(0) if weight is None else torch.empty_like(weight) for x, weight in zip(maps, weights)]
+    filled = [
+        x.new_empty(0) if weight is None else torch.empty_like(weight) for x, weight in zip(maps, weights, strict=True)
+    ]
     arguments = maps, means, projections, inner, shifts, weights, winners, pooled, list(plan.pools)
     kernel("non_local_statistics_backward_", backend)(own, filled, *arguments)
     return filled
@@ -272,23 +279,28 @@ def _block_gradients(
     plan: Plan,
     groups: list[_GroupGradients],
     families: list[_FamilyGradients],
-    maps: list[Optional[Tensor]],
+    maps: list[Tensor | None],
     weights: list[Tensor],  # of what is pooled (2c, C)
 ) -> list[BlockTensors]:
     biases = _bias_gradients(plan, groups)
-    vectors = zip(*(by_group(plan, list(column)) for column in zip(*(family[:3] for family in families))))
+    vectors = zip(
+        *(by_group(plan, list(column)) for column in zip(*(family[:3] for family in families), strict=True)),
+        strict=True,
+    )
     blocks = [None] * count_blocks(plan)
-    for member, group, columns in zip(plan.groups, groups, vectors):
+    for member, group, columns in zip(plan.groups, groups, vectors, strict=True):
         stacks, outs = group.projections.unbind(), group.out_weights.unbind()
-        norms_of_blocks = zip(*([None] * len(stacks) if column is None else column.unbind() for column in columns))
+        norms_of_blocks = zip(
+            *([None] * len(stacks) if column is None else column.unbind() for column in columns), strict=True
+        )
         pooled = group.pooled.sum((1, 3)).unbind() if member.pools else None  # (2c,) each
-        for slot, (block, norm) in enumerate(zip(member.blocks, norms_of_blocks)):
+        for slot, (block, norm) in enumerate(zip(member.blocks, norms_of_blocks, strict=True)):
             if member.pools:  # theta apart from phi and g
                 weight = stacks[slot], *weights[block].split(member.inner)
                 bias = biases[block], *pooled[slot].split(member.inner)
             else:
                 weight, bias = stacks[slot].split(member.inner), biases[block].split(member.inner)
-            layers = [x for layer in zip(weight, bias) for x in layer]
+            layers = [x for layer in zip(weight, bias, strict=True) for x in layer]
             blocks[block] = BlockTensors(maps[block], None, *layers, outs[slot], *norm, None, None)
     return blocks
 
@@ -302,7 +314,7 @@ def _bias_gradients(plan: Plan, groups: list[_GroupGradients]) -> list[Tensor]:
         ]
         total = side_by_side([groups[index].probes[slot, :, :2] for slot, _, index in members]).sum((0, 1))
         ranks = [groups[index].probes.shape[3] for _, _, index in members]
-        for (_, block, _), bias in zip(members, total.split(ranks)):
+        for (_, block, _), bias in zip(members, total.split(ranks), strict=True):
             biases[block] = bias
     return biases
 
@@ -311,7 +323,7 @@ def _adaptation_gradients(plan: Plan, weights: list[Tensor], families: list[_Fam
     """Of weight and bias of each level in turn."""
     shifts = by_group(plan, [family.norm_bias.neg() for family in families])
     gradients = [None] * count_blocks(plan)
-    for chosen, weight in zip(plan.levels, weights):
+    for chosen, weight in zip(plan.levels, weights, strict=True):
         for slot, level in enumerate(chosen.levels):
             bias = shifts[chosen.teacher.group][chosen.teacher.first + slot]
             gradients[2 * level : 2 * level + 2] = weight[slot], bias

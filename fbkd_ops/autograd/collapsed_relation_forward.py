@@ -1,6 +1,6 @@
 """Forward pass of the collapsed relation."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ from .ops import kernel
 class _Channels(NamedTuple):
     """Vectors of a family's blocks, side by side."""
 
-    out_bias: Optional[Tensor]
-    norm_weight: Optional[Tensor]
-    norm_bias: Optional[Tensor]
-    running_mean: Optional[Tensor]
-    running_variance: Optional[Tensor]
+    out_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    running_mean: Tensor | None
+    running_variance: Tensor | None
 
 
 def collapsed_outputs(
@@ -42,14 +42,16 @@ def collapsed_outputs(
     blocks: list[BlockTensors],
     adaptations: list[tuple[Tensor, Tensor]],
 ) -> tuple[State, list[Tensor], list[Tensor]]:
-    """The state, all levels' outputs and all families' statistics."""
+    """Return the state, all levels' outputs and all families' statistics."""
     groups, channels, adapted = _joined_parameters(plan, blocks, adaptations)
     maps, pooled, covariances = _map_statistics(backend, plan, blocks, groups)
     groups = _with_probes(plan, _with_statistics(plan, groups, maps, pooled, covariances), maps)
-    groups = [_unscaled(member, group, maps) for member, group in zip(plan.groups, groups)]
+    groups = [_unscaled(member, group, maps) for member, group in zip(plan.groups, groups, strict=True)]
     families, statistics = _normalised(plan, process_groups, groups, channels, maps)
     scales = by_group(plan, [family.scale for family in families])
-    groups = [g._replace(matrices=algebra.scaled_matrices(g.unscaled, scale)) for g, scale in zip(groups, scales)]
+    groups = [
+        g._replace(matrices=algebra.scaled_matrices(g.unscaled, scale)) for g, scale in zip(groups, scales, strict=True)
+    ]
     offsets = by_group(plan, [family.offsets for family in families])
     levels, outputs = _level_outputs(plan, groups, offsets, adapted)
     through = [block.x.view_as(block.x) for block in blocks[::2]]
@@ -92,7 +94,7 @@ def _stacks(group: list[BlockTensors]) -> tuple[list[Tensor], list[Tensor], list
 
 
 def _joined(lists: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """The elements of each list's tensors, one after the other."""
+    """Return the elements of each list's tensors, one after the other."""
     elements = torch.cat([tensor.flatten() for tensors in lists for tensor in tensors]).to(dtype)
     return list(elements.split([sum(tensor.numel() for tensor in tensors) for tensors in lists]))
 
@@ -100,14 +102,14 @@ def _joined(lists: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
 def _map_statistics(
     backend: str, plan: Plan, blocks: list[BlockTensors], groups: list[GroupState]
 ) -> tuple[list[MapState], list[Tensor], list[Tensor]]:
-    """The maps, and what one read of each gives: the pooled values and the covariances."""
+    """Return the maps, and what one read of each gives: the pooled values and the covariances."""
     maps, means = [block.x for block in blocks], [block.mean for block in blocks]
     parameters = kernel_parameters(plan, groups)
     outputs = kernel("non_local_statistics_forward", backend)(maps, means, *parameters, list(plan.pools))
     pooled, winners, covariances = (
         outputs[first : first + count_blocks(plan)] for first in range(0, 3 * count_blocks(plan), count_blocks(plan))
     )
-    return [MapState(*state) for state in zip(maps, means, winners)], pooled, covariances
+    return [MapState(*state) for state in zip(maps, means, winners, strict=True)], pooled, covariances
 
 
 class _Copies:
@@ -121,12 +123,12 @@ class _Copies:
         self.values.append(value)
 
     def stack(self, values: list[Tensor]) -> Tensor:
-        """The values ``(..., K)`` along a new first dimension, the shorter ones with zeros behind them."""
+        """Return the values ``(..., K)`` along a new first dimension, the shorter ones with zeros behind them."""
         if len(values) == 1:
             return values[0][None]
         longest = max(value.shape[-1] for value in values)
         stack = values[0].new_empty(len(values), *values[0].shape[:-1], longest)
-        for part, value in zip(stack, values):
+        for part, value in zip(stack, values, strict=True):
             self.add(part[..., : value.shape[-1]], value)
             if value.shape[-1] < longest:
                 self.zeros.append(part[..., value.shape[-1] :])
@@ -142,9 +144,9 @@ class _Copies:
 def _with_statistics(
     plan: Plan, groups: list[GroupState], maps: list[MapState], pooled: list[Tensor], covariances: list[Tensor]
 ) -> list[GroupState]:
-    """The groups with what they pool, and with the moments of their maps where these are needed."""
+    """Return the groups with their pooled values, and with the moments of their maps where these are needed."""
     copies, results, unprojected = _Copies(), [], []
-    for member, group in zip(plan.groups, groups):
+    for member, group in zip(plan.groups, groups, strict=True):
         if member.pools:
             group = group._replace(pooled=copies.stack([pooled[block] for block in member.blocks]))
         if member.takes_moments:
@@ -166,7 +168,7 @@ def _with_statistics(
 
 def _with_probes(plan: Plan, groups: list[GroupState], maps: list[MapState]) -> list[GroupState]:
     results, rows, biases = [], [], []
-    for member, group in zip(plan.groups, groups):
+    for member, group in zip(plan.groups, groups, strict=True):
         if group.moments is None:
             images = maps[member.blocks[0]].x.shape[0]
             probes = group.biases[:, None, None, : member.inner].expand(-1, images, -1, -1)
@@ -181,7 +183,7 @@ def _with_probes(plan: Plan, groups: list[GroupState], maps: list[MapState]) -> 
 
 
 def _unscaled(member: Group, group: GroupState, maps: list[MapState]) -> GroupState:
-    """The group with its pairs and its matrices before the norm."""
+    """Return the group with its pairs and its matrices before the norm."""
     if member.pools:
         pairs = algebra.pooled_pairs(group.pooled, cells_of(member, maps))
     else:
@@ -196,18 +198,18 @@ def _normalised(
     channels: list[_Channels],
     maps: list[MapState],
 ) -> tuple[list[FamilyState], list[Tensor]]:
-    """The families with their norms folded, and the statistics of those that take the batch's moments."""
+    """Return the families with their norms folded, and the statistics of those that take the batch's moments."""
     values, local = [], []
-    for family, own in zip(plan.families, channels):
+    for family, own in zip(plan.families, channels, strict=True):
         values.append(_channel_values(family, plan.groups, groups, own.out_bias))
         local.append(norms.batch_moments(*values[-1][1:]) if family.norm == "batch" else None)
     vectors = [
         (*moments[:2], _counts(plan, family, maps, moments[0])) if family.synchronizes else None
-        for family, moments in zip(plan.families, local)
+        for family, moments in zip(plan.families, local, strict=True)
     ]
     shared = over_processes(plan, process_groups, vectors, norms.shared_moments)
     families, statistics = [], []
-    for family, own, (offsets, *_), moments, joint in zip(plan.families, channels, values, local, shared):
+    for family, own, (offsets, *_), moments, joint in zip(plan.families, channels, values, local, shared, strict=True):
         if family.norm == "none":
             families.append(FamilyState(offsets, offsets))
             continue
@@ -224,15 +226,17 @@ def _normalised(
 
 
 def _channel_values(
-    family: Family, members: tuple[Group, ...], groups: list[GroupState], out_bias: Optional[Tensor]
+    family: Family, members: tuple[Group, ...], groups: list[GroupState], out_bias: Tensor | None
 ) -> list[Tensor]:
-    """What the blocks add to x = 0, and for norms that take the batch's moments mean and variance of what they add to
-    an image's pixels. Each ``(N, C)``, before the norm."""
+    """Return what the blocks add to x = 0, ``(N, C)``, before the norm.
+
+    For norms that take the batch's moments, also mean and variance of what they add to an image's pixels, ``(N, C)``.
+    """
     normalises = family.norm == "batch"
     own = [groups[index] for index in family.groups]
     values = [
         algebra.probe_values(algebra.theta_probes(group.probes, members[index].inner, normalises), group.unscaled)
-        for index, group in zip(family.groups, own)
+        for index, group in zip(family.groups, own, strict=True)
     ]
     results = side_by_side([row for value in values for row in value[:, :, : 2 if normalises else 1].unbind()])
     if out_bias is not None:
@@ -247,7 +251,9 @@ def _channel_values(
 
 def _counts(plan: Plan, family: Family, maps: list[MapState], like: Tensor) -> Tensor:
     """Values of each channel in this process, ``(C,)``."""
-    shapes = [(maps[block].x.shape, width) for block, width in zip(plan.order(family), plan.widths(family))]
+    shapes = [
+        (maps[block].x.shape, width) for block, width in zip(plan.order(family), plan.widths(family), strict=True)
+    ]
     counts = [shape[0] * shape[2] * shape[3] for shape, width in shapes for _ in range(width)]
     return like.new_tensor(counts)
 
@@ -258,9 +264,9 @@ def _level_outputs(
     offsets: list[Tensor],
     adaptations: list[tuple[Tensor, Tensor]],  # B (levels, Ct, Cs) and its bias (levels, Ct)
 ) -> tuple[list[LevelState], list[Tensor]]:
-    """The states, and all levels' P, then U, W and v."""
+    """Return the states, and all levels' P, then U, W and v."""
     states, stacks = [], []
-    for chosen, (weights, _) in zip(plan.levels, adaptations):
+    for chosen, (weights, _) in zip(plan.levels, adaptations, strict=True):
         (s, o_s), (t, o_t) = (level_side(chosen, place, groups, offsets) for place in (chosen.student, chosen.teacher))
         states.append(LevelState(weights, torch.matmul(weights[:, None], s.matrices)))
         teacher, projection = t.matrices, t.theta
@@ -272,8 +278,8 @@ def _level_outputs(
     torch._foreach_add_([stack[0] for stack in stacks], [weights[:, None] for weights, _ in adaptations])
     torch._foreach_sub_([stack[3] for stack in stacks], [biases[:, None] for _, biases in adaptations])
     columns = [[None] * (count_blocks(plan) // 2) for _ in range(4)]
-    for chosen, stack in zip(plan.levels, stacks):
-        for column, tensors in zip(columns, stack):
-            for level, tensor in zip(chosen.levels, tensors.unbind()):
+    for chosen, stack in zip(plan.levels, stacks, strict=True):
+        for column, tensors in zip(columns, stack, strict=True):
+            for level, tensor in zip(chosen.levels, tensors.unbind(), strict=True):
                 column[level] = tensor
     return states, [tensor for column in columns for tensor in column]

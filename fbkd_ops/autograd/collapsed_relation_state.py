@@ -1,7 +1,10 @@
-"""What the two passes of the collapsed relation share: its tensors, what forward leaves for backward, and how blocks of
-a group and channels of a family are joined and taken apart."""
+"""What the two passes of the collapsed relation share.
 
-from typing import NamedTuple, Optional
+Its tensors, what forward leaves for backward, and how blocks of a group and channels of a family are joined and taken
+apart.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ class BlockTensors(NamedTuple):
     """One map and its block."""
 
     x: Tensor  # (N, C, H, W)
-    mean: Optional[Tensor]  # (N, C) over pixels, without gradient, in the accumulation dtype; None: not needed
+    mean: Tensor | None  # (N, C) over pixels, without gradient, in the accumulation dtype; None: not needed
     theta_weight: Tensor  # (c, C)
     theta_bias: Tensor  # (c,)
     phi_weight: Tensor
@@ -22,11 +25,11 @@ class BlockTensors(NamedTuple):
     g_weight: Tensor
     g_bias: Tensor
     out_weight: Tensor  # (C, c)
-    out_bias: Optional[Tensor]  # (C,)
-    norm_weight: Optional[Tensor]  # (C,)
-    norm_bias: Optional[Tensor]
-    running_mean: Optional[Tensor]  # of a norm that does not take the batch's moments
-    running_variance: Optional[Tensor]
+    out_bias: Tensor | None  # (C,)
+    norm_weight: Tensor | None  # (C,)
+    norm_bias: Tensor | None
+    running_mean: Tensor | None  # of a norm that does not take the batch's moments
+    running_variance: Tensor | None
 
 
 class LevelOutputs(NamedTuple):
@@ -40,21 +43,25 @@ class LevelOutputs(NamedTuple):
 
 
 class MapState(NamedTuple):
+    """A map, and what its statistics leave."""
+
     x: Tensor  # (N, C, H, W)
-    mean: Optional[Tensor]  # (N, C)
+    mean: Tensor | None  # (N, C)
     winners: Tensor  # (N, 2c, K), empty where nothing is pooled
 
 
 class GroupState(NamedTuple):
+    """Tensors of the blocks of a group, along a first dimension."""
+
     projections: Tensor  # (B, 3c, C), of theta, phi and g
     biases: Tensor  # (B, 3c)
     out_weights: Tensor  # (B, C, c)
-    pooled: Optional[Tensor] = None  # (B, N, 2c, K), see algebra.pooled_pairs
-    moments: Optional[Tensor] = None  # (B, N, 2 + r, C)
-    probes: Optional[Tensor] = None  # (B, N, 2 + r, r), or (B, N, 1, c) without moments
-    pairs: Optional[Tensor] = None  # (B, N, c, c)
-    unscaled: Optional[Tensor] = None  # (B, N, c, C)
-    matrices: Optional[Tensor] = None  # V (B, N, C, c)
+    pooled: Tensor | None = None  # (B, N, 2c, K), see algebra.pooled_pairs
+    moments: Tensor | None = None  # (B, N, 2 + r, C)
+    probes: Tensor | None = None  # (B, N, 2 + r, r), or (B, N, 1, c) without moments
+    pairs: Tensor | None = None  # (B, N, c, c)
+    unscaled: Tensor | None = None  # (B, N, c, C)
+    matrices: Tensor | None = None  # V (B, N, C, c)
 
 
 class FamilyState(NamedTuple):
@@ -62,15 +69,17 @@ class FamilyState(NamedTuple):
 
     values: Tensor  # (N, C), what the block adds to x = 0, before the norm
     offsets: Tensor  # (N, C), the same after the norm
-    mean: Optional[Tensor] = None  # (C,), see norms.Fold
-    inverse_deviation: Optional[Tensor] = None
-    scale: Optional[Tensor] = None
-    deviations: Optional[Tensor] = None  # (N, C), of each image's mean from all images'
-    shared_deviations: Optional[Tensor] = None  # (C,), of this process' mean from all processes'
-    shares: Optional[Tensor] = None  # (C,)
+    mean: Tensor | None = None  # (C,), see norms.Fold
+    inverse_deviation: Tensor | None = None
+    scale: Tensor | None = None
+    deviations: Tensor | None = None  # (N, C), of each image's mean from all images'
+    shared_deviations: Tensor | None = None  # (C,), of this process' mean from all processes'
+    shares: Tensor | None = None  # (C,)
 
 
 class LevelState(NamedTuple):
+    """Tensors of levels of one shape, along a first dimension."""
+
     adaptations: Tensor  # B (levels, Ct, Cs)
     relations: Tensor  # B V_s (levels, N, Ct, cs)
 
@@ -106,6 +115,7 @@ def theta_of(group: GroupState) -> Tensor:
 
 
 def fold_of(family: FamilyState) -> norms.Fold:
+    """Return the norm of a family."""
     return norms.Fold(family.mean, family.inverse_deviation, family.scale)
 
 
@@ -114,23 +124,23 @@ def cells_of(member: Group, maps: list[MapState]) -> list[int]:
     return [maps[block].winners.shape[2] for block in member.blocks]
 
 
-def kernel_parameters(plan: Plan, groups: list[GroupState]) -> tuple[list[Optional[Tensor]], ...]:
-    """What the statistics' kernels take of each block: projection of the covariance, weight and bias of the pool."""
+def kernel_parameters(plan: Plan, groups: list[GroupState]) -> tuple[list[Tensor | None], ...]:
+    """Return each block's arguments of the statistics' kernels: covariance's projection, pool's weight and bias."""
     parameters = [(None, None, None)] * count_blocks(plan)
-    for member, group in zip(plan.groups, groups):
+    for member, group in zip(plan.groups, groups, strict=True):
         absent = [None] * len(member.blocks)
         projections = group.projections[:, : moment_rank(member)].unbind() if member.projects else absent
         weights = group.projections[:, member.inner :].unbind() if member.pools else absent
         biases = group.biases[:, member.inner :].unbind() if member.pools else absent
-        for block, *of_block in zip(member.blocks, projections, weights, biases):
+        for block, *of_block in zip(member.blocks, projections, weights, biases, strict=True):
             parameters[block] = of_block
-    return tuple(list(column) for column in zip(*parameters))
+    return tuple(list(column) for column in zip(*parameters, strict=True))
 
 
-def by_group(plan: Plan, vectors: list[Optional[Tensor]]) -> list[Optional[Tensor]]:
-    """What the families have for all channels, ``(..., C)``, as ``(B, ..., C)`` of each group."""
+def by_group(plan: Plan, vectors: list[Tensor | None]) -> list[Tensor | None]:
+    """Cut the families' tensors over all their channels, ``(..., C)``, into each group's, ``(B, ..., C)``."""
     parts = []
-    for family, vector in zip(plan.families, vectors):
+    for family, vector in zip(plan.families, vectors, strict=True):
         members = [plan.groups[group] for group in family.groups]
         if vector is None:
             parts += [None] * len(members)
@@ -138,7 +148,7 @@ def by_group(plan: Plan, vectors: list[Optional[Tensor]]) -> list[Optional[Tenso
         pieces = vector.split([len(member.blocks) * member.channels for member in members], dim=-1)
         parts += [
             piece.unflatten(-1, (len(member.blocks), member.channels)).movedim(-2, 0)
-            for piece, member in zip(pieces, members)
+            for piece, member in zip(pieces, members, strict=True)
         ]
     return parts
 
@@ -149,31 +159,36 @@ def side_by_side(rows: list[Tensor]) -> Tensor:
 
 
 def stacked(pieces: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; a single one is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def over_processes(plan: Plan, process_groups: list, vectors: list[Optional[tuple[Tensor, ...]]], function) -> list:
-    """``function`` of vectors ``(C,)`` of all blocks of a process group, by family; None where there are none.
+def over_processes(plan: Plan, process_groups: list, vectors: list[tuple[Tensor, ...] | None], function) -> list:
+    """Apply ``function`` to vectors ``(C,)`` of all blocks of a process group, by family; None where there are none.
 
     The order of the blocks, unlike that of the families, is the same in all processes.
     """
     parts, results = {}, {}
-    for family, own in zip(plan.families, vectors):
+    for family, own in zip(plan.families, vectors, strict=True):
         if own is not None:
             pieces = (vector.split(plan.widths(family)) for vector in own)
-            parts |= {block: columns for block, *columns in zip(plan.order(family), *pieces)}
+            parts |= {block: columns for block, *columns in zip(plan.order(family), *pieces, strict=True)}
     remaining = sorted(parts)
     while remaining:
         chosen = process_groups[remaining[0]]
         members = [block for block in remaining if process_groups[block] is chosen]
         remaining = [block for block in remaining if block not in members]
-        outputs = function(*(torch.cat(column) for column in zip(*(parts[block] for block in members))), chosen)
+        outputs = function(
+            *(torch.cat(column) for column in zip(*(parts[block] for block in members), strict=True)), chosen
+        )
         widths = [parts[block][0].shape[0] for block in members]
         pieces = (vector.split(widths) for vector in outputs)
-        results |= {block: columns for block, *columns in zip(members, *pieces)}
+        results |= {block: columns for block, *columns in zip(members, *pieces, strict=True)}
     return [
         None
         if own is None
-        else tuple(torch.cat(c).to(family.dtype) for c in zip(*(results[block] for block in plan.order(family))))
-        for family, own in zip(plan.families, vectors)
+        else tuple(
+            torch.cat(c).to(family.dtype) for c in zip(*(results[block] for block in plan.order(family)), strict=True)
+        )
+        for family, own in zip(plan.families, vectors, strict=True)
     ]

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -32,17 +32,17 @@ class Sources(NamedTuple):
     """The inputs of a Function that learn and that it does not save, without their memory."""
 
     leaves: list[weakref.ref]
-    others: Optional[Tensor]  # empty, with their history
+    others: Tensor | None  # empty, with their history
 
 
-def save(ctx: Any, tensors: Iterable[Optional[Tensor]], inputs: Iterable[Any]) -> None:
+def save(ctx: Any, tensors: Iterable[Tensor | None], inputs: Iterable[Any]) -> None:
     """``ctx.save_for_backward(*tensors)``, and remember all ``inputs`` of the Function for :func:`first_order`."""
     tensors = [x if x is None else recordable(x) for x in tensors]
     ctx.save_for_backward(*tensors)
     ctx.sources = None if torch.compiler.is_compiling() else _sources(tensors, inputs)
 
 
-def _sources(saved: list[Optional[Tensor]], inputs: Iterable[Any]) -> Sources:
+def _sources(saved: list[Tensor | None], inputs: Iterable[Any]) -> Sources:
     saved_ids = set(map(id, saved))
     rest = [x for x in inputs if _learns(x) and id(x) not in saved_ids]
     others = [x for x in rest if not x.is_leaf]
@@ -70,17 +70,17 @@ def first_order(backward: Callable) -> Callable:
     return wrapper
 
 
-def _present(sources: Sources) -> list[Optional[Tensor]]:
+def _present(sources: Sources) -> list[Tensor | None]:
     return [*(leaf() for leaf in sources.leaves), sources.others]
 
 
-def _refusing(gradients: Any, sources: list[Optional[Tensor]]) -> Any:
-    """The gradients, with the sources as their history."""
+def _refusing(gradients: Any, sources: list[Tensor | None]) -> Any:
+    """Return the gradients, with the sources as their history."""
     is_single = isinstance(gradients, Tensor)
     results = [gradients] if is_single else list(gradients)
     found = [index for index, gradient in enumerate(results) if gradient is not None]
     joined = _Refusal.apply(len(found), *(results[index] for index in found), *filter(_learns, sources))
-    for index, gradient in zip(found, joined):
+    for index, gradient in zip(found, joined, strict=True):
         results[index] = gradient
     return results[0] if is_single else tuple(results)
 

@@ -1,7 +1,6 @@
 """Plain PyTorch as one node of the graph, whose backward pass takes no notice of autocast."""
 
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ __all__ = ["isolated"]
 
 
 def isolated(
-    function: Callable[..., Tensor], tensors: Sequence[Optional[Tensor]], memory_efficient: bool = False
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], memory_efficient: bool = False
 ) -> Tensor:
     """Return ``function(True, *tensors)``.
 
@@ -47,14 +46,16 @@ class _Isolated(torch.autograd.Function):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         with without_autocast(grad):
             inputs, output = ctx.graph or _graph(ctx.function, False, tensors, needed)
-            wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
+            wanted = [x for x, is_needed in zip(inputs, needed, strict=True) if is_needed]
             keeps = torch._C._autograd._get_current_graph_task_keep_graph()
             found = iter(torch.autograd.grad(output, wanted, grad, retain_graph=keeps, allow_unused=True))
         return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
-def _graph(function, is_first: bool, tensors: Sequence[Optional[Tensor]], needed: Sequence[bool]):
+def _graph(function, is_first: bool, tensors: Sequence[Tensor | None], needed: Sequence[bool]):
     """Leaves in place of the tensors, and what the function makes of them."""
     with torch.enable_grad():
-        leaves = [x if x is None else x.detach().requires_grad_(wants) for x, wants in zip(tensors, needed)]
+        leaves = [
+            x if x is None else x.detach().requires_grad_(wants) for x, wants in zip(tensors, needed, strict=True)
+        ]
         return leaves, function(is_first, *leaves)

@@ -1,7 +1,5 @@
 """Masked squared distances of a pyramid and their gradient, on any backend."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from .ops import kernel, register
 
 __all__ = ["MaskedL2Function", "level_masks", "masked_l2_squares"]
 
-Masks = list[Optional[Tensor]]
+Masks = list[Tensor | None]
 
 
 def masked_l2_squares(
@@ -27,11 +25,13 @@ def masked_l2_squares(
 def level_masks(
     students: list[Tensor], teachers: list[Tensor], spatial_masks: Masks, channel_masks: Masks
 ) -> tuple[Masks, Masks]:
-    """The masks as the ops take them: contiguous, in the level's accumulation dtype, without gradient."""
-    dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers)]
+    """Return the masks as the ops take them: contiguous, in the level's accumulation dtype, without gradient."""
+    dtypes = [accumulation_dtype(s, t) for s, t in zip(students, teachers, strict=True)]
 
     def prepared(masks):
-        return [None if m is None else m.detach().to(dtype).contiguous() for m, dtype in zip(masks, dtypes)]
+        return [
+            None if m is None else m.detach().to(dtype).contiguous() for m, dtype in zip(masks, dtypes, strict=True)
+        ]
 
     return prepared(spatial_masks), prepared(channel_masks)
 

@@ -1,6 +1,6 @@
 """What a non-local block without its pair matrix needs to know of a whole map: pooled projections and a covariance."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ class StatisticsRequest(NamedTuple):
     """One map and what is asked of it. Weights and means are in the map's accumulation dtype."""
 
     x: Tensor  # (N, C, H, W)
-    mean: Optional[Tensor] = None  # (N, C) over pixels, without gradient; None: no mean and no covariance
-    projection: Optional[Tensor] = None  # (r, C): the covariance is that of projection @ x; None: of x itself
-    weight: Optional[Tensor] = None  # (p, C) of the 1x1 convolution that is pooled, None: nothing is pooled
-    bias: Optional[Tensor] = None  # (p,)
+    mean: Tensor | None = None  # (N, C) over pixels, without gradient; None: no mean and no covariance
+    projection: Tensor | None = None  # (r, C): the covariance is that of projection @ x; None: of x itself
+    weight: Tensor | None = None  # (p, C) of the 1x1 convolution that is pooled, None: nothing is pooled
+    bias: Tensor | None = None  # (p,)
     pool: tuple[int, int, int, int] = NO_POOL  # cell height and width, and those of the first pool in a nested order
 
 
@@ -37,9 +37,9 @@ class MapStatistics(NamedTuple):
     """What was asked for, all with gradient."""
 
     x: Tensor  # the map itself, for whatever else reads it
-    mean: Optional[Tensor]  # (N, C)
-    covariance: Optional[Tensor]  # (N, r, r), biased
-    pooled: Optional[Tensor]  # (N, p, K), the largest value of each whole cell
+    mean: Tensor | None  # (N, C)
+    covariance: Tensor | None  # (N, r, r), biased
+    pooled: Tensor | None  # (N, p, K), the largest value of each whole cell
 
 
 def non_local_statistics(backend: str, requests: list[StatisticsRequest]) -> list[MapStatistics]:
@@ -49,14 +49,16 @@ def non_local_statistics(backend: str, requests: list[StatisticsRequest]) -> lis
     A map without gradient is returned as it is, so that nobody makes one for it.
     """
     count = len(requests)
-    columns = [list(column) for column in zip(*requests)]
+    columns = [list(column) for column in zip(*requests, strict=True)]
     pools = tuple(side for pool in columns.pop() for side in pool)
     outputs = NonLocalStatisticsFunction.apply(backend, pools, *(tensor for column in columns for tensor in column))
     columns = [outputs[first : first + count] for first in range(0, len(outputs), count)]
-    columns[0] = [through if request.x.requires_grad else request.x for through, request in zip(columns[0], requests)]
+    columns[0] = [
+        through if request.x.requires_grad else request.x for through, request in zip(columns[0], requests, strict=True)
+    ]
     return [
-        MapStatistics(*(output if present else None for output, present in zip(row, _outputs_of(request))))
-        for row, request in zip(zip(*columns), requests)
+        MapStatistics(*(output if present else None for output, present in zip(row, _outputs_of(request), strict=True)))
+        for row, request in zip(zip(*columns, strict=True), requests, strict=True)
     ]
 
 
@@ -65,8 +67,11 @@ def _outputs_of(request: StatisticsRequest) -> tuple[bool, bool, bool, bool]:
 
 
 class NonLocalStatisticsFunction(torch.autograd.Function):
-    """With ``S = W Cov(x) W^T`` and its symmetric gradient ``G = dS + dS^T``: ``dx = W^T G W (x - mean) / L`` and
-    ``dW = G W Cov(x)``; a pooled value passes its gradient to the pixel that it came from."""
+    """The statistics of maps, and their gradients.
+
+    With ``S = W Cov(x) W^T`` and its symmetric gradient ``G = dS + dS^T``: ``dx = W^T G W (x - mean) / L`` and
+    ``dW = G W Cov(x)``; a pooled value passes its gradient to the pixel that it came from.
+    """
 
     @staticmethod
     def forward(ctx, backend, pools, *tensors):
@@ -82,15 +87,15 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         with without_autocast(maps[0]):
             covariances = [
                 c if mean is None or w is None else torch.matmul(c, w.mT)
-                for c, mean, w in zip(cross, means, projections)
+                for c, mean, w in zip(cross, means, projections, strict=True)
             ]
         ctx.set_materialize_grads(False)
-        kept = [c for c, w in zip(cross, projections) if w is not None]
+        kept = [c for c, w in zip(cross, projections, strict=True) if w is not None]
         save(ctx, [*read, *means, *projections, *weights, *winners, *kept], tensors)
         ctx.backend, ctx.pools, ctx.count = backend, pools, count
         ctx.wants_x = any(ctx.needs_input_grad[2 : 2 + count])
         through = [x.view_as(x) for x in maps]
-        means = [x.new_empty(0) if m is None else m.view_as(m) for x, m in zip(maps, means)]
+        means = [x.new_empty(0) if m is None else m.view_as(m) for x, m in zip(maps, means, strict=True)]
         return (*through, *means, *covariances, *pooled)
 
     @staticmethod
@@ -102,14 +107,16 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
         cross = [None if w is None else next(kept) for w in projections]
         incoming, dmeans, dcovariances, dpooled = _columns(grads, count)
         # A compiled graph hands over zeros where eager hands over nothing, also for outputs that are not there.
-        dmeans = [None if m is None else g for m, g in zip(means, dmeans)]
-        dcovariances = [None if m is None else g for m, g in zip(means, dcovariances)]
+        dmeans = [None if m is None else g for m, g in zip(means, dmeans, strict=True)]
+        dcovariances = [None if m is None else g for m, g in zip(means, dcovariances, strict=True)]
         with without_autocast(maps[0]):
-            inner, shifts, dprojections = zip(*map(_affine, maps, projections, cross, dcovariances, dmeans))
-        dx = [own_memory(g, x) for g, x in zip(incoming, maps)] if ctx.wants_x else []
-        dpooled = [None if w is None or g is None else g.contiguous() for w, g in zip(weights, dpooled)]
+            inner, shifts, dprojections = zip(
+                *map(_affine, maps, projections, cross, dcovariances, dmeans), strict=True
+            )
+        dx = [own_memory(g, x) for g, x in zip(incoming, maps, strict=True)] if ctx.wants_x else []
+        dpooled = [None if w is None or g is None else g.contiguous() for w, g in zip(weights, dpooled, strict=True)]
         # Outputs that the op fills: torch.compile takes no op that changes some arguments and returns others.
-        dweights = [x.new_empty(0) if w is None else torch.empty_like(w) for x, w in zip(maps, weights)]
+        dweights = [x.new_empty(0) if w is None else torch.empty_like(w) for x, w in zip(maps, weights, strict=True)]
         kernel("non_local_statistics_backward_", ctx.backend)(
             dx,
             dweights,
@@ -123,18 +130,18 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
             dpooled,
             list(ctx.pools),
         )
-        dweights = [None if g is None else dw for g, dw in zip(dpooled, dweights)]
+        dweights = [None if g is None else dw for g, dw in zip(dpooled, dweights, strict=True)]
         dbiases = [None if g is None else g.sum((0, 2)) for g in dpooled]
         return None, None, *(dx or [None] * count), *[None] * count, *dprojections, *dweights, *dbiases
 
 
 def _affine(
     x: Tensor,
-    projection: Optional[Tensor],
-    cross: Optional[Tensor],  # cov(projection x, x) (N, r, C)
-    dcovariance: Optional[Tensor],
-    dmean: Optional[Tensor],
-) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    projection: Tensor | None,
+    cross: Tensor | None,  # cov(projection x, x) (N, r, C)
+    dcovariance: Tensor | None,
+    dmean: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``inner`` and ``shift`` of ``dx = projection^T inner (x - mean) + shift``, and the projection's own gradient."""
     pixels = x.shape[2] * x.shape[3]
     shift = None if dmean is None else (dmean / pixels).contiguous()
@@ -146,7 +153,7 @@ def _affine(
     return inner.contiguous(), shift, None if projection is None else torch.bmm(symmetric, cross).sum(0)
 
 
-def own_memory(grad: Optional[Tensor], x: Tensor) -> Tensor:
+def own_memory(grad: Tensor | None, x: Tensor) -> Tensor:
     """Memory in the layout of x's gradient that holds what flows in from elsewhere, and may be changed."""
     layout = matrix_layout(x)
     if grad is None:
@@ -156,13 +163,13 @@ def own_memory(grad: Optional[Tensor], x: Tensor) -> Tensor:
     return grad.to(x.dtype).contiguous(memory_format=layout)
 
 
-def _columns(tensors, count: int) -> list[list[Optional[Tensor]]]:
+def _columns(tensors, count: int) -> list[list[Tensor | None]]:
     return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
 
 def _fake_forward(maps, means, projections, weights, biases, pools):
     pooled, winners, cross = [], [], []
-    for index, (x, mean, projection, weight) in enumerate(zip(maps, means, projections, weights)):
+    for index, (x, mean, projection, weight) in enumerate(zip(maps, means, projections, weights, strict=True)):
         images, channels, height, width = x.shape
         dtype, (rows, cols) = accumulation_dtype(x), pools[4 * index : 4 * index + 2]
         shape = (0,) if weight is None else (images, weight.shape[0], (height // rows) * (width // cols))

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 
@@ -14,7 +13,7 @@ _library = torch.library.Library("fbkd_ops", "FRAGMENT")
 _kernels: dict[tuple[str, str], Callable] = {}
 
 
-def register(name: str, schema: Optional[str], fake: Callable, triton_module: str = "") -> None:
+def register(name: str, schema: str | None, fake: Callable, triton_module: str = "") -> None:
     """Make an op callable through :func:`kernel`.
 
     Args:
@@ -35,12 +34,12 @@ def register(name: str, schema: Optional[str], fake: Callable, triton_module: st
 
 
 def kernel(name: str, backend: str) -> Callable:
-    """The op of a backend: ``"cpu"``, ``"cuda"`` or ``"triton"``."""
+    """Return the op of a backend: ``"cpu"``, ``"cuda"`` or ``"triton"``."""
     return _kernels[name, backend]
 
 
 def _launcher(name: str, module: str) -> Callable:
-    """The Triton launcher, imported at its first call."""
+    """Return the Triton launcher, imported at its first call."""
 
     def launch(*arguments):
         return getattr(importlib.import_module(f"fbkd_ops.kernels.{module}"), name)(*arguments)

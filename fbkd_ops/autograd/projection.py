@@ -1,7 +1,5 @@
 """The 1x1 convolutions of a non-local block as one product, whose backward adds to a gradient that is there already."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,13 @@ __all__ = ["bmm_in_layout", "projection"]
 
 
 def bmm_in_layout(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """``a @ b``, with channels side by side where those of ``like (N, C, L)`` are, so that nothing copies it later."""
+    """Return ``a @ b`` in the layout of ``like (N, C, L)``, channels side by side or not: nothing copies it later."""
     if like.stride(1) == 1 and like.shape[1] > 1:
         return torch.bmm(b.mT, a.mT).mT
     return torch.bmm(a, b)
 
 
-def _add_product(to: Optional[Tensor], a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+def _add_product(to: Tensor | None, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """``to + a @ b`` in the memory of ``to``, which nobody else holds; ``a @ b`` where there is none."""
     if to is None:
         return bmm_in_layout(a, b, like)

@@ -1,6 +1,6 @@
 """Squared residuals of the relation term of a pyramid, and all gradients of them."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class RelationLevels(NamedTuple):
     student_matrices: list[Tensor]  # P (N, Ct, Cs)
     teachers: list[Tensor]  # T (N, Ct, H, W)
     teacher_matrices: list[Tensor]  # U (N, Ct, c), or (N, Ct, Ct) where there is no projection
-    teacher_projections: list[Optional[Tensor]]  # W (c, Ct)
+    teacher_projections: list[Tensor | None]  # W (c, Ct)
     offsets: list[Tensor]  # v (N, Ct)
 
 
@@ -48,13 +48,16 @@ def _makes_gradient(backend: str, students: list[Tensor], teachers: list[Tensor]
     return (
         backend == "cpu"
         and not torch.compiler.is_compiling()
-        and all(s.dtype == accumulation_dtype(s, t) for s, t in zip(students, teachers))
+        and all(s.dtype == accumulation_dtype(s, t) for s, t in zip(students, teachers, strict=True))
     )
 
 
 class RelationResidualFunction(torch.autograd.Function):
-    """With ``E = 2 g (t + U r - P s + v)`` and ``r = W t``: ``dS = -P^T E``, ``dP = -sum E s^T``,
-    ``dU = sum E r^T``, ``dW = sum U^T E t^T``, ``dv = sum E``."""
+    """The squared residual, and its gradients.
+
+    With ``E = 2 g (t + U r - P s + v)`` and ``r = W t``: ``dS = -P^T E``, ``dP = -sum E s^T``, ``dU = sum E r^T``,
+    ``dW = sum U^T E t^T``, ``dv = sum E``.
+    """
 
     @staticmethod
     def forward(ctx, backend, count, keep, *tensors):
@@ -96,19 +99,19 @@ def _by_argument(gradients: list[Tensor], count: int, student_gradient: bool, ne
         groups.insert(0, [None] * count)
     groups.insert(2, [None] * count)
     flat = [gradient for group in groups for gradient in group]
-    return [gradient if wanted else None for gradient, wanted in zip(flat, needed)]
+    return [gradient if wanted else None for gradient, wanted in zip(flat, needed, strict=True)]
 
 
 def _fake_forward(students, student_matrices, teachers, teacher_matrices, teacher_projections, offsets, keep):
     squares = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
-    return [squares, *(empty_residual(*features) for features in zip(students, teachers) if keep)]
+    return [squares, *(empty_residual(*features) for features in zip(students, teachers, strict=True) if keep)]
 
 
 def _fake_gradients(students, matrices, student_gradient):
     parameters = [
         offset.new_empty(0) if x is None else torch.empty_like(x)
         for group in matrices
-        for x, offset in zip(group, matrices[-1])
+        for x, offset in zip(group, matrices[-1], strict=True)
     ]
     return [*([empty_gradient(x) for x in students] if student_gradient else []), *parameters]
 

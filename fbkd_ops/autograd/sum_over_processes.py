@@ -9,6 +9,8 @@ __all__ = ["SumOverProcessesFunction"]
 
 
 class SumOverProcessesFunction(torch.autograd.Function):
+    """The sum over all processes, whose gradient is summed over all processes."""
+
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         save(ctx, [], [x])

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def image_channels(model: nn.Module) -> int:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
-def _run(model: nn.Module, tap: Union[FeatureTap, OutputTap], remedy: str) -> Any:
+def _run(model: nn.Module, tap: FeatureTap | OutputTap, remedy: str) -> Any:
     """Run the first blank image that the model takes; None where the tap ended the run, else the output."""
     first = image_channels(model)
     channels = list(dict.fromkeys((first, 3, max(first // 4, 1))))  # a YOLOX stem makes four channels of one

@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
@@ -20,17 +20,17 @@ from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
 
-Model = Union[dict[str, Any], nn.Module]
+Model = dict[str, Any] | nn.Module
 
 
 @MODELS.register_module()
 class FBKDDetector(Distiller, BaseModel):
-    """A detector of MMDetection that learns from a frozen one, for MMEngine's ``Runner``.
+    r"""A detector of MMDetection that learns from a frozen one, for MMEngine's ``Runner``.
 
     In ``mode="loss"`` the student's losses come with four FBKD terms between the features of both; in every other mode
     it is the student. Names that it lacks are the student's, so that hooks find there what they look for
     (``bbox_head``, ``set_epoch``). Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy
-    (``EMAHook`` makes one) shares the teacher. ``revise_keys=[(r"^student\\.", "")]`` of MMEngine's ``load_checkpoint``
+    (``EMAHook`` makes one) shares the teacher. ``revise_keys=[(r"^student\.", "")]`` of MMEngine's ``load_checkpoint``
     gives a plain student; a plain detector's checkpoint in ``load_from`` goes into the student. Both see the images as
     the student's data preprocessor leaves them.
 
@@ -74,10 +74,10 @@ class FBKDDetector(Distiller, BaseModel):
         self,
         student: Model,
         teacher: Model,
-        loss: Optional[dict[str, Any]] = None,
-        teacher_ckpt: Optional[Union[str, os.PathLike[str]]] = None,
+        loss: dict[str, Any] | None = None,
+        teacher_ckpt: str | os.PathLike[str] | None = None,
         layers: Layers = "neck",
-        data_preprocessor: Optional[Model] = None,
+        data_preprocessor: Model | None = None,
         **settings: Any,
     ):
         loss = loss_arguments(loss)
@@ -108,8 +108,8 @@ class FBKDDetector(Distiller, BaseModel):
         elif hasattr(student, "data_preprocessor"):
             self.data_preprocessor = student.data_preprocessor
 
-    def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = "tensor") -> Any:
-        """The student's losses and the terms in ``mode="loss"``, in training; the student's output in any other mode.
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
+        """Return the student's losses and the terms in ``mode="loss"``, in training; else the student's output.
 
         Args:
             inputs: images ``(N, C, H, W)``, preprocessed.
@@ -127,7 +127,7 @@ class FBKDDetector(Distiller, BaseModel):
             self.teacher.init_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FBKDDetector":
-        """The copy has the very same teacher."""
+        """Copy all but the teacher, which the copy shares."""
         made = type(self).__new__(type(self))
         memo |= {id(self): made, id(self.teacher): self.teacher}
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -152,7 +152,7 @@ class StudentLearningRateDecay(LearningRateDecayOptimizerConstructor):
 
 
 def _built(model: Model, name: str) -> nn.Module:
-    """A built one is marked as having its weights, which ``init_weights`` leaves alone then."""
+    """Build a config; mark a built model as having its weights, which ``init_weights`` leaves alone then."""
     if isinstance(model, dict):
         return MODELS.build(model)
     if not isinstance(model, nn.Module):

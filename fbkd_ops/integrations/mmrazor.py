@@ -1,7 +1,7 @@
 """Weights of MMRazor 1.0.0's FBKD connectors, and of the authors' detectors, in an ``FBKDLoss``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +12,8 @@ from .non_local import differences, module_settings, our_key, state_problems
 
 __all__ = ["load_authors", "load_checkpoint", "load_connectors"]
 
-Connector = Union[nn.Module, Mapping[str, Tensor]]
-Names = Union[str, Sequence[str]]
+Connector = nn.Module | Mapping[str, Tensor]
+Names = str | Sequence[str]
 
 _STUDENT_LAYERS = {
     "adaptation_layers": "feature_adaptation",
@@ -52,14 +52,16 @@ def load_connectors(
     _check_count(student_connectors, len(loss.levels), "student_connectors")
     _check_count(teacher_connectors, len(loss.levels), "teacher_connectors")
     states = []
-    for index, (level, student, teacher) in enumerate(zip(loss.levels, student_connectors, teacher_connectors)):
+    for index, (level, student, teacher) in enumerate(
+        zip(loss.levels, student_connectors, teacher_connectors, strict=True)
+    ):
         state = {}
         for side, connector in (("student", student), ("teacher", teacher)):
             connector = _state_of(connector, side, level, f"level {index}, {side} connector")
             state |= {_our_key(key, side): value for key, value in connector.items()}
         _check_state(state, level, f"level {index}")
         states.append(state)
-    for level, state in zip(loss.levels, states):
+    for level, state in zip(loss.levels, states, strict=True):
         level.load_state_dict(state)
 
 
@@ -99,7 +101,12 @@ def load_checkpoint(
         _level_names(teacher_names, len(loss.levels), "teacher_names"),
     ]
     sides = [[_below(state, f"{prefix}{name}.") for name in side] for side in names]
-    missing = [name for side, found in zip(names, sides) for name, connector in zip(side, found) if not connector]
+    missing = [
+        name
+        for side, found in zip(names, sides, strict=True)
+        for name, connector in zip(side, found, strict=True)
+        if not connector
+    ]
     if missing:
         there = sorted({key.partition(".")[0] for key in _below(state, prefix)})
         raise ValueError(
@@ -148,7 +155,7 @@ def load_authors(loss: FBKDLoss, checkpoint: Mapping[str, Any], prefix: str = ""
 
 
 def _checked_loss(loss: Any) -> FBKDLoss:
-    """The loss in what is wrapped around it."""
+    """Return the loss inside what is wrapped around it."""
     inner = unwrapped(loss) if isinstance(loss, nn.Module) else loss
     if not isinstance(inner, FBKDLoss):
         raise TypeError(f"loss must be an FBKDLoss, got {type(inner).__name__}")
@@ -156,7 +163,7 @@ def _checked_loss(loss: Any) -> FBKDLoss:
 
 
 def _checked_state(checkpoint: Any) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint."""
+    """Return the state dict in a checkpoint."""
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a state dict, or a dict that has one, got {type(checkpoint).__name__}")
     inner = checkpoint.get("state_dict")
@@ -184,7 +191,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _our_key_of_authors(key: str) -> Optional[str]:
+def _our_key_of_authors(key: str) -> str | None:
     """Our name of ``student_non_local.0.g.weight`` and its like; None for a key of another part of the detector."""
     name, _, rest = key.partition(".")
     level, _, entry = rest.partition(".")
@@ -201,7 +208,7 @@ def _check_count(connectors: Any, expected: int, name: str) -> None:
 
 
 def _state_of(connector: Any, side: str, level: FBKDLevel, where: str) -> Mapping[str, Tensor]:
-    """The connector's state dict, after its settings were compared where it is a module."""
+    """Return the connector's state dict; compare a module's settings first."""
     if isinstance(connector, Mapping):
         return connector
     if not isinstance(connector, nn.Module):
@@ -229,7 +236,7 @@ def _check_state(state: dict[str, Tensor], level: FBKDLevel, where: str) -> None
 
 
 def _check_settings(connector: nn.Module, side: str, level: FBKDLevel, where: str) -> None:
-    """The connector module's constants against the level's."""
+    """Compare the connector module's constants with the level's."""
     theirs = {"spatial_temperature": connector.spatial_T, "channel_temperature": connector.channel_T}
     theirs |= module_settings(getattr(connector, f"{side}_non_local"))
     problems = differences(theirs, level.settings, "the loss")

@@ -51,7 +51,7 @@ class FBKDOpsLoss(nn.Module):
         self.loss = FBKDLoss(**{"preset": "mmrazor", **arguments})
 
     def forward(self, student: Features, teacher: Features) -> list[Tensor]:
-        """The four terms, which MMEngine adds up; it takes no dict here.
+        """Return the four terms, which MMEngine adds up; it takes no dict here.
 
         Args:
             student: maps ``(N, Cs, H, W)`` of the student's neck, finest first, in a list, tuple or dict; those beyond
@@ -66,7 +66,7 @@ class FBKDOpsLoss(nn.Module):
 
 
 def _first(features: Features, count: int) -> Features:
-    """The first maps, in the same form; what is no list, tuple or dict is left for the loss to refuse."""
+    """Keep the first maps, in the same form; leave what is no list, tuple or dict for the loss to refuse."""
     if isinstance(features, Mapping):
         return dict(itertools.islice(features.items(), count))
     return features[:count] if isinstance(features, (list, tuple)) else features

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from ..non_local_block import NonLocalBlock2d
 
 __all__ = ["differences", "load_non_local", "module_settings", "our_key", "state_problems"]
 
-Source = Union[nn.Module, Mapping[str, Tensor]]
+Source = nn.Module | Mapping[str, Tensor]
 
 # A Sequential with a max-pool, or one a pool, may be around g and phi, and one with ReLU around the pair's projection.
 _LAYERS = {
@@ -81,7 +81,7 @@ def our_key(key: str) -> str:
 
 
 def module_settings(block: nn.Module) -> dict[str, Any]:
-    """The settings of another implementation's block, under our names, as far as it tells them."""
+    """Return the settings of another implementation's block, under our names, as far as it tells them."""
     sides = _pool_sides(getattr(block, "g", nn.Identity()))
     settings = {"stride": math.prod(sides)}
     if settings["stride"] > 2:
@@ -93,21 +93,21 @@ def module_settings(block: nn.Module) -> dict[str, Any]:
     return settings
 
 
-def _norm_settings(block: nn.Module, ours: Optional[nn.Module]) -> dict[str, Any]:
-    """What another implementation's BatchNorm has beside its state, as far as our norm has it too."""
+def _norm_settings(block: nn.Module, ours: nn.Module | None) -> dict[str, Any]:
+    """Return the settings of another implementation's BatchNorm that our norm has too."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return {name: getattr(norm, name) for norm in norms for name in ("eps", "momentum") if hasattr(ours, name)}
 
 
 def _pool_sides(projection: nn.Module) -> list[int]:
-    """The kernel sides of the max-pools around a projection, those of 1 left out."""
+    """Return the kernel sides of the max-pools around a projection, those of 1 left out."""
     pools = [module.kernel_size for module in projection.modules() if isinstance(module, nn.MaxPool2d)]
     sides = [kernel if isinstance(kernel, int) else kernel[0] for kernel in pools]
     return [side for side in sides if side > 1]
 
 
 def differences(theirs: dict[str, Any], ours: Any, owner: str) -> list[str]:
-    """What to say of every setting that is another attribute of ``ours``."""
+    """Describe each setting that differs from the attribute of ``ours``."""
     return [
         f"{name} is {value!r}, {owner} has {getattr(ours, name)!r}"
         for name, value in theirs.items()
@@ -116,7 +116,7 @@ def differences(theirs: dict[str, Any], ours: Any, owner: str) -> list[str]:
 
 
 def state_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What to say of a state dict whose keys or shapes are not those of ``own``, or with an entry that is no tensor."""
+    """Describe the entries whose keys or shapes are not those of ``own``, or that are no tensors."""
     problems = []
     missing, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing:

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ __all__ = ["FBKDTrainer"]
 WEIGHTS = "fbkd.pt"
 STUDENT_HEADS = ("Detect", "v10Detect")  # others have losses, or inputs, that a DetectionTrainer does not know
 
-Teacher = Union[str, Path, nn.Module]
+Teacher = str | Path | nn.Module
 
 
 def _maps(inputs: Any) -> Any:
-    """The maps among a head's inputs: open-vocabulary heads are given text besides or, YOLOE's, behind them."""
+    """Return the maps among a head's inputs: open-vocabulary heads are given text besides or, YOLOE's, behind them."""
     if isinstance(inputs, Tensor):
         return inputs
     maps = inputs[0] if isinstance(inputs[0], (list, tuple)) else inputs
@@ -80,7 +80,7 @@ class FBKDTrainer(DetectionTrainer):
     Seen to train with Ultralytics 8.3.40 to 8.4.190; not yet measured on a GPU.
     """
 
-    def __init__(self, *args: Any, teacher: Teacher, loss: Optional[dict[str, Any]] = None, **arguments: Any):
+    def __init__(self, *args: Any, teacher: Teacher, loss: dict[str, Any] | None = None, **arguments: Any):
         if not isinstance(teacher, (str, Path, nn.Module)):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
         if isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".yaml", ".yml"):
@@ -160,7 +160,7 @@ class FBKDTrainer(DetectionTrainer):
             self._student_tap = None
 
     def _losses(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The criterion of one training batch: the student's own loss with the terms, and all of them for the log."""
+        """Return one training batch's loss, the student's own with the terms, and all of them for the log."""
         student_features = self._student_tap.features()
         self._stop_listening()
         loss, items = self._criterion(predictions, batch)
@@ -185,19 +185,19 @@ class FBKDTrainer(DetectionTrainer):
 
 
 def _short(name: str) -> str:
-    """A term's name in the progress line, whose columns are narrow."""
+    """Return a term's name in the progress line, whose columns are narrow."""
     return name.removeprefix("loss_fbkd_")
 
 
 def _joined(items: Any, terms: dict[str, Tensor]) -> Any:
-    """The student's logged losses, a dict or in earlier versions a tensor, with the terms behind them."""
+    """Return the student's logged losses, a dict or in earlier versions a tensor, with the terms behind them."""
     if isinstance(items, dict):
         return {**items, **terms}
     return torch.cat([items, torch.stack(list(terms.values())).to(items)])
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """What Ultralytics was given to train with; not all of it needs to be there."""
+    """Refuse arguments of Ultralytics that this trainer cannot follow; not all of them need to be there."""
     device, task = arguments.get("device"), arguments.get("task") or "detect"
     several = isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
     if several or RANK != -1:
@@ -212,7 +212,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def _model_of(teacher: Teacher) -> nn.Module:
-    """The module whose last layer is the head."""
+    """Return the module whose last layer is the head."""
     given = teacher
     if isinstance(teacher, (str, Path)):
         teacher = YOLO(teacher)
@@ -227,7 +227,7 @@ def _model_of(teacher: Teacher) -> nn.Module:
 
 
 def _checked_channels(teacher: nn.Module, student: nn.Module) -> int:
-    """The channels of the teacher's images, which must be those of the student's, or three where these are grey."""
+    """Return the channels of the teacher's images: those of the student's, or three where these are grey."""
     expected, channels = image_channels(student), image_channels(teacher)
     if channels != expected and (channels, expected) != (3, 1):
         raise ValueError(f"teacher must take images of {expected} channels, as the student does, got {channels}")

@@ -10,7 +10,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class FiniteWatch(_Watch):
 
     def __init__(self):
         self._warned = False
-        self._pending: Optional[tuple[Tensor, torch.cuda.Event, list[str]]] = None
+        self._pending: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
 
     def see(self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]) -> None:
         """Look at ``terms (K,)`` of the levels and kinds ``names``."""
