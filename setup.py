@@ -77,7 +77,8 @@ def import_torch():
     try:
         import torch
     except ImportError as error:
-        raise SystemExit(f"fbkd_ops is built against the installed torch, and there is none ({error}). {INSTALL_HINT}")
+        message = f"fbkd_ops is built against the installed torch, and there is none ({error}). {INSTALL_HINT}"
+        raise SystemExit(message) from None
     if release_of(torch.__version__) < release_of(STABLE_ABI):
         raise SystemExit(f"fbkd_ops needs torch {STABLE_ABI} or later, but torch {torch.__version__} is installed.")
     return torch

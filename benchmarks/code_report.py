@@ -17,15 +17,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from benchmarks.cases import LAYOUTS, LEVELS  # noqa: E402
 from benchmarks.environment import ROOT, modified, revision  # noqa: E402
+from benchmarks.inputs import LAYOUTS, LEVELS  # noqa: E402
 from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 
@@ -76,7 +76,7 @@ class Instance(NamedTuple):
     maps: tuple[str, ...] = ()  # Triton's names of the dtypes of its feature maps
 
 
-def cuobjdump_path() -> Optional[Path]:
+def cuobjdump_path() -> Path | None:
     """The tool that Triton ships; None without it."""
     triton = importlib.util.find_spec("triton")
     tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -237,7 +237,7 @@ def _statistics_launches() -> Iterator[Callable[[], object]]:
         channels, sums = maps[0].shape[1], accumulation_dtype(*maps)
         shapes = (1, channels), (64, channels), (1, 64, channels), (128, channels), (128,)
         means, projections, inner, weights, biases = ([torch.empty(s, dtype=sums) for _ in maps] for s in shapes)
-        cells = [(1, 128, (x.shape[2] // side) * (x.shape[3] // side)) for x, side in zip(maps, strides)]
+        cells = [(1, 128, (x.shape[2] // side) * (x.shape[3] // side)) for x, side in zip(maps, strides, strict=True)]
         pooled, winners = ([torch.empty(shape, dtype=of) for shape in cells] for of in (sums, torch.int32))
         pools = [side for stride in strides for side in 4 * (stride,)]
         forward = maps, means, projections, weights, biases, pools
@@ -285,7 +285,7 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        note(self, kernel, dict(zip(self.arg_names, arguments)) | options, grid)
+        note(self, kernel, dict(zip(self.arg_names, arguments, strict=False)) | options, grid)
 
     driver.set_active(Driver())
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -316,7 +316,7 @@ def triton_compiler(arch: int, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment | variables, **pipes)
 
 
-def finished(compiler: subprocess.Popen, timeout: Optional[float] = None) -> list[Instance]:
+def finished(compiler: subprocess.Popen, timeout: float | None = None) -> list[Instance]:
     """What a compiler has made, once it ends."""
     out, errors = compiler.communicate(timeout=timeout)
     if compiler.returncode:
@@ -354,7 +354,7 @@ def report() -> dict:
     return facts | {"cuda": summaries([*cuda_instances()]), "triton_kernels": summaries([*triton_instances()])}
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--compile-for", type=int, help=argparse.SUPPRESS)

@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from benchmarks.microbench import console
 from benchmarks.series import CEILINGS, OURS, PASSES, place_of, read_report
@@ -109,7 +109,7 @@ def table_of(found: list[Change]):
     return table
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("before", "after"):
         parser.add_argument(name, type=Path, metavar=f"{name.upper()}.json", help="of benchmarks/microbench.py")

@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -42,13 +41,13 @@ def environment(device: str, threads: int) -> dict:
     return facts
 
 
-def revision() -> Optional[str]:
+def revision() -> str | None:
     """The commit that the tree is of; None where neither FBKD_OPS_REVISION nor git says."""
     told = os.environ.get(_REVISION_VARIABLE, "").removesuffix(_DIRTY)
     return told or _git("rev-parse", "--short", "HEAD")
 
 
-def modified() -> Optional[bool]:
+def modified() -> bool | None:
     """Whether the tree differs from that commit, results and documentation apart; None where nobody says."""
     if told := os.environ.get(_REVISION_VARIABLE):
         return told.endswith(_DIRTY)
@@ -67,17 +66,17 @@ def sources(device: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def driver_version() -> Optional[str]:
+def driver_version() -> str | None:
     """Of the GPU's driver; None where nvidia-smi does not tell."""
     answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return answer.splitlines()[0] if answer else None
 
 
-def _git(*arguments: str) -> Optional[str]:
+def _git(*arguments: str) -> str | None:
     return _output("git", *arguments)
 
 
-def _output(*command: str) -> Optional[str]:
+def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:

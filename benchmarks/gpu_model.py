@@ -22,15 +22,15 @@ import random
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
-from benchmarks.cases import LEVELS, Case
 from benchmarks.code_report import cuda_libraries, cuobjdump, instances_of, kernel_name, resource_usage
 from benchmarks.environment import modified, revision
 from benchmarks.gpu_model_sass import Block, Loop, machine_code
 from benchmarks.gpu_model_step import ARCH, CUDA_SOURCES, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
 from benchmarks.gpu_model_tables import model_tables
 from benchmarks.gpu_model_ttir import Program, evaluate, triton_code
+from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import FBKD_LOSS, STRIDES
 
 __all__ = ["CONSTANTS", "predict", "report"]
@@ -162,7 +162,7 @@ def program_costs(kernel: Kernel, program: Program, wait: float) -> Costs:
     """The cost of one program, whose reads take ``wait`` cycles."""
     alone, resources = 0.0, dict.fromkeys(("issue", "tensor cores", "shared memory", "L2"), 0.0)
     l2 = constant("l2") / constant("multiprocessors") / constant("clock")  # bytes a cycle
-    for block, passes, moved in zip(kernel.blocks, program.passes, program.bytes):
+    for block, passes, moved in zip(kernel.blocks, program.passes, program.bytes, strict=True):
         alone += passes * pass_alone(block, kernel.warps, wait)
         resources["issue"] += passes * block.instructions * kernel.warps / constant("issue")
         resources["tensor cores"] += passes * product_cycles(block)
@@ -208,7 +208,9 @@ def predict_triton(launch: TritonLaunch, kernel: Kernel) -> dict:
     schedule = scheduled(times, launch.programs, multiprocessors * at_once) / constant("clock")
     flops = {
         kind: scale
-        * sum(passes * block.flops[kind] for p in programs for passes, block in zip(p.passes, kernel.blocks))
+        * sum(
+            passes * block.flops[kind] for p in programs for passes, block in zip(p.passes, kernel.blocks, strict=True)
+        )
         for kind in {kind for block in kernel.blocks for kind in block.flops}
     }
     total = {name: sum(each.resources[name] for each in costs) for name in costs[0].resources}
@@ -363,7 +365,7 @@ def report(cases: tuple[tuple[int, str], ...] = CASES) -> dict:
     }
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--images", type=int, nargs="+", default=sorted({images for images, _ in CASES}))

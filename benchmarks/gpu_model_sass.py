@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 __all__ = ["Block", "Loop", "Machine", "machine_code"]
 
@@ -28,7 +28,7 @@ class Block:
     loads: int = 0  # from global memory into registers
     copies: int = 0  # from global into shared memory, asynchronous
     groups: int = 0  # that these copies form
-    pending: Optional[int] = None  # groups of copies that may still be in flight behind the wait for one
+    pending: int | None = None  # groups of copies that may still be in flight behind the wait for one
 
 
 class Loop(NamedTuple):

@@ -1,7 +1,7 @@
 """Markdown of what ``benchmarks.gpu_model`` predicts."""
 
 from collections import Counter
-from typing import Any, Optional
+from typing import Any
 
 from benchmarks.tables import table
 
@@ -11,7 +11,7 @@ Report = dict[str, Any]
 ABSENT = "–"
 
 
-def model_tables(report: Report, before: Optional[Report] = None) -> str:
+def model_tables(report: Report, before: Report | None = None) -> str:
     """The steps, the kernels of the first case, and the constants; ``before`` is a report of an earlier revision."""
     case = report["cases"][0]
     earlier = _case(before, case["images"], case["dtype"])
@@ -34,12 +34,12 @@ def _revision(report: Report) -> str:
     return f"revision {report['revision'] or 'unknown'}" + (" with changes" if report["modified"] else "")
 
 
-def _case(report: Optional[Report], images: int, dtype: str) -> Optional[dict]:
+def _case(report: Report | None, images: int, dtype: str) -> dict | None:
     cases = report["cases"] if report else []
     return next((case for case in cases if (case["images"], case["dtype"]) == (images, dtype)), None)
 
 
-def _steps(report: Report, before: Optional[Report]) -> str:
+def _steps(report: Report, before: Report | None) -> str:
     columns = {
         "fused kernels ms": lambda case: _ms(case["fused_us"]),
         "small ops": lambda case: str(sum(case["small_ops"].values())),
@@ -57,11 +57,11 @@ def _steps(report: Report, before: Optional[Report]) -> str:
     return table(["images", "features", *columns], rows)
 
 
-def _change(before: Optional[str], now: str) -> str:
+def _change(before: str | None, now: str) -> str:
     return now if before in (None, now) else f"{before} → {now}"
 
 
-def _kernels(case: dict, earlier: Optional[dict]) -> str:
+def _kernels(case: dict, earlier: dict | None) -> str:
     header = ["kernel", "launches", "warps", "registers / shared KB / programs at once", "waves", "GFLOP"]
     header += ["L2 GB", "most used", "floor ms", "predicted ms"]
     now, before = _by_kernel(case), _by_kernel(earlier) if earlier else {}

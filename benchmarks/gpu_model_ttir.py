@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 __all__ = ["Pointer", "Program", "TritonCode", "evaluate", "triton_code"]
 
@@ -22,7 +22,7 @@ class Pointer(NamedTuple):
     argument: str
 
 
-Value = Union[int, Pointer, None]
+Value = int | Pointer | None
 
 
 @dataclass
@@ -158,7 +158,7 @@ def evaluate(code: TritonCode, arguments: Mapping[str, Value], program: int) -> 
     """What program ``program`` does in a launch with ``arguments``, by their names in the source."""
     walk = _Walk({label: arguments.get(name) for label, name in code.arguments}, program, len(code.sizes))
     walk.run(code.body, 0, 1.0)
-    passes = [done / size if size else 0.0 for done, size in zip(walk.done, code.sizes)]
+    passes = [done / size if size else 0.0 for done, size in zip(walk.done, code.sizes, strict=True)]
     return Program(passes, walk.bytes, walk.tensors)
 
 
@@ -186,7 +186,7 @@ class _Walk:
                 if operation.access:
                     self._move(operation, loop, factor)
                 results = [self._result(operation)] * len(operation.results)
-            self.values.update(zip(operation.results, results))
+            self.values.update(zip(operation.results, results, strict=True))
         return []
 
     def _operands(self, operation: Operation) -> list[Value]:
@@ -204,10 +204,14 @@ class _Walk:
         ends = sorted({first, first + step * (passes - 1)}) if passes else []
         for at in ends:
             self.values[index] = at
-            self.values.update(zip((name for name, _ in names), values))
+            self.values.update(zip((name for name, _ in names), values, strict=True))
             given = self.run(operation.regions[0], operation.loop, factor * passes / len(ends))
             # What changes from pass to pass is not known before the last one.
-            values = given if at == ends[-1] else [old if old == new else None for old, new in zip(values, given)]
+            values = (
+                given
+                if at == ends[-1]
+                else [old if old == new else None for old, new in zip(values, given, strict=True)]
+            )
         return values
 
     def _while(self, operation: Operation, factor: float) -> list[Value]:
@@ -215,13 +219,13 @@ class _Walk:
         names = re.findall(r"(%[\w.$-]+) = (%[\w.$-]+(?:#\d+)?)", operation.text)
         values = [self.values.get(value) for _, value in names]
         for _ in range(MOST_PASSES):
-            self.values.update(zip((name for name, _ in names), values))
+            self.values.update(zip((name for name, _ in names), values, strict=True))
             goes_on, *values = self.run(operation.regions[0], operation.loop, factor)
             if goes_on is None:
                 raise ValueError(f"the end of a loop is not known: {operation.text}")
             if not goes_on:
                 return values
-            self.values.update(zip(operation.parameters[1], values))
+            self.values.update(zip(operation.parameters[1], values, strict=True))
             values = self.run(operation.regions[1], operation.loop, factor)
         raise ValueError(f"a loop does not end: {operation.text}")
 
@@ -290,7 +294,7 @@ def _wrapped(value: int, types: str) -> int:
     return value - (1 << bits) if bits > 1 and value >> (bits - 1) else value
 
 
-def _compared(predicate: str, left: Value, right: Value, types: str) -> Optional[int]:
+def _compared(predicate: str, left: Value, right: Value, types: str) -> int | None:
     if not isinstance(left, int) or not isinstance(right, int):
         return None
     if predicate.startswith("u"):

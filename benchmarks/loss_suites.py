@@ -8,7 +8,6 @@ identity.
 """
 
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.func import functional_call
 
 import fbkd_ops
 from benchmarks import mmrazor
-from benchmarks.cases import LEVELS, TOLERANCES, Case, Cost, Implementation, Suite, forced
+from benchmarks.inputs import LEVELS, TOLERANCES, Case, Cost, Implementation, Suite, forced
 from fbkd_ops.integrations.mmrazor import load_connectors
 from fbkd_ops.integrations.non_local import load_non_local
 from fbkd_ops.presets import PRESETS
@@ -25,7 +24,7 @@ __all__ = ["FBKD_LOSS", "NON_LOCAL", "RELATION", "STRIDES", "loss_of", "their_lo
 
 STRIDES = PRESETS["mmrazor"]["stride"]  # of P2..P5
 # Of each pooling factor: the ratio of the inner width; without pooling as at P2 and P3.
-RATIOS = {1: 0.25} | dict(zip(STRIDES, PRESETS["mmrazor"]["inter_channels"]))
+RATIOS = {1: 0.25} | dict(zip(STRIDES, PRESETS["mmrazor"]["inter_channels"], strict=True))
 
 # As under AMP: float16 holds the gradients of features only of a loss so enlarged.
 LOSS_SCALE = 2.0**13
@@ -111,7 +110,7 @@ def _grid_parameters(module: nn.Module, case: Case) -> list[Tensor]:
     return values
 
 
-def _called(module: nn.Module, names: list[str], levels: int, dtype: Optional[torch.dtype] = None) -> Implementation:
+def _called(module: nn.Module, names: list[str], levels: int, dtype: torch.dtype | None = None) -> Implementation:
     """``module`` as a function of the inputs: ``names`` are its parameters' in their order, ``dtype`` the only one that
     it takes maps in."""
 
@@ -176,7 +175,7 @@ def _cost(part: type[nn.Module], adaptations: int) -> Callable[[Case], Cost]:
 
     def cost(case: Case) -> Cost:
         flops = [0, 0]
-        for (n, channels, height, width), stride in zip(case.shapes, case.strides):
+        for (n, channels, height, width), stride in zip(case.shapes, case.strides, strict=True):
             inner = max(1, int(channels * RATIOS[stride]))
             cells = n * max(1, height // stride) * max(1, width // stride)
             levels = _relation_flops(channels, inner, n * height * width, cells)
@@ -215,7 +214,7 @@ def _block_inputs(case: Case) -> list[Tensor]:
     return [x.requires_grad_(), *_grid_parameters(_student_block(case), case)]
 
 
-def _called_block(block: nn.Module, names: list[str], dtype: Optional[torch.dtype] = None) -> Implementation:
+def _called_block(block: nn.Module, names: list[str], dtype: torch.dtype | None = None) -> Implementation:
     """``block`` as a function of x and the parameters ``names``; ``dtype`` is the only one that it takes."""
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -274,7 +273,10 @@ NON_LOCAL = Suite(
     {"mmrazor": _their_block, "reference": _our_block("reference"), "fbkd_ops": _our_block("auto")},
     _block_cost,
     cases=(
-        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(("P2", "P4"), (STRIDES[0], STRIDES[2]))),
+        *(
+            Case(LEVELS[level], strides=(stride,))
+            for level, stride in zip(("P2", "P4"), (STRIDES[0], STRIDES[2]), strict=True)
+        ),
         Case(LEVELS["P4"], strides=(1,)),
     ),
     strides=_relation_strides,
@@ -288,7 +290,7 @@ RELATION = Suite(
     _implementations(RelationTerm, mmrazor.RelationTerm),
     _cost(RelationTerm, adaptations=0),
     cases=(
-        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(LEVELS, STRIDES)),
+        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(LEVELS, STRIDES, strict=False)),
         *(Case(LEVELS[level], strides=(1,)) for level in ("P4", "P3", "P2")),
     ),
     strides=_relation_strides,

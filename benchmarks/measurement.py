@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import memory
-from benchmarks.cases import Case, Cost, Implementation, Suite
+from benchmarks.inputs import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
 from benchmarks.series import OURS
 from benchmarks.suites import SUITES, outputs_of, peers_of
@@ -137,7 +137,7 @@ def _baseline(suite: Suite, rows: dict[str, dict]) -> str:
 
 def _prepared(
     make: Callable[[Case], Implementation], sets: list[list[Tensor]], job: Job
-) -> tuple[Optional[list[Runner]], dict]:
+) -> tuple[list[Runner] | None, dict]:
     """A peer on each set of inputs, and its row so far: what its memory is, or why it has no figures."""
     try:
         runners = _ready(make(job.case), sets)
@@ -189,7 +189,7 @@ def _wrong(truth: Truth, make: Callable[[Case], Implementation]) -> str:
 def _difference(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], tolerance: float) -> str:
     if [x.shape for x in ours] != [x.shape for x in truth]:
         return f"shapes {[tuple(x.shape) for x in ours]}, expected {[tuple(x.shape) for x in truth]}"
-    for index, (x, exact) in enumerate(zip(ours, truth)):
+    for index, (x, exact) in enumerate(zip(ours, truth, strict=True)):
         error = ((x.double() - exact).abs() / (exact.abs() + exact.square().mean().sqrt())).max().item()
         if not error <= tolerance:
             return f"tensor {index} is off by {error:.2g}, allowed {tolerance:g}"
@@ -229,7 +229,7 @@ def _times(runners: dict[str, list[Runner]], ceilings: dict[str, "Ceiling"], job
     return {key: [value / counts.get(key, 1) for value in found] for key, found in times.items()}
 
 
-def _memory_of(runner: Runner, job: Job) -> dict[str, Optional[float]]:
+def _memory_of(runner: Runner, job: Job) -> dict[str, float | None]:
     facts = {}
 
     def step() -> None:
@@ -268,7 +268,7 @@ def _input_sets(suite: Suite, case: Case) -> list[list[Tensor]]:
     return sets + [suite.inputs(case) for _ in range(count - 1)]
 
 
-def _ceilings(case: Case, cost: Optional[Cost]) -> dict[str, Ceiling]:
+def _ceilings(case: Case, cost: Cost | None) -> dict[str, Ceiling]:
     """What the machine can do with a map of this size (the first of a pyramid): reading it, copying it, and, where the
     suite has matrix products, one with a square matrix of the channels' width. On a GPU memory and matrices are large.
 
@@ -325,7 +325,7 @@ def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, floa
 
 
 def _figures(
-    times: list[float], eager: Optional[list[float]], ours: Optional[list[float]], least: Optional[tuple[float, float]]
+    times: list[float], eager: list[float] | None, ours: list[float] | None, least: tuple[float, float] | None
 ) -> dict:
     """``eager`` and ``ours`` are the times of the baseline and of fbkd_ops in the same rounds."""
     ms = summary(times)

@@ -21,7 +21,6 @@ import platform
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -44,7 +43,7 @@ def states_of(device: str, asked: Iterable[str] = ("fresh", "warm"), capturable:
     return list(asked) if platform.libc_ver()[0] == "glibc" else ["default"]
 
 
-def peak_extra_bytes(function: Callable[[], object], device: str) -> Optional[int]:
+def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
     """Most memory that a call has in use beyond what is in use before it; None where it cannot be read.
 
     Call the function once before, so that loaded code and caches do not count. On the CPU meaningful in the fresh

@@ -16,15 +16,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
 from benchmarks import plots, sweep  # noqa: E402
-from benchmarks.cases import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.environment import ROOT, environment, revision  # noqa: E402
+from benchmarks.inputs import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
 from benchmarks.series import (  # noqa: E402
@@ -56,7 +55,7 @@ def shape_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -199,7 +198,7 @@ def measured_once(job: Job) -> dict:
     return {"suite": job.suite, "case": case, "state": job.state, "peers": rows}
 
 
-def spread(figure: Optional[dict], digits: int) -> str:
+def spread(figure: dict | None, digits: int) -> str:
     """Median and, in brackets, the 20th and the 80th percentile."""
     if figure is None:
         return "–"
@@ -210,7 +209,7 @@ def spread(figure: Optional[dict], digits: int) -> str:
 def cells(peer: str, row: dict) -> list[str]:
     passes = [row[which] for which in ("forward", "step")]
     times = [spread(p["ms"], 2) + (FASTER if is_slower(peer, p) else "") for p in passes]
-    timings = [text for time, p in zip(times, passes) for text in (time, spread(p["speed_vs_eager"], 1))]
+    timings = [text for time, p in zip(times, passes, strict=True) for text in (time, spread(p["speed_vs_eager"], 1))]
     rates, shares = "–", "–"
     if passes[0]["gb_s"] is not None:
         rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
@@ -260,7 +259,7 @@ def scaling(results: list[dict]) -> list[dict]:
     """How time grows with the map, without pooling: each pair of neighbouring sizes in the same suite and state."""
     rows = []
     for group in series([result for result in results if result["case"]["strides"] and not is_pooled(result)], "H·W"):
-        for (pixels, small), (more_pixels, large) in zip(group, group[1:]):
+        for (pixels, small), (more_pixels, large) in itertools.pairwise(group):
             sizes = ["x".join(map(str, result["case"]["shape"][2:])) for result in (small, large)]
             row = {"suite": small["suite"], "state": small["state"], "sizes": sizes, "pixels": more_pixels / pixels}
             rows.append(row | {"time": _growth(small["peers"], large["peers"])})
@@ -282,7 +281,7 @@ def console():
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def save(path: Optional[Path], report: dict) -> None:
+def save(path: Path | None, report: dict) -> None:
     """Replace the file as a whole, so that an interrupted run leaves the last complete one."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +297,7 @@ def draw(options: argparse.Namespace, report: dict, output) -> None:
             output.print(line)
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     output = console()
     if options.plot:

@@ -113,12 +113,14 @@ class Loss(nn.Module):
         super().__init__()
         loss_module, connector_module = installed()
         for side in ("student", "teacher"):
-            made = [connector(connector_module, side, channels, *level) for level in zip(strides, reductions)]
+            made = [
+                connector(connector_module, side, channels, *level) for level in zip(strides, reductions, strict=True)
+            ]
             setattr(self, side, nn.ModuleList(made))
         self.losses = nn.ModuleList(loss_module.FBKDLoss() for _ in strides)
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        levels = zip(self.losses, self.student, self.teacher, students, teachers)
+        levels = zip(self.losses, self.student, self.teacher, students, teachers, strict=True)
         return sum(loss(connect_s(s), connect_t(t)) for loss, connect_s, connect_t, s, t in levels)
 
 

@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.series import (
     DIMENSIONS,
@@ -168,7 +168,7 @@ def growths(results: list[dict]) -> list[Growth]:
     return found
 
 
-def along(group: list[tuple[int, dict]], value: Callable[[dict], Optional[float]]) -> dict:
+def along(group: list[tuple[int, dict]], value: Callable[[dict], float | None]) -> dict:
     """Of each peer the sizes and values of a series; nothing where it has no figure that a logarithm can show."""
     peers = {}
     for size, result in group:
@@ -221,7 +221,7 @@ def draw_bars(report: dict) -> "Figure":
     heights = [len(group) + 2 * len({bar.map for bar in group}) for group in suites.values()]
     figure, axes = panels(len(suites), 1, 1.2 + 0.115 * sum(heights), heights, sharex=True)
     states = states_in(report["results"])
-    for ax, (suite, group) in zip(axes[:, 0], suites.items()):
+    for ax, (suite, group) in zip(axes[:, 0], suites.items(), strict=True):
         bar_panel(ax, group, states)
         ax.set_title(suite, loc="left", fontweight="bold")
     axes[-1, 0].set_xlabel("times as fast as the peer is fbkd_ops, forward + backward; left of 1 fbkd_ops is slower")
@@ -268,8 +268,8 @@ def draw_growths(report: dict) -> "Figure":
     titles = distinct((growth.title, growth.dimension) for growth in shown)
     figure, axes = panels(len(titles), 2, 0.8 + ROW_HEIGHT * len(titles))
     names = {"ms": "ms, forward + backward", "MB": "MB beyond the inputs, at the peak"}
-    for row, title in zip(axes, titles):
-        for ax, (quantity, name) in zip(row, names.items()):
+    for row, title in zip(axes, titles, strict=True):
+        for ax, (quantity, name) in zip(row, names.items(), strict=True):
             found = [x for x in shown if (x.title, x.dimension) == title and x.quantity == quantity]
             if not found:
                 ax.set_axis_off()
@@ -305,9 +305,9 @@ def draw_roofline(report: dict) -> "Figure":
     points, found = roof_points(report["results"]), roofs(report["results"])
     dtypes, suites = distinct(point.dtype for point in points), distinct(point.suite for point in points)
     figure, axes = panels(len(dtypes), 2, 1.2 + 3.2 * len(dtypes), sharex=True, sharey=True)
-    markers = dict(zip(suites, itertools.cycle(MARKERS)))
+    markers = dict(zip(suites, itertools.cycle(MARKERS), strict=False))
     states = states_in(with_products(report["results"]))
-    for (dtype, which), ax in zip(itertools.product(dtypes, PASSES), axes.flat):
+    for (dtype, which), ax in zip(itertools.product(dtypes, PASSES), axes.flat, strict=True):
         inside = [point for point in points if (point.dtype, point.which) == (dtype, which)]
         roof_panel(ax, [roof for roof in found if (roof.dtype, roof.which) == (dtype, which)], points)
         for point in inside:
@@ -354,7 +354,7 @@ def roof_panel(ax: "Axes", found: list[Roof], points: list[RoofPoint]) -> None:
     plain_numbers(ax.yaxis)
 
 
-def panels(rows: int, columns: int, height: float, heights: Optional[Sequence[float]] = None, **sharing: bool) -> tuple:
+def panels(rows: int, columns: int, height: float, heights: Sequence[float] | None = None, **sharing: bool) -> tuple:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -443,7 +443,7 @@ def is_stale(path: Path, report: dict) -> bool:
     return not path.exists() or noted_digest(path.read_bytes()) != digest(report)
 
 
-def noted_digest(png: bytes) -> Optional[str]:
+def noted_digest(png: bytes) -> str | None:
     """The PNG's text of that name. A chunk is a length, a name of 4 bytes, that many bytes and a checksum of 4."""
     place = 8
     while place < len(png):
@@ -455,7 +455,7 @@ def noted_digest(png: bytes) -> Optional[str]:
     return None
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="of benchmarks/microbench.py")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), metavar="FOLDER")

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -105,7 +105,7 @@ def fitting(stride: int, side: int) -> int:
 
 
 def pyramid(name: str, preset: str, images: int, widths: list[tuple[int, int]], sides: list[tuple[int, int]]) -> Row:
-    constants = zip(widths, sides, STRIDES[preset], RATIOS)
+    constants = zip(widths, sides, STRIDES[preset], RATIOS, strict=False)
     levels = (Level(images, *pair, *side, fitting(stride, min(side)), ratio) for pair, side, stride, ratio in constants)
     return Row(name, preset, tuple(levels))
 
@@ -228,7 +228,7 @@ def measure(options: argparse.Namespace, write: Callable[[dict], None]) -> None:
             )
 
 
-def written(path: Optional[Path], threads: int) -> Callable[[dict], None]:
+def written(path: Path | None, threads: int) -> Callable[[dict], None]:
     """A function that writes the file anew with each entry, an entry a line."""
     entries, facts = [], json.dumps(environment("cpu", threads))
 
@@ -241,7 +241,7 @@ def written(path: Optional[Path], threads: int) -> Callable[[dict], None]:
     return write
 
 
-def parse(words: Optional[list[str]] = None) -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -250,7 +250,7 @@ def parse(words: Optional[list[str]] = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Optional[list[str]] = None) -> None:
+def main(words: list[str] | None = None) -> None:
     options = parse(words)
     measure(options, written(options.json, max(options.threads)))
 

@@ -4,13 +4,12 @@ A new suite is one entry of SUITES. Its implementations take the inputs' tensors
 """
 
 from collections.abc import Callable, Iterable
-from typing import Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import LEVELS, Case, Cost, Implementation, Suite, forced
+from benchmarks.inputs import LEVELS, Case, Cost, Implementation, Suite, forced
 from benchmarks.loss_suites import FBKD_LOSS, NON_LOCAL, RELATION
 from benchmarks.train_step import TRAIN_STEP
 from fbkd_ops import backends, functional, reference
@@ -22,7 +21,7 @@ OURS = ("fbkd_ops", "fbkd_ops:memory_efficient", *(f"fbkd_ops:{backend}" for bac
 PEERS = ("eager", "no_distillation", "mmrazor", "compile", "reference", *OURS)
 
 
-def outputs_of(result: Union[Tensor, Iterable[Tensor]]) -> tuple[Tensor, ...]:
+def outputs_of(result: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 

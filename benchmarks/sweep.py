@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from benchmarks.cases import FINEST_STRIDE, Case, Suite
+from benchmarks.inputs import FINEST_STRIDE, Case, Suite
 
 __all__ = ["DIMENSIONS", "SUITES", "cases"]
 

@@ -1,7 +1,6 @@
 """Markdown of committed results, which docs/render.py puts into the documentation. Pictures are in plots.py."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
 
 from benchmarks.environment import sources
 from benchmarks.series import (
@@ -25,6 +24,7 @@ __all__ = [
     "provenance",
     "scaling_table",
     "slower_table",
+    "speeds_and_memory",
     "stage_tables",
     "suite_tables",
     "sweep_table",
@@ -97,7 +97,7 @@ def _peers_in(results: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(peer for result in results for peer in result["peers"]))
 
 
-def _peer_cells(peer: str, found: Sequence[Optional[dict]], count: int) -> list[str]:
+def _peer_cells(peer: str, found: Sequence[dict | None], count: int) -> list[str]:
     """A peer's figures, one for each state of memory, or why it has none."""
     if problem := _problem(found):
         return [problem, *[""] * (count - 1)]
@@ -111,12 +111,12 @@ def _peer_cells(peer: str, found: Sequence[Optional[dict]], count: int) -> list[
     return [*(_in_each_state(found, shown) for shown in figures), _megabytes(found)]
 
 
-def _in_each_state(rows: Iterable[Optional[dict]], shown: Callable[[dict], str]) -> str:
+def _in_each_state(rows: Iterable[dict | None], shown: Callable[[dict], str]) -> str:
     """A figure a state of memory, a dash where none was measured."""
     return " / ".join("–" if row is None else shown(row) for row in rows)
 
 
-def _problem(rows: Iterable[Optional[dict]]) -> str:
+def _problem(rows: Iterable[dict | None]) -> str:
     """Why a peer has no figures in one of the measured states; empty if it has them in all."""
     return next((row["status"] for row in rows if row and row["status"] != "ok"), "")
 
@@ -136,7 +136,7 @@ def _ceilings_table(results: list[dict]) -> str:
     return table(header, rows) if rows else ""
 
 
-def _plain_number(value: Optional[float]) -> str:
+def _plain_number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
@@ -170,12 +170,20 @@ def comparison(states: list[dict]) -> str:
     return ", ".join(parts or ["nothing to compare with"])
 
 
+def speeds_and_memory(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[str, str]:
+    """How many times as fast fbkd_ops is in each state of memory, and how much of the other's memory it takes."""
+    if problem := _problem([*ours, *theirs]):
+        return problem, ""
+    share = share_of(_peak_of(ours), _peak_of(theirs)).removeprefix(" in ")
+    return _in_each_state(theirs, lambda row: f"{_speed(row):.1f}"), share
+
+
 def _speed(row: dict) -> float:
     """How many times as fast as this peer fbkd_ops is, forward and backward."""
     return row["step"]["speed_of_fbkd_ops"]["median"]
 
 
-def share_of(ours: Optional[float], other: Optional[float]) -> str:
+def share_of(ours: float | None, other: float | None) -> str:
     """``ours`` megabytes beside another's; nothing below 1 MB, what the system counts is no finer."""
     if ours is None or other is None or min(ours, other) < 1:
         return ""
@@ -184,7 +192,7 @@ def share_of(ours: Optional[float], other: Optional[float]) -> str:
     return f" in 1/{other / ours:.1f} of the memory" if ours < other else f" in {ours / other:.1f} times the memory"
 
 
-def _peak_of(rows: Iterable[Optional[dict]]) -> Optional[float]:
+def _peak_of(rows: Iterable[dict | None]) -> float | None:
     """Peak extra megabytes in the state of memory that has them."""
     return next((row["peak_extra_mb"] for row in rows if row and row.get("peak_extra_mb") is not None), None)
 
@@ -226,7 +234,7 @@ def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str,
     return {title: by_size for title, by_size in found.items() if len(by_size) >= LEAST_SIZES}
 
 
-def _sweep_cells(states: list[Optional[dict]], peers: Sequence[str]) -> list[str]:
+def _sweep_cells(states: list[dict | None], peers: Sequence[str]) -> list[str]:
     """Of one size, in each state of memory: fbkd_ops' figures, then those of its peers."""
     ours = [rows and rows[OURS] for rows in states]
     if problem := _problem(ours):
@@ -244,7 +252,7 @@ def _marked_speed(peer: str, row: dict) -> str:
     return f"{_speed(row):.2g}" + (FASTER if is_slower(peer, row["step"]) else "")
 
 
-def _megabytes(rows: Iterable[Optional[dict]]) -> str:
+def _megabytes(rows: Iterable[dict | None]) -> str:
     peak = _peak_of(rows)
     return "–" if peak is None else f"{peak:.0f}"
 
@@ -297,7 +305,7 @@ def _kernel_table(kernels: dict[str, dict]) -> str:
     return table(["kernel", *(KERNEL_COLUMNS[name] for name in columns)], lines)
 
 
-def _or_dash(value: Optional[float]) -> str:
+def _or_dash(value: float | None) -> str:
     return "–" if value is None else str(value)
 
 

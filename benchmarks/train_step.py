@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fbkd_ops
-from benchmarks.cases import FINEST_STRIDE, LAYOUTS, LEVELS, Case, Implementation, Suite
+from benchmarks.inputs import FINEST_STRIDE, LAYOUTS, LEVELS, Case, Implementation, Suite
 from benchmarks.loss_suites import STRIDES, loss_of, their_loss_of
 from benchmarks.mmrazor import NotInstalledError
 

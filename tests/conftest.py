@@ -20,7 +20,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
+# Files with tests that take minutes: they come first, so that parallel processes end together.
+LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_build.py", "test_microbench.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -41,3 +46,11 @@ def relation_form(request, monkeypatch):
 
     monkeypatch.setattr(relation, "cheaper_form", lambda sizes: request.param)
     return request.param
+
+
+@pytest.fixture
+def poison():
+    """NaN in every new tensor, those that C++ allocates too: an unwritten output cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

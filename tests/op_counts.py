@@ -28,7 +28,10 @@ class OpCounts(NamedTuple):
     fused: Counter
 
     def __str__(self) -> str:
-        listed = (f"{sum(ops.values())} {kind}: {dict(ops.most_common())}" for kind, ops in zip(self._fields, self))
+        listed = (
+            f"{sum(ops.values())} {kind}: {dict(ops.most_common())}"
+            for kind, ops in zip(self._fields, self, strict=True)
+        )
         return "\n".join(listed)
 
 

@@ -1,7 +1,7 @@
 """Made-up results of benchmarks/microbench.py, with the fields that plots and tables read."""
 
 from benchmarks import series
-from benchmarks.cases import Case
+from benchmarks.inputs import Case
 
 MACHINE = {
     "cpu": "A CPU",

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import (
+from helpers import rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import (
     DTYPES,
     IN_PLACE,
     INTERPRETED,
@@ -30,21 +33,19 @@ from cases import (
     name_of,
     op_of,
     overlapping,
-    poison,  # noqa: F401
     precision_of,
     threads,
     truncation,
     with_values,
 )
-from helpers import rms
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fbkd_ops
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops._numerics import residual_dtype
 from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 from fbkd_ops.functional import adapted_masked_l2_loss, attention_pool
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
 COMPILED = [ON_CPU, ON_TRITON]
@@ -93,7 +94,10 @@ def draw_level(size, dtypes=(torch.float32, torch.float32), masks=(True, True), 
     bias = draw((to_channels,), wide, device)
     teacher = of_teacher(draw((n, to_channels, height, width), dtypes[1], device))
     sizes = (n, height, width), (n, to_channels)
-    masks = [(2.2 * torch.rand(s, device=device) - 0.2).clamp_min(0) if m else None for s, m in zip(sizes, masks)]
+    masks = [
+        (2.2 * torch.rand(s, device=device) - 0.2).clamp_min(0) if m else None
+        for s, m in zip(sizes, masks, strict=True)
+    ]
     return [student, weight, bias, teacher, *(m if m is None else m.to(wide) for m in masks)]
 
 
@@ -146,13 +150,13 @@ def check(level, backend, terms_cancel=False):
     assert [x.dtype for x in ours] == [accumulation, *(x.dtype for x in level[:3])]
     assert ours[1].stride() == empty_gradient(in_place_layout(student)).stride()
     if dtype != accumulation:
-        for mine, theirs, truth in zip(ours, literal(level, dtype), exact):
+        for mine, theirs, truth in zip(ours, literal(level, dtype), exact, strict=True):
             assert_close_to_truth(mine, theirs, truth, eps + truncation(backend, student.device.type, student.dtype))
         return ours
     eager = run(level, "reference")
     terms = absolute_terms(level, exact[0]) if terms_cancel else exact
     assert_as_good(ours[0], eager[0], exact[0], accumulation=accumulation, terms=terms[0])
-    for mine, theirs, truth, size in zip(ours[1:], eager[1:], exact[1:], terms[1:]):
+    for mine, theirs, truth, size in zip(ours[1:], eager[1:], exact[1:], terms[1:], strict=True):
         extra = 4 * torch.finfo(accumulation).eps + truncation(backend, student.device.type, mine.dtype)
         assert_products_as_good(mine, theirs, truth, extra, accumulation, size)
     return ours
@@ -176,7 +180,7 @@ def assert_products_as_good(ours, eager, exact, extra, accumulation, terms):
 @pytest.mark.parametrize("dtypes", MIXTURES, ids=name_of)
 @pytest.mark.parametrize("backend, device", COMPILED)
 def test_small_sizes_in_every_mixture_of_dtypes_and_layouts(backend, device, dtypes, size):
-    for layouts, masks in zip(PAIRS_OF_LAYOUTS, MASKS):
+    for layouts, masks in zip(PAIRS_OF_LAYOUTS, MASKS, strict=True):
         check(draw_level(size, dtypes, masks, device, layouts), backend)
 
 
@@ -266,7 +270,9 @@ def squares_of(levels, backend, memory_efficient=False):
     levels, leaves = leaves_of(levels)
     with torch.no_grad(), fbkd_ops.use_backend("reference"):
         means = [attention_pool(level[0]) for level in levels]
-    squares, _, _ = student_pyramid(backend, AdaptedLevels(*map(list, zip(*levels))), means, memory_efficient)
+    squares, _, _ = student_pyramid(
+        backend, AdaptedLevels(*map(list, zip(*levels, strict=True))), means, memory_efficient
+    )
     return squares.sum(), leaves
 
 
@@ -293,7 +299,7 @@ def test_nothing_kept_gives_the_same_gradients(backend, device, dtypes):
     for memory_efficient in (False, True):
         total, leaves = squares_of(levels, backend, memory_efficient)
         results.append(torch.autograd.grad(0.37 * total, leaves))
-    for ours, expected in zip(*results):
+    for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -336,7 +342,7 @@ def test_float16_with_masks_of_any_size(backend, device, spatial):
     level[4] *= spatial
     loss, of_student, *gradients = run(level, backend, scale=spatial**-0.5)
     torch.testing.assert_close(loss * spatial**-0.5, expected[0])
-    for ours, of_one in zip(gradients, expected[2:]):
+    for ours, of_one in zip(gradients, expected[2:], strict=True):
         assert rms(ours - of_one) <= torch.finfo(torch.float16).eps * rms(of_one)
     torch.testing.assert_close(of_student, expected[1], rtol=2e-3, atol=2e-3 * rms(expected[1]))
 
@@ -349,7 +355,7 @@ def test_float16_with_a_factor_beyond_its_range(backend, device):
     expected = run(level, backend)[1:]
     for factor in (2.0**-40, 2.0**13):
         of_student, *gradients = run(level, backend, scale=factor)[1:]
-        for ours, of_one in zip(gradients, expected[1:]):
+        for ours, of_one in zip(gradients, expected[1:], strict=True):
             torch.testing.assert_close(ours, factor * of_one, rtol=1e-5, atol=1e-5 * factor)
     torch.testing.assert_close(of_student, factor * expected[0], rtol=2e-3, atol=2e-3 * factor)
 
@@ -421,7 +427,7 @@ def test_masks_of_zeros_on_cpu():
 def test_terms_that_cancel_are_the_yardstick():
     """3 * 0.7 + 0.1 - 2.2: a loss of 1e-8 of its terms, all of it rounding."""
     level = draw_level((1, 1, 1, 1, 1), masks=(False, False))
-    level[:4] = [torch.full(x.shape, value) for x, value in zip(level[:4], (3.0, 0.7, 0.1, 2.2))]
+    level[:4] = [torch.full(x.shape, value) for x, value in zip(level[:4], (3.0, 0.7, 0.1, 2.2), strict=True)]
     exact = run(wide(level), "reference")
     terms = absolute_terms(level, exact[0])
     assert 0 < exact[0] < 1e-6
@@ -436,7 +442,7 @@ def test_terms_that_cancel_are_the_yardstick():
 def test_parameters_of_other_dtypes(backend, device, dtypes, parameters):
     """Each gradient is rounded once, to the parameter's dtype."""
     level = draw_level((2, 16, 12, 9, 11), dtypes, device=device)
-    level[1:3] = [parameter.to(dtype) for parameter, dtype in zip(level[1:3], parameters)]
+    level[1:3] = [parameter.to(dtype) for parameter, dtype in zip(level[1:3], parameters, strict=True)]
     check(level, backend)
 
 
@@ -488,12 +494,12 @@ def test_some_gradients_wanted(backend, device, wanted):
     """Of student, weight and bias; the same as where all are wanted."""
     level = draw_level((2, 3, 4, 5, 6), device=device)
     expected = run(level, backend)
-    leaves = [x.detach().requires_grad_(want) for x, want in zip(level, wanted)]
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(level, wanted, strict=False)]
     with fbkd_ops.use_backend(backend):
         loss = adapted_masked_l2_loss(*leaves, *level[3:])
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected[0])
-    for leaf, want, gradient in zip(leaves, wanted, expected[1:]):
+    for leaf, want, gradient in zip(leaves, wanted, expected[1:], strict=True):
         assert (leaf.grad is not None) == want
         if want:
             torch.testing.assert_close(leaf.grad, gradient)
@@ -564,7 +570,7 @@ def test_nan_and_infinity_reach_the_loss(backend, device, where, value):
     level[4], level[5] = level[4] + 0.1, level[5] + 0.1
     ours, eager = run(level, backend), run(level, "reference")
     assert not ours[0].isfinite()
-    for mine, theirs in zip(ours, eager):
+    for mine, theirs in zip(ours, eager, strict=True):
         assert not mine[~theirs.isfinite()].isfinite().any()
 
 
@@ -648,8 +654,8 @@ def check_together(levels, backend):
         for level in levels:
             level[0].requires_grad_(keeps)
         wanted = leaves if keeps else leaves[len(levels) :]
-        squares = adapted_masked_l2_squares(backend, AdaptedLevels(*map(list, zip(*levels))))
-        together = dict(zip(wanted, torch.autograd.grad(squares, wanted, weights.to(squares))))
+        squares = adapted_masked_l2_squares(backend, AdaptedLevels(*map(list, zip(*levels, strict=True))))
+        together = dict(zip(wanted, torch.autograd.grad(squares, wanted, weights.to(squares)), strict=True))
         all_keep = len({(level[0].dtype, accumulation_of(level[0].dtype, level[3].dtype)) for level in levels}) == 1
         for index, level in enumerate(levels):
             alone = adapted_masked_l2_squares(backend, AdaptedLevels(*([x] for x in level)))
@@ -659,7 +665,7 @@ def check_together(levels, backend):
             if all_keep or not keeps or backend != "cpu":
                 assert_same_bits([together[leaf] for leaf in of], gradients)
             else:
-                for leaf, gradient in zip(of, gradients):
+                for leaf, gradient in zip(of, gradients, strict=True):
                     torch.testing.assert_close(together[leaf], gradient)
 
 
@@ -667,7 +673,7 @@ def check_together(levels, backend):
 @pytest.mark.parametrize("of_levels", [PYRAMID[:3], IN_FLOAT32[:3]], ids=["mixed", "float32"])
 def test_some_levels_used(backend, device, of_levels):
     levels, leaves = leaves_of(pyramid(device, of_levels))
-    squares = adapted_masked_l2_squares(backend, AdaptedLevels(*map(list, zip(*levels))))
+    squares = adapted_masked_l2_squares(backend, AdaptedLevels(*map(list, zip(*levels, strict=True))))
     squares[1].backward()
     for index, level in enumerate(levels):
         for leaf in level[:3]:
@@ -710,7 +716,7 @@ def test_backward_again(backend, device, dtypes):
     for gradient in first:
         gradient.fill_(float("nan"))
     third = torch.autograd.grad(loss, leaves)
-    for one, three, again in zip(kept, second, third):
+    for one, three, again in zip(kept, second, third, strict=True):
         torch.testing.assert_close(3 * one, three)
         torch.testing.assert_close(one, again)
 
@@ -729,7 +735,7 @@ def test_a_tensor_changed_in_place_is_noticed(index):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_opcheck(backend, device):
     levels = pyramid(device)[1:3] if backend == "triton" else pyramid(device)
-    arguments = list(map(list, zip(*levels)))
+    arguments = list(map(list, zip(*levels, strict=True)))
     forward = op_of("adapted_masked_l2_forward", backend)
     backward = op_of("adapted_masked_l2_backward", backend)
     squares, *differences = forward(*arguments, backend != "cpu")
@@ -738,7 +744,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(forward, (*arguments, keep))
     added = means, [torch.ones_like(level[0].contiguous()) for level in levels]
     for pools, dense in (added, ([None] * 4 * len(levels), [None] * len(levels))):
-        dense = [x if x is None else of_layout(x, level[0]) for x, level in zip(dense, levels)]
+        dense = [x if x is None else of_layout(x, level[0]) for x, level in zip(dense, levels, strict=True)]
         torch.library.opcheck(backward, (*arguments, differences, squares, pools, dense))
 
 
@@ -757,7 +763,7 @@ def of_layout(x, student):
 @NO_CPU
 def test_opcheck_of_the_gradient_made_in_the_forward_pass():
     levels = pyramid("cpu", IN_FLOAT32)
-    arguments = list(map(list, zip(*levels)))
+    arguments = list(map(list, zip(*levels, strict=True)))
     op = torch.ops.fbkd_ops
     torch.library.opcheck(op.adapted_masked_l2_with_gradient.default, arguments)
     squares, *gradients = op.adapted_masked_l2_with_gradient(*arguments)
@@ -860,7 +866,7 @@ def test_finish_names_what_is_wrong():
 def test_bad_arguments_are_named(changed, error, message):
     names = ("student", "weight", "bias", "teacher", "spatial", "channel")
     with pytest.raises(error, match=message):
-        adapted_masked_l2_loss(*(dict(zip(names, draw_level((2, 3, 4, 5, 6)))) | changed).values())
+        adapted_masked_l2_loss(*(dict(zip(names, draw_level((2, 3, 4, 5, 6)), strict=True)) | changed).values())
 
 
 def inputs_to_compile(device, all_layouts):

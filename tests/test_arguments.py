@@ -5,8 +5,8 @@ import inspect
 import re
 from array import array
 from collections import UserList, deque
-from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest

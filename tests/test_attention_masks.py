@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import (
+from op_cases import (
     BACKENDS,
     COMPILED,
     DTYPES,
@@ -17,7 +17,6 @@ from cases import (
     assert_same_bits,
     name_of,
     op_of,
-    poison,  # noqa: F401
     threads,
     units_of_sum,
 )
@@ -25,6 +24,8 @@ from cases import (
 import fbkd_ops
 from fbkd_ops import functional
 from fbkd_ops.autograd.attention_masks import MaskRequest, attention_masks
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 RULES = ["average", "joint"]
 MIXTURES = list(itertools.product(DTYPES, DTYPES))

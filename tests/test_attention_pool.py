@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import (
     BACKENDS,
     COMPILED,
     COPIED,
@@ -29,7 +31,6 @@ from cases import (
     far_apart,
     name_of,
     op_of,
-    poison,  # noqa: F401
     threads,
     truncation,
     units_of_sum,
@@ -37,12 +38,12 @@ from cases import (
     with_layouts,
     with_sizes,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fbkd_ops
 from fbkd_ops._layout import matrix_layout, matrix_view
 from fbkd_ops.functional import attention_pool, attention_pools
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 FIELDS = fbkd_ops.AttentionPool._fields
 
@@ -55,7 +56,7 @@ def run(x, backend, fields=FIELDS):
     generator = torch.Generator(x.device).manual_seed(1)
     chosen = [getattr(outputs, field) for field in fields]
     grads = [torch.randn(o.shape, generator=generator, device=x.device, dtype=torch.float64) for o in chosen]
-    grads = [grad.float().to(o.dtype) for grad, o in zip(grads, chosen)]
+    grads = [grad.float().to(o.dtype) for grad, o in zip(grads, chosen, strict=True)]
     (dx,) = torch.autograd.grad(chosen, leaf, grads)
     return [output.detach() for output in outputs], dx
 
@@ -74,7 +75,7 @@ def check(x, backend, fields=FIELDS):
     exact = exact_means(x)
     # Plain means cancel: their yardstick are the means of what they add, the attention maps.
     for mine, theirs, truth, terms, count in zip(
-        ours, eager, exact, exact[:2] * 2, 2 * [x.shape[1], x.shape[2] * x.shape[3]]
+        ours, eager, exact, exact[:2] * 2, 2 * [x.shape[1], x.shape[2] * x.shape[3]], strict=True
     ):
         assert mine.dtype == theirs.dtype and mine.is_contiguous()
         assert_as_good(mine, theirs, truth, units=units_of_sum(count), terms=terms)
@@ -186,7 +187,7 @@ def test_nan_and_infinity_spread_as_in_eager(backend, device, layout, dtype):
     x[0, 1, 2, 3], x[0, 4, 0, 0], x[1, 2, 3, 4] = float("nan"), float("inf"), -float("inf")
     ours, dx = run(layout(x), backend)
     eager, eager_dx = run(layout(x), "reference")
-    for mine, theirs in zip([*ours, dx], [*eager, eager_dx]):
+    for mine, theirs in zip([*ours, dx], [*eager, eager_dx], strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True)
 
 
@@ -231,7 +232,7 @@ def test_repeats_are_bit_equal(backend, device, layout):
     first = run(x, backend)
     for _ in range(3):
         again = run(x, backend)
-        assert all(torch.equal(a, b) for a, b in zip([*first[0], first[1]], [*again[0], again[1]]))
+        assert all(torch.equal(a, b) for a, b in zip([*first[0], first[1]], [*again[0], again[1]], strict=True))
 
 
 @NO_CPU
@@ -313,7 +314,7 @@ def test_a_level_elsewhere_is_named():
 def test_offsets_beyond_32_bits(layout):
     near = layout(draw((2, 3, 4, 5), torch.bfloat16))
     far = far_apart(near, layout)
-    for ours, theirs in zip(run(far, "cpu"), run(near, "cpu")):
+    for ours, theirs in zip(run(far, "cpu"), run(near, "cpu"), strict=True):
         assert_same_bits(*([x] if isinstance(x, torch.Tensor) else x for x in (ours, theirs)))
 
 

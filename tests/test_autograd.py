@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import INTERPRETED, ON_CPU, ON_TRITON, draw
 from helpers import randomise
+from op_cases import INTERPRETED, ON_CPU, ON_TRITON, draw
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +21,7 @@ WIDTHS, TEACHER_WIDTHS, MAPS = (3, 4), (5, 2), ((4, 5), (2, 2))
 
 
 def features(widths, device):
-    return [draw((2, width, *size), torch.float32, device) for width, size in zip(widths, MAPS)]
+    return [draw((2, width, *size), torch.float32, device) for width, size in zip(widths, MAPS, strict=True)]
 
 
 def masks(widths, device):
@@ -36,7 +36,7 @@ def weighted(tensors):
 
 
 def parameters(device):
-    weights = [draw((to, width), torch.float32, device) for to, width in zip(TEACHER_WIDTHS, WIDTHS)]
+    weights = [draw((to, width), torch.float32, device) for to, width in zip(TEACHER_WIDTHS, WIDTHS, strict=True)]
     return [*weights, *(draw((to,), torch.float32, device) for to in TEACHER_WIDTHS)]
 
 

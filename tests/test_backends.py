@@ -45,9 +45,8 @@ def library(folder, name):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'gpu'.*auto, cpu, cuda, triton, reference"):
-        with fbkd_ops.use_backend("gpu"):
-            pass
+    with pytest.raises(ValueError, match="'gpu'.*auto, cpu, cuda, triton, reference"), fbkd_ops.use_backend("gpu"):
+        pass
 
 
 def test_nesting_and_exceptions_restore():

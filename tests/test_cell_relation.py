@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from helpers import randomise, rms
+from op_cases import (
     DTYPES,
     NO_CPU,
     PAIRS_OF_LAYOUTS,
@@ -21,9 +22,7 @@ from cases import (
     name_of,
     op_of,
     permuted,
-    poison,  # noqa: F401
 )
-from helpers import randomise, rms
 
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, functional, reference, relation
@@ -33,7 +32,7 @@ from fbkd_ops.linear_non_local import pool_cells
 from fbkd_ops.presets import CHOICES
 from fbkd_ops.relation import RelationTerm, relation_form
 
-pytestmark = NO_CPU
+pytestmark = [NO_CPU, pytest.mark.usefixtures("poison")]
 
 # (N, Cs, Ct, c, H, W), stride and order of the pools.
 SIZES = [
@@ -223,7 +222,7 @@ def test_what_is_not_finite_shows(value):
 def test_moments_are_those_of_what_the_norm_is_given():
     level = Level(*SIZES[4], bias=True)
     squares = level.squares()
-    for block, x, moments in zip(level.parts, (level.student, level.teacher), level.moments):
+    for block, x, moments in zip(level.parts, (level.student, level.teacher), level.moments, strict=False):
         seen, weights = [], block.weights()
         handle = block.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         reference.non_local(x, weights, norm=block.norm, **level.settings)
@@ -440,8 +439,10 @@ def test_the_loss_in_the_cell_form_equals_the_literal_formula(monkeypatch):
             randomise(fbkd_ops.FBKDLoss([6, 8, 8], [10, 12, 16], preset=preset)).double().requires_grad_()
             for _ in range(2)
         ]
-        students = [torch.randn(3, c, *size).double() for c, size in zip((6, 8, 8), ((9, 7), (5, 4), (1, 1)))]
-        teachers = [torch.randn(3, c, *x.shape[2:]).double() for c, x in zip((10, 12, 16), students)]
+        students = [
+            torch.randn(3, c, *size).double() for c, size in zip((6, 8, 8), ((9, 7), (5, 4), (1, 1)), strict=True)
+        ]
+        teachers = [torch.randn(3, c, *x.shape[2:]).double() for c, x in zip((10, 12, 16), students, strict=True)]
         ours = losses[0](students, teachers)
         with fbkd_ops.use_backend("reference"):
             truth = losses[1](students, teachers)

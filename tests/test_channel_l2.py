@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, accumulation_of, assert_as_good, draw, name_of
+from op_cases import DTYPES, accumulation_of, assert_as_good, draw, name_of
 
 from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
 

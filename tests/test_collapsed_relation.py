@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import INTERPRETED, ON_CPU, channels_last, poison  # noqa: F401
 from helpers import randomise
+from op_cases import INTERPRETED, ON_CPU, channels_last
 from torch import nn
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, _batch_norm, functional, reference, relation
 from fbkd_ops.linear_non_local import as_matrices
 from fbkd_ops.relation import RelationTerm, collapsed_levels, relation_squares
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 RELATION_ONLY = dict(feature_weight=0, channel_weight=0, spatial_weight=0, relation_weight=1.0)
 
@@ -95,7 +97,7 @@ class Pyramid:
         self.blocks = [(case.block(level, 0), case.block(level, 1)) for level in levels]
         self.adaptations = [
             randomise(nn.Conv2d(student, teacher, 1).double(), seed=level)
-            for level, (student, teacher) in enumerate(zip(case.students, case.teachers))
+            for level, (student, teacher) in enumerate(zip(case.students, case.teachers, strict=True))
         ]
 
     def leaves(self) -> dict[str, list[torch.Tensor]]:
@@ -110,7 +112,7 @@ class Pyramid:
     def terms(self) -> list[RelationTerm]:
         return [
             RelationTerm(*maps, *(block.block() for block in blocks), layer.weight.flatten(1), layer.bias)
-            for maps, blocks, layer in zip(self.maps, self.blocks, self.adaptations)
+            for maps, blocks, layer in zip(self.maps, self.blocks, self.adaptations, strict=True)
         ]
 
 
@@ -144,7 +146,7 @@ def literal_squares(pyramid: Pyramid, case: Case) -> list[torch.Tensor]:
             student_norm=term.student_block.norm,
             teacher_norm=term.teacher_block.norm,
         ).square()
-        for term, stride in zip(pyramid.terms(), case.strides)
+        for term, stride in zip(pyramid.terms(), case.strides, strict=True)
     ]
 
 
@@ -195,12 +197,12 @@ def test_levels_of_other_dtypes_and_layouts_are_those_alone():
         RelationTerm(
             s, t, level.student_non_local.block(), level.teacher_non_local.block(), layer.weight.flatten(1), layer.bias
         )
-        for s, t, level in zip(leaves, teachers, loss.levels)
+        for s, t, level in zip(leaves, teachers, loss.levels, strict=True)
         for layer in [level.relation_adaptation]
     ]
     together = relation_squares("cpu", terms())
     grads = torch.autograd.grad(sum(square.double() for square in together), leaves)
-    for level, (term, leaf) in enumerate(zip(terms(), leaves)):
+    for level, (term, leaf) in enumerate(zip(terms(), leaves, strict=True)):
         (alone,) = relation_squares("cpu", [term])
         torch.testing.assert_close(together[level].to(alone.dtype), alone, rtol=1e-6, atol=0)
         torch.testing.assert_close(grads[level], torch.autograd.grad(alone, leaf)[0])

@@ -64,7 +64,7 @@ def test_one_graph_for_every_size(configuration):
     results = run_sizes(loss, compiled)
     assert len(recorder.graphs) <= 2
     assert not torch._dynamo.utils.counters["graph_break"]
-    for result, expected in zip(results, run_sizes(eager, eager)):
+    for result, expected in zip(results, run_sizes(eager, eager), strict=True):
         torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
 
 
@@ -75,7 +75,7 @@ def test_every_mode_compiles_with_and_without_pooling(mode):
     loss = randomise(FBKDLoss(4, 6, num_levels=2, mode=mode, stride=(1, 2)))
     eager = copy.deepcopy(loss)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    ((result, expected),) = zip(run_sizes(loss, compiled, [(12, 10)]), run_sizes(eager, eager, [(12, 10)]))
+    ((result, expected),) = zip(run_sizes(loss, compiled, [(12, 10)]), run_sizes(eager, eager, [(12, 10)]), strict=True)
     torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
 
 

@@ -49,13 +49,13 @@ def test_forward_and_backward_replay(memory_efficient, normalize):
     for _ in range(2):
         values = pyramid(8), pyramid(12)
         with torch.no_grad():
-            for static, value in zip((*students, *teachers), (*values[0], *values[1])):
+            for static, value in zip((*students, *teachers), (*values[0], *values[1]), strict=True):
                 static.copy_(value)
         graph.replay()
         eager.zero_grad()
         leaves = [value.clone().requires_grad_() for value in values[0]]
         torch.testing.assert_close(terms, step(eager, leaves, values[1]), rtol=1e-5, atol=1e-6)
-        pairs = zip((*students, *loss.parameters()), (*leaves, *eager.parameters()))
+        pairs = zip((*students, *loss.parameters()), (*leaves, *eager.parameters()), strict=True)
         for captured, expected in pairs:
             torch.testing.assert_close(captured.grad, expected.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(dict(loss.named_buffers()), dict(eager.named_buffers()))

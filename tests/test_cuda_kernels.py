@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import (
+from helpers import within_eager_error
+from op_cases import (
     DTYPES,
     LARGE,
     accumulation_of,
@@ -18,7 +19,6 @@ from cases import (
     draw,
     name_of,
 )
-from helpers import within_eager_error
 from simt.build import build
 
 from fbkd_ops import reference
@@ -112,7 +112,7 @@ def pool_gradients(xs, grads, blocks=MANY_BLOCKS, **options):
 
 def reference_gradient(x, grads):
     leaf = x.detach().requires_grad_()
-    used = [(mean, grad) for mean, grad in zip(reference.attention_pool(leaf), grads) if grad is not None]
+    used = [(mean, grad) for mean, grad in zip(reference.attention_pool(leaf), grads, strict=True) if grad is not None]
     return torch.autograd.grad([mean for mean, _ in used], leaf, [grad.to(mean.dtype) for mean, grad in used])[0]
 
 
@@ -123,7 +123,7 @@ def check_pool(xs, **options):
     dx = pool_gradients(xs, grads, **options)
     for index, x in enumerate(xs):
         mine = slice(4 * index, 4 * index + 4)
-        for ours, eager, truth in zip(means[mine], reference.attention_pool(x), exact_means(x)):
+        for ours, eager, truth in zip(means[mine], reference.attention_pool(x), exact_means(x), strict=True):
             assert_as_good(ours, eager, truth, accumulation_of(x.dtype))
         eager, truth = reference_gradient(x, grads[mine]), reference_gradient(x.double(), grads[mine])
         assert_as_good(dx[index], eager, truth, accumulation_of(x.dtype))
@@ -184,12 +184,12 @@ def test_pool_gradients_that_are_absent(dtype, layout):
     for present in itertools.product([False, True], repeat=4):
         x = layout(draw((2, 17, 6, 8), dtype))
         some = [torch.randn(shape) for shape in ((2, 6, 8), (2, 17), (2, 6, 8), (2, 17))]
-        some = [grad if wanted else None for grad, wanted in zip(some, present)]
+        some = [grad if wanted else None for grad, wanted in zip(some, present, strict=True)]
         expected.append(reference_gradient(x, some) if any(present) else torch.zeros_like(x))
         if not (present[0] or present[1]):
             x = torch.full_like(x, math.nan)  # not read
         xs, grads = [*xs, x], [*grads, *some]
-    for ours, theirs in zip(pool_gradients(xs, grads), expected):
+    for ours, theirs in zip(pool_gradients(xs, grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -198,7 +198,7 @@ def test_pool_of_nan_and_infinity():
     x[0, 1, 2, 3], x[0, 4, 0, 0], x[1, 2, 3, 4] = math.nan, math.inf, -math.inf
     means = pool_means([x])
     grads = [torch.ones_like(mean) for mean in means]
-    for ours, theirs in zip(means, reference.attention_pool(x)):
+    for ours, theirs in zip(means, reference.attention_pool(x), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
     torch.testing.assert_close(pool_gradients([x], grads)[0], reference_gradient(x, grads))
 
@@ -242,18 +242,20 @@ def l2_reference(s, t, spatial, channel, grad):
 def masks_for(s, t, present):
     dtype, (n, c, h, w) = accumulation_of(s.dtype, t.dtype), s.shape
     masks = torch.rand(n, h, w).to(dtype) * 2, torch.rand(n, c).to(dtype) * 2
-    return [mask if wanted else None for mask, wanted in zip(masks, present)]
+    return [mask if wanted else None for mask, wanted in zip(masks, present, strict=True)]
 
 
 def check_l2(students, teachers, present=((True, True), (True, False), (False, True), (False, False)), **options):
     """Sums and gradients of a pyramid against the reference; masks present in turn."""
-    masks = [masks_for(s, t, present[i % len(present)]) for i, (s, t) in enumerate(zip(students, teachers))]
-    spatial, channel = [list(column) for column in zip(*masks)]
+    masks = [
+        masks_for(s, t, present[i % len(present)]) for i, (s, t) in enumerate(zip(students, teachers, strict=True))
+    ]
+    spatial, channel = [list(column) for column in zip(*masks, strict=True)]
     dtype = accumulation_of(students[0].dtype, teachers[0].dtype)
     grad = torch.randn(len(students)).to(dtype)
     squares = l2_squares(students, teachers, spatial, channel, dtype == torch.float64, **options)
     ds = l2_gradients(students, teachers, spatial, channel, grad, **options)
-    for index, (s, t) in enumerate(zip(students, teachers)):
+    for index, (s, t) in enumerate(zip(students, teachers, strict=True)):
         eager, eager_ds, truth, truth_ds = l2_reference(s, t, spatial[index], channel[index], grad[index])
         assert_as_good(squares[index], eager, truth, dtype)
         assert_as_good(ds[index], eager_ds, truth_ds, dtype)
@@ -331,7 +333,10 @@ def test_l2_of_nan():
 def run_masks(students, teachers, temperature, joint, blocks=MANY_BLOCKS, **options):
     dtype = accumulation_of(*[x.dtype for x in [*students, *teachers] if x is not None])
     masks = [torch.empty(t.shape, dtype=dtype) for t in teachers]
-    types = [[NUMBER[(t if x is None else x).dtype] for x, t in zip(maps, teachers)] for maps in (students, teachers)]
+    types = [
+        [NUMBER[(t if x is None else x).dtype] for x, t in zip(maps, teachers, strict=True)]
+        for maps in (students, teachers)
+    ]
     lengths = [t[0].numel() for t in teachers]
     arguments = [*types, [len(t) for t in teachers], lengths, temperature, joint, masks, blocks]
     arguments = [len(masks), dtype == torch.float64, students, teachers, *arguments]

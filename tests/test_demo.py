@@ -41,7 +41,7 @@ def test_scenes_repeat_and_differ_by_index_and_split():
 
 def test_a_scene_does_not_depend_on_how_many_there_are():
     few, many = load_digit_scenes(64, 2, 1), load_digit_scenes(64, 4, 1)
-    assert all(torch.equal(a, b) for a, b in zip(few.train.pixels, many.train.pixels))
+    assert all(torch.equal(a, b) for a, b in zip(few.train.pixels, many.train.pixels, strict=False))
 
 
 def test_splits_draw_from_different_digits(monkeypatch):
@@ -211,7 +211,7 @@ def test_infinite_coordinates_are_degenerate(tmp_path):
 def perfect(images: Images) -> list[dict[str, torch.Tensor]]:
     return [
         {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}
-        for boxes, labels in zip(images.boxes, images.labels)
+        for boxes, labels in zip(images.boxes, images.labels, strict=True)
     ]
 
 
@@ -323,7 +323,20 @@ def tiny_run(tmp_path_factory):
     patch.setattr(cli, "build_detector", remember)
     patch.setattr(cli, "build_distiller", check_roles)
     patch.setattr(cli, "Console", Recorder)
-    arguments = "--steps 3 --teacher-steps 2 --image-size 64 --train-images 12 --val-images 4 --batch-size 2".split()
+    arguments = [
+        "--steps",
+        "3",
+        "--teacher-steps",
+        "2",
+        "--image-size",
+        "64",
+        "--train-images",
+        "12",
+        "--val-images",
+        "4",
+        "--batch-size",
+        "2",
+    ]
     status = cli.main([*arguments, "--seed", "3", "--output", str(folder), "--device", "cpu"])
     patch.undo()
     return status, folder, built, "\n".join(lines)
@@ -422,7 +435,7 @@ def test_picture_shows_the_loss_own_maps_and_mask():
     for key in range(LEVELS_SHOWN):
         drawn = [torch.tensor(axes.images[1].get_array().filled()) for axes in panels[5 * key + 1 : 5 * key + 5]]
         assert panels[5 * key].get_ylabel() == f"level {key}, stride {4 * 2**key}"
-        for values, detector in zip(drawn, (plain, student, teacher)):
+        for values, detector in zip(drawn, (plain, student, teacher), strict=False):
             torch.testing.assert_close(values, features(detector, [image])[str(key)][0].abs().mean(0))
         halves = [(values / 0.5).flatten().softmax(0).view_as(values) for values in drawn[1:3]]
         torch.testing.assert_close(drawn[3], sum(halves) * drawn[3].numel() / 2)
@@ -467,7 +480,7 @@ def test_diverged_training_is_one_line(tmp_path, capsys, monkeypatch):
         raise cli.TrainingError("the loss is nan after 3 steps; try another --seed")
 
     monkeypatch.setattr(cli, "train", diverged)
-    arguments = "--steps 1 --image-size 64 --train-images 1 --val-images 1".split()
+    arguments = ["--steps", "1", "--image-size", "64", "--train-images", "1", "--val-images", "1"]
     assert cli.main([*arguments, "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "error: the loss is nan after 3 steps; try another --seed\n"
 

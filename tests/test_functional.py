@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import INTERPRETED, ON_CPU, ON_TRITON
 from helpers import randomise, rms, within_eager_error
+from op_cases import INTERPRETED, ON_CPU, ON_TRITON
 
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, _extension, functional, linear_non_local, reference
@@ -242,7 +242,7 @@ def test_gradcheck_of_the_relation_loss():
     parameters = [p for p in parts.parameters()]
 
     def loss(student, *values):
-        values = dict(zip((name for name, _ in parts.named_parameters()), values))
+        values = dict(zip((name for name, _ in parts.named_parameters()), values, strict=True))
         student_block, teacher_block = (
             NonLocalWeights(
                 **{
@@ -339,7 +339,7 @@ def test_half_and_mixed_dtypes_are_as_exact_as_eager(dtypes, autocast):
 )
 def test_triton_rounds_where_the_documentation_says_so(backend, device, dtypes, stride, tolerance):
     """The gradient of the adaptation: no element of it is rounded itself, only what it is made of."""
-    student, teacher = (torch.randn(2, width, 16, 16).to(dtype) for width, dtype in zip((4, 6), dtypes))
+    student, teacher = (torch.randn(2, width, 16, 16).to(dtype) for width, dtype in zip((4, 6), dtypes, strict=True))
     parts = relation_pair("dot_product", stride, norm="none").float()
     sides = copy.deepcopy(parts).double(), student.double(), teacher.double()
     truth = run_relation(*sides, reference.relation_loss, "dot_product", stride)[2]["2.weight"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import INTERPRETER, NO_CPU, NO_TRITON
 from fuzz import __main__ as fuzz
 from fuzz import check, data, problems, rounding, worker
 from helpers import TEST_ALL
+from op_cases import INTERPRETER, NO_CPU, NO_TRITON
 
 from fbkd_ops import functional
 

@@ -14,17 +14,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import code_report, gpu_model, gpu_model_step
+from benchmarks.gpu_model_sass import Block, machine_code
+from benchmarks.gpu_model_step import SmallOp, Step, cuda_kernels
+from benchmarks.gpu_model_tables import model_tables
+from benchmarks.gpu_model_ttir import Pointer, evaluate, triton_code
+from benchmarks.inputs import Case
+from fbkd_ops import backends
+from fbkd_ops.kernels import pyramid
 
-from benchmarks import code_report, gpu_model, gpu_model_step  # noqa: E402
-from benchmarks.cases import Case  # noqa: E402
-from benchmarks.gpu_model_sass import Block, machine_code  # noqa: E402
-from benchmarks.gpu_model_step import SmallOp, Step, cuda_kernels  # noqa: E402
-from benchmarks.gpu_model_tables import model_tables  # noqa: E402
-from benchmarks.gpu_model_ttir import Pointer, evaluate, triton_code  # noqa: E402
-from fbkd_ops import backends  # noqa: E402
-from fbkd_ops.kernels import pyramid  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS = ROOT / "benchmarks" / "results"
 REPORTS = [RESULTS / name for name in ("gpu-model.json", "gpu-model-before.json")]
@@ -216,7 +215,7 @@ def test_each_tensor_comes_once_from_memory():
 
 def test_the_host_is_charged_for_ops_views_nodes_and_launches():
     step = Step(ops={"forward": [SmallOp("mul", 0, 0)], "backward": [SmallOp("add", 0, 0)] * 2}, views=3, nodes=5)
-    parts = zip((3, 3, 5), ("host_op", "host_view", "host_node"))
+    parts = zip((3, 3, 5), ("host_op", "host_view", "host_node"), strict=True)
     assert gpu_model.host_us(step) == sum(count * gpu_model.constant(name) for count, name in parts)
 
 

@@ -25,7 +25,7 @@ def pyramid(channels, levels, dtype=torch.float64, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, width, *size, generator=generator, dtype=torch.float64).to(dtype)
-        for width, size in zip(widths, SIZES)
+        for width, size in zip(widths, SIZES, strict=False)
     ]
 
 
@@ -273,7 +273,7 @@ def test_mixed_dtypes_layouts_and_autocast(dtypes, channels_last):
     for name, value in terms.items():
         assert value.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
         torch.testing.assert_close(value.double(), truth[0][name], rtol=2e-6, atol=1e-6)
-    for student, grad in zip(students, truth[1]):
+    for student, grad in zip(students, truth[1], strict=True):
         assert student.grad.dtype == dtypes[0]
         error = (student.grad.double() - grad).norm() / grad.norm()
         # Each term's gradient is rounded to the student's dtype once, and once more where they add up.
@@ -337,7 +337,7 @@ def test_wider_features_than_parameters_update_the_statistics(backend):
         expected = truth([student], [teacher])
     with fbkd_ops.use_backend(backend):
         torch.testing.assert_close(loss([student], [teacher]), expected, rtol=1e-12, atol=1e-12)
-    for (name, buffer), wide in zip(loss.named_buffers(), truth.buffers()):
+    for (name, buffer), wide in zip(loss.named_buffers(), truth.buffers(), strict=True):
         torch.testing.assert_close(buffer.double(), wide.double(), rtol=1e-6, atol=1e-6)
         assert not torch.equal(buffer, before[name])
 

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import (
     BACKENDS,
     COMPILED,
     DTYPES,
@@ -27,19 +29,18 @@ from cases import (
     far_apart,
     name_of,
     op_of,
-    poison,  # noqa: F401
     spatial_slice,
     threads,
     truncation,
     with_layouts,
     with_sizes,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fbkd_ops
 from fbkd_ops.autograd.masked_l2 import masked_l2_squares
 from fbkd_ops.functional import masked_l2_loss
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 MIXTURES = list(itertools.product(DTYPES, DTYPES))
 # Which of the spatial and the channel mask are there.
@@ -50,7 +51,7 @@ def draw_masks(shape, given=(True, True), dtype=torch.float64, device="cpu"):
     """Weights from 0 to 2, some of them exactly 0."""
     n, channels, height, width = shape
     masks = [(torch.rand(size, device=device) * 2.2 - 0.2).clamp_min(0) for size in ((n, height, width), (n, channels))]
-    return [mask.to(dtype) if wanted else None for mask, wanted in zip(masks, given)]
+    return [mask.to(dtype) if wanted else None for mask, wanted in zip(masks, given, strict=True)]
 
 
 def run(student, teacher, masks, backend):
@@ -81,7 +82,7 @@ def check(student, teacher, masks, backend):
 @pytest.mark.parametrize("backend, device, size", with_sizes(COMPILED, SMALL))
 def test_small_sizes_in_every_mixture_of_dtypes_and_layouts(backend, device, size, dtypes):
     shape = (2, *size)
-    for (of_student, of_teacher), given_masks in zip(PAIRS_OF_LAYOUTS, MASKS):
+    for (of_student, of_teacher), given_masks in zip(PAIRS_OF_LAYOUTS, MASKS, strict=True):
         student, teacher = (draw(shape, dtype, device) for dtype in dtypes)
         masks = draw_masks(shape, given_masks, device=device)
         check(of_student(student), of_teacher(teacher), masks, backend)
@@ -94,7 +95,7 @@ def test_large_sizes(backend, device, layouts, size):
     shape = (2, *size)
     mixtures = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32)]
     for dtypes in mixtures:
-        maps = [layout(draw(shape, dtype, device)) for layout, dtype in zip(layouts, dtypes)]
+        maps = [layout(draw(shape, dtype, device)) for layout, dtype in zip(layouts, dtypes, strict=True)]
         check(*maps, draw_masks(shape, device=device), backend)
 
 
@@ -103,7 +104,7 @@ def test_large_sizes(backend, device, layouts, size):
 def test_mixtures_in_the_interpreter(backend, device, dtypes):
     shape = (1, 5, 3, 7)
     layouts = PAIRS_OF_LAYOUTS[MIXTURES.index(dtypes) % 4]
-    maps = [layout(draw(shape, dtype, device)) for layout, dtype in zip(layouts, dtypes)]
+    maps = [layout(draw(shape, dtype, device)) for layout, dtype in zip(layouts, dtypes, strict=True)]
     check(*maps, draw_masks(shape, MASKS[MIXTURES.index(dtypes) // 4], device=device), backend)
 
 
@@ -137,7 +138,7 @@ def test_layouts(backend, device, of_student, of_teacher):
 )
 def test_any_shape_on_cpu(shape, layouts, dtypes, masks, seed):
     torch.manual_seed(seed)
-    maps = [layout(draw(shape, dtype)) for layout, dtype in zip(layouts, dtypes)]
+    maps = [layout(draw(shape, dtype)) for layout, dtype in zip(layouts, dtypes, strict=True)]
     check(*maps, draw_masks(shape, masks), "cpu")
 
 
@@ -226,7 +227,7 @@ def check_spread(backend, device, where, value):
     tensors[where][1, 2] = value
     ours, eager = (run(student, teacher, [spatial, channel], name) for name in (backend, "reference"))
     assert not ours[0].isfinite()
-    for mine, theirs in zip(ours, eager):
+    for mine, theirs in zip(ours, eager, strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True)
 
 
@@ -244,7 +245,7 @@ def test_repeats_are_bit_equal(backend, device, layouts):
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=name_of)
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
 def test_bit_equal_for_any_number_of_threads(layouts, dtypes):
-    maps = [layout(draw((2, 70, 60, 80), dtype)) for layout, dtype in zip(layouts, dtypes)]
+    maps = [layout(draw((2, 70, 60, 80), dtype)) for layout, dtype in zip(layouts, dtypes, strict=True)]
     masks = draw_masks((2, 70, 60, 80))
     results = []
     for count in (1, 2, 3):
@@ -262,7 +263,7 @@ def pyramid(device, of_levels=PYRAMID):
         students.append(layout(draw(shape, dtype, device)))
         teachers.append(of_teacher(draw(shape, other, device)))
         masks.append(draw_masks(shape, MASKS[index % 4], accumulation_of(dtype, other), device))
-    return students, teachers, *zip(*masks)
+    return students, teachers, *zip(*masks, strict=True)
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -286,7 +287,7 @@ def check_together(levels, backend):
     leaves = [x.detach().requires_grad_() for x in students]
     squares = masked_l2_squares(backend, leaves, teachers, *map(list, masks))
     together = torch.autograd.grad(squares, leaves, weights.to(squares))
-    for index, level in enumerate(zip(leaves, teachers, *masks)):
+    for index, level in enumerate(zip(leaves, teachers, *masks, strict=True)):
         alone = masked_l2_squares(backend, *([x] for x in level))
         assert_same_bits([squares[index].to(alone.dtype)], [alone[0]])
         (gradient,) = torch.autograd.grad(alone, level[0], weights[index : index + 1].to(alone))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import NO_CPU
 from helpers import randomise
+from op_cases import NO_CPU
 
 from fbkd_ops import NonLocalBlock2d, reference
 from fbkd_ops._batch_norm import Moments, _over_images, scale_and_shift
@@ -158,7 +158,7 @@ def test_8_winners_get_the_gradients_of_pooled_values(stride):
     dx, dw = torch.zeros_like(values), torch.zeros(INNER, CHANNELS, dtype=torch.float64)
     for image in range(IMAGES):
         for channel in range(INNER):
-            for winner, grad in zip(winners[image, channel].flatten(), d_pooled[image, channel].flatten()):
+            for winner, grad in zip(winners[image, channel].flatten(), d_pooled[image, channel].flatten(), strict=True):
                 dw[channel] += grad * values[image, :, winner]
                 dx[image, :, winner] += grad * weight[channel].flatten().detach()
     close(expected[0].flatten(2), dx)

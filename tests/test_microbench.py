@@ -15,8 +15,8 @@ pytest.importorskip("rich")
 import reports  # noqa: E402
 
 from benchmarks import (  # noqa: E402
-    cases,
     code_report,
+    inputs,
     loss_suites,
     measurement,
     memory,
@@ -126,12 +126,12 @@ def test_a_whole_step_follows_dtype_and_layout(monkeypatch):
     pytest.importorskip("torchvision")
     made = suites.SUITES["train_step"].implementations["fbkd_ops"]
     for dtype, layout in (("float32", "contiguous"), ("bfloat16", "channels_last")):
-        case = cases.Case((1, 256, 16, 24), dtype, layout, strides=loss_suites.STRIDES)
+        case = inputs.Case((1, 256, 16, 24), dtype, layout, strides=loss_suites.STRIDES)
         step, seen = made(case), []
         step.detector.loss.register_forward_pre_hook(lambda module, maps, seen=seen: seen.extend(maps[0]))
         total = step(*suites.SUITES["train_step"].inputs(case))
         assert total.isfinite() and seen[0].dtype == getattr(torch, dtype)
-        assert seen[0].is_contiguous(memory_format=cases.LAYOUTS[layout])
+        assert seen[0].is_contiguous(memory_format=inputs.LAYOUTS[layout])
 
 
 def test_on_a_gpu_calls_are_timed_in_graphs_and_eagerly():
@@ -161,18 +161,18 @@ def test_a_whole_step_has_no_backends_of_its_own():
 
 
 def test_torch_compile_is_a_peer():
-    case = cases.Case((1, 4, 3, 5))
+    case = inputs.Case((1, 4, 3, 5))
     assert wrong_of("masked_l2", "compile", case) == ""
 
 
 def small_case(suite, dtype="float32", layout="contiguous"):
     shape = (2, 24, 9, 7)
-    case = cases.Case(shape, dtype, layout, strides=suite.strides(shape))
+    case = inputs.Case(shape, dtype, layout, strides=suite.strides(shape))
     return case.checked if case.strides else case
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", inputs.DTYPES)
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
 @pytest.mark.parametrize("name", CHECKED)
 def test_every_peer_is_right(name, layout, dtype):
     """In all dtypes and layouts: the tolerances do not reject a correct implementation."""
@@ -225,7 +225,7 @@ def test_no_gradient_of_a_loss_vanishes(name):
 def test_projections_are_exact_in_float32(channels):
     """So that no max-pool's winner depends on rounding."""
     suite = suites.SUITES["relation"]
-    case = cases.Case((1, channels, 9, 7), strides=(4,))
+    case = inputs.Case((1, channels, 9, 7), strides=(4,))
     student, teacher, *parameters = suite.inputs(case)
     names = [name for name, _ in loss_suites.RelationTerm(loss_suites.loss_of(case)).named_parameters()]
     named = dict(zip(names, parameters, strict=True))
@@ -271,17 +271,17 @@ def test_results_are_compared_once_for_a_suite_and_a_map(inside, monkeypatch, ca
 
 
 def test_results_are_checked_on_the_map_itself_unless_it_is_large():
-    small, large = cases.Case((2, 64, 20, 30)), cases.Case((8, 1024, 200, 336))
-    assert small.checked is small and cases.Case(cases.LEVELS["P2"]).checked.shape == cases.LEVELS["P2"]
+    small, large = inputs.Case((2, 64, 20, 30)), inputs.Case((8, 1024, 200, 336))
+    assert small.checked is small and inputs.Case(inputs.LEVELS["P2"]).checked.shape == inputs.LEVELS["P2"]
     assert large.checked.shape == (2, 512, 19, 28)
-    levels = cases.Case((2, 256, 50, 84), strides=(16, 8, 4, 4))
+    levels = inputs.Case((2, 256, 50, 84), strides=(16, 8, 4, 4))
     assert levels.checked is levels
     # One image, a single cell at the last level, too few channels, too many pixels.
     for shape in ((1, 256, 50, 84), (2, 256, 16, 16), (2, 16, 50, 84), (2, 256, 200, 336)):
         other = dataclasses.replace(levels, shape=shape).checked
         assert other.shape == (2, max(32, shape[1]), 39, 53) and other.strides == levels.strides
     for strides in ((1,), (16,), (16, 8, 4)):
-        assert cases.Case((1, 256, 9, 9), strides=strides).checked._says_enough
+        assert inputs.Case((1, 256, 9, 9), strides=strides).checked._says_enough
 
 
 def without_mmrazor(monkeypatch, versions):
@@ -424,7 +424,7 @@ def test_a_brief_run_has_every_suite_on_fewer_maps():
     assert {job.suite for job in brief} == set(suites.SUITES) and len(brief) < len(whole)
     levels = ("attention_pool", "P2"), ("masked_l2", "P2"), ("adapted_masked_l2", "P3")
     shapes = {job.suite: job.case.shape for job in brief}
-    assert [shapes[name] for name, _ in levels] == [cases.LEVELS[level] for _, level in levels]
+    assert [shapes[name] for name, _ in levels] == [inputs.LEVELS[level] for _, level in levels]
     assert brief[0].peers == ["eager", "compile", "fbkd_ops"] and "reference" in whole[0].peers
     assert brief[-1].peers == ["no_distillation", "mmrazor", "fbkd_ops"] and "compile" in whole[-1].peers
     (asked, *_) = microbench.jobs_of(microbench.parse(["--brief", "--suite", "train_step", "--peers", "compile"]))
@@ -534,14 +534,17 @@ def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
 def test_the_relation_is_measured_at_every_level_and_without_pooling():
     titles = [case.title for case in suites.SUITES["relation"].cases]
     assert titles == [
-        *(f"P{level} pooled by {stride} float32 contiguous" for level, stride in zip((2, 3, 4, 5), (16, 8, 4, 4))),
+        *(
+            f"P{level} pooled by {stride} float32 contiguous"
+            for level, stride in zip((2, 3, 4, 5), (16, 8, 4, 4), strict=True)
+        ),
         *(f"P{level} without pooling float32 contiguous" for level in (4, 3, 2)),
     ]
 
 
 def test_levels_of_a_pyramid_are_halves_rounded_up():
-    case = cases.Case(cases.LEVELS["P2"], strides=(16, 8, 4, 4))
-    assert case.shapes == [cases.LEVELS[level] for level in ("P2", "P3", "P4", "P5")]
+    case = inputs.Case(inputs.LEVELS["P2"], strides=(16, 8, 4, 4))
+    assert case.shapes == [inputs.LEVELS[level] for level in ("P2", "P3", "P4", "P5")]
     maps = case.pyramid(0)
     assert [tuple(x.shape) for x in maps] == case.shapes and case.pixels == sum(x[0, 0].numel() for x in maps)
 
@@ -560,21 +563,21 @@ def test_the_products_of_the_relation_are_counted():
     assert loss_suites._relation_flops(4, 1, 10, 2) == pooled
     full = 2 * 32 + 32 + 2 * 8, 32 + 2 * 32 + 3 * 8
     assert loss_suites._relation_flops(4, 1, 10, 10) == (10 * full[0], 10 * full[1])
-    block = suites.SUITES["non_local"].cost(cases.Case((1, 4, 6, 5), strides=(1,)))
+    block = suites.SUITES["non_local"].cost(inputs.Case((1, 4, 6, 5), strides=(1,)))
     assert (block.forward_flops, block.backward_flops) == (30 * (32 + 16), 30 * 3 * 16)
-    pooled = suites.SUITES["non_local"].cost(cases.Case((1, 16, 32, 32), strides=(16,)))  # c = 4, four cells
+    pooled = suites.SUITES["non_local"].cost(inputs.Case((1, 16, 32, 32), strides=(16,)))  # c = 4, four cells
     low_rank = 2 * 2 * 16 * 4
     assert pooled.forward_flops == 1024 * 3 * low_rank + 4 * 2 * 4 * 4
     assert pooled.backward_flops == 1024 * 3 * low_rank + 4 * (3 * low_rank // 2 + 2 * 2 * 4 * 4)
-    relation, whole = (suites.SUITES[name].cost(cases.Case((1, 4, 6, 5), strides=(1,))) for name in LOSSES)
+    relation, whole = (suites.SUITES[name].cost(inputs.Case((1, 4, 6, 5), strides=(1,))) for name in LOSSES)
     product = 2 * 4 * 4 * 30
     assert whole.forward_flops - relation.forward_flops == product
     assert whole.backward_flops - relation.backward_flops == 2 * product
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
 def test_the_rates_are_those_of_what_was_timed(layout):
-    case, cost = cases.Case((2, 4, 6, 5), layout=layout), cases.Cost(1, 1, 1, 1)
+    case, cost = inputs.Case((2, 4, 6, 5), layout=layout), inputs.Cost(1, 1, 1, 1)
     ceilings = measurement._ceilings(case, cost)
     rates = measurement._rates(ceilings, {"sum": [1.0], "copy": [1.0], "copy_to_new": [4.0], "matmul": [2.0]})
     moved = 4 * 2 * 4 * 6 * 5 / 1e6
@@ -714,9 +717,9 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
     [
         (["--suite", "pooling"], list(suites.SUITES)),
         (["--peers", "numpy"], list(suites.PEERS)),
-        (["--shapes", "P9"], list(cases.LEVELS)),
+        (["--shapes", "P9"], list(inputs.LEVELS)),
         (["--shapes", "1,2,0,4"], ["N,C,H,W"]),
-        (["--dtype", "int8"], list(cases.DTYPES)),
+        (["--dtype", "int8"], list(inputs.DTYPES)),
         (["--pooling", "some"], ["preset", "none"]),
         (["--rounds", "0"], ["--rounds must be at least 1"]),
         (["--update"], ["--update needs the file of --json"]),

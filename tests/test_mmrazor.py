@@ -269,7 +269,7 @@ def test_names_and_prefix_of_a_checkpoints_connectors(student, teacher):
 def test_other_checkpoints_are_refused(arguments, error, message):
     loss, state, *names = arguments
     with pytest.raises(error, match=message):
-        load_checkpoint(loss or two_levels(), state, **dict(zip(["student_names"], names)))
+        load_checkpoint(loss or two_levels(), state, **dict(zip(["student_names"], names, strict=False)))
 
 
 def test_a_checkpoint_with_a_key_too_few_changes_nothing():
@@ -306,8 +306,12 @@ class AuthorsDetector(nn.Module):
         self.channel_wise_adaptation = nn.ModuleList(nn.Linear(channels, channels) for _ in levels)
         self.spatial_wise_adaptation = nn.ModuleList(nn.Conv2d(1, 1, 3, padding=1) for _ in levels)
         self.non_local_adaptation = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in levels)
-        self.student_non_local = nn.ModuleList(AuthorsBlock(channels, *level) for level in zip(inner, strides))
-        self.teacher_non_local = nn.ModuleList(AuthorsBlock(channels, *level) for level in zip(inner, strides))
+        self.student_non_local = nn.ModuleList(
+            AuthorsBlock(channels, *level) for level in zip(inner, strides, strict=True)
+        )
+        self.teacher_non_local = nn.ModuleList(
+            AuthorsBlock(channels, *level) for level in zip(inner, strides, strict=True)
+        )
 
 
 def loss_of_authors():

@@ -40,7 +40,7 @@ def test_mutation_fits_the_sources(mutation):
     "tests", dict.fromkeys(mutation.tests for mutation in MUTATIONS), ids=lambda tests: tests.keyword
 )
 def test_selected_tests_are_there(tests):
-    text = "".join((ROOT / path).read_text() for path in ["tests/cases.py", *tests.paths()])
+    text = "".join((ROOT / path).read_text() for path in ["tests/op_cases.py", *tests.paths()])
     words = set(re.findall(r"\w+", tests.keyword)) - {"and", "or", "not"}
     assert [word for word in words if word not in text] == []
 

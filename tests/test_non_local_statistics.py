@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from helpers import rms
+from op_cases import (
     DTYPES,
     INTERPRETED,
     NO_CPU,
@@ -22,17 +23,17 @@ from cases import (
     name_of,
     op_of,
     permuted,
-    poison,  # noqa: F401
     threads,
     truncation,
     with_values,
 )
-from helpers import rms
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
 from fbkd_ops.linear_non_local import BlockSettings, pool_cells
 from fbkd_ops.reference import max_pool
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
 COMPILED = [ON_CPU, ON_TRITON]
@@ -137,8 +138,8 @@ def check(size, backend, dtype=torch.float32, device="cpu", layout=contiguous, o
     eager = literal_run(tensors, stride, order, accumulation, directions, incoming)
     wide = [None if t is None else t.double() for t in tensors]
     exact = literal_run(wide, stride, order, torch.float64, directions, incoming)
-    names = [name for name, t in zip(("x", "projection", "weight", "bias"), tensors) if t is not None]
-    for name, mine, theirs, truth in zip(("mean", "covariance", "pooled", *names), ours, eager, exact):
+    names = [name for name, t in zip(("x", "projection", "weight", "bias"), tensors, strict=True) if t is not None]
+    for name, mine, theirs, truth in zip(("mean", "covariance", "pooled", *names), ours, eager, exact, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
         eps = 16 * torch.finfo(accumulation).eps + rounding_of(name, backend, device, dtype)
         if mine.numel():
@@ -160,7 +161,7 @@ def test_large_sizes(backend, device, layout):
         check(size, backend, device=device, layout=layout, order="nested")
 
 
-@pytest.mark.parametrize("size, layout", list(zip(TILES, 2 * [contiguous, channels_last])), ids=name_of)
+@pytest.mark.parametrize("size, layout", list(zip(TILES, 2 * [contiguous, channels_last], strict=True)), ids=name_of)
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_tiles_in_the_interpreter(backend, device, size, layout):
     check(size, backend, device=device, layout=layout, order="nested")
@@ -169,7 +170,7 @@ def test_tiles_in_the_interpreter(backend, device, size, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_every_dtype(backend, device, dtype):
-    for size, layout in zip(FEW[:2] if backend == "triton" else SMALL[4:], (contiguous, channels_last)):
+    for size, layout in zip(FEW[:2] if backend == "triton" else SMALL[4:], (contiguous, channels_last), strict=True):
         check(size, backend, dtype, device, layout)
 
 
@@ -254,7 +255,7 @@ def test_each_part_alone(backend, device):
         torch.autograd.grad(pooling.pooled, [leaves[0], *leaves[2:]], directions[2]),
         torch.autograd.grad((moments.mean, moments.covariance), leaves[:2], directions[:2]),
     ]
-    expected = dict(zip(("x", "projection", "weight", "bias"), together[3:]))
+    expected = dict(zip(("x", "projection", "weight", "bias"), together[3:], strict=True))
     torch.testing.assert_close(apart[0][0] + apart[1][0], expected["x"], rtol=1e-11, atol=1e-11)
     for name, gradient in (("weight", apart[0][1]), ("bias", apart[0][2]), ("projection", apart[1][1])):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
@@ -262,7 +263,7 @@ def test_each_part_alone(backend, device):
     (found,) = non_local_statistics(backend, [request_of([x, *leaves[1:]], pool)])
     assert found.x is x  # so that nobody makes a gradient for it
     frozen = torch.autograd.grad((found.covariance, found.pooled), leaves[1:], directions[1:])
-    for name, gradient in zip(("projection", "weight", "bias"), frozen):
+    for name, gradient in zip(("projection", "weight", "bias"), frozen, strict=True):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-11)
     (found,) = non_local_statistics(backend, [request_of([leaves[0], projection, weight, bias], pool)])
     (dx,) = torch.autograd.grad((found.mean, found.covariance, found.pooled), leaves[:1], directions)
@@ -310,10 +311,10 @@ def test_levels_together_equal_levels_alone(backend, device):
     sizes = [FEW[1], (0, 3, 2, 4, 6, 6, 2), (1, 70, 3, 5, 8, 17, 8)]
     # The last level has more pixels than a tile of the first one's dtype.
     kinds = [(torch.float64, contiguous), (torch.bfloat16, channels_last), (torch.float32, channels_last)]
-    levels = [draw_request(size, dtype, device, layout) for size, (dtype, layout) in zip(sizes, kinds)]
+    levels = [draw_request(size, dtype, device, layout) for size, (dtype, layout) in zip(sizes, kinds, strict=True)]
     leaves = [[t if t is None else t.detach().requires_grad_() for t in tensors] for tensors, _ in levels]
-    requests = [request_of(tensors, pool) for tensors, (_, pool) in zip(leaves, levels)]
-    for request, together, own in zip(requests, non_local_statistics(backend, requests), leaves):
+    requests = [request_of(tensors, pool) for tensors, (_, pool) in zip(leaves, levels, strict=True)]
+    for request, together, own in zip(requests, non_local_statistics(backend, requests), leaves, strict=True):
         (alone,) = non_local_statistics(backend, [request])
         assert_same_bits(together[1:], alone[1:])
         wanted = [leaf for leaf in own if leaf is not None]

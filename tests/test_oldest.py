@@ -39,9 +39,8 @@ def changed_starred_targets(function):
     names = {each.id for each in starred if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
     changed = []
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and node.attr in MUTATORS:
-            changed.append(node.value)
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+        calls_mutator = isinstance(node, ast.Attribute) and node.attr in MUTATORS
+        if calls_mutator or isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
             changed.append(node.value)
         elif isinstance(node, ast.AugAssign):
             changed.append(node.target)
@@ -146,4 +145,4 @@ def test_a_run_that_fails_leaves_no_environment(tmp_path):
 
 
 def test_ci_runs_the_oldest_releases():
-    assert (ROOT / ".ci" / "run").read_text().endswith("\nmake test\nmake oldest\n")
+    assert {"make test", "make oldest"} <= set((ROOT / ".ci" / "run").read_text().splitlines())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import INTERPRETED, ON_CPU
+from op_cases import INTERPRETED, ON_CPU
 from op_counts import count_ops
 
 from fbkd_ops import FBKDLoss
@@ -52,13 +52,13 @@ def relation_counts(backend, widths, preset, dtype):
     torch.manual_seed(0)
     loss = FBKDLoss(*widths, preset=preset, num_levels=len(widths[0]))
     students, teachers = (
-        [torch.randn(2, width, *size).to(dtype) for width, size in zip(side, SIZES)] for side in widths
+        [torch.randn(2, width, *size).to(dtype) for width, size in zip(side, SIZES, strict=False)] for side in widths
     )
-    pools = zip(attention_pools(students), attention_pools(teachers))
+    pools = zip(attention_pools(students), attention_pools(teachers), strict=False)
     leaves = [x.requires_grad_() for x in students]
     terms = [
         level.relation_term(student, teacher, *pair)
-        for level, student, teacher, pair in zip(loss.levels, leaves, teachers, pools)
+        for level, student, teacher, pair in zip(loss.levels, leaves, teachers, pools, strict=True)
     ]
 
     grads = [torch.ones(()) for _ in terms]

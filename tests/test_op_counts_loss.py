@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from cases import INTERPRETED, ON_CPU, poison  # noqa: F401
+from op_cases import INTERPRETED, ON_CPU
 from op_counts import count_ops
 
 from fbkd_ops import FBKDLoss
 from fbkd_ops.presets import PRESETS
 
 # With the Triton kernels stubbed the terms are what was in the memory: NaN, of which the loss warns in the first step.
-pytestmark = pytest.mark.filterwarnings("ignore:terms of the FBKD loss are not finite")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:terms of the FBKD loss are not finite"),
+    pytest.mark.usefixtures("poison"),
+]
 
 ON_EACH_PATH = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED])
 SIDES = (32, 16, 8, 4)
@@ -34,7 +37,7 @@ def counts_of(backend, student_widths, teacher_widths, dtype=torch.float32, rela
     for _ in range(2):
         loss.zero_grad(set_to_none=True)
         students, teachers = (
-            [torch.randn(2, width, side, side).to(dtype) for width, side in zip(widths, SIDES)]
+            [torch.randn(2, width, side, side).to(dtype) for width, side in zip(widths, SIDES, strict=False)]
             for widths in (student_widths, teacher_widths)
         )
         students = [x.requires_grad_() for x in students]

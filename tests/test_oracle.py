@@ -86,7 +86,7 @@ def test_terms_gradients_and_statistics(name, backend):
     for term in TERMS:
         expected = WEIGHTS[term] * oracle.arrays[f"term.{term}"]
         torch.testing.assert_close(terms[f"loss_fbkd_{term}"], expected, **TOLERANCE, msg=lambda m: f"{term}: {m}")
-    for index, (student, teacher) in enumerate(zip(students, teachers)):
+    for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         torch.testing.assert_close(student.grad, oracle.arrays[f"grad.input.{index}"], **TOLERANCE)
         assert teacher.grad is None
     expected = {our_name(key): value for key, value in oracle.under("grad.weight.").items()}

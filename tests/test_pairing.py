@@ -70,7 +70,7 @@ def test_stateless_modules_may_be_shared_and_keep_the_students_mode():
         distiller = Distiller(student, teacher, FBKDLoss(4, num_levels=2), student_layers="backbone.0")
         assert student.dropout.training
         for _ in range(2):
-            assert TERMS <= set(distiller(images(), TARGETS))
+            assert set(distiller(images(), TARGETS)) >= TERMS
             assert student.dropout.training and not teacher.backbone.training
     assert modes == [True, True, False] * 2  # the student's two calls, the teacher's one
 

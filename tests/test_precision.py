@@ -51,7 +51,7 @@ def test_training_with_a_gradient_scaler(dtype):
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() < 2.0**30 or dtype != torch.float16
-    moved = [not torch.equal(parameter, start) for parameter, start in zip(distiller.parameters(), before)]
+    moved = [not torch.equal(parameter, start) for parameter, start in zip(distiller.parameters(), before, strict=True)]
     assert all(parameter.isfinite().all() for parameter in distiller.parameters())
     # float32 does not hold the smallest steps of the largest weights.
     assert sum(moved) > 0.75 * len(moved)

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from cases import (
+from helpers import rms
+from op_cases import (
     DTYPES,
     IN_PLACE,
     INTERPRETED,
@@ -27,17 +28,17 @@ from cases import (
     op_of,
     overlapping,
     permuted,
-    poison,  # noqa: F401
     precision_of,
     threads,
     truncation,
     with_values,
 )
-from helpers import rms
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops._numerics import residual_dtype
 from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
 COMPILED = [ON_CPU, ON_TRITON]
@@ -121,7 +122,7 @@ def wide(level):
 def check(level, backend, **options):
     dtype, eps = precision_of(backend, level[0], level[2])
     results = run(level, backend, **options), literal(level, dtype), literal(wide(level), torch.float64)
-    for ours, eager, truth in zip(*results):
+    for ours, eager, truth in zip(*results, strict=True):
         assert_close_to_truth(ours, eager, truth, eps + truncation(backend, ours.device.type, ours.dtype))
     assert results[0][1].stride() == empty_gradient(in_place_layout(level[0])).stride()
 
@@ -147,7 +148,7 @@ def test_every_mixture_of_dtypes(backend, device, dtypes):
     sizes, layouts = SMALL[3:], PAIRS_OF_LAYOUTS
     if interpreted:
         sizes, layouts = [LEVEL], PAIRS_OF_LAYOUTS[MIXTURES.index(dtypes) % 4 :]
-    for size, of_both in zip(sizes, layouts):
+    for size, of_both in zip(sizes, layouts, strict=False):
         check(draw_level(size, dtypes, device, of_both), backend)
 
 
@@ -202,7 +203,7 @@ def test_float16_with_a_factor_beyond_its_range(backend, device):
     expected = run(level, backend)[1:]
     for factor in (2.0**-40, 2.0**13):
         of_student, *gradients = run(level, backend, scale=factor)[1:]
-        for ours, of_one in zip(gradients, expected[1:]):
+        for ours, of_one in zip(gradients, expected[1:], strict=True):
             torch.testing.assert_close(ours, factor * of_one, rtol=1e-5, atol=1e-5 * factor)
     torch.testing.assert_close(of_student, factor * expected[0], rtol=2e-3, atol=2e-3 * factor)
 
@@ -242,7 +243,7 @@ def test_nothing_kept_gives_the_same_gradients(backend, device):
     for size in (SMALL[3], LEVEL):
         level = draw_level(size, (torch.float64,) * 2, device)
         kept, again = (run(level, backend, memory_efficient, scale=0.37) for memory_efficient in (False, True))
-        for ours, expected in zip(again, kept):
+        for ours, expected in zip(again, kept, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -258,7 +259,7 @@ def test_second_backward_pass(backend, device, memory_efficient):
     assert_same_bits(first, kept)
     for gradient in first:
         gradient.fill_(float("nan"))
-    for one, two, three in zip(kept, second, torch.autograd.grad(2 * squares, leaves)):
+    for one, two, three in zip(kept, second, torch.autograd.grad(2 * squares, leaves), strict=True):
         torch.testing.assert_close(two, 1.5 * one, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(three, one, rtol=1e-11, atol=1e-11)
 
@@ -318,7 +319,7 @@ def test_nan_reaches_the_result(backend, device, where):
     level = draw_level((2, 3, 4, 2, 5, 6), device=device)
     level[where].view(-1)[1] = float("nan")
     ours, theirs = run(level, backend), literal(level, torch.float32)
-    for mine, expected in zip(ours, theirs):
+    for mine, expected in zip(ours, theirs, strict=True):
         assert mine[expected.isnan()].isnan().all()
     assert ours[0].isnan()
 
@@ -345,7 +346,7 @@ WIDE = [((torch.float32,) * 2, layouts, size) for _, layouts, size in PYRAMID]
 def test_levels_together_equal_levels_alone(backend, device, of_levels, memory_efficient):
     levels = [leaves_of(draw_level(size, dtypes, device, layouts)) for dtypes, layouts, size in of_levels]
     together = relation_residual(
-        backend, RelationLevels(*map(list, zip(*(level for level, _ in levels)))), memory_efficient
+        backend, RelationLevels(*map(list, zip(*(level for level, _ in levels), strict=True))), memory_efficient
     )
     factors = torch.arange(1, len(levels) + 1, dtype=together.dtype, device=device) / 4
     gradients = iter(torch.autograd.grad(together, [leaf for _, leaves in levels for leaf in leaves], factors))

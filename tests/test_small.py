@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import NO_CPU
+from op_cases import NO_CPU
 
 from benchmarks import small
 from benchmarks.mmrazor import versions

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import (
     BACKENDS,
     COMPILED,
     DTYPES,
@@ -18,15 +20,14 @@ from cases import (
     draw,
     name_of,
     op_of,
-    poison,  # noqa: F401
     threads,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fbkd_ops
 from fbkd_ops import functional
 from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 # Edges without a neighbour, odd sizes, and both sides of Triton's blocks of 256 pixels.
 EDGES = [(2, 1, 1), (2, 1, 2), (1, 2, 1), (2, 1, 9), (2, 9, 1), (0, 3, 4), (3, 2, 2), (2, 3, 5)]

@@ -1,12 +1,11 @@
 """What flows back to a student's level in one write: distances, means and other losses, and FBKDLoss that uses it."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cases import (
+from helpers import randomise
+from op_cases import (
     INTERPRETED,
     NO_CPU,
     ON_CPU,
@@ -23,22 +22,19 @@ from cases import (
     draw,
     name_of,
     permuted,
-    poison,  # noqa: F401
     spatial_slice,
     truncation,
     with_values,
 )
-from helpers import randomise
 
 import fbkd_ops
+from benchmarks.passes import writes
 from fbkd_ops import AttentionPool, FBKDLoss, reference, relation
 from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
 from fbkd_ops.autograd.attention_pool import attention_pools
 from fbkd_ops.presets import PRESETS, TERMS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.passes import writes  # noqa: E402
+pytestmark = pytest.mark.usefixtures("poison")
 
 BACKENDS = [ON_CPU, INTERPRETED, ON_TRITON]
 FIELDS = AttentionPool._fields
@@ -64,7 +60,7 @@ class Pyramid:
             channel=torch.rand(n, to_channels, device=device).to(wide),
         )
         spatial, channel = (n, height, width), (n, from_channels)
-        shapes = dict(zip(SOURCES, ((), spatial, channel, spatial, channel, level["student"].shape)))
+        shapes = dict(zip(SOURCES, ((), spatial, channel, spatial, channel, level["student"].shape), strict=True))
         # Powers of two reach every dtype as they are.
         return level, {name: 2.0 ** torch.randint(-3, 3, size, device=device) for name, size in shapes.items()}
 
@@ -72,12 +68,17 @@ class Pyramid:
         """Gradients of student, weight and bias of every level; backend "reference" is plain autograd."""
         levels = [{k: v if dtype is None else v.to(dtype) for k, v in level.items()} for level, _ in self.levels]
         leaves = [[level[k].detach().requires_grad_() for k in ("student", "weight", "bias")] for level in levels]
-        groups = [list(group) for group in zip(*([*x, *list(level.values())[3:]] for x, level in zip(leaves, levels)))]
+        groups = [
+            list(group)
+            for group in zip(
+                *([*x, *list(level.values())[3:]] for x, level in zip(leaves, levels, strict=True)), strict=True
+            )
+        ]
         squares, pools, students = (plain if backend == "reference" else fused)(backend, AdaptedLevels(*groups))
         total = 0.0
         for index, (_, weights) in enumerate(self.levels):
             values = (squares[index], *pools[index], students[index])
-            for name, value in zip(SOURCES, values):
+            for name, value in zip(SOURCES, values, strict=True):
                 if name in sources:
                     total = total + (weights[name].to(value.dtype) * value).sum().double()
         return torch.autograd.grad(total, [leaf for level in leaves for leaf in level], allow_unused=True)
@@ -90,7 +91,7 @@ def fused(backend, levels):
 
 
 def plain(_, levels):
-    squares = [reference.adapted_masked_l2_loss(*level) ** 2 for level in zip(*levels)]
+    squares = [reference.adapted_masked_l2_loss(*level) ** 2 for level in zip(*levels, strict=True)]
     return squares, [reference.attention_pool(x) for x in levels.students], levels.students
 
 
@@ -117,7 +118,7 @@ def levels_of(dtypes, sizes=SIZES):
 @pytest.mark.parametrize("backend, device", BACKENDS[::2])
 def test_equals_plain_autograd_in_float64(backend, device, dtypes, sources):
     pyramid = Pyramid(levels_of(dtypes), device)
-    for ours, expected in zip(pyramid.run(backend, sources), pyramid.run("reference", sources, F64)):
+    for ours, expected in zip(pyramid.run(backend, sources), pyramid.run("reference", sources, F64), strict=True):
         assert (ours is None) == (expected is None)
         if ours is None:
             continue
@@ -128,7 +129,7 @@ def test_equals_plain_autograd_in_float64(backend, device, dtypes, sources):
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_equals_plain_autograd_in_the_interpreter(backend, device, sources):
     pyramid = Pyramid([((F64, F64), PAIRS_OF_LAYOUTS[2], (1, 6, 7, 3, 4)), *levels_of((F64, F64), SIZES[2:])], device)
-    for ours, expected in zip(pyramid.run(backend, sources), pyramid.run("reference", sources, F64)):
+    for ours, expected in zip(pyramid.run(backend, sources), pyramid.run("reference", sources, F64), strict=True):
         assert (ours is None) == (expected is None)
         if ours is None:
             continue
@@ -144,7 +145,7 @@ def test_is_as_exact_as_plain_autograd(backend, device, dtypes):
     pyramid = Pyramid(levels_of(dtypes, SIZES[1:3] if backend == "triton" else [*SIZES, (1, 40, 30, 33, 40)]), device)
     accumulation = accumulation_of(*dtypes)
     exact = pyramid.run("reference", dtype=F64)
-    for ours, eager, truth in zip(pyramid.run(backend), pyramid.run("reference"), exact):
+    for ours, eager, truth in zip(pyramid.run(backend), pyramid.run("reference"), exact, strict=True):
         extra = 4 * torch.finfo(accumulation).eps + truncation(backend, device, ours.dtype)
         units = 400 if accumulation == F64 else 40  # in float64 the exact result is eager's
         assert_as_good(ours, eager, truth, extra, accumulation, units)
@@ -157,7 +158,7 @@ def test_is_as_exact_as_plain_autograd(backend, device, dtypes):
 @pytest.mark.parametrize("backend, device", BACKENDS[::2])
 def test_layouts(backend, device, layout, dtypes):
     pyramid = Pyramid([(dtypes, (layout, contiguous), (3, 5, 4, 6, 7))], device)
-    for ours, expected in zip(pyramid.run(backend), pyramid.run("reference", dtype=F64)):
+    for ours, expected in zip(pyramid.run(backend), pyramid.run("reference", dtype=F64), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -168,7 +169,7 @@ def test_levels_of_different_precision():
     exact = pyramid.run("reference", dtype=F64)
     ours = pyramid.run("cpu")
     assert [x.dtype for x in ours] == [F32] * 3 + [F64] * 3
-    for mine, truth in zip(ours, exact):
+    for mine, truth in zip(ours, exact, strict=True):
         eps = torch.finfo(mine.dtype).eps
         torch.testing.assert_close(mine.double(), truth, rtol=100 * eps, atol=100 * eps * truth.abs().max().item())
 
@@ -177,15 +178,15 @@ def test_levels_of_different_precision():
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_outputs_are_what_went_in(backend, device, dtypes):
     pyramid = Pyramid(levels_of(dtypes, SIZES[:2]), device)
-    groups = [list(group) for group in zip(*(level.values() for level, _ in pyramid.levels))]
+    groups = [list(group) for group in zip(*(level.values() for level, _ in pyramid.levels), strict=True)]
     groups[0] = [x.requires_grad_() for x in groups[0]]
     with torch.no_grad(), fbkd_ops.use_backend(backend):
         means = attention_pools(groups[0])
     squares, pools, students = student_pyramid(backend, AdaptedLevels(*groups), means)
     assert squares.shape == (2,) and squares.dtype == F32
-    for given, returned in ((groups[0], students), *zip(means, pools)):
+    for given, returned in ((groups[0], students), *zip(means, pools, strict=True)):
         assert_same_bits(given, returned)
-        assert all(x.requires_grad and x.data_ptr() == y.data_ptr() for x, y in zip(returned, given))
+        assert all(x.requires_grad and x.data_ptr() == y.data_ptr() for x, y in zip(returned, given, strict=True))
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=name_of)
@@ -209,7 +210,7 @@ def test_backward_again(backend, device, dtypes):
     again = [torch.autograd.grad(total, leaf, retain_graph=True)[0] for total in totals]
     assert_same_bits(once[1::2], kept[1::2])
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtypes[0] == F32 else dict(rtol=5e-2, atol=5e-2)
-    for first, second in zip(kept, again):
+    for first, second in zip(kept, again, strict=True):
         torch.testing.assert_close(first, second, **tolerance)
     torch.testing.assert_close(kept[3], kept[1] + kept[2], **tolerance)
     assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[3])
@@ -240,7 +241,7 @@ OURS = dict(relation_weight=0)  # the relation term has its own tests
 
 
 def features(widths, dtype, layout=contiguous):
-    return [layout(torch.randn(2, width, *size).to(dtype)) for width, size in zip(widths, MAPS)]
+    return [layout(torch.randn(2, width, *size).to(dtype)) for width, size in zip(widths, MAPS, strict=True)]
 
 
 def loss_of(preset, **overrides):
@@ -262,12 +263,12 @@ def run_loss(loss, students, teachers, backend="auto"):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_loss_is_as_exact_as_plain_autograd(preset, dtypes, layout):
     loss = loss_of(preset, **OURS)
-    students, teachers = (features(width, dtype, layout) for width, dtype in zip(WIDTHS, dtypes))
+    students, teachers = (features(width, dtype, layout) for width, dtype in zip(WIDTHS, dtypes, strict=True))
     wide = [[x.double() for x in side] for side in (students, teachers)]
     exact = run_loss(copy.deepcopy(loss).double(), *wide, "reference")
     results = (run_loss(loss, students, teachers, backend) for backend in ("auto", "reference"))
-    for group in zip(*results, exact):
-        for ours, eager, truth in zip(*group):
+    for group in zip(*results, exact, strict=True):
+        for ours, eager, truth in zip(*group, strict=True):
             # The masks' e^(x / tau), with tau down to 0.1, have the relative errors of x / tau.
             assert_as_good(ours, eager, truth.double(), 32 * torch.finfo(F32).eps, F32, units=40)
 
@@ -294,7 +295,7 @@ def test_levels_together_equal_losses_of_one_level(preset, dtype):
         single = FBKDLoss(WIDTHS[0][index], WIDTHS[1][index], num_levels=1, preset=preset)
         single.levels[0] = level
         alone = run_loss(single, students[index : index + 1], teachers[index : index + 1])
-        totals = [total + value for total, value in zip(totals, alone[0])]
+        totals = [total + value for total, value in zip(totals, alone[0], strict=True)]
         assert_same_bits([grads[index]], alone[1])
     assert_same_bits(terms, totals)
 
@@ -311,7 +312,7 @@ def test_a_loss_backward_again(preset):
     for gradient in first:
         gradient.zero_()
     second = torch.autograd.grad(total, wanted)
-    for one, two in zip(kept, second):
+    for one, two in zip(kept, second, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * one.abs().max().item())
 
 
@@ -324,7 +325,7 @@ def test_terms_one_by_one_add_up():
     expected = torch.autograd.grad(sum(terms.values()), leaves, retain_graph=True)
     for order in (1, -1):
         parts = [torch.autograd.grad(term, leaves, retain_graph=True) for term in list(terms.values())[::order]]
-        for gradient, of_terms in zip(expected, zip(*parts)):
+        for gradient, of_terms in zip(expected, zip(*parts, strict=True), strict=True):
             torch.testing.assert_close(sum(of_terms), gradient, rtol=1e-10, atol=1e-10)
 
 
@@ -348,7 +349,7 @@ def test_two_losses_and_another_use_of_the_students():
 
     expected = total("reference", 1)
     for order in (1, -1):
-        for ours, theirs in zip(total("auto", order), expected):
+        for ours, theirs in zip(total("auto", order), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -359,7 +360,7 @@ def test_gradients_accumulate_over_steps():
     sum(loss(leaves, teachers).values()).backward()
     once = [x.grad.clone() for x in (*leaves, *loss.parameters())]
     sum(loss(leaves, teachers).values()).backward()
-    for leaf, gradient in zip((*leaves, *loss.parameters()), once):
+    for leaf, gradient in zip((*leaves, *loss.parameters()), once, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=1e-12, atol=1e-12)
 
 

@@ -9,7 +9,6 @@ import datetime
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 from unittest import mock
 
 import pytest
@@ -37,7 +36,7 @@ class Case:
     name: str
     sizes: tuple = UNEQUAL  # (N, H, W) of each rank
     mode: str = "dot_product"
-    momentum: Optional[float] = 0.1
+    momentum: float | None = 0.1
     affine: bool = True
     track: bool = True
 
@@ -107,7 +106,7 @@ def run_loss(case: Case, rank: int) -> list[dict]:
     return seen
 
 
-def run_eval(rank: int) -> Optional[torch.Tensor]:
+def run_eval(rank: int) -> torch.Tensor | None:
     """On one rank alone, with that rank's own statistics: the other is not waited for."""
     case = Case("eval", track=False)
     return case.block(nn.SyncBatchNorm).eval()(case.maps(rank, 4)).detach() if rank == 0 else None
@@ -202,7 +201,9 @@ def union(maps: list[torch.Tensor], block: NonLocalBlock2d) -> list[torch.Tensor
     pixels = torch.cat([part.transpose(0, 1).flatten(1) for part in u], dim=1)  # (C, values a channel)
     normalized = block.norm(pixels[None, :, :, None])[0, :, :, 0]
     parts = normalized.split([len(x) * x[0, 0].numel() if len(x) else 0 for x in maps], dim=1)
-    return [x + part.reshape(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1) for x, part in zip(maps, parts)]
+    return [
+        x + part.reshape(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1) for x, part in zip(maps, parts, strict=True)
+    ]
 
 
 def assert_same_outcome(module, leaves, outputs, ranks: list[dict]) -> None:
@@ -236,7 +237,7 @@ def test_a_converted_loss_normalises_with_all_processes_pixels(case, seen):
         leaves = [case.maps(rank, 4, step).requires_grad_() for rank in RANKS]
         z_s = union(leaves, level.student_non_local)
         z_t = union([case.maps(rank, 6, step) for rank in RANKS], level.teacher_non_local)
-        squares = [(t - level.relation_adaptation(s)).square().sum() for s, t in zip(z_s, z_t)]
+        squares = [(t - level.relation_adaptation(s)).square().sum() for s, t in zip(z_s, z_t, strict=True)]
         terms = [total.sqrt() if total > 0 else total for total in squares]
         sum(terms).backward()
         assert_same_outcome(loss, leaves, terms, [rank[case.name][step] for rank in seen])
@@ -270,8 +271,8 @@ def test_variances_far_from_zero_keep_their_digits(seen):
 
 
 def test_a_converted_loss_trains(seen):
-    totals, state = zip(*(rank["run_training"] for rank in seen))
-    over_ranks = [sum(step) for step in zip(*totals)]
+    totals, state = zip(*(rank["run_training"] for rank in seen), strict=True)
+    over_ranks = [sum(step) for step in zip(*totals, strict=True)]
     assert over_ranks == sorted(over_ranks, reverse=True) and over_ranks[-1] < 0.99 * over_ranks[0]
     torch.testing.assert_close(*state, rtol=0, atol=0)
     assert state[0]["levels.1.teacher_non_local.norm.num_batches_tracked"] == 5

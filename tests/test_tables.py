@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from reports import CEILINGS, MACHINE, report, result
+from reports import MACHINE, report, result
 
 from benchmarks import plots, tables
 from benchmarks.environment import ROOT, sources
@@ -178,7 +178,7 @@ def render(tmp_path, monkeypatch):
 
 MEASURED = (
     "commands",
-    "headline",
+    "costs",
     "headline_picture",
     "microbench",
     "pictures",
@@ -245,11 +245,36 @@ def test_blocks_show_the_results_of_their_suites(render, tmp_path):
     for block, names in {"ops": render.OPS, "losses": render.LOSSES, "train_step": render.STEP}.items():
         headings = [line[4:] for line in render.BLOCKS[block]().splitlines() if line.startswith("### ")]
         assert headings == [*names, f"Ceilings of {', '.join(names)}"]
-    suites = [line.split("`")[1] for line in render.headline().splitlines() if line.startswith("- ")]
-    assert suites == ["fbkd_loss", "train_step", "relation"]
-    pooled = report([result(PAIR, strides=(2,))], ceilings=CEILINGS)
-    (tmp_path / render.MICROBENCH).write_text(json.dumps(pooled))
-    assert render.headline() == "Not yet measured."
+
+
+def test_costs_are_a_row_for_each_peer(render, tmp_path):
+    memory = {"mmrazor": 900.0, "compile": 70.0, "fbkd_ops": 60.0}
+    loss = [
+        result(PAIR | {"compile": 8.0}, suite="fbkd_loss", state="fresh", memory=memory),
+        result(PAIR | {"compile": 40.0}, suite="fbkd_loss"),
+    ]
+    step = result({"no_distillation": 5.0, "fbkd_ops": 10.0}, suite="train_step", state="default")
+    (tmp_path / render.MICROBENCH).write_text(json.dumps(report([*loss, step, result(PAIR, strides=(2,))])))
+    header, mmrazor, compiled, whole = rows_of(render.costs().partition("\n\n")[0])
+    assert header == ["forward and backward of", "beside", "times as fast", "memory"]
+    assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0 of the memory"]
+    assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2 of the memory"]
+    assert whole[2:] == ["0.5", ""]
+    entries = [
+        {"row": row, "threads": threads, "dtype": "float32", "peers": {peer: {"ratio": 1 / (2 * threads)}}}
+        for _, row, peer, _ in render.SMALL_COSTS
+        for threads in (2, 1)
+    ]
+    small = {"environment": MACHINE, "entries": entries}
+    (tmp_path / render.SMALL).write_text(json.dumps(small))
+    times = {"alone": 1.0, "built-in": 3.0, "fbkd_ops": 2.0}
+    size = {"student": "yolo11n.yaml", "teacher": "yolo11s.yaml", "batch": 4, "imgsz": 160}
+    step = {"environment": MACHINE, "milliseconds": times, "size": size}
+    (tmp_path / render.ULTRALYTICS).write_text(json.dumps(step))
+    *_, yolo, retinanet, trainer = rows_of(render.costs().partition("\n\n")[0])
+    assert yolo[1:3] == ["the literal formulas", "2.0 / 4.0"] and retinanet[1:3] == ["MMRazor", "2.0 / 4.0"]
+    assert "YOLO11n from YOLO11s" in trainer[0] and trainer[2] == "1.50"
+    assert len(rows_of(render.costs())) <= 1 + 8
 
 
 def test_a_block_of_an_unknown_name_is_an_error(render):

@@ -6,17 +6,15 @@ compilation happens in a subprocess.
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import TEST_ALL
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import code_report
+from fbkd_ops import _extension
 
-from benchmarks import code_report  # noqa: E402
-from fbkd_ops import _extension  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(code_report.cuobjdump_path() is None, reason="there is no triton that has cuobjdump")
 

@@ -67,7 +67,7 @@ def test_maps_and_masks_are_the_functional_ones(dtypes):
     rows = rows_of(attention(IMAGE, student, teacher, index=1))
     assert len(rows) == 3 and titles(rows[0]) == ["image", "student", "teacher", "mask"]
     assert titles(rows[1]) == titles(rows[2]) == [""] * 4, "titles stand above the first row only"
-    for row, s, t in zip(rows, student, teacher):
+    for row, s, t in zip(rows, student, teacher, strict=True):
         maps = [attention_pool(side).spatial_attention for side in (s, t)]
         assert torch.equal(heat(row[1]), maps[0][1]) and torch.equal(heat(row[2]), maps[1][1])
         torch.testing.assert_close(heat(row[3]), joint_mask(*maps)[1])
@@ -78,7 +78,7 @@ def test_the_loss_gives_each_level_its_temperature_and_rule():
     rules, temperatures = ["average", "joint", "joint"], [0.5, 0.05, 2.0]
     loss = FBKDLoss(4, num_levels=3, mask_rule=rules, spatial_temperature=temperatures)
     drawn = [heat(row[-1]) for row in rows_of(attention(IMAGE, student, teacher, loss=loss))]
-    for values, s, t, rule, temperature in zip(drawn, student, teacher, rules, temperatures):
+    for values, s, t, rule, temperature in zip(drawn, student, teacher, rules, temperatures, strict=True):
         maps = [attention_pool(side).spatial_attention for side in (s, t)]
         expected = attention_mask(*maps, temperature=temperature, mask_rule=rule)[0]
         torch.testing.assert_close(values, expected)
@@ -98,19 +98,19 @@ def test_others_stand_before_the_student_and_leave_the_mask_alone():
     rows = rows_of(attention(IMAGE, student, teacher, index=1, **titled))
     assert titles(rows[0]) == ["image", "plain", "older", "distilled", "big", "mask"]
     alone = rows_of(attention(IMAGE, student, teacher, index=1))
-    for row, bare, *features in zip(rows, alone, *others.values()):
-        for axes, feature in zip(row[1:3], features):
+    for row, bare, *features in zip(rows, alone, *others.values(), strict=True):
+        for axes, feature in zip(row[1:3], features, strict=True):
             assert torch.equal(heat(axes), attention_pool(feature).spatial_attention[1])
-        assert all(torch.equal(heat(one), heat(other)) for one, other in zip(row[3:], bare[1:]))
+        assert all(torch.equal(heat(one), heat(other)) for one, other in zip(row[3:], bare[1:], strict=True))
 
 
 def test_dicts_are_matched_by_key_in_the_students_order():
-    student = dict(zip(("p3", "p4", "p5"), pyramid(4)))
+    student = dict(zip(("p3", "p4", "p5"), pyramid(4), strict=True))
     teacher, other = ({"p5": p5, "p3": p3, "p4": p4} for p3, p4, p5 in (pyramid(6, 1), pyramid(5, 2)))
     rows = rows_of(attention(IMAGE, student, teacher, others={"other": other}))
     assert [row[0].get_ylabel() for row in rows] == ["p3, stride 4", "p4, stride 8", "p5, stride 48"]
-    for key, row in zip(student, rows):
-        for axes, features in zip(row[1:4], (other, student, teacher)):
+    for key, row in zip(student, rows, strict=True):
+        for axes, features in zip(row[1:4], (other, student, teacher), strict=True):
             assert torch.equal(heat(axes), attention_pool(features[key]).spatial_attention[0])
     rows = rows_of(attention(IMAGE, list(student.values()), {key: teacher[key] for key in student}))
     assert [row[0].get_ylabel().split(",")[0] for row in rows] == ["p3", "p4", "p5"]
@@ -122,8 +122,8 @@ def test_only_the_asked_levels_are_drawn():
     everything = rows_of(attention(IMAGE, student, teacher, loss=loss, others={"other": student}))
     chosen = rows_of(attention(IMAGE, student, teacher, loss=loss, others={"other": student}, levels=[2, 0]))
     assert [row[0].get_ylabel() for row in chosen] == ["level 2, stride 48", "level 0, stride 4"]
-    for position, row in zip((2, 0), chosen):
-        assert all(torch.equal(heat(a), heat(b)) for a, b in zip(row[1:], everything[position][1:]))
+    for position, row in zip((2, 0), chosen, strict=True):
+        assert all(torch.equal(heat(a), heat(b)) for a, b in zip(row[1:], everything[position][1:], strict=True))
 
 
 @pytest.mark.parametrize("padded", [None, (32, 48), (40, 70), (64, 96)])
@@ -223,7 +223,7 @@ def test_channels_stand_in_the_teachers_order(dtype):
     figure = channel_attention(student, teacher, index=1)
     rows = [figure.axes[start : start + 3] for start in range(0, 9, 3)]
     assert len(figure.axes) == 9
-    for row, s, t in zip(rows, student, teacher):
+    for row, s, t in zip(rows, student, teacher, strict=True):
         assert titles(row) == ["student, 9 channels", "teacher, 9 channels", "mask"]
         of_student, of_teacher = expected_channels(s, t, 1)
         order = of_teacher.argsort(descending=True)

@@ -120,7 +120,11 @@ def draw_scene(split: str, index: int, side: int) -> Scene:
 def load_digit_scenes(side: int, train_images: int, val_images: int, track: Track = iter) -> DetectionData:
     """Draw both splits; `track` wraps the loop over scenes, for a progress bar."""
     sets = {split: Images() for split in SPLITS}
-    order = [(split, index) for split, length in zip(SPLITS, (train_images, val_images)) for index in range(length)]
+    order = [
+        (split, index)
+        for split, length in zip(SPLITS, (train_images, val_images), strict=True)
+        for index in range(length)
+    ]
     for split, index in track(order):
         scene = draw_scene(split, index, side)
         sets[split].add(scene.pixels(), scene.boxes, scene.labels)

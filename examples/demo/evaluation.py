@@ -35,8 +35,8 @@ def _ground_truth(images: Images, num_classes: int) -> COCO:
     """The boxes of `images` as pycocotools holds them."""
     annotations = [
         {"image_id": index, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for index, (boxes, labels) in enumerate(zip(images.boxes, images.labels))
-        for box, label in zip(box_convert(boxes, "xyxy", "xywh").tolist(), labels.tolist())
+        for index, (boxes, labels) in enumerate(zip(images.boxes, images.labels, strict=True))
+        for box, label in zip(box_convert(boxes, "xyxy", "xywh").tolist(), labels.tolist(), strict=True)
     ]
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number

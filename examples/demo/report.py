@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def score_table(runs: list[Run], caption: str) -> Table:
 def windows(steps: int, count: int = LOSS_COLUMNS) -> list[range]:
     """`steps` steps in at most `count` stretches of about equal length."""
     edges = np.linspace(0, steps, min(steps, count) + 1).round().astype(int).tolist()
-    return [range(start, stop) for start, stop in zip(edges, edges[1:])]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def loss_table(run: Run) -> Table:

@@ -46,7 +46,9 @@ def batches(images: Images, budget: Budget) -> Iterator[tuple[list[Tensor], list
         num_samples=budget.steps * budget.batch_size,
         generator=torch.Generator().manual_seed(budget.seed),
     )
-    loader = DataLoader(images, budget.batch_size, sampler=order, collate_fn=lambda batch: tuple(zip(*batch)))
+    loader = DataLoader(
+        images, budget.batch_size, sampler=order, collate_fn=lambda batch: tuple(zip(*batch, strict=True))
+    )
     return ((list(pictures), list(targets)) for pictures, targets in loader)
 
 

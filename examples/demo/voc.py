@@ -114,7 +114,7 @@ def load_voc(root: Path, longest: int, train_images: int, val_images: int, track
     """
     listed, read = split_stems(root), []
     stems = {"train": listed["train"][:train_images], "val": listed["val"][:val_images]}
-    for split, stem in track([(split, stem) for split in SPLITS for stem in stems[split]]):
+    for split, stem in track([(each, stem) for each in SPLITS for stem in stems[each]]):
         picture = read_picture(root / "JPEGImages", stem)
         found = read_annotation(root / "Annotations" / f"{stem}.xml", *picture.size)
         boxes = torch.tensor(found.boxes, dtype=torch.float32).reshape(-1, 4)

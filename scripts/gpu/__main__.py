@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 try:
     import torch
@@ -180,7 +179,7 @@ def default_folder(dry_run: bool) -> Path:
     return ROOT / "benchmarks" / "results" / f"{words}-{datetime.date.today():%Y-%m-%d}"
 
 
-def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu", description=__doc__.splitlines()[0])
     names = os.environ.get("STAGES", "").split()
     parser.add_argument("--stages", nargs="+", default=names, metavar="STAGE", help="all by default, or STAGES")
@@ -213,7 +212,7 @@ def cache_of(options: argparse.Namespace, scratch: Path) -> Path:
     return scratch / "triton-cache" if options.dry_run else ROOT / "build" / "triton-cache"
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not (options.dry_run or torch.cuda.is_available()):
         print("no CUDA device")

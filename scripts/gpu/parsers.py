@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 __all__ = [
     "NCU_METRICS",
@@ -58,7 +57,7 @@ class Tests:
         self.skips += other.skips
 
 
-def tests_in(path: Path) -> Optional[Tests]:
+def tests_in(path: Path) -> Tests | None:
     """The results in a file of ``--junitxml``; None where pytest has not written a whole one.
 
     A module that skips itself when it is imported is counted apart: pytest imports it before it selects by mark, so
@@ -85,7 +84,7 @@ def tests_in(path: Path) -> Optional[Tests]:
     return tests
 
 
-def sanitizer_problems(output: str) -> Optional[int]:
+def sanitizer_problems(output: str) -> int | None:
     """Errors and hazards in the summaries of compute-sanitizer; None where it has written none."""
     counts = [int(errors or hazards) for errors, hazards in _SUMMARY.findall(output)]
     return sum(counts) if counts else None
@@ -139,7 +138,7 @@ def kernel_name(name: str) -> str:
     return re.split(r"[<(]", name)[0].split("::")[-1].strip()
 
 
-def _value(text: str, unit: str) -> Optional[float]:
+def _value(text: str, unit: str) -> float | None:
     try:
         return float(text.replace(",", "")) * _MICROSECONDS.get(unit, 1.0)
     except ValueError:
@@ -182,7 +181,7 @@ def step_times(report: dict, name: str = "fbkd_ops") -> dict[str, dict]:
     return figures
 
 
-def _rounded(value: Optional[float], digits: int) -> Optional[float]:
+def _rounded(value: float | None, digits: int) -> float | None:
     """A suite without a cost has no rate and no ceiling."""
     return None if value is None else round(value, digits)
 

@@ -66,7 +66,7 @@ def run_together(commands: list[list[str]], seconds: float, folder: Path, variab
         late = [running.still_runs_at(deadline) for running in started]
     finally:
         _stop([running for running in started if running.process])
-    return [running.done(timed_out) for running, timed_out in zip(started, late)]
+    return [running.done(timed_out) for running, timed_out in zip(started, late, strict=True)]
 
 
 class _Running:

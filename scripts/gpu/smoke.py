@@ -18,19 +18,18 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Optional
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import LEVELS, Case
 from benchmarks.environment import ROOT
+from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import STRIDES
 from benchmarks.measurement import Job, mistakes
 from benchmarks.series import OURS
 from benchmarks.timing import CaptureError, calls_of, interleaved, summary
-from scripts.gpu.cases import SIZES, loss_step
+from scripts.gpu.op_calls import SIZES, loss_step
 from scripts.gpu.parsers import kernel_name
 
 __all__ = ["kernel_rows", "main", "own_kernels", "predictions"]
@@ -132,7 +131,7 @@ def checked(device: str, shape: tuple[int, ...]) -> dict[str, str]:
     return found
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

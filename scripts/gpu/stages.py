@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 import torch
 
@@ -26,7 +25,7 @@ __all__ = ["STAGES", "Context", "Outcome", "Stage", "missing_requirements"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-CASES = [PYTHON, "-m", "scripts.gpu.cases"]
+CASES = [PYTHON, "-m", "scripts.gpu.op_calls"]
 KEPT_OUTPUT = 60_000  # characters of each command in the log
 LOG_SIZE = 8 << 20  # bytes of the log at which it ends
 SHARDS = min(12, os.cpu_count() or 1)
@@ -72,7 +71,7 @@ class Context:
     scratch: Path
     dry: bool
     cache: Path
-    packages: Optional[Path] = None
+    packages: Path | None = None
 
     @property
     def device(self) -> str:
@@ -82,7 +81,7 @@ class Context:
     def backends(self) -> list[str]:
         return ["cpu"] if self.dry else ["cuda", "triton"]
 
-    def run(self, commands: list[list[str]], seconds: float, variables: Optional[dict] = None) -> list[Done]:
+    def run(self, commands: list[list[str]], seconds: float, variables: dict | None = None) -> list[Done]:
         """Run commands side by side in the source tree; their output goes to the log."""
         paths = [str(ROOT), *map(str, filter(None, [self.packages, os.environ.get("PYTHONPATH")]))]
         common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join(paths)}
@@ -219,10 +218,10 @@ def tests_of(selection: Selection) -> Callable[[Context, float], Outcome]:
     return run
 
 
-def judged(context: Context, results: list[Done], found: list[Optional[parsers.Tests]]) -> Outcome:
+def judged(context: Context, results: list[Done], found: list[parsers.Tests | None]) -> Outcome:
     """A failed test fails the stage, and so does one that skips itself on the GPU that it was selected for."""
     tests, problems = parsers.Tests(), []
-    for done, part in zip(results, found):
+    for done, part in zip(results, found, strict=True):
         if part:
             tests.add(part)
         # pytest: 1, some tests failed; 5, none in this share.
@@ -247,7 +246,7 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
     for names in rounds:
         left = end - time.monotonic()
         results = sanitized(context, program, names, left) if left > 0 else [None] * len(names)
-        for (checker, backend), done in zip(names, results):
+        for (checker, backend), done in zip(names, results, strict=True):
             obstacle = parsers.sanitizer_obstacle(done.output) if done else ""
             if done is None or (done.timed_out and not parsers.sanitizer_problems(done.output)):
                 late.append(f"{checker} of {backend}")
@@ -270,7 +269,7 @@ def sanitized(context: Context, program: str, names: list[tuple[str, str]], seco
     return context.run(commands, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def sanitizer_result(checker: str, backend: str, done: Done) -> tuple[Optional[int], list[str]]:
+def sanitizer_result(checker: str, backend: str, done: Done) -> tuple[int | None, list[str]]:
     """How many problems a tool has found, and what to say of them."""
     found = parsers.sanitizer_problems(done.output)
     if found == 0 and not done.problem:
@@ -371,7 +370,7 @@ def every_op(context: Context) -> dict[str, list[str]]:
     }
 
 
-def tool(name: str) -> Optional[str]:
+def tool(name: str) -> str | None:
     """A program of the CUDA toolkit; None where there is none."""
     roots = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     folders = [os.environ.get("PATH", ""), *(os.path.join(root, "bin") for root in roots if root)]

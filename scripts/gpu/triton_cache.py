@@ -26,7 +26,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -100,7 +100,7 @@ def use_target(arch: int) -> None:
     driver.set_active(Driver())
 
 
-def needed(calls: Iterable[Callable[[], object]], most: Optional[int] = None) -> list[Compilation]:
+def needed(calls: Iterable[Callable[[], object]], most: int | None = None) -> list[Compilation]:
     """What the launches in the calls would compile, each once; nothing is compiled or launched."""
     from triton.runtime.jit import JITFunction
 
@@ -121,9 +121,9 @@ def needed(calls: Iterable[Callable[[], object]], most: Optional[int] = None) ->
 def calls() -> Iterator[Callable[[], object]]:
     """Everything that ``make gpu`` launches with Triton, tests apart. The number of images changes no kernel."""
     from benchmarks import code_report
-    from benchmarks.cases import LEVELS, Case
+    from benchmarks.inputs import LEVELS, Case
     from benchmarks.suites import SUITES
-    from scripts.gpu import cases
+    from scripts.gpu import op_calls
 
     yield from code_report.launches()
     for name, dtype in itertools.product(BENCHMARKED, DTYPES):
@@ -132,9 +132,9 @@ def calls() -> Iterator[Callable[[], object]]:
         for shaped in dict.fromkeys((case, case.checked)):
             yield lambda suite=suite, case=shaped: passes(suite, case)
     for dtype in DTYPES:
-        maps = [cases.features((1, *cases.SIZES["large"][1:]), getattr(torch, dtype), cases.contiguous, "cpu")]
-        yield lambda maps=maps: cases.small("triton", "cpu", maps)
-    yield lambda: cases.small("triton", "cpu", cases.small_features("triton", "cpu"))
+        maps = [op_calls.features((1, *op_calls.SIZES["large"][1:]), getattr(torch, dtype), op_calls.contiguous, "cpu")]
+        yield lambda maps=maps: op_calls.small("triton", "cpu", maps)
+    yield lambda: op_calls.small("triton", "cpu", op_calls.small_features("triton", "cpu"))
 
 
 def passes(suite, case) -> None:
@@ -151,7 +151,7 @@ def passes(suite, case) -> None:
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
     """Triton's kernels take CPU tensors, and the benchmark's maps are memory that nobody fills."""
-    from benchmarks.cases import LAYOUTS, Case
+    from benchmarks.inputs import LAYOUTS, Case
     from fbkd_ops import backends
 
     def features(case, seed: int, level: int = 0) -> torch.Tensor:
@@ -217,7 +217,7 @@ def make_launcher(kernel: Any) -> None:
             driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu.triton_cache", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the cache: what TRITON_CACHE_DIR is set to")
     parser.add_argument("--arch", type=int, default=ARCH, help="of the GPU: 90 for 9.0, an H100 or H200")

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 from scripts.gpu.processes import Done, Interrupted, interruptible
 
@@ -34,7 +33,7 @@ GROUPS = {
 FAILED_TESTS = 1  # pytest's exit status
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     mutations = [mutation for group in GROUPS.values() for mutation in group]
     parser = argparse.ArgumentParser(prog="make mutants", description="Checks that the tests notice small faults.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations to test, by name or beginning of a name")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 __all__ = ["Mutation", "Selection"]
 
@@ -27,7 +26,7 @@ class Mutation:
     tests: Selection
     text: str
     replacement: str
-    reason: Optional[str] = None  # why no test has to notice it; for a survivor that is accepted
+    reason: str | None = None  # why no test has to notice it; for a survivor that is accepted
 
     def apply(self, root: Path) -> None:
         """Write the mutated file.

@@ -5,7 +5,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
 
 from .mutation import Mutation, Selection
 
@@ -15,7 +14,7 @@ CAUGHT, SURVIVED, BROKEN = "caught", "survived", "broken"
 SHARE = 0.95  # of the mutations have to be caught
 SOURCES = {".cpp", ".cu", ".cuh", ".h", ".py"}
 
-Tested = Union[Mutation, Selection]  # a selection: the tests on the sources as they are
+Tested = Mutation | Selection  # a selection: the tests on the sources as they are
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Results:
         self.path, self.root = path, root
         self.content = json.loads(path.read_text()) if path.exists() else {}
 
-    def find(self, tested: Tested) -> Optional[Result]:
+    def find(self, tested: Tested) -> Result | None:
         """Return an earlier run's result, or None if there is none that still counts. A broken one never does."""
         entry = self.content.get(_key(tested))
         if entry is None or entry["outcome"] == BROKEN or entry["signature"] != self._signature(tested):

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 from .worker import prepare
 
@@ -54,7 +53,7 @@ def digest_of_code() -> str:
     return digest.hexdigest()[:12]
 
 
-def load_state(path: Path, seed: Optional[int], goals: dict[str, int]) -> dict:
+def load_state(path: Path, seed: int | None, goals: dict[str, int]) -> dict:
     """The state of an unfinished run of the same code and seed, or that of a new run."""
     code = digest_of_code()
     if path.exists():

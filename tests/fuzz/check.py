@@ -12,10 +12,9 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Optional, Union
 
 import torch
-from cases import threads
+from op_cases import threads
 from torch import Tensor
 
 import fbkd_ops
@@ -56,7 +55,7 @@ class Mismatch(Exception):
     """A result that is wrong."""
 
 
-def mismatch_of(case: dict) -> Optional[str]:
+def mismatch_of(case: dict) -> str | None:
     """What is wrong with a case; None where nothing is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,7 +98,7 @@ def _check(case: dict) -> None:
     raise Mismatch(found)
 
 
-def _attempt(function: Callable[[], Results]) -> Union[Results, Exception]:
+def _attempt(function: Callable[[], Results]) -> Results | Exception:
     """What a function returns, or the error that it raises."""
     try:
         return function()
@@ -109,7 +108,7 @@ def _attempt(function: Callable[[], Results]) -> Union[Results, Exception]:
         return error
 
 
-def _short(results: Union[Results, Exception]) -> str:
+def _short(results: Results | Exception) -> str:
     return repr(results) if isinstance(results, Exception) else "a result"
 
 
@@ -173,7 +172,7 @@ def _run_package(case: dict) -> Results:
 
 
 @contextlib.contextmanager
-def _autocast(dtype: Optional[str], enabled: bool) -> Iterator[None]:
+def _autocast(dtype: str | None, enabled: bool) -> Iterator[None]:
     if dtype is None or not enabled:
         yield
     else:
@@ -192,7 +191,7 @@ def _poison() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _form(name: Optional[str]) -> Iterator[None]:
+def _form(name: str | None) -> Iterator[None]:
     """Every relation term in one form, whatever its sizes."""
     if name is None:
         yield
@@ -204,7 +203,7 @@ def _form(name: Optional[str]) -> Iterator[None]:
         relation.cheaper_form = before
 
 
-def _run(problem: Problem, wanted: int, autocast: Optional[list] = None, teacher_wants: bool = False) -> Results:
+def _run(problem: Problem, wanted: int, autocast: list | None = None, teacher_wants: bool = False) -> Results:
     """Outputs and gradients, from random gradients of the outputs.
 
     Args:
@@ -282,7 +281,7 @@ def _first_excess(
     truth: dict[str, Tensor],
     samples: list[dict[str, Tensor]],
     case: dict,
-) -> Optional[str]:
+) -> str | None:
     """What is wrong with the first result that is; None where all are right."""
     for name, mine in ours.items():
         noise = [each[name] for each in samples]
@@ -305,7 +304,7 @@ def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Ten
     return eps * sizes
 
 
-def _excess(ours: Tensor, eager: Tensor, truth: Tensor, samples: list[Tensor], own: Tensor) -> Optional[str]:
+def _excess(ours: Tensor, eager: Tensor, truth: Tensor, samples: list[Tensor], own: Tensor) -> str | None:
     """How much too far a tensor is from the truth; None where it is not."""
     largest, smallest = torch.finfo(ours.dtype).max, torch.finfo(ours.dtype).smallest_normal
     ours, eager, truth = ours.double(), eager.double(), truth.double()

@@ -1,10 +1,9 @@
 """The tensors of a case, made from its seed alone."""
 
 import math
-from typing import Optional
 
 import torch
-from cases import (
+from op_cases import (
     batch_slice,
     channel_slice,
     channels_last,
@@ -41,7 +40,7 @@ def overlapping(x: Tensor) -> Tensor:
     """Images and pixels as windows that slide over one piece of memory."""
     n, channels, height, width = x.shape
     strides = (channels, 1, 2 * channels, channels)
-    length = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(x.shape, strides))
+    length = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(x.shape, strides, strict=True))
     flat = x.flatten()
     memory = flat.repeat(-(-length // flat.numel()))[:length] if flat.numel() else x.new_zeros(length)
     return memory.as_strided(x.shape, strides)
@@ -50,7 +49,7 @@ def overlapping(x: Tensor) -> Tensor:
 def odd_strides(x: Tensor) -> Tensor:
     """Contiguous, with another stride where a dimension has one element: such a stride says nothing."""
     x = x.contiguous()
-    return x.as_strided(x.shape, [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride())])
+    return x.as_strided(x.shape, [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
 LAYOUTS = {
@@ -96,7 +95,7 @@ class Source:
     def index(self, end: int) -> int:
         return int(torch.randint(end, (), generator=self.generator))
 
-    def feature_map(self, shape: tuple[int, ...], settings: dict, spoiled: Optional[str] = None) -> Tensor:
+    def feature_map(self, shape: tuple[int, ...], settings: dict, spoiled: str | None = None) -> Tensor:
         """``(N, C, H, W)`` of the settings' values, dtype and layout; one element is ``spoiled`` where given."""
         dtype = dtype_of(settings["dtype"])
         x = self._values(shape, settings["values"], dtype).to(dtype).clone()
@@ -134,7 +133,7 @@ class Source:
         scale = {"normal": 1.0, "zeros": 0.0, "large": 1e4, "tiny": 1e-30}[values]
         return scale * self.normal(shape) / (math.prod(shape[1:]) ** 0.5)
 
-    def mask(self, shape: tuple[int, ...], values: str) -> Optional[Tensor]:
+    def mask(self, shape: tuple[int, ...], values: str) -> Tensor | None:
         """``>= 0``, in float64; peaked as a softmax that one element takes."""
         if values == "absent":
             return None

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,10 @@ class Problem:
         rounded_terms: whether several gradients are each rounded to a student's dtype before they are added.
     """
 
-    function: Callable[[dict[str, Tensor], Optional[nn.Module]], Outputs]
+    function: Callable[[dict[str, Tensor], nn.Module | None], Outputs]
     students: dict[str, Tensor]
     constants: dict[str, Tensor] = field(default_factory=dict)
-    module: Optional[nn.Module] = None
+    module: nn.Module | None = None
     exact: bool = False
     rounded_terms: bool = False
 
@@ -56,7 +55,7 @@ def problem_of(case: dict) -> Problem:
     return PROBLEMS[case["op"]](case, Source(case["seed"]))
 
 
-def _spoiled(case: dict, side: str) -> Optional[str]:
+def _spoiled(case: dict, side: str) -> str | None:
     where, value = case.get("spoiled") or (None, None)
     return value if where == side else None
 

@@ -6,7 +6,7 @@ of products, is moved by a random part of an eps of the dtype whose rounding is 
 Parker 1997). An exact zero stays zero: S - T of equal maps has no rounding error.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class RandomRounding(TorchDispatchMode):
         self.winners, self.factors = iter(trace.winners), iter(trace.factors)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         packet = function.overloadpacket
         if packet is aten.max_pool2d_with_indices:
             return self._pooled(function(*args, **(kwargs or {})), args[0])
@@ -107,7 +107,7 @@ class RandomRounding(TorchDispatchMode):
         return x.flatten(-2).gather(-1, indices.flatten(-2)).reshape(values.shape), indices
 
     def _normalized(
-        self, result: tuple[Tensor, ...], x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+        self, result: tuple[Tensor, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         """A BatchNorm whose terms, ``weight * x / root`` and ``weight * mean / root``, are rounded one by one."""
         values, mean, factor = result

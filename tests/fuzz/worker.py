@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Optional
 
 __all__ = ["batches", "prepare"]
 
@@ -33,7 +32,7 @@ def prepare(target: str) -> None:
 
 
 def batches(
-    target: str, seed: int, first: int, cases: int, before: Optional[Callable[[dict], None]] = None, size: int = BATCH
+    target: str, seed: int, first: int, cases: int, before: Callable[[dict], None] | None = None, size: int = BATCH
 ) -> Iterator[dict]:
     """Run batches until that many cases were tried, one op after the other.
 
@@ -53,7 +52,7 @@ def batches(
     tried, number = 0, first
     while tried < cases:
         op = OPS[target][number % len(OPS[target])]
-        results: dict[str, Optional[str]] = {}
+        results: dict[str, str | None] = {}
         failure = _failure(target, op, seed * 1_000_003 + number, results, before or (lambda case: None), size)
         tried += len(results)
         yield {"batch": number, "op": op, "cases": len(results), "failure": failure}
@@ -64,10 +63,10 @@ def _failure(
     target: str,
     op: str,
     seed: int,
-    results: dict[str, Optional[str]],
+    results: dict[str, str | None],
     before: Callable[[dict], None],
     size: int,
-) -> Optional[dict]:
+) -> dict | None:
     """The smallest failing case of a batch; ``results`` receives what was found for each case that was tried."""
     import hypothesis
 

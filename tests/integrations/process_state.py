@@ -27,7 +27,7 @@ def kept():
         os.environ.update(environment)
         np.set_printoptions(**options)
         torch.set_printoptions(profile="default")
-        for (module, name), function in zip(patched, functions):
+        for (module, name), function in zip(patched, functions, strict=True):
             setattr(module, name, function)
         torch.use_deterministic_algorithms(is_deterministic)
         torch.set_num_threads(threads)

@@ -79,7 +79,7 @@ def collate(images):
 def test_rt_detr_in_a_trainer_that_resumes(distiller, tmp_path):
     pytest.importorskip("accelerate")
     inputs = batch()
-    dataset = list(zip(inputs["pixel_values"], inputs["labels"])) * 2
+    dataset = list(zip(inputs["pixel_values"], inputs["labels"], strict=True)) * 2
     quiet = dict(report_to=[], disable_tqdm=True, use_cpu=True)
     arguments = dict(output_dir=tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, **quiet)
     before = {name: value.clone() for name, value in distiller.state_dict().items()}

@@ -79,7 +79,8 @@ def samples(labels):
     maps = [torch.rand(1, 4, 4) for _ in range(2 * MICRO_BATCHES)]
     images = [torch.rand(3, 8, 8) for _ in maps]
     return [
-        {"pixel_values": x, "labels": each if labels == "tensor" else {"map": each}} for x, each in zip(images, maps)
+        {"pixel_values": x, "labels": each if labels == "tensor" else {"map": each}}
+        for x, each in zip(images, maps, strict=True)
     ]
 
 
@@ -115,7 +116,7 @@ def mean_gradients(distiller, data, steps):
     for step in range(steps):
         output = distiller(**collate(data[2 * step : 2 * step + 2]))
         gradients = torch.autograd.grad(output["loss"], parameters)
-        totals = gradients if totals is None else [total + each for total, each in zip(totals, gradients)]
+        totals = gradients if totals is None else [total + each for total, each in zip(totals, gradients, strict=True)]
     return [total / steps for total in totals]
 
 
@@ -205,7 +206,7 @@ def test_a_student_with_tied_weights_is_saved_and_resumes_bit_equal(tmp_path):
     settings = arguments(tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2)
     distillers = [distil_detr() for _ in range(2)]
     names = list(distillers[0].student.state_dict())
-    for distiller, checkpoint in zip(distillers, (None, str(tmp_path / "checkpoint-2"))):
+    for distiller, checkpoint in zip(distillers, (None, str(tmp_path / "checkpoint-2")), strict=True):
         trainer = Trainer(distiller, settings, train_dataset=data, data_collator=detection_batch)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert distiller.step == 4 and list(distiller.student.state_dict()) == names

@@ -144,7 +144,7 @@ def test_the_maps_may_be_a_dict():
     student, teacher = (list(torch.randn(3, 1, 4, 32, 32)) for _ in range(2))
     expected = loss(student, tuple(teacher))
     assert len(expected) == 4
-    named = [dict(zip(("p2", "p3", "p4"), maps)) for maps in (student, teacher)]
+    named = [dict(zip(("p2", "p3", "p4"), maps, strict=True)) for maps in (student, teacher)]
     torch.testing.assert_close(loss(*named), expected, rtol=0, atol=0)
     with pytest.raises(TypeError, match="student_features must be a list, tuple or dict .* got Tensor"):
         loss(student[0], teacher)

@@ -77,7 +77,7 @@ class Observer:
 
     def start(self, trainer):
         self.student, self.teacher = ({k: v.clone() for k, v in m.state_dict().items()} for m in models(trainer))
-        for side, model in zip(("student", "teacher"), models(trainer)):
+        for side, model in zip(("student", "teacher"), models(trainer), strict=True):
             model.model[-1].register_forward_pre_hook(functools.partial(self.keep, side))
         with torch.no_grad():
             for level in trainer.fbkd.levels:  # at the zero initialisation the blocks behind it do not learn
@@ -105,7 +105,7 @@ class Observer:
 def logged_losses(trainer) -> dict:
     """By name; earlier versions have them in a tensor."""
     items = trainer.loss_items
-    return items if isinstance(items, dict) else dict(zip(trainer.loss_names, items))
+    return items if isinstance(items, dict) else dict(zip(trainer.loss_names, items, strict=True))
 
 
 def models(trainer) -> tuple:
@@ -376,9 +376,9 @@ def test_a_teacher_without_trained_weights_is_warned_of(tmp_path):
     from fbkd_ops.integrations.ultralytics import FBKDTrainer
 
     overrides = dict(data="none", device="0,1")  # ends the construction
-    with pytest.warns(UserWarning, match="built from yolov8n.yaml, without trained weights, .* give a checkpoint"):
-        with pytest.raises(NotImplementedError):
-            FBKDTrainer(teacher="yolov8n.yaml", overrides=overrides)
+    warning = "built from yolov8n.yaml, without trained weights, .* give a checkpoint"
+    with pytest.warns(UserWarning, match=warning), pytest.raises(NotImplementedError):
+        FBKDTrainer(teacher="yolov8n.yaml", overrides=overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for teacher in ("yolov8n.pt", YOLO("yolov8n.yaml")):

@@ -127,7 +127,7 @@ class Oracle(nn.Module):
 
     def forward(self, students, teachers) -> dict[str, torch.Tensor]:
         totals = dict.fromkeys(TERMS, 0.0)
-        for s_connector, t_connector, s, t in zip(self.student, self.teacher, students, teachers):
+        for s_connector, t_connector, s, t in zip(self.student, self.teacher, students, teachers, strict=True):
             for term, value in terms_of(self.case, self.loss_module, s_connector(s), t_connector(t)).items():
                 totals[term] = totals[term] + value
         return totals

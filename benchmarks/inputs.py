@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ class Case:
     def _says_enough(self) -> bool:
         cells = [
             max(1, height // stride) * max(1, width // stride)
-            for (_, _, height, width), stride in zip(self.shapes, self.strides)
+            for (_, _, height, width), stride in zip(self.shapes, self.strides, strict=True)
         ]
         return self.shape[0] > 1 and 32 <= self.shape[1] <= 512 and min(cells) > 1
 
@@ -152,7 +151,7 @@ class Suite:
     op: str
     inputs: Callable[[Case], list[Tensor]]
     implementations: dict[str, Callable[[Case], Implementation]]
-    cost: Optional[Callable[[Case], Cost]]
+    cost: Callable[[Case], Cost] | None
     cases: tuple[Case, ...]
     strides: Callable[[tuple[int, int, int, int]], tuple[int, ...]] = lambda shape: ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)

@@ -1,8 +1,8 @@
 """Every op forward and backward, for tools that watch a program: compute-sanitizer and ncu.
 
-    python -m scripts.gpu.cases small --backend triton                       # ragged shapes, dtypes, layouts
-    python -m scripts.gpu.cases large --backend cuda --dtype bfloat16        # one call each, with the profiler on
-    python -m scripts.gpu.cases loss --backend auto --dtype bfloat16         # a step of the whole loss, likewise
+    python -m scripts.gpu.op_calls small --backend triton                       # ragged shapes, dtypes, layouts
+    python -m scripts.gpu.op_calls large --backend cuda --dtype bfloat16        # one call each, with the profiler on
+    python -m scripts.gpu.op_calls loss --backend auto --dtype bfloat16         # a step of the whole loss, likewise
 
 With ``--device cpu`` it runs the CPU's kernels, or Triton's interpreter where TRITON_INTERPRET=1 is set. Ends with an
 error if the backend has an op that ``small`` has not called.
@@ -13,12 +13,12 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.inputs import Case
 from benchmarks.measurement import Runner
 from benchmarks.small import in_form
 from benchmarks.suites import SUITES
@@ -167,7 +167,7 @@ def small_features(backend: str, device: str) -> Iterator[Features]:
     """Every dtype in every shape, layouts in turn; for Triton, which compiles each of them, two of those."""
     pairs = list(itertools.product(DTYPES, SHAPES))
     layouts = [LAYOUTS[(index + index // len(SHAPES)) % len(LAYOUTS)] for index in range(len(pairs))]
-    chosen = [(dtype, shape, layout) for (dtype, shape), layout in zip(pairs, layouts)]
+    chosen = [(dtype, shape, layout) for (dtype, shape), layout in zip(pairs, layouts, strict=True)]
     if backend == "triton":
         chosen = [(torch.float32, SHAPES[0], contiguous), (torch.bfloat16, SHAPES[0], channels_last)]
     for dtype, shape, layout in chosen:
@@ -262,7 +262,7 @@ def profiler_on(device: str) -> Iterator[None]:
     torch.cuda.profiler.stop()
 
 
-def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=("small", *SIZES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -272,7 +272,7 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.manual_seed(0)
     if options.size in SIZES:
@@ -288,7 +288,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     maps = small_features(options.backend, options.device)
     missing = expected - small(options.backend, options.device, maps)
     if missing:
-        sys.exit(f"no case calls {', '.join(sorted(missing))}: add one to scripts/gpu/cases.py")
+        sys.exit(f"no case calls {', '.join(sorted(missing))}: add one to scripts/gpu/op_calls.py")
     print(f"called every op of the {options.backend} backend: {len(expected)}")
 
 
