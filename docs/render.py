@@ -1,7 +1,7 @@
-"""Fills the generated blocks of README.md and docs/*.md from the code and from committed results, and draws the plots.
+"""Fills the generated blocks of README.md and docs/*.md from the code and from committed results; draws the plots.
 
-A block stands between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` changes nothing and exits with 1 where a
-file or a plot is out of date.
+A block stands between ``<!-- name: ... -->`` and ``<!-- /name -->``. ``--check`` changes nothing and exits with 1 where
+a file or a plot is out of date.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -87,7 +87,7 @@ def commands() -> str:
     return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
-def report_of(file: str) -> Optional[dict]:
+def report_of(file: str) -> dict | None:
     path = RESULTS / file
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -112,13 +112,75 @@ def summary(names: Container[str]) -> str:
     return tables.comparisons(results_of(names)) or NOT_YET
 
 
-def headline() -> str:
-    """Where it was measured; a whole training step, the whole loss, and the relation term without pooling."""
-    unpooled = [result for result in results_of(("relation",)) if set(result["case"]["strides"]) == {1}]
-    shown = [*results_of((*STEP, "fbkd_loss")), *unpooled]
-    if not shown:
+class Cost(NamedTuple):
+    """A row of README's table: what a suite measured, beside one of its peers."""
+
+    what: str
+    suite: str
+    is_shown: Callable[[dict], bool]  # of a result's case
+    peer: str
+    peer_name: str
+
+
+COSTS = (
+    Cost("the loss, P2..P5 of an 800×1344 image", "fbkd_loss", lambda case: True, "mmrazor", "MMRazor"),
+    Cost("the same", "fbkd_loss", lambda case: True, "compile", "MMRazor, compiled"),
+    Cost(
+        "its relation term alone, P3 of that image without pooling",
+        "relation",
+        lambda case: case["strides"] == [1] and case["title"].startswith("P3"),
+        "mmrazor",
+        "MMRazor",
+    ),
+    Cost(
+        "a training step of Faster R-CNN, its teacher included",
+        "train_step",
+        lambda case: True,
+        "no_distillation",
+        "the same step without distillation",
+    ),
+)
+SMALL_COSTS = (
+    ("the loss, YOLO11 n from s, 4 images of 160 px", "yolo n/s 160 px x4", "reference", "the literal formulas"),
+    ("the loss, RetinaNet of 256 channels, 2 images of 256 px", "retinanet 256 px x2", "mmrazor", "MMRazor"),
+)
+
+
+def costs() -> str:
+    """README's table: what the loss and a step cost beside what one would run in their place."""
+    rows = [*_suite_costs(), *_small_costs(), *_trainer_costs()]
+    if not rows:
         return NOT_YET
-    return f"{tables.machine(report_of(MICROBENCH)['environment'])}:\n\n{tables.comparisons(shown)}"
+    reports = [report for report in map(report_of, (MICROBENCH, SMALL, ULTRALYTICS)) if report]
+    places = dict.fromkeys(tables.machine(report["environment"]) for report in reports)
+    header = ["forward and backward of", "beside", "times as fast", "memory"]
+    return table(header, rows) + "\n\nMeasured on " + "; ".join(places) + "."
+
+
+def _suite_costs() -> Iterator[list[str]]:
+    for cost in COSTS:
+        found = [result for result in results_of((cost.suite,)) if cost.is_shown(result["case"])]
+        found.sort(key=lambda result: result["state"] == "fresh")  # the last
+        rows = [(result["peers"]["fbkd_ops"], result["peers"][cost.peer]) for result in found]
+        if rows:
+            yield [cost.what, cost.peer_name, *tables.speeds_and_memory(*zip(*rows, strict=True))]
+
+
+def _small_costs() -> Iterator[list[str]]:
+    report = report_of(SMALL)
+    for what, row, peer, peer_name in SMALL_COSTS if report else ():
+        found = [entry for entry in report["entries"] if entry.get("row") == row and entry["dtype"] == "float32"]
+        speeds = [1 / entry["peers"][peer]["ratio"] for entry in sorted(found, key=lambda entry: entry["threads"])]
+        yield [f"{what}, one / two threads", peer_name, " / ".join(f"{speed:.1f}" for speed in speeds), ""]
+
+
+def _trainer_costs() -> Iterator[list[str]]:
+    report = report_of(ULTRALYTICS)
+    if report:
+        size, times = report["size"], report["milliseconds"]
+        names = [size[side].removesuffix(".yaml").replace("yolo", "YOLO") for side in ("student", "teacher")]
+        what = f"a step of Ultralytics' trainer, {' from '.join(names)}, {size['batch']} images of {size['imgsz']} px"
+        yield [what, "Ultralytics' own distillation", f"{times['built-in'] / times['fbkd_ops']:.2f}", ""]
 
 
 def scaling() -> str:
@@ -147,25 +209,7 @@ def small() -> str:
     return f"`python -m benchmarks.small`: {tables.machine(report['environment'])}.\n\n{table(header, rows)}"
 
 
-def small_headline() -> str:
-    """The slowest and the fastest row beside each peer, and a step in Ultralytics' trainer."""
-    report, step = report_of(SMALL), report_of(ULTRALYTICS)
-    if report is None or step is None:
-        return NOT_YET
-    rows = [entry["peers"] for entry in report["entries"] if "row" in entry]
-    spans = []
-    for name in ("reference", "mmrazor"):
-        ratios = [1 / peers[name]["ratio"] for peers in rows if name in peers]
-        spans.append(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as `{name}`")
-    share = step["milliseconds"]["fbkd_ops"] / step["milliseconds"]["built-in"]
-    return (
-        f"{tables.machine(report['environment'])}:\n\n"
-        f"- `fbkd_loss` on pyramids of YOLO11, RetinaNet and Faster R-CNN at 128 to 640 px: {', '.join(spans)}.\n"
-        f"- A step of `FBKDTrainer` takes {share:.2f} times what Ultralytics' built-in distillation takes."
-    )
-
-
-def small_cell(peers: Optional[dict]) -> str:
+def small_cell(peers: dict | None) -> str:
     if peers is None:
         return "-"
     ratios = " / ".join(f"{1 / peers[name]['ratio']:.2f}" for name in ("reference", "mmrazor") if name in peers)
@@ -188,7 +232,7 @@ def slower() -> str:
     return tables.slower_table(reports) if reports else NOT_YET
 
 
-def gpu_folder(file: str) -> Optional[str]:
+def gpu_folder(file: str) -> str | None:
     """The newest folder of results of ``make gpu`` that has a file, other than of a dry run."""
     facts = {path.parent.name: json.loads(path.read_text())["environment"] for path in RESULTS.glob(f"*/{file}")}
     dates = {name: environment["date"] for name, environment in facts.items() if "gpu" in environment}
@@ -318,7 +362,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "normalization": normalization,
     "frameworks": frameworks,
     "commands": commands,
-    "headline": headline,
+    "costs": costs,
     "headline_picture": lambda: pictures("cpu-microbench", "docs/images", {"speedup"}),
     "gpu_headline": gpu_headline,
     "microbench": microbench,
@@ -331,7 +375,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sweep": sweep,
     "sweep_pictures": lambda: pictures("cpu-sweep"),
     "small": small,
-    "small_headline": small_headline,
     "ultralytics_step": ultralytics_step,
     "slower": slower,
     "gpu": gpu,
@@ -349,9 +392,9 @@ def rendered(text: str) -> str:
         name = match.group(1)
         if name not in BLOCKS:
             raise SystemExit(f"unknown block {name!r}, expected one of {', '.join(BLOCKS)}")
-        return f"<!-- {name} -->\n{BLOCKS[name]()}\n<!-- /{name} -->"
+        return f"<!-- {name}: written by make docs -->\n{BLOCKS[name]()}\n<!-- /{name} -->"
 
-    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+)(?:: [^>]*)? -->.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
