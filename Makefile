@@ -1,6 +1,8 @@
-# make venv | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
+# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
 # ARGS can be given: make demo ARGS="--steps 50"
-# make test-all adds the tests that take longer, and the ops' tests on C++ compiled for each vector width.
+# make lint checks style and format.
+# make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
+# compiled for each vector width.
 # make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
@@ -21,9 +23,14 @@ BIN := $(VENV)/bin
 # PYTHON of the command line, else that of .venv.
 GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 STAMP := $(VENV)/.installed
+LINT_STAMP := $(VENV)/.lint
+# JOBS processes, each with whole files. Threads that wait do not spin: the processes share the cores.
+JOBS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv test test-all fuzz sanitize mutants oldest bench gpu gpu-cache demo info docs clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench gpu gpu-cache demo info docs clean
 
 venv: $(STAMP)
 
@@ -35,11 +42,20 @@ $(STAMP): $(BUILD_INPUTS)
 	grep -oE "fbkd_ops: (building|leaving|nvcc) .*" $(VENV)/build.log
 	touch $@
 
+lint: $(LINT_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+$(LINT_STAMP): scripts/lint.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet -r scripts/lint.txt
+	touch $@
+
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: venv
-	FBKD_OPS_TEST_ALL=1 $(BIN)/python -m pytest $(ARGS)
+	FBKD_OPS_TEST_ALL=1 $(PYTEST) $(ARGS)
 	PYTHON="$(BIN)/python" scripts/vector_widths.sh
 
 fuzz: venv
