@@ -219,8 +219,10 @@ def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, pair_weight: Tensor) -
     a = torch.matmul(w_theta, theta)  # (N, L)
     b, order = torch.matmul(w_phi, phi).sort(dim=1)  # (N, K)
     g = g.gather(2, order[:, None].expand(n, inner, cells))
-    rising = b.detach().masked_fill(b.isnan(), float("inf"))  # NaN, which sorts last, counts for every pixel
-    first = torch.searchsorted(rising, -a.detach(), right=True)  # (N, L), in 0..K
+    # NaN passes relu, and so does its gradient: a NaN b counts for every pixel, for a NaN a every j does.
+    rising = b.detach().masked_fill(b.isnan(), float("inf"))
+    limit = (-a.detach()).masked_fill(a.isnan(), float("-inf"))
+    first = torch.searchsorted(rising, limit, right=True)  # (N, L), in 0..K
     first = first[:, None].expand(n, inner, -1)
     g_sums = _suffix_sums(g).gather(2, first)  # (N, c, L)
     bg_sums = _suffix_sums(b[:, None] * g).gather(2, first)

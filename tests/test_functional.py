@@ -229,6 +229,23 @@ def test_nan_reaches_the_result(mode, norm):
         assert z[0].isnan().all() and z[1].isnan().all() == (norm == "batch")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_reaches_the_gradients_that_it_reaches_in_plain_pytorch(mode):
+    """Of an image of one pixel, whose own pair is all that theta's gradient comes from."""
+    block = randomise(NonLocalBlock2d(3, 2, mode=mode)).eval()
+    x = torch.randn(2, 3, 1, 1)
+    x[0, 1] = float("nan")
+    finite = {}
+    for backend in ("auto", "reference"):
+        leaves = [x.clone().requires_grad_(), *block.parameters()]
+        with fbkd_ops.use_backend(backend):
+            z = block(leaves[0])
+        gradients = torch.autograd.grad(z, leaves, torch.ones_like(z), allow_unused=True)
+        finite[backend] = [None if gradient is None else gradient.isfinite() for gradient in gradients]
+    for mine, theirs in zip(finite["auto"], finite["reference"], strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+
+
 def test_a_nan_reaches_every_pixel_also_where_no_pair_counts():
     """relu(NaN) is NaN, beside pairs whose relu is 0 for every pixel."""
     phi = torch.tensor([[[-1.0, float("nan"), -2.0]]])

@@ -306,13 +306,16 @@ def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Ten
 
 def _excess(ours: Tensor, eager: Tensor, truth: Tensor, samples: list[Tensor], own: Tensor) -> str | None:
     """How much too far a tensor is from the truth; None where it is not."""
-    largest, smallest = torch.finfo(ours.dtype).max, torch.finfo(ours.dtype).smallest_normal
+    dtype = ours.dtype
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     ours, eager, truth = ours.double(), eager.double(), truth.double()
     wrong = ~eager.isfinite() & ~truth.isfinite() & ours.isfinite()
     if wrong.any():
         return f"{int(wrong.sum())} values that are not finite in plain PyTorch are finite"
     noise = torch.stack([sample.double() - truth for sample in samples])
-    within_range = truth.abs() + FACTOR * noise.abs().amax(0) < largest / 4
+    # Where gradients cancel that are each rounded before they are added, these have to fit, too.
+    sizes = torch.maximum(truth.abs(), own / torch.finfo(dtype).eps)
+    within_range = sizes + FACTOR * noise.abs().amax(0) < largest / 4
     fits = truth.isfinite() & eager.isfinite() & noise.isfinite().all(0) & within_range
     wrong = fits & ~ours.isfinite()
     if wrong.any():
