@@ -37,6 +37,7 @@ TRUTH_FACTOR = 8
 # 1 / sqrt(variance + eps) is 316 where a channel is constant.
 LARGEST_FACTOR = 100.0
 PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")
+FUSED_ATTENTION = ("gaussian", "embedded_gaussian")  # PyTorch's own: a NaN in its output may have finite gradients
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -86,7 +87,7 @@ def _check(case: dict) -> None:
     # Gradients tell nothing where a loss is not finite, which shows by itself; where it is too large for plain PyTorch
     # alone, whose gradients are then those of another function; and where rounding errors are divided by the root of a
     # variance that should be 0.
-    if _has_no_loss(truth) or _overflows(eager, truth) or trace.largest_factor() > LARGEST_FACTOR:
+    if _has_no_loss(truth, case) or _overflows(eager, truth) or trace.largest_factor() > LARGEST_FACTOR:
         ours.gradients, eager.gradients, truth.gradients = {}, {}, {}
     samples, found = [], None
     for count in SAMPLES:
@@ -264,8 +265,9 @@ def _compare_forms(ours: Results, eager: Results) -> None:
             raise Mismatch(f"{name}: {tuple(x.shape)} {x.dtype}, expected {expected}")
 
 
-def _has_no_loss(truth: Results) -> bool:
-    return any(x.dim() == 0 and not bool(x.isfinite()) for x in truth.outputs.values())
+def _has_no_loss(truth: Results, case: dict) -> bool:
+    outputs = [x for x in truth.outputs.values() if x.dim() == 0 or case.get("mode") in FUSED_ATTENTION]
+    return any(not bool(x.isfinite().all()) for x in outputs)
 
 
 def _overflows(eager: Results, truth: Results) -> bool:

@@ -95,7 +95,7 @@ class RandomRounding(TorchDispatchMode):
         """A softmax as fused attention makes it: the logarithm of a row's sum has the rounding error of the logits."""
         size = logits.abs().amax(-1, keepdim=True) if logits.numel() else logits
         noise = torch.rand(size.shape, generator=self.generator, dtype=torch.float64)
-        return result * (1 + self.eps * (2 * noise - 1) * size)
+        return result * torch.exp(self.eps * (2 * noise - 1) * size)
 
     def _pooled(self, result: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = result
