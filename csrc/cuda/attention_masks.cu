@@ -33,7 +33,7 @@ void launch_levels_in(const std::vector<MaskLevel>& levels, ScalarType accumulat
   launch_attention_masks<A>(same, type, queue);
 }
 
-void launch_attention_masks(const std::vector<MaskLevel>& levels, const Tensor& like) {
+void launch(const std::vector<MaskLevel>& levels, const Tensor& like) {
   Queue queue(like);
   launch_levels_in<float>(levels, ScalarType::Float, queue);
   launch_levels_in<double>(levels, ScalarType::Double, queue);
@@ -43,7 +43,7 @@ Tensors attention_masks(const OptionalTensors& student, const Tensors& teacher, 
                         const std::vector<bool>& joint) {
   Tensors masks;
   const auto levels = mask_levels(student, teacher, temperature, joint, masks, "attention_masks");
-  if (!levels.empty()) launch_attention_masks(levels, teacher[0]);
+  if (!levels.empty()) launch(levels, teacher[0]);
   return masks;
 }
 

@@ -9,7 +9,7 @@
 namespace fbkd::cuda {
 namespace {
 
-void launch_attention_pool_forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
+void launch_forward(const std::vector<PoolLevel>& levels, const Tensor& like) {
   Queue queue(like);
   by_type(levels, &PoolLevel::type, [&](auto element, const auto& same) {
     using T = typename decltype(element)::type;
@@ -17,7 +17,7 @@ void launch_attention_pool_forward(const std::vector<PoolLevel>& levels, const T
   });
 }
 
-void launch_attention_pool_backward(const std::vector<PoolGradientLevel>& levels, const Tensor& like) {
+void launch_backward(const std::vector<PoolGradientLevel>& levels, const Tensor& like) {
   Queue queue(like);
   by_type(levels, &PoolGradientLevel::type, [&](auto element, const auto& same) {
     using T = typename decltype(element)::type;
@@ -28,14 +28,14 @@ void launch_attention_pool_backward(const std::vector<PoolGradientLevel>& levels
 Tensors attention_pool_forward(const Tensors& x) {
   Tensors means;
   const auto levels = pool_levels(x, means, "attention_pool");
-  if (!levels.empty()) launch_attention_pool_forward(levels, x[0]);
+  if (!levels.empty()) launch_forward(levels, x[0]);
   return means;
 }
 
 Tensors attention_pool_backward(const Tensors& x, const OptionalTensors& grads) {
   Tensors gradients;
   const auto levels = pool_gradient_levels(x, grads, gradients, "attention_pool_backward");
-  if (!levels.empty()) launch_attention_pool_backward(levels, x[0]);
+  if (!levels.empty()) launch_backward(levels, x[0]);
   return gradients;
 }
 

@@ -18,7 +18,7 @@ void by_types(const std::vector<MaskedLevel>& levels, F&& f) {
   });
 }
 
-void launch_masked_l2_forward(const std::vector<MaskedLevel>& levels, const Tensor& squares) {
+void launch_forward(const std::vector<MaskedLevel>& levels, const Tensor& squares) {
   Queue queue(squares);
   const bool is_double = squares.scalar_type() == ScalarType::Double;
   by_types(levels, [&](auto student, auto teacher, const auto& same) {
@@ -28,7 +28,7 @@ void launch_masked_l2_forward(const std::vector<MaskedLevel>& levels, const Tens
   });
 }
 
-void launch_masked_l2_backward(const std::vector<MaskedLevel>& levels, const Tensor& grad) {
+void launch_backward(const std::vector<MaskedLevel>& levels, const Tensor& grad) {
   Queue queue(grad);
   const bool is_double = grad.scalar_type() == ScalarType::Double;
   by_types(levels, [&](auto student, auto teacher, const auto& same) {
@@ -43,7 +43,7 @@ Tensor masked_l2_forward(const Tensors& student, const Tensors& teacher, const O
   const auto levels = masked_levels(student, teacher, spatial_mask, channel_mask, nullptr, "masked_l2");
   Tensor squares = empty_squares(student, teacher);
   torch::stable::zero_(squares);
-  if (!levels.empty()) launch_masked_l2_forward(levels, squares);
+  if (!levels.empty()) launch_forward(levels, squares);
   return squares;
 }
 
@@ -53,7 +53,7 @@ Tensors masked_l2_backward(const Tensors& student, const Tensors& teacher, const
   Tensors gradients;
   const auto levels = masked_levels(student, teacher, spatial_mask, channel_mask, &gradients, op);
   checked_grad(grad, student, teacher, op);
-  if (!levels.empty()) launch_masked_l2_backward(levels, grad);
+  if (!levels.empty()) launch_backward(levels, grad);
   return gradients;
 }
 
