@@ -392,5 +392,5 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Return an error's name for a value of a wrong type; a class may have been meant to be an object of it."""
+    """Describe a value of a wrong type for an error; say so where a class came in place of an object."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -291,7 +291,7 @@ class _Hook:
 
 
 def kept_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments of a call, of which the callee may change lists and dicts."""
+    """Copy the lists and dicts among a call's arguments, which the callee may change."""
     return tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()}
 
 

@@ -245,7 +245,7 @@ class FBKDLoss(nn.Module):
     def _weighted_terms(
         self, squares: list[TermSquares], students: list[Tensor], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Return the loss's terms from the sums of each level's."""
+        """Return the weighted terms, from the sums of squares of every level."""
         dtype = accumulation_dtype(*students, *teachers)
         if not squares:
             return {name: students[0].new_zeros((), dtype=dtype) for name in self.term_names}

@@ -102,7 +102,7 @@ def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
 
 
 def _accumulated_in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Return a map whose statistics are made in ``dtype``: x itself, except beside a float64 map."""
+    """Return x itself, or beside a float64 map a copy in ``dtype``, which its statistics accumulate in."""
     return x if accumulation_dtype(x) == dtype else x.to(dtype)
 
 

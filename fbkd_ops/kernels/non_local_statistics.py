@@ -664,7 +664,7 @@ def _covariances(maps: list[Tensor], means: list[Tensor | None]) -> list[Tensor]
 
 
 def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Level, Level]:
-    """Return the partial sums, and the sums."""
+    """Return the level of the kernel that makes partial sums, and of the one that adds them up."""
     images, channels, path = *x.shape[:2], _path(x, (), _pixels(x))
     blocks = _blocks(_COVARIANCE, mean.dtype, path)
     tiles = triton.cdiv(channels, blocks.CHANNELS)
@@ -763,7 +763,7 @@ def _gradient_level(
 def _weight_levels(
     gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: tuple[int, ...]
 ) -> tuple[Level, Level]:
-    """Return the partial sums, and the sums."""
+    """Return the level of the kernel that makes partial sums, and of the one that adds them up."""
     path, (outputs, channels) = _path(x, (), _pixels(x)), gradient.shape
     blocks = _blocks(_WEIGHT, _gradient_operand(x), path)
     rows, cols = triton.cdiv(outputs, blocks.INNER), triton.cdiv(channels, blocks.CHANNELS)

@@ -135,7 +135,7 @@ def map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexp
 
 @triton.jit
 def dense_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
-    """Return the same of a densely packed map, given its pointer."""
+    """Return the pointers of a tile of a densely packed map, and what of it is inside; see :func:`map_tile`."""
     x = Images(x, channels.to(tl.int64) * pixels, pixels if PLANAR else channels)
     return map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
 
