@@ -45,6 +45,7 @@ class Trace:
     def __init__(self):
         self.winners: list[Tensor] = []  # of max-pools
         self.factors: list[Tensor] = []  # (C,), 1 / sqrt(variance + eps) of BatchNorms that use the batch's statistics
+        self.largest_logit = 0.0  # in absolute value, of all softmaxes
 
     def largest_factor(self) -> float:
         return max((float(factor.max()) for factor in self.factors if factor.numel()), default=0.0)
@@ -76,6 +77,8 @@ class RandomRounding(TorchDispatchMode):
             return self._pooled(function(*args, **(kwargs or {})), args[0])
         if packet in NORMS:
             return self._normalized(function(*args, **(kwargs or {})), *args[:3])
+        if packet is aten._softmax and not self.eps and args[0].numel():
+            self.trace.largest_logit = max(self.trace.largest_logit, float(args[0].abs().max()))
         if not self.eps or (packet not in SUMS and packet not in ELEMENTWISE):
             return function(*args, **(kwargs or {}))
         if packet in SUMS:
