@@ -93,4 +93,4 @@ docs: venv
 	$(BIN)/python docs/render.py
 
 clean:
-	rm -rf build dist *.egg-info fbkd_ops/*.so fbkd_ops/_build_report.json $(STAMP)
+	rm -rf build dist *.egg-info src/fbkd_ops/*.so src/fbkd_ops/_build_report.json $(STAMP)

@@ -236,7 +236,7 @@ class BuildPython(build_py):
 
     def run(self):
         print(summary(REPORT), file=sys.stderr)
-        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
+        folder = (ROOT / "src" if self.editable_mode else Path(self.build_lib)) / PACKAGE
         remove_libraries(folder)
         super().run()
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ struct MatrixView {
   FBKD_HOST_DEVICE int64_t pixels() const { return rows_are_channels ? cols : rows; }
 };
 
-// The same rule as fbkd_ops/_layout.py. Strides of size-1 dimensions mean nothing.
+// The same rule as src/fbkd_ops/_layout.py. Strides of size-1 dimensions mean nothing.
 inline MatrixView matrix_view(const int64_t* size,      // (4) N, C, H, W
                               const int64_t* stride) {  // (4)
   const int64_t channels = size[1], height = size[2], width = size[3];

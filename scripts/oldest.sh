@@ -30,7 +30,7 @@ environment() { # RELEASE
     "${PYTHON:-python3}" -m venv "$folder/venv"
     "$python" -m pip install --quiet --no-cache-dir "torch==$1" "${packages[@]}"
     tar -c --exclude='*.so' --exclude=__pycache__ --exclude=_build_report.json \
-        benchmarks csrc examples fbkd_ops scripts tests setup.py pyproject.toml MANIFEST.in README.md Makefile .ci |
+        benchmarks csrc examples scripts src tests setup.py pyproject.toml MANIFEST.in README.md Makefile .ci |
         tar -x -C "$folder/source"
     cd "$folder/source"
 }

@@ -10,9 +10,10 @@ say() { echo "$(basename "$0" .sh): $* ($((SECONDS / 60)) min)"; }
 build_variant() { # FOLDER CFLAGS LDFLAGS: go to a copy of the tree, built with these flags besides its own
     rm -rf "$1"
     mkdir -p "$1"
-    tar -c --exclude='*.so' --exclude=__pycache__ csrc fbkd_ops tests benchmarks scripts setup.py pyproject.toml README.md |
+    tar -c --exclude='*.so' --exclude=__pycache__ csrc src tests benchmarks scripts setup.py pyproject.toml README.md |
         tar -x -C "$1"
     cd "$1"
+    export PYTHONPATH=$PWD/src
     say "build with $2"
     CFLAGS=$2 LDFLAGS=$3 FBKD_OPS_CUDA=0 "$python" setup.py build_ext --inplace > build.log 2>&1 ||
         (tail -n 40 build.log && exit 1)

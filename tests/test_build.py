@@ -31,7 +31,7 @@ def source(tmp_path):
     copy = tmp_path / "source"
     copy.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_report.json")
-    for folder in ("csrc", "fbkd_ops"):
+    for folder in ("csrc", "src"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
@@ -225,7 +225,7 @@ def test_cpu_only_wheel_ships_no_stale_library(source):
     stale = source / "build" / f"lib.{sys.platform}-x86_64-{sys.implementation.cache_tag}" / "fbkd_ops"
     stale.mkdir(parents=True)
     (stale / "_cuda.so").write_bytes(b"of an earlier build")
-    (source / "fbkd_ops" / "_cuda.so").write_bytes(b"of an earlier build in place")
+    (source / "src" / "fbkd_ops" / "_cuda.so").write_bytes(b"of an earlier build in place")
     _, names, report = wheel(source, FBKD_OPS_CUDA="0")
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == 1 and libraries[0].startswith("fbkd_ops/_C.")

@@ -19,8 +19,8 @@ from scripts.mutants.sources import Sources  # noqa: E402
 MUTATIONS = [mutation for group in mutants.GROUPS.values() for mutation in group]
 LEAST = {"autograd and algebra": 15, "Triton": 10, "CUDA": 10, "C++": 15}
 TESTS = Selection(("test_answer.py",), "answer")
-FAULT = Mutation("fault", "fbkd_ops/answer.py", TESTS, "42", "41")
-OTHER = Mutation("other", "fbkd_ops/answer.py", TESTS, "answer =", "answer = -")
+FAULT = Mutation("fault", "src/fbkd_ops/answer.py", TESTS, "42", "41")
+OTHER = Mutation("other", "src/fbkd_ops/answer.py", TESTS, "answer =", "answer = -")
 
 
 def test_every_group_has_its_mutations_and_every_name_is_one_mutations():
@@ -65,7 +65,7 @@ class FakeSources(Sources):
 @pytest.fixture
 def tree(tmp_path):
     for path, text in ((FAULT.file, "answer = 42\n"), ("tests/test_answer.py", "def test_answer(): pass\n")):
-        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     return tmp_path
 
@@ -165,12 +165,12 @@ def test_summary(caught, survived, broken, reasons, good):
 def test_the_copy_follows_the_tree_and_keeps_what_is_compiled(tree):
     sources = Sources(tree, tree / "build/source")
     sources.refresh()
-    library, copy = sources.folder / "fbkd_ops/_C.so", sources.folder / FAULT.file
+    library, copy = sources.folder / "src/fbkd_ops/_C.so", sources.folder / FAULT.file
     library.write_text("compiled")
     before = copy.stat().st_mtime_ns
     sources.refresh()
     assert copy.stat().st_mtime_ns == before
-    (tree / FAULT.file).rename(tree / "fbkd_ops/question.py")
+    (tree / FAULT.file).rename(tree / "src/fbkd_ops/question.py")
     sources.refresh()
     assert sorted(path.name for path in copy.parent.iterdir()) == ["_C.so", "question.py"]
 
@@ -183,7 +183,7 @@ def test_a_mutation_that_does_not_fit_is_an_error(tree):
 
 def test_command_line(capsys):
     assert mutants.main(["--list", "--only", "python.roots"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "python.roots.half  fbkd_ops/autograd/weighted_roots.py"
+    assert capsys.readouterr().out.splitlines()[0] == "python.roots.half  src/fbkd_ops/autograd/weighted_roots.py"
     with pytest.raises(SystemExit):
         mutants.main(["--only", "nothing"])
     assert "no mutation is named 'nothing'" in capsys.readouterr().err

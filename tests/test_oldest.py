@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "fbkd_ops"
+PACKAGE = ROOT / "src" / "fbkd_ops"
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 MUTATORS = {"append", "extend", "insert", "pop", "remove", "reverse", "sort", "clear"}
 

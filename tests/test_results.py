@@ -66,13 +66,13 @@ def test_a_checkout_tells_a_copy_what_it_knows():
 
 
 def test_the_digest_changes_with_the_kernels(tmp_path, monkeypatch):
-    for folder in ("csrc/cpu", "csrc/cuda", "fbkd_ops/kernels"):
+    for folder in ("csrc/cpu", "csrc/cuda", "src/fbkd_ops/kernels"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "op.cpp").write_text("1")
     (tmp_path / "csrc" / "op.h").write_text("1")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     before = {device: environment.sources(device) for device in environment.KERNELS}
-    changes = [("csrc/cpu/op.cpp", {"cpu"}), ("fbkd_ops/kernels/op.cpp", {"cuda"}), ("csrc/op.h", {"cpu", "cuda"})]
+    changes = [("csrc/cpu/op.cpp", {"cpu"}), ("src/fbkd_ops/kernels/op.cpp", {"cuda"}), ("csrc/op.h", {"cpu", "cuda"})]
     for name, devices in changes:
         (tmp_path / name).write_text("2")
         after = {device: environment.sources(device) for device in environment.KERNELS}

@@ -69,7 +69,7 @@ def test_triton_kernels_use_the_hardware_and_do_not_spill(triton_instances):
     """No local memory, the shared memory of sm_80 at most, 16-byte accesses, and tensor cores for all products."""
     kernels = by_kernel(triton_instances)
     # Launchers pass the kernel first; those that take it as a parameter call it `kernel`.
-    launched = kernels_in((ROOT / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\w*\((?!kernel\b)(\w+), ")
+    launched = kernels_in((ROOT / "src" / "fbkd_ops" / "kernels").glob("*.py"), r"\b_?launch\w*\((?!kernel\b)(\w+), ")
     assert set(kernels) == launched >= MEMORY_BOUND | GRADIENTS | PRODUCTS
     assert_no_local_memory(triton_instances)
     assert max(each.shared for each in triton_instances) <= SHARED_MEMORY

@@ -56,7 +56,7 @@ def predictions(images: int, dtype: str, path: Path = MODEL) -> dict[str, float]
 def own_kernels() -> set[str]:
     """Names of the package's CUDA and Triton kernels."""
     defined = r"(?:@triton\.jit\s+def|__global__\s+void\s+(?:\w+\([^)]*\)\s+)?)\s*(\w+)\("
-    files = [*(ROOT / "fbkd_ops" / "kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
+    files = [*(ROOT / "src" / "fbkd_ops" / "kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
     return {name for file in files for name in re.findall(defined, file.read_text())}
 
 

@@ -19,17 +19,17 @@ COLLAPSED = Selection(
 SHARED_NORM = Selection(("test_collapsed_relation.py", "test_cell_relation.py"), "both_sides or running_statistics")
 LOSS = Selection(("test_loss.py",), "presets_equal or written_out or invariant or no_image")
 
-ROOTS_PY = "fbkd_ops/autograd/weighted_roots.py"
-CHANNEL_PY = "fbkd_ops/autograd/channel_l2.py"
-RESPONSES_PY = "fbkd_ops/autograd/affine_residual.py"
-PROJECTION_PY = "fbkd_ops/autograd/projection.py"
-BACKWARD_PY = "fbkd_ops/autograd/collapsed_relation_backward.py"
-NORM_PY = "fbkd_ops/_batch_norm.py"
-ALGEBRA_PY = "fbkd_ops/collapsed_non_local.py"
-PLAN_PY = "fbkd_ops/relation_plan.py"
-RELATION_PY = "fbkd_ops/relation.py"
-MODES_PY = "fbkd_ops/linear_non_local.py"
-LOSS_PY = "fbkd_ops/loss.py"
+ROOTS_PY = "src/fbkd_ops/autograd/weighted_roots.py"
+CHANNEL_PY = "src/fbkd_ops/autograd/channel_l2.py"
+RESPONSES_PY = "src/fbkd_ops/autograd/affine_residual.py"
+PROJECTION_PY = "src/fbkd_ops/autograd/projection.py"
+BACKWARD_PY = "src/fbkd_ops/autograd/collapsed_relation_backward.py"
+NORM_PY = "src/fbkd_ops/_batch_norm.py"
+ALGEBRA_PY = "src/fbkd_ops/collapsed_non_local.py"
+PLAN_PY = "src/fbkd_ops/relation_plan.py"
+RELATION_PY = "src/fbkd_ops/relation.py"
+MODES_PY = "src/fbkd_ops/linear_non_local.py"
+LOSS_PY = "src/fbkd_ops/loss.py"
 
 MUTATIONS = [
     Mutation("python.roots.half", ROOTS_PY, ROOTS, "grad * scale / (2 * roots)", "grad * scale / roots"),
@@ -45,14 +45,14 @@ MUTATIONS = [
     ),
     Mutation(
         "python.spatial.gradient_of_the_bias",
-        "fbkd_ops/autograd/spatial_l2.py",
+        "src/fbkd_ops/autograd/spatial_l2.py",
         SPATIAL,
         "sums[:, 1:] * grad[:, None]",
         "sums[:, 1:] * grad[:1, None]",
     ),
     Mutation(
         "python.adapted.gradient_of_the_means",
-        "fbkd_ops/autograd/adapted_masked_l2.py",
+        "src/fbkd_ops/autograd/adapted_masked_l2.py",
         POOLS,
         "else gradients[level] + pooled",
         "else pooled",

@@ -56,7 +56,7 @@ class Results:
             tests, texts, paths = tested.tests, [tested.text, tested.replacement], [self.root / tested.file]
         else:
             tests, texts = tested, []
-            folders = [self.root / name for name in ("csrc", "fbkd_ops")]
+            folders = [self.root / name for name in ("csrc", "src")]
             paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in SOURCES]
         digest = hashlib.sha256("\0".join([*texts, *tests.files, tests.keyword]).encode())
         for path in [*paths, *(self.root / path for path in tests.paths())]:

@@ -14,7 +14,7 @@ from .mutation import Mutation, Selection
 
 __all__ = ["Sources"]
 
-FOLDERS = ("benchmarks", "csrc", "examples", "fbkd_ops", "scripts", "tests")
+FOLDERS = ("benchmarks", "csrc", "examples", "scripts", "src", "tests")
 FILES = ("README.md", "pyproject.toml", "setup.py")
 MADE = {".so", ".pyc"}  # by a build or a run, and never copied
 BUILD_SECONDS, TEST_SECONDS = 1800, 600
@@ -64,7 +64,7 @@ class Sources:
         options = ["-o", "addopts=", "-q", "-x", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *options, *tests.paths(), "-k", tests.keyword]
         # Python tells a changed file from its compiled form by whole seconds and size: no such form is written.
-        variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(self.folder)}
+        variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(self.folder / "src")}
         (done,) = run_together([command], TEST_SECONDS, self.folder, variables)
         return done
 

@@ -18,7 +18,7 @@ STATISTICS = Selection(
 )
 RESIDUAL = Selection(("test_relation_residual.py",), "interpreter and (test_tiles or gradcheck or together)")
 
-KERNELS = "fbkd_ops/kernels"
+KERNELS = "src/fbkd_ops/kernels"
 
 MUTATIONS = [
     Mutation(

@@ -25,7 +25,7 @@ __all__ = ["main", "reproduction"]
 
 ROOT = Path(__file__).resolve().parents[2]
 GOALS = {"cpu": 10000, "triton": 500, "cuda-source": 500}
-CODE = ("csrc", "fbkd_ops", "tests/fuzz", "tests/simt")
+CODE = ("csrc", "src", "tests/fuzz", "tests/simt")
 SECONDS_BETWEEN_LINES = 10
 
 
@@ -74,7 +74,7 @@ def fuzz_target(target: str, goal: int, state: dict, path: Path) -> None:
     while done["cases"] < goal:
         command = [sys.executable, "-m", "fuzz.worker", target, f"--seed={state['seed']}", f"--first={done['batches']}"]
         command += [f"--cases={goal - done['cases']}", f"--current={current}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(ROOT / "src")))}
         current.unlink(missing_ok=True)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
             follow(worker, target, goal, state, path)

@@ -93,7 +93,7 @@ class FBKDLoss(nn.Module):
         >>> sorted(loss(student, teacher))
         ['loss_fbkd_channel', 'loss_fbkd_feature', 'loss_fbkd_relation', 'loss_fbkd_spatial']
 
-    Source: Zhang & Ma 2021 for the terms; ``fbkd_ops/presets.py`` for the constants and where they come from.
+    Source: Zhang & Ma 2021 for the terms; ``presets.py`` for the constants and where they come from.
     """
 
     term_names = tuple(f"loss_fbkd_{term}" for term in TERMS)
