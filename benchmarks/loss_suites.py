@@ -16,9 +16,9 @@ from torch.func import functional_call
 import fbkd_ops
 from benchmarks import mmrazor
 from benchmarks.inputs import LEVELS, TOLERANCES, Case, Cost, Implementation, Suite, forced
-from fbkd_ops.integrations.mmrazor import load_connectors
-from fbkd_ops.integrations.non_local import load_non_local
 from fbkd_ops.presets import PRESETS
+from fbkd_ops.weights.mmrazor import load_connectors
+from fbkd_ops.weights.non_local import load_non_local
 
 __all__ = ["FBKD_LOSS", "NON_LOCAL", "RELATION", "STRIDES", "loss_of", "their_loss_of"]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import fbkd_ops
 from benchmarks import mmrazor, timing
 from benchmarks.environment import environment
-from fbkd_ops import relation
-from fbkd_ops.relation_forms import RelationSizes, cheaper_form
+from fbkd_ops.non_local import relation
+from fbkd_ops.non_local.forms import RelationSizes, cheaper_form
 
 FORMS = ("cells", "collapsed")
 DTYPES = ("float32", "bfloat16")

@@ -42,7 +42,7 @@ def fixed_seed():
 @pytest.fixture(params=["cells", "collapsed"])
 def relation_form(request, monkeypatch):
     """Every relation term of a CPU in one form, whatever its sizes."""
-    from fbkd_ops import relation
+    from fbkd_ops.non_local import relation
 
     monkeypatch.setattr(relation, "cheaper_form", lambda sizes: request.param)
     return request.param

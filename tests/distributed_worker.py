@@ -12,7 +12,7 @@ from helpers import randomise
 from torch import nn
 
 from fbkd_ops import Distiller, FBKDLoss
-from fbkd_ops.distributed import data_parallel
+from fbkd_ops.training.data_parallel import data_parallel
 
 WORLD = 2
 STEPS = 3

@@ -42,8 +42,8 @@ from op_cases import (
 import fbkd_ops
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops._numerics import residual_dtype
-from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 from fbkd_ops.functional import adapted_masked_l2_loss, attention_pool
+from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -14,10 +14,19 @@ import torch
 from torch import nn
 
 import fbkd_ops
-from fbkd_ops import AttentionPool, FBKDLoss, FeatureTap, Layer, LevelSettings, NonLocalBlock2d, functional, visualize
-from fbkd_ops.distributed import data_parallel
-from fbkd_ops.integrations.non_local import load_non_local
+from fbkd_ops import (
+    AttentionPool,
+    FBKDLoss,
+    FeatureTap,
+    Layer,
+    LevelSettings,
+    NonLocalBlock2d,
+    functional,
+    visualize,
+)
 from fbkd_ops.presets import PRESETS, TERMS
+from fbkd_ops.training.data_parallel import data_parallel
+from fbkd_ops.weights.non_local import load_non_local
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.quantize:UserWarning", "ignore:The PyTorch API of nested", "ignore:stride 8"
@@ -362,7 +371,12 @@ def test_no_argument_is_left_out(name):
 
 
 def test_no_callable_is_left_out():
-    modules = {"": fbkd_ops, "functional.": functional, "visualize.": visualize, "distributed.": fbkd_ops.distributed}
+    modules = {
+        "": fbkd_ops,
+        "functional.": functional,
+        "visualize.": visualize,
+        "distributed.": fbkd_ops.training.data_parallel,
+    }
     public = {prefix + name for prefix, module in modules.items() for name in module.__all__}
     callables = {name for name in public if callable(eval(f"fbkd_ops.{name}"))}
     # Tuples without checks of their own: the functions that take them check each field.

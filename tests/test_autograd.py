@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss
-from fbkd_ops.autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
-from fbkd_ops.autograd.attention_pool import attention_pools
 from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
-from fbkd_ops.autograd.masked_l2 import masked_l2_squares
-from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
+from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
+from fbkd_ops.ops.attention_pool import attention_pools
+from fbkd_ops.ops.masked_l2 import masked_l2_squares
+from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 
 WIDTHS, TEACHER_WIDTHS, MAPS = (3, 4), (5, 2), ((4, 5), (2, 2))
 

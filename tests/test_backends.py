@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fbkd_ops
-from fbkd_ops import _extension, backends, functional, info, relation
-from fbkd_ops.autograd import ops
+from fbkd_ops import _extension, backends, functional, info
 from fbkd_ops.functional import attention_pool
+from fbkd_ops.non_local import relation
+from fbkd_ops.ops import registry
 
 PACKAGE = Path(fbkd_ops.__file__).parent
 X = torch.ones(1, 2, 3, 4)
@@ -113,12 +114,12 @@ def test_the_forced_backend_runs(monkeypatch, op, backend):
         pytest.skip("needs Triton's interpreter")
     monkeypatch.setattr(relation, "cheaper_form", lambda sizes: "collapsed")
     expected, called = CALLS[op](X), set()
-    for key, kernel in list(ops._kernels.items()):
+    for key, kernel in list(registry._kernels.items()):
         if key[1] == backend:
             spy = lambda *arguments, key=key, kernel=kernel: called.add(key[0]) or kernel(*arguments)  # noqa: E731
-            monkeypatch.setitem(ops._kernels, key, spy)
+            monkeypatch.setitem(registry._kernels, key, spy)
         else:
-            monkeypatch.delitem(ops._kernels, key)
+            monkeypatch.delitem(registry._kernels, key)
     with fbkd_ops.use_backend(backend):
         torch.testing.assert_close(CALLS[op](X), expected)
     assert called == (set() if backend == "reference" else KERNELS[op])

@@ -9,9 +9,10 @@ from op_cases import INTERPRETED, ON_CPU, channels_last
 from torch import nn
 
 import fbkd_ops
-from fbkd_ops import FBKDLoss, NonLocalBlock2d, _batch_norm, functional, reference, relation
-from fbkd_ops.linear_non_local import as_matrices
-from fbkd_ops.relation import RelationTerm, collapsed_levels, relation_squares
+from fbkd_ops import FBKDLoss, NonLocalBlock2d, functional, reference
+from fbkd_ops.non_local import batch_norm, relation
+from fbkd_ops.non_local.relation import RelationTerm, collapsed_levels, relation_squares
+from fbkd_ops.non_local.responses import as_matrices
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -226,14 +227,14 @@ def test_a_norm_of_both_sides_is_updated_twice(monkeypatch, form):
     """One update after the other, the student's first: a GPU may run those of one call in any order."""
     monkeypatch.setattr(relation, "cheaper_form", lambda sizes: form)
     torch.manual_seed(0)
-    seen, own = [], _batch_norm._update_distinct
+    seen, own = [], batch_norm._update_distinct
     blocks = [randomise(NonLocalBlock2d(4, 2, norm="none").double(), seed=seed) for seed in (1, 2)]
     layer = randomise(nn.Conv2d(4, 4, 1).double())
     maps = [torch.randn(2, 4, 5, 6, dtype=torch.float64) + seed for seed in (1, 2)]
     buffers = []
     for backend in ("cpu", "reference"):
         norm = nn.BatchNorm2d(4).double()
-        monkeypatch.setattr(_batch_norm, "_update_distinct", lambda updates: seen.append(len(updates)) or own(updates))
+        monkeypatch.setattr(batch_norm, "_update_distinct", lambda updates: seen.append(len(updates)) or own(updates))
         with fbkd_ops.use_backend(backend):
             weights = (block.weights() for block in blocks)
             functional.relation_loss(

@@ -7,7 +7,8 @@ import torch
 from helpers import randomise
 
 import fbkd_ops
-from fbkd_ops import FBKDLoss, relation
+from fbkd_ops import FBKDLoss
+from fbkd_ops.non_local import relation
 from fbkd_ops.presets import MODES
 
 # Both levels are larger than every preset's strides: a clamped stride is another graph.

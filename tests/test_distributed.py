@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbkd_ops import FBKDLoss
-from fbkd_ops.distributed import data_parallel
+from fbkd_ops.training.data_parallel import data_parallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 

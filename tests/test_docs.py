@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "functional",
     "loss",
-    "non_local_block",
-    "distiller",
-    "distributed",
-    "feature_tap",
-    "student_attributes",
+    "non_local.block",
+    "training.distiller",
+    "training.data_parallel",
+    "training.feature_tap",
+    "training.student_attributes",
     "backends",
     "visualize",
-    "integrations.mmrazor",
-    "integrations.non_local",
+    "weights.mmrazor",
+    "weights.non_local",
 ]
 
 
@@ -93,7 +93,7 @@ def test_public_names_have_an_example():
     public = [getattr(fbkd_ops.functional, name) for name in fbkd_ops.functional.__all__]
     public += [getattr(fbkd_ops.visualize, name) for name in fbkd_ops.visualize.__all__]
     public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.use_backend]
-    public += [fbkd_ops.Distiller, fbkd_ops.FeatureTap, fbkd_ops.Layer, fbkd_ops.distributed.data_parallel]
+    public += [fbkd_ops.Distiller, fbkd_ops.FeatureTap, fbkd_ops.Layer, fbkd_ops.training.data_parallel.data_parallel]
     missing = [item.__name__ for item in public if "Example" not in (item.__doc__ or "")]
     assert not missing
 
@@ -133,7 +133,7 @@ def test_the_training_guide_runs(tmp_path, monkeypatch):
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL):
         exec(code, names)
-    assert len(names["features"]) == 3 and names["distiller"].step == 1
+    assert len(names["features"]) == 3 and names["training.distiller"].step == 1
     assert set(torch.load("student.pth")) == set(names["student"].state_dict())
 
 

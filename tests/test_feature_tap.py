@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from fbkd_ops import FeatureTap, Layer
-from fbkd_ops.feature_tap import _Recorder
+from fbkd_ops.training.feature_tap import _Recorder
 
 
 class Counting(Detector):

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, functional
-from fbkd_ops._batch_norm import FrozenBatchNorm2d
+from fbkd_ops.non_local.batch_norm import FrozenBatchNorm2d
 from fbkd_ops.presets import CHOICES, MODES, PRESETS
 
 MODULES = {

@@ -37,8 +37,8 @@ from op_cases import (
 )
 
 import fbkd_ops
-from fbkd_ops.autograd.masked_l2 import masked_l2_squares
 from fbkd_ops.functional import masked_l2_loss
+from fbkd_ops.ops.masked_l2 import masked_l2_squares
 
 pytestmark = pytest.mark.usefixtures("poison")
 

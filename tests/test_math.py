@@ -7,13 +7,13 @@ from helpers import randomise
 from op_cases import NO_CPU
 
 from fbkd_ops import NonLocalBlock2d, reference
-from fbkd_ops._batch_norm import Moments, _over_images, scale_and_shift
-from fbkd_ops.autograd.non_local_statistics import NO_POOL, StatisticsRequest, non_local_statistics
-from fbkd_ops.autograd.ops import kernel
-from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
-from fbkd_ops.collapsed_non_local import all_pairs, fill_covariances, pooled_pairs, project_moments
-from fbkd_ops.linear_non_local import Response, _concatenation, _moments
-from fbkd_ops.relation import RelationTerm, collapsed_levels
+from fbkd_ops.non_local.batch_norm import Moments, _over_images, scale_and_shift
+from fbkd_ops.non_local.collapsed_algebra import all_pairs, fill_covariances, pooled_pairs, project_moments
+from fbkd_ops.non_local.relation import RelationTerm, collapsed_levels
+from fbkd_ops.non_local.responses import Response, _concatenation, _moments
+from fbkd_ops.ops.non_local_statistics import NO_POOL, StatisticsRequest, non_local_statistics
+from fbkd_ops.ops.registry import kernel
+from fbkd_ops.ops.relation_residual import RelationLevels, relation_residual
 
 BACKEND = "cpu"
 pytestmark = NO_CPU

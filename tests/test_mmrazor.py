@@ -12,7 +12,7 @@ from helpers import randomise
 from torch import nn
 
 from fbkd_ops import FBKDLoss
-from fbkd_ops.integrations.mmrazor import load_authors, load_checkpoint, load_connectors
+from fbkd_ops.weights.mmrazor import load_authors, load_checkpoint, load_connectors
 
 
 class ConvModule(nn.Module):

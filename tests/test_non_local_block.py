@@ -10,8 +10,8 @@ from torch import nn
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, _validation, functional, reference
-from fbkd_ops.integrations.non_local import load_non_local
 from fbkd_ops.presets import CHOICES, MODES
+from fbkd_ops.weights.non_local import load_non_local
 
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 

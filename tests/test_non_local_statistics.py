@@ -29,8 +29,8 @@ from op_cases import (
 )
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
-from fbkd_ops.autograd.non_local_statistics import StatisticsRequest, non_local_statistics
-from fbkd_ops.linear_non_local import BlockSettings, pool_cells
+from fbkd_ops.non_local.responses import BlockSettings, pool_cells
+from fbkd_ops.ops.non_local_statistics import StatisticsRequest, non_local_statistics
 from fbkd_ops.reference import max_pool
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -10,7 +10,7 @@ import torch
 from oracle.make_oracle import LEARNING_RATE, MOMENTUM, STEPS, TERMS, WEIGHTS
 
 import fbkd_ops
-from fbkd_ops.integrations.mmrazor import _our_key, load_connectors
+from fbkd_ops.weights.mmrazor import _our_key, load_connectors
 
 FOLDER = Path(__file__).parent / "oracle"
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != "pooled_gaussian_block")

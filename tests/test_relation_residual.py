@@ -36,7 +36,7 @@ from op_cases import (
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops._numerics import residual_dtype
-from fbkd_ops.autograd.relation_residual import RelationLevels, relation_residual
+from fbkd_ops.ops.relation_residual import RelationLevels, relation_residual
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -5,7 +5,7 @@ import torch
 from helpers import randomise
 
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, use_backend
-from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
+from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 
 
 def terms_and_leaves(backend, **settings):

@@ -25,7 +25,7 @@ from op_cases import (
 
 import fbkd_ops
 from fbkd_ops import functional
-from fbkd_ops.autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
+from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 
 pytestmark = pytest.mark.usefixtures("poison")
 

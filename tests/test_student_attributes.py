@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fbkd_ops import Distiller, FBKDLoss
-from fbkd_ops.student_attributes import StudentAttributes
+from fbkd_ops.training.student_attributes import StudentAttributes
 
 
 class Student(nn.Module):

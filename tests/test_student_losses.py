@@ -12,7 +12,7 @@ from detectors import TERMS, Detector, images, make_distiller
 from torch import nn
 
 from fbkd_ops import Distiller
-from fbkd_ops.student_losses import add_terms
+from fbkd_ops.training.student_losses import add_terms
 
 TARGETS = torch.tensor(1.0)
 NO_LOSS = "the student returned no loss: .*combine="

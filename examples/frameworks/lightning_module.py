@@ -7,8 +7,8 @@ import lightning
 import torch
 
 from fbkd_ops import Distiller
-from fbkd_ops.checkpoints import fit_names
-from fbkd_ops.student_attributes import StudentAttributes
+from fbkd_ops.training.checkpoints import fit_names
+from fbkd_ops.training.student_attributes import StudentAttributes
 
 
 class Distillation(StudentAttributes, lightning.LightningModule):

@@ -23,7 +23,7 @@ from benchmarks.measurement import Runner
 from benchmarks.small import in_form
 from benchmarks.suites import SUITES
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, backends, functional
-from fbkd_ops.autograd import ops
+from fbkd_ops.ops import registry
 
 __all__ = [
     "CASES",
@@ -184,7 +184,7 @@ def call(case: Callable[[Features], object], inputs: Features) -> None:
 @contextlib.contextmanager
 def called_ops() -> Iterator[set[str]]:
     """The names of the ops that are called in the block, on whatever thread."""
-    names, before = set(), dict(ops._kernels)
+    names, before = set(), dict(registry._kernels)
 
     def recording(op):
         def called(*arguments):
@@ -193,11 +193,11 @@ def called_ops() -> Iterator[set[str]]:
 
         return called
 
-    ops._kernels.update({key: recording(op) for key, op in before.items()})
+    registry._kernels.update({key: recording(op) for key, op in before.items()})
     try:
         yield names
     finally:
-        ops._kernels.update(before)
+        registry._kernels.update(before)
 
 
 def registered_ops(backend: str) -> set[str]:

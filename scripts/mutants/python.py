@@ -21,14 +21,14 @@ LOSS = Selection(("test_loss.py",), "presets_equal or written_out or invariant o
 
 ROOTS_PY = "src/fbkd_ops/autograd/weighted_roots.py"
 CHANNEL_PY = "src/fbkd_ops/autograd/channel_l2.py"
-RESPONSES_PY = "src/fbkd_ops/autograd/affine_residual.py"
-PROJECTION_PY = "src/fbkd_ops/autograd/projection.py"
-BACKWARD_PY = "src/fbkd_ops/autograd/collapsed_relation_backward.py"
-NORM_PY = "src/fbkd_ops/_batch_norm.py"
-ALGEBRA_PY = "src/fbkd_ops/collapsed_non_local.py"
-PLAN_PY = "src/fbkd_ops/relation_plan.py"
-RELATION_PY = "src/fbkd_ops/relation.py"
-MODES_PY = "src/fbkd_ops/linear_non_local.py"
+RESPONSES_PY = "src/fbkd_ops/non_local/affine_residual.py"
+PROJECTION_PY = "src/fbkd_ops/non_local/projection.py"
+BACKWARD_PY = "src/fbkd_ops/non_local/collapsed_backward.py"
+NORM_PY = "src/fbkd_ops/non_local/batch_norm.py"
+ALGEBRA_PY = "src/fbkd_ops/non_local/collapsed_algebra.py"
+PLAN_PY = "src/fbkd_ops/non_local/plan.py"
+RELATION_PY = "src/fbkd_ops/non_local/relation.py"
+MODES_PY = "src/fbkd_ops/non_local/responses.py"
 LOSS_PY = "src/fbkd_ops/loss.py"
 
 MUTATIONS = [
@@ -45,14 +45,14 @@ MUTATIONS = [
     ),
     Mutation(
         "python.spatial.gradient_of_the_bias",
-        "src/fbkd_ops/autograd/spatial_l2.py",
+        "src/fbkd_ops/ops/spatial_l2.py",
         SPATIAL,
         "sums[:, 1:] * grad[:, None]",
         "sums[:, 1:] * grad[:1, None]",
     ),
     Mutation(
         "python.adapted.gradient_of_the_means",
-        "src/fbkd_ops/autograd/adapted_masked_l2.py",
+        "src/fbkd_ops/ops/adapted_masked_l2.py",
         POOLS,
         "else gradients[level] + pooled",
         "else pooled",

@@ -2,20 +2,28 @@
 
 __version__ = "0.1.0"
 
-from . import distributed, functional, integrations, reference, visualize
+from . import functional, integrations, reference, visualize
+from ._earlier_paths import register_earlier_paths
 from .backends import use_backend
-from .distiller import Distiller
-from .feature_tap import FeatureTap, Layer
 from .loss import FBKDLoss
-from .non_local_block import NonLocalBlock2d
+from .non_local.batch_norm import FrozenBatchNorm2d
+from .non_local.block import NonLocalBlock2d
 from .presets import PRESETS, LevelSettings
+from .training import data_parallel as distributed
+from .training.balance import BalanceReport
+from .training.distiller import Distiller
+from .training.feature_tap import FeatureTap, Layer
 from .types import AttentionPool, NonLocalWeights
+
+register_earlier_paths()
 
 __all__ = [
     "AttentionPool",
+    "BalanceReport",
     "Distiller",
     "FBKDLoss",
     "FeatureTap",
+    "FrozenBatchNorm2d",
     "Layer",
     "LevelSettings",
     "NonLocalBlock2d",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._batch_norm import is_frozen
+from .non_local.batch_norm import is_frozen
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [

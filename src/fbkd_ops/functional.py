@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import backends, linear_non_local, reference
+from . import backends, reference
 from ._numerics import accumulation_dtype, root, without_autocast
 from ._validation import (
     as_list,
@@ -35,15 +35,16 @@ from ._validation import (
     check_weights,
     warn_of_clamping,
 )
-from .autograd.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
-from .autograd.attention_masks import MaskRequest
-from .autograd.attention_masks import attention_masks as attention_masks_op
-from .autograd.attention_pool import attention_pools as attention_pools_op
-from .autograd.masked_l2 import masked_l2_squares
-from .autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
-from .linear_non_local import Block
+from .non_local import responses
+from .non_local.relation import RelationTerm, relation_squares
+from .non_local.responses import Block
+from .ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
+from .ops.attention_masks import MaskRequest
+from .ops.attention_masks import attention_masks as attention_masks_op
+from .ops.attention_pool import attention_pools as attention_pools_op
+from .ops.masked_l2 import masked_l2_squares
+from .ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 from .presets import CHOICES, MODES
-from .relation import RelationTerm, relation_squares
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
@@ -386,7 +387,7 @@ def non_local(
     with without_autocast(x):
         if backend == "reference":
             return reference.non_local(x, weights, norm=norm, **vars(settings))
-        return linear_non_local.non_local(backend, x, Block(weights, settings, norm))
+        return responses.non_local(backend, x, Block(weights, settings, norm))
 
 
 def relation_loss(
@@ -466,11 +467,9 @@ def relation_loss(
         return root(relation_squares(backend, [term], memory_efficient)[0])
 
 
-def _block_settings(
-    x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool
-) -> linear_non_local.BlockSettings:
+def _block_settings(x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool) -> responses.BlockSettings:
     check_choice(mode, MODES, "mode")
     check_choice(pool_order, CHOICES["pool_order"], "pool_order")
     stride, use_scale = check_stride(stride), check_flag(use_scale, "use_scale")
     warn_of_clamping(stride, x)
-    return linear_non_local.BlockSettings(mode, stride, pool_order, use_scale)
+    return responses.BlockSettings(mode, stride, pool_order, use_scale)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, reference
-from ._batch_norm import synchronizes, uses_batch_statistics
 from ._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
 from ._validation import (
     Features,
@@ -24,16 +23,17 @@ from ._validation import (
     warn_of_clamping,
 )
 from ._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
-from .autograd.adapted_masked_l2 import AdaptedLevels, student_pyramid
-from .autograd.attention_masks import MaskRequest, attention_masks
-from .autograd.attention_pool import attention_pools
 from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
-from .autograd.spatial_l2 import SpatialLevels, spatial_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
 from .autograd.weighted_roots import weighted_roots
-from .non_local_block import NonLocalBlock2d
+from .non_local.batch_norm import synchronizes, uses_batch_statistics
+from .non_local.block import NonLocalBlock2d
+from .non_local.relation import RelationTerm, relation_squares
+from .ops.adapted_masked_l2 import AdaptedLevels, student_pyramid
+from .ops.attention_masks import MaskRequest, attention_masks
+from .ops.attention_pool import attention_pools
+from .ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
-from .relation import RelationTerm, relation_squares
 from .types import AttentionPool
 
 __all__ = ["FBKDLevel", "FBKDLoss"]

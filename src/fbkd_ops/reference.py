@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._batch_norm import uses_batch_statistics
 from ._numerics import accumulation_dtype, root
+from .non_local.batch_norm import uses_batch_statistics
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [

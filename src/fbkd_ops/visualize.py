@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ._validation import FLOAT_DTYPES, Features, as_list, check_dense, check_text, is_int, is_list, paired_levels
-from .autograd.attention_masks import attention_masks
 from .functional import attention_mask, attention_pool
 from .loss import FBKDLoss
+from .ops.attention_masks import attention_masks
 from .presets import PRESETS
 from .types import AttentionPool
 

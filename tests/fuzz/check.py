@@ -18,7 +18,7 @@ from op_cases import threads
 from torch import Tensor
 
 import fbkd_ops
-from fbkd_ops import relation
+from fbkd_ops.non_local import relation
 
 from .problems import Problem, problem_of
 from .rounding import RandomRounding, Trace

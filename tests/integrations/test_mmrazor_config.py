@@ -20,7 +20,7 @@ from openmmlab import (
 )
 from process_state import kept
 
-from fbkd_ops.integrations.mmrazor import load_checkpoint
+from fbkd_ops.weights.mmrazor import load_checkpoint
 
 for module in ("mmrazor", "mmdet", "mmengine", "mmcv"):
     pytest.importorskip(module)

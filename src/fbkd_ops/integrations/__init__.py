@@ -1,10 +1,6 @@
-"""Bridges to other frameworks.
+"""Classes of other frameworks that distil with this package.
 
-``mmrazor`` and ``non_local`` read weights and need no framework. Three modules are classes of a framework's and import
-it, so they are imported by their own names: ``ultralytics`` (``FBKDTrainer``), ``mmdet`` (``FBKDDetector``) and
-``mmrazor_loss`` (``FBKDOpsLoss``, for MMRazor's configs).
+Each module imports its framework, so it is imported by its own name: ``ultralytics`` (``FBKDTrainer``), ``mmdet``
+(``FBKDDetector``) and ``mmrazor_loss`` (``FBKDOpsLoss``, for MMRazor's configs). Weights of other implementations are
+read by :mod:`fbkd_ops.weights`.
 """
-
-from . import mmrazor, non_local
-
-__all__ = ["mmrazor", "non_local"]

@@ -12,9 +12,9 @@ from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
-from ..distiller import Distiller, Levels, checked_levels, chosen_levels
-from ..feature_tap import Layers
 from ..loss import FBKDLoss
+from ..training.distiller import Distiller, Levels, checked_levels, chosen_levels
+from ..training.feature_tap import Layers
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features
 

@@ -25,7 +25,7 @@ class FBKDOpsLoss(nn.Module):
 
     Attributes:
         loss: the :class:`fbkd_ops.FBKDLoss`, into which
-            :func:`fbkd_ops.integrations.mmrazor.load_checkpoint` copies the connectors of an earlier run.
+            :func:`fbkd_ops.weights.mmrazor.load_checkpoint` copies the connectors of an earlier run.
 
     Example:
         >>> custom_imports = dict(imports=["fbkd_ops.integrations.mmrazor_loss"])

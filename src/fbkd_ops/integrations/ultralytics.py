@@ -12,9 +12,9 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import RANK
 
-from ..feature_tap import FeatureTap, Layer, unwrapped
 from ..loss import FBKDLoss
-from ..pairing import check_apart
+from ..training.feature_tap import FeatureTap, Layer, unwrapped
+from ..training.pairing import check_apart
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features, image_channels
 

@@ -41,16 +41,7 @@ from .products import (
     split_pixels,
     store_partials,
 )
-from .pyramid import (
-    Level,
-    add_partial_sums,
-    find_level,
-    find_tile,
-    pick,
-    pick_all,
-    pick_sizes,
-    store_rounded,
-)
+from .pyramid import Level, add_partial_sums, find_level, find_tile, pick, pick_all, pick_sizes, store_rounded
 
 __all__ = ["relation_residual_backward", "relation_residual_forward"]
 

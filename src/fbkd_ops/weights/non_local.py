@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..feature_tap import unwrapped
-from ..non_local_block import NonLocalBlock2d
+from ..non_local.block import NonLocalBlock2d
+from ..training.feature_tap import unwrapped
 
 __all__ = ["differences", "load_non_local", "module_settings", "our_key", "state_problems"]
 

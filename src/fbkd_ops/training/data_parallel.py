@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._validation import check_flag
+from .._validation import check_flag
 from .distiller import Distiller
 
 __all__ = ["data_parallel"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .autograd.first_order import first_order, save
+from ..autograd.first_order import first_order, save
 
 __all__ = [
     "Fold",
@@ -223,6 +223,7 @@ class Fold(NamedTuple):
 
 
 def fold(mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None) -> Fold:
+    """Return the norm with this mean and biased variance ``(C,)`` as a scale; see :class:`Fold`."""
     inverse = (variance + eps).rsqrt_()
     return Fold(mean, inverse, inverse if weight is None else inverse * weight)
 

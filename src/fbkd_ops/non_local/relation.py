@@ -6,24 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import linear_non_local
-from ._batch_norm import (
+from .._numerics import accumulation_dtype
+from ..ops.attention_pool import attention_pools
+from ..ops.cell_relation import CellBlock, CellLevel, cell_relation
+from ..ops.relation_residual import RelationLevels, relation_residual
+from . import responses
+from .affine_residual import affine_residual
+from .batch_norm import (
     RunningUpdate,
     check_count,
     synchronizes,
     update_running_statistics,
     uses_batch_statistics,
 )
-from ._numerics import accumulation_dtype
-from .autograd.affine_residual import affine_residual
-from .autograd.attention_pool import attention_pools
-from .autograd.cell_relation import CellBlock, CellLevel, cell_relation
-from .autograd.collapsed_relation import BlockTensors, CollapsedRelationFunction, LevelOutputs
-from .autograd.isolated import isolated
-from .autograd.relation_residual import RelationLevels, relation_residual
-from .linear_non_local import Block, block_tensors, pool_cells, with_tensors
-from .relation_forms import RelationSizes, cheaper_form
-from .relation_plan import Plan, count_blocks, make_plan
+from .collapsed import BlockTensors, CollapsedRelationFunction, LevelOutputs
+from .forms import RelationSizes, cheaper_form
+from .isolated import isolated
+from .plan import Plan, count_blocks, make_plan
+from .responses import Block, block_tensors, pool_cells, with_tensors
 
 __all__ = ["RelationTerm", "collapsed_levels", "relation_squares"]
 
@@ -184,8 +184,8 @@ def _response_squares(backend: str, term: RelationTerm) -> Tensor:
     """Return the residual ``t + U_t r_t - B s - B U_s r_s + v`` of both sides' responses r, in plain PyTorch."""
     dtype = _term_dtype(term)
     adaptation, bias = term.adaptation_weight.to(dtype).flatten(1), term.adaptation_bias.to(dtype)
-    student, s = linear_non_local.to_affine(backend, term.student.to(dtype), term.student_block)
-    teacher, t = linear_non_local.to_affine(backend, term.teacher.to(dtype), term.teacher_block)
+    student, s = responses.to_affine(backend, term.student.to(dtype), term.student_block)
+    teacher, t = responses.to_affine(backend, term.teacher.to(dtype), term.teacher_block)
     return affine_residual(
         student.flatten(2),
         adaptation,

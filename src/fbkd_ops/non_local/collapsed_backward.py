@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _batch_norm as norms
-from .. import collapsed_non_local as algebra
-from ..relation_plan import LevelGroup, Plan, count_blocks, moment_rank
-from .collapsed_relation_state import (
+from ..ops.non_local_statistics import own_memory
+from ..ops.registry import kernel
+from . import batch_norm as norms
+from . import collapsed_algebra as algebra
+from .collapsed_state import (
     BlockTensors,
     FamilyState,
     GroupState,
@@ -24,8 +25,7 @@ from .collapsed_relation_state import (
     side_by_side,
     stacked,
 )
-from .non_local_statistics import own_memory
-from .ops import kernel
+from .plan import LevelGroup, Plan, count_blocks, moment_rank
 
 
 class _SideGradients(NamedTuple):

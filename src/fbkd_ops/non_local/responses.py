@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._batch_norm import Moments, scale_and_shift, uses_batch_statistics
-from .autograd.contiguous_gradient import contiguous_gradient
-from .autograd.isolated import isolated
-from .autograd.non_local_statistics import StatisticsRequest, non_local_statistics
-from .autograd.projection import projection
-from .reference import max_pool, pool_kernels
-from .types import NonLocalWeights
+from ..ops.non_local_statistics import StatisticsRequest, non_local_statistics
+from ..reference import max_pool, pool_kernels
+from ..types import NonLocalWeights
+from .batch_norm import Moments, scale_and_shift, uses_batch_statistics
+from .contiguous_gradient import contiguous_gradient
+from .isolated import isolated
+from .projection import projection
 
 __all__ = [
     "AffineNonLocal",

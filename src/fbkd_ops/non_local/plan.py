@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._batch_norm import synchronizes, uses_batch_statistics
-from .autograd.non_local_statistics import NO_POOL
-from .linear_non_local import Block, pool_cells
+from ..ops.non_local_statistics import NO_POOL
+from .batch_norm import synchronizes, uses_batch_statistics
+from .responses import Block, pool_cells
 
 __all__ = ["Family", "Group", "LevelGroup", "Place", "Plan", "count_blocks", "make_plan", "moment_rank"]
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._numerics import accumulation_dtype
-from ._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
-from ._warnings import BackwardWatch
+from .._numerics import accumulation_dtype
+from .._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
+from .._warnings import BackwardWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -25,7 +25,13 @@ from .feature_tap import (
     unwrapped,
     versions,
 )
-from .pairing import check_apart, check_exported_mode, check_same_images, put_teacher_into_eval_mode, training_modules
+from .pairing import (
+    check_apart,
+    check_exported_mode,
+    check_same_images,
+    put_teacher_into_eval_mode,
+    training_modules,
+)
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar
 

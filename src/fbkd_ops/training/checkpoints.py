@@ -23,7 +23,7 @@ def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     """Take shared tensors under any of their names, and a plain student's checkpoint. A hook of ``load_state_dict``.
 
     Args:
-        wrapper: a :class:`fbkd_ops.student_attributes.StudentAttributes`, which says where its student is.
+        wrapper: a :class:`fbkd_ops.training.student_attributes.StudentAttributes`, which says where its student is.
         state: the checkpoint, changed in place.
         prefix: of the wrapper's own names in it.
 

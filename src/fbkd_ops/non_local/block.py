@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from . import functional
-from ._batch_norm import FrozenBatchNorm2d
-from ._validation import check_choice, check_flag, check_layer, check_stride, is_int
-from .linear_non_local import Block, BlockSettings, as_matrices
-from .presets import CHOICES
-from .types import NonLocalWeights
+from .. import functional
+from .._validation import check_choice, check_flag, check_layer, check_stride, is_int
+from ..presets import CHOICES
+from ..types import NonLocalWeights
+from .batch_norm import FrozenBatchNorm2d
+from .responses import Block, BlockSettings, as_matrices
 
 __all__ = ["NonLocalBlock2d"]
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
-from .first_order import first_order, save
-from .ops import kernel, register
+from ..autograd.first_order import first_order, save
+from .registry import kernel, register
 
 __all__ = ["MaskedL2Function", "level_masks", "masked_l2_squares"]
 

@@ -1,9 +1,9 @@
 """From a pyramid's maps and parameters to what its relation residuals are made of, with hand-written gradients.
 
 Blocks of one width are computed together, whatever their level and side; what a norm does to each channel is computed
-for the channels of all blocks, side by side. ``relation_plan.py`` decides which blocks go together,
-``collapsed_non_local.py`` has the algebra of the blocks and ``_batch_norm.py`` that of the norms. The two passes are in
-``collapsed_relation_forward.py`` and ``collapsed_relation_backward.py``.
+for the channels of all blocks, side by side. ``plan.py`` decides which blocks go together,
+``collapsed_algebra.py`` has the algebra of the blocks and ``batch_norm.py`` that of the norms. The two passes are in
+``collapsed_forward.py`` and ``collapsed_backward.py``.
 """
 
 import torch
@@ -11,19 +11,11 @@ from torch import Tensor
 
 from .._layout import in_place_layout
 from .._numerics import without_autocast
-from ..relation_plan import Plan, count_blocks
-from .collapsed_relation_backward import collapsed_gradients, own_map_gradients
-from .collapsed_relation_forward import collapsed_outputs
-from .collapsed_relation_state import (
-    BlockTensors,
-    FamilyState,
-    GroupState,
-    LevelOutputs,
-    LevelState,
-    MapState,
-    State,
-)
-from .first_order import first_order, save
+from ..autograd.first_order import first_order, save
+from .collapsed_backward import collapsed_gradients, own_map_gradients
+from .collapsed_forward import collapsed_outputs
+from .collapsed_state import BlockTensors, FamilyState, GroupState, LevelOutputs, LevelState, MapState, State
+from .plan import Plan, count_blocks
 
 __all__ = ["BlockTensors", "CollapsedRelationFunction", "LevelOutputs"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
-from .first_order import first_order, save
-from .ops import kernel, register
+from ..autograd.first_order import first_order, save
+from .registry import kernel, register
 
 __all__ = ["CellBlock", "CellLevel", "CellRelationFunction", "Moments", "cell_relation", "level_parameters"]
 

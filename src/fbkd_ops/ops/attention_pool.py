@@ -6,9 +6,9 @@ from torch import Tensor
 from .. import backends, reference
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
+from ..autograd.first_order import first_order, is_differentiated, save
 from ..types import AttentionPool
-from .first_order import first_order, is_differentiated, save
-from .ops import kernel, register
+from .registry import kernel, register
 
 __all__ = ["AttentionPoolFunction", "attention_pools", "pools_of"]
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _batch_norm as norms
-from .. import collapsed_non_local as algebra
-from ..relation_plan import Family, Group, Plan, count_blocks, moment_rank
-from .collapsed_relation_state import (
+from ..ops.registry import kernel
+from . import batch_norm as norms
+from . import collapsed_algebra as algebra
+from .collapsed_state import (
     BlockTensors,
     FamilyState,
     GroupState,
@@ -22,7 +22,7 @@ from .collapsed_relation_state import (
     over_processes,
     side_by_side,
 )
-from .ops import kernel
+from .plan import Family, Group, Plan, count_blocks, moment_rank
 
 
 class _Channels(NamedTuple):

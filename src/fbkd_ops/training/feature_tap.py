@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ._validation import Features, as_list, check_callable, check_flag, check_module, check_text, is_list
+from .._validation import Features, as_list, check_callable, check_flag, check_module, check_text, is_list
 
 __all__ = [
     "FeatureTap",

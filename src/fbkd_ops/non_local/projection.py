@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import without_autocast
-from .first_order import first_order, save
+from ..autograd.first_order import first_order, save
 
 __all__ = ["bmm_in_layout", "projection"]
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._validation import as_list, check_text
-from ..feature_tap import unwrapped
 from ..loss import FBKDLevel, FBKDLoss
+from ..training.feature_tap import unwrapped
 from .non_local import differences, module_settings, our_key, state_problems
 
 __all__ = ["load_authors", "load_checkpoint", "load_connectors"]

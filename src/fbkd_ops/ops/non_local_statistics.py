@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._layout import in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype, without_autocast
-from .first_order import first_order, save
-from .ops import kernel, register
+from ..autograd.first_order import first_order, save
+from .registry import kernel, register
 
 __all__ = [
     "NO_POOL",

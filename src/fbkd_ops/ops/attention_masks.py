@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from .._numerics import accumulation_dtype
-from .ops import kernel, register
+from .registry import kernel, register
 
 __all__ = ["MaskRequest", "attention_masks"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._numerics import accumulation_dtype
-from .first_order import first_order, is_differentiated, save
-from .ops import kernel, register
+from ..autograd.first_order import first_order, is_differentiated, save
+from .registry import kernel, register
 
 __all__ = ["SpatialL2Function", "SpatialLevels", "spatial_l2_squares"]
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .._layout import empty_gradient, empty_residual, in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype
+from ..autograd.first_order import first_order, save
 from ..types import AttentionPool
 from .attention_pool import pools_of
-from .first_order import first_order, save
 from .masked_l2 import Masks, level_masks
-from .ops import kernel, register
+from .registry import kernel, register
 
 __all__ = ["AdaptedLevels", "AdaptedMaskedL2Function", "adapted_masked_l2_squares", "student_pyramid"]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _batch_norm as norms
-from ..relation_plan import Group, LevelGroup, Place, Plan, count_blocks, moment_rank
+from . import batch_norm as norms
+from .plan import Group, LevelGroup, Place, Plan, count_blocks, moment_rank
 
 
 class BlockTensors(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import recordable, without_autocast
-from .first_order import first_order, save
+from ..autograd.first_order import first_order, save
 
 __all__ = ["isolated"]
 

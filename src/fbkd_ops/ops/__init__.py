@@ -1,0 +1,1 @@
+"""One file for each op: its schemas, its fakes, its `torch.autograd.Function`."""
