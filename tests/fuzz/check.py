@@ -30,7 +30,7 @@ FACTOR = 64
 # All pixels of these maps are alike, some of them beside a bias, and so are their rounding errors: they add up where
 # random ones average out.
 ALIKE, ALIKE_FACTOR = ("constant", "constant_channels", "tiny", "denormal", "zeros"), 8
-# An update of running statistics has three operations.
+# An update of running statistics has three operations on the old value and the batch's, which may cancel.
 UPDATE_FACTOR = 4
 # The same where operands are rounded to 16 bits, of which there are as many as in the literal formula.
 OPERANDS_FACTOR = 4
@@ -302,7 +302,8 @@ def _first_excess(
         noise = [each[name] for each in samples]
         rounding = _own_rounding(problem, mine, truth[name], case)
         if name.startswith("buffer"):
-            rounding *= UPDATE_FACTOR
+            before = problem.module.get_buffer(name.removeprefix("buffer "))
+            rounding = UPDATE_FACTOR * (rounding + torch.finfo(mine.dtype).eps * before.double().abs())
         excess = _excess(mine, eager[name], truth[name], noise, rounding, _factor(case), may_lose_nans)
         if excess:
             return f"{name}: {excess}"
