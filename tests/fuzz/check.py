@@ -304,10 +304,17 @@ def _first_excess(
         if name.startswith("buffer"):
             before = problem.module.get_buffer(name.removeprefix("buffer "))
             rounding = UPDATE_FACTOR * (rounding + torch.finfo(mine.dtype).eps * before.double().abs())
-        excess = _excess(mine, eager[name], truth[name], noise, rounding, _factor(case), may_lose_nans)
+        # A result in float64 of sums in float32 has their range.
+        smallest = torch.finfo(_computed_dtype(mine.dtype, _eps(problem, case))).smallest_normal
+        excess = _excess(mine, eager[name], truth[name], noise, rounding, smallest, _factor(case), may_lose_nans)
         if excess:
             return f"{name}: {excess}"
     return None
+
+
+def _computed_dtype(dtype: torch.dtype, eps: float) -> torch.dtype:
+    """The dtype of a result, or float32 where that is all that its sums have."""
+    return torch.float32 if dtype == torch.float64 and eps >= torch.finfo(torch.float32).eps else dtype
 
 
 def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Tensor:
@@ -340,12 +347,13 @@ def _excess(
     truth: Tensor,
     samples: list[Tensor],
     own: Tensor,
+    smallest: float,
     factor: int = FACTOR,
     may_lose_nans: bool = False,
 ) -> str | None:
     """How much too far a tensor is from the truth; None where it is not."""
     dtype = ours.dtype
-    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    largest = torch.finfo(dtype).max
     ours, eager, truth = ours.double(), eager.double(), truth.double()
     wrong = ~eager.isfinite() & ~truth.isfinite() & ours.isfinite()
     if wrong.any() and not may_lose_nans:
