@@ -97,7 +97,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     """
 
     def resolved(op: str, tensor: Tensor) -> str:
-        return "cuda" if "cuda" in backends.OPS[op] else "triton"
+        return "cuda" if "cuda" in backends.FUNCTIONS[op] else "triton"
 
     with (
         mock.patch.object(backends, "resolve", resolved),

@@ -137,7 +137,7 @@ class Cost:
 class Suite:
     """Implementations of one computation.
 
-    ``op`` is the name in ``fbkd_ops.backends.OPS``. Differentiable inputs are those that require a gradient.
+    ``op`` is the name in ``fbkd_ops.backends.FUNCTIONS``. Differentiable inputs are those that require a gradient.
     ``implementations`` makes them for a case, by name; the first is plain PyTorch, which the others' speed is compared
     with, ``reference`` the literal formula, which also takes float64 inputs in any case. An implementation that is a
     module is differentiated by its own parameters. ``cases`` are what is measured unless something else is asked for,

@@ -31,7 +31,7 @@ def peers_of(suite: Suite, device: str) -> dict[str, Callable[[Case], Implementa
     makers.setdefault("compile", lambda case: torch.compile(makers[suite.baseline](case), dynamic=False))
     if device == "cuda" and not suite.checked_as:
         for backend in FORCED:
-            if backend in backends.OPS[suite.op]:
+            if backend in backends.FUNCTIONS[suite.op]:
                 makers[f"fbkd_ops:{backend}"] = _forced(suite.implementations["fbkd_ops"], backend)
     return {name: makers[name] for name in PEERS if name in makers}
 

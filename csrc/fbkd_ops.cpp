@@ -1,4 +1,4 @@
-// The module through which Python asks what was built. Importing it loads the schemas and the CPU kernels.
+// The module through which Python asks what was built. Importing it registers the CPU kernels.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 

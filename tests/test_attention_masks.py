@@ -23,7 +23,8 @@ from op_cases import (
 
 import fbkd_ops
 from fbkd_ops import functional
-from fbkd_ops.ops.attention_masks import MaskRequest, attention_masks
+from fbkd_ops.dispatch import attention_masks
+from fbkd_ops.ops.attention_masks import MaskRequest
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import fbkd_ops
 from fbkd_ops import FBKDLoss
 from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
+from fbkd_ops.dispatch import attention_pools
 from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
-from fbkd_ops.ops.attention_pool import attention_pools
 from fbkd_ops.ops.masked_l2 import masked_l2_squares
 from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 

@@ -94,7 +94,7 @@ KERNELS = {
 
 
 def test_every_op_with_kernels_is_called_here():
-    assert set(CALLS) == {op for op, having in backends.OPS.items() if having}
+    assert set(CALLS) == {op for op, having in backends.FUNCTIONS.items() if having}
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -189,7 +189,7 @@ def test_backward_uses_the_backend_of_its_forward():
 
 def test_report_names_every_op_and_library():
     text = info.report()
-    for line in ("fbkd_ops", "torch", "triton", "cpu library", "cuda library", *backends.OPS):
+    for line in ("fbkd_ops", "torch", "triton", "cpu library", "cuda library", *backends.FUNCTIONS):
         assert line in text
 
 

@@ -28,8 +28,8 @@ import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, functional, reference
 from fbkd_ops._layout import empty_gradient, in_place_layout
 from fbkd_ops.non_local import relation
+from fbkd_ops.non_local.pooling import pool_cells
 from fbkd_ops.non_local.relation import RelationTerm, relation_form
-from fbkd_ops.non_local.responses import pool_cells
 from fbkd_ops.ops.cell_relation import CellBlock, cell_relation, level_parameters
 from fbkd_ops.presets import CHOICES
 

@@ -11,8 +11,8 @@ from torch import nn
 import fbkd_ops
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, functional, reference
 from fbkd_ops.non_local import batch_norm, relation
+from fbkd_ops.non_local.parameters import as_matrices
 from fbkd_ops.non_local.relation import RelationTerm, collapsed_levels, relation_squares
-from fbkd_ops.non_local.responses import as_matrices
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -9,7 +9,7 @@ from op_cases import INTERPRETED, ON_CPU, ON_TRITON
 
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, _extension, functional, reference
-from fbkd_ops.non_local import responses
+from fbkd_ops.non_local import modes
 from fbkd_ops.presets import CHOICES, MODES
 from fbkd_ops.types import AttentionPool, NonLocalWeights
 
@@ -250,7 +250,8 @@ def test_nan_reaches_the_gradients_that_it_reaches_in_plain_pytorch(mode):
 def test_a_nan_reaches_every_pixel_also_where_no_pair_counts():
     """relu(NaN) is NaN, beside pairs whose relu is 0 for every pixel."""
     phi = torch.tensor([[[-1.0, float("nan"), -2.0]]])
-    y = responses._concatenation(torch.zeros(1, 1, 5), phi, torch.ones(1, 1, 3), torch.ones(2))
+    operands = modes.Operands(torch.zeros(1, 1, 5), phi, torch.ones(2), False)
+    y = modes.MODES["concatenation"].attend(operands, torch.ones(1, 1, 3))
     assert y.isnan().all()
 
 

@@ -1110,8 +1110,8 @@ def test_an_interruption_ends_what_runs(tmp_path, monkeypatch):
 
 
 def test_every_op_of_the_package_has_a_case():
-    assert set(backends.OPS) <= set(op_calls.CASES)
-    assert set(op_calls.cases_of("cuda")) == {name for name, kernels in backends.OPS.items() if "cuda" in kernels}
+    assert set(backends.FUNCTIONS) <= set(op_calls.CASES)
+    assert set(op_calls.cases_of("cuda")) == {name for name, kernels in backends.FUNCTIONS.items() if "cuda" in kernels}
 
 
 @NO_CPU
@@ -1170,4 +1170,4 @@ def test_large_runs_each_op_once_more_under_the_profiler(monkeypatch):
     counted = {name: counting(name, case) for name, case in op_calls.CASES.items()}
     monkeypatch.setattr(op_calls, "CASES", counted)
     op_calls.main(["large", "--device", "cpu", "--backend", "cpu", "--shape", "2", "4", "5", "7"])
-    assert calls == dict.fromkeys(backends.OPS, 2) | {"whole_loss": 0}
+    assert calls == dict.fromkeys(backends.FUNCTIONS, 2) | {"whole_loss": 0}

@@ -9,8 +9,9 @@ from op_cases import NO_CPU
 from fbkd_ops import NonLocalBlock2d, reference
 from fbkd_ops.non_local.batch_norm import Moments, _over_images, scale_and_shift
 from fbkd_ops.non_local.collapsed_algebra import all_pairs, fill_covariances, pooled_pairs, project_moments
+from fbkd_ops.non_local.modes import MODES, Operands
 from fbkd_ops.non_local.relation import RelationTerm, collapsed_levels
-from fbkd_ops.non_local.responses import Response, _concatenation, _moments
+from fbkd_ops.non_local.responses import Response, _moments
 from fbkd_ops.ops.non_local_statistics import NO_POOL, StatisticsRequest, non_local_statistics
 from fbkd_ops.ops.registry import kernel
 from fbkd_ops.ops.relation_residual import RelationLevels, relation_residual
@@ -93,7 +94,7 @@ def test_4_concatenation_from_suffix_sums():
     pair = torch.randn(2 * INNER, dtype=torch.float64)
     a, b = pair[:INNER] @ theta, pair[INNER:] @ phi
     literal = torch.relu(a[:, :, None] + b[:, None, :]) @ g.mT / 12
-    close(_concatenation(theta, phi, g, pair), literal.mT)
+    close(MODES["concatenation"].attend(Operands(theta, phi, pair, False), g), literal.mT)
 
 
 def test_5_variance_within_and_between_images():

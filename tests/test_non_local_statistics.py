@@ -29,7 +29,8 @@ from op_cases import (
 )
 
 from fbkd_ops._layout import empty_gradient, in_place_layout
-from fbkd_ops.non_local.responses import BlockSettings, pool_cells
+from fbkd_ops.non_local.parameters import BlockSettings
+from fbkd_ops.non_local.pooling import pool_cells
 from fbkd_ops.ops.non_local_statistics import StatisticsRequest, non_local_statistics
 from fbkd_ops.reference import max_pool
 

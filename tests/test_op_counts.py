@@ -6,8 +6,8 @@ from op_cases import INTERPRETED, ON_CPU
 from op_counts import count_ops
 
 from fbkd_ops import FBKDLoss
+from fbkd_ops.dispatch import attention_pools
 from fbkd_ops.non_local.relation import relation_squares
-from fbkd_ops.ops.attention_pool import attention_pools
 from fbkd_ops.ops.non_local_statistics import StatisticsRequest, non_local_statistics
 
 SIZES = [(40, 64), (20, 32), (10, 16), (5, 8)]

@@ -30,9 +30,9 @@ from op_cases import (
 import fbkd_ops
 from benchmarks.passes import writes
 from fbkd_ops import AttentionPool, FBKDLoss, reference
+from fbkd_ops.dispatch import attention_pools
 from fbkd_ops.non_local import relation
 from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, student_pyramid
-from fbkd_ops.ops.attention_pool import attention_pools
 from fbkd_ops.presets import PRESETS, TERMS
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -143,7 +143,7 @@ def whole_loss(f: Features) -> Tensor:
     return total
 
 
-# By the ops' names in backends.OPS, and whatever uses several of them.
+# By the ops' names in backends.FUNCTIONS, and whatever uses several of them.
 CASES = {
     "attention_pool": attention_pool,
     "attention_masks": attention_masks,
@@ -160,7 +160,7 @@ def cases_of(backend: str) -> dict[str, Callable[[Features], object]]:
     """The cases that run a backend's own kernels; the others would run those of another one."""
     if backend != "cuda":
         return CASES
-    return {name: case for name, case in CASES.items() if "cuda" in backends.OPS.get(name, ())}
+    return {name: case for name, case in CASES.items() if "cuda" in backends.FUNCTIONS.get(name, ())}
 
 
 def small_features(backend: str, device: str) -> Iterator[Features]:
@@ -224,7 +224,7 @@ def small(backend: str, device: str, maps: Iterable[Features]) -> set[str]:
 def large(backend: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Every op's case on one map, after a call that compiles and allocates."""
     inputs = features(shape, dtype, contiguous, device)
-    cases = [case for name, case in cases_of(backend).items() if name in backends.OPS]
+    cases = [case for name, case in cases_of(backend).items() if name in backends.FUNCTIONS]
     with backends.use_backend(backend):
         for case in cases:
             call(case, inputs)

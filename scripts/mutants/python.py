@@ -28,8 +28,9 @@ NORM_PY = "src/fbkd_ops/non_local/batch_norm.py"
 ALGEBRA_PY = "src/fbkd_ops/non_local/collapsed_algebra.py"
 PLAN_PY = "src/fbkd_ops/non_local/plan.py"
 RELATION_PY = "src/fbkd_ops/non_local/relation.py"
-MODES_PY = "src/fbkd_ops/non_local/responses.py"
+MODES_PY = "src/fbkd_ops/non_local/modes.py"
 LOSS_PY = "src/fbkd_ops/loss.py"
+LEVEL_PY = "src/fbkd_ops/level.py"
 
 MUTATIONS = [
     Mutation("python.roots.half", ROOTS_PY, ROOTS, "grad * scale / (2 * roots)", "grad * scale / roots"),
@@ -186,7 +187,7 @@ MUTATIONS = [
     ),
     Mutation(
         "python.modes.shift_of_the_norm",
-        MODES_PY,
+        "src/fbkd_ops/non_local/responses.py",
         RELATION,
         "(scale * bias + shift)",
         "(bias + shift)",
@@ -197,6 +198,10 @@ MUTATIONS = [
         "python.loss.root_of_the_count", LOSS_PY, LOSS, "weight / math.sqrt(max(count, 1))", "weight / max(count, 1)"
     ),
     Mutation(
-        "python.loss.count_of_the_spatial_term", LOSS_PY, LOSS, '"spatial": n * height * width', '"spatial": n * height'
+        "python.loss.count_of_the_spatial_term",
+        LEVEL_PY,
+        LOSS,
+        '"spatial": n * height * width',
+        '"spatial": n * height',
     ),
 ]

@@ -1,6 +1,6 @@
 """Loads the compiled libraries and remembers why one is missing or broken.
 
-``_C`` holds the op schemas and the CPU kernels, ``_cuda`` the CUDA kernels: they are apart because the
+``_C`` holds the CPU kernels, ``_cuda`` the CUDA kernels: they are apart because the
 latter needs symbols that only a CUDA build of torch has.
 """
 

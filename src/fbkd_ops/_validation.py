@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .non_local.batch_norm import is_frozen
+from .non_local.modes import MODES
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
@@ -302,11 +303,11 @@ def check_weights(weights: NonLocalWeights, x: Tensor, mode: str, name: str) -> 
         "g_bias": (inner,),
         "out_weight": (channels, inner),
     }
-    if mode != "gaussian":
+    if MODES[mode].embeds:
         for projection in ("theta", "phi"):
             expected[f"{projection}_weight"] = (inner, channels)
             expected[f"{projection}_bias"] = (inner,)
-    if mode == "concatenation":
+    if MODES[mode].has_pair_weight:
         expected["pair_weight"] = (2 * inner,)
     if weights.out_bias is not None:
         expected["out_bias"] = (channels,)

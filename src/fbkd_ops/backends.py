@@ -9,21 +9,29 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from . import _extension
+from .ops.registry import OPS
 
-__all__ = ["BACKENDS", "OPS", "automatic", "available", "resolve", "use_backend"]
+__all__ = ["BACKENDS", "FUNCTIONS", "automatic", "available", "resolve", "use_backend"]
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
-# Backends that have kernels of an op. On a GPU those without "cuda" are Triton's: matrix products, which it writes for
-# the tensor cores of every GPU, and what takes as little time as a single channel does.
-OPS = {
-    "attention_pool": ("cpu", "cuda", "triton"),
-    "attention_masks": ("cpu", "cuda", "triton"),
-    "masked_l2_loss": ("cpu", "cuda", "triton"),
-    "adapted_masked_l2_loss": ("cpu", "triton"),
-    "spatial_l2_loss": ("cpu", "triton"),
-    "non_local": ("cpu", "triton"),
-    "relation_loss": ("cpu", "triton"),
+# The registered ops that each public function needs kernels of. On a GPU those without "cuda" are Triton's: matrix
+# products, which it writes for the tensor cores of every GPU, and what takes as little time as a single channel does.
+_STATISTICS = ("non_local_statistics_forward", "non_local_statistics_backward_")
+_CALLED = {
+    "attention_pool": ("attention_pool_forward", "attention_pool_backward"),
+    "attention_masks": ("attention_masks",),
+    "masked_l2_loss": ("masked_l2_forward", "masked_l2_backward"),
+    "adapted_masked_l2_loss": ("adapted_masked_l2_forward", "adapted_masked_l2_backward"),
+    "spatial_l2_loss": ("spatial_l2",),
+    "non_local": _STATISTICS,
+    "relation_loss": (*_STATISTICS, "relation_residual_forward", "relation_residual_backward"),
+}
+
+# The public functions, each with the backends that have kernels of all its ops.
+FUNCTIONS = {
+    function: tuple(backend for backend in BACKENDS if all(backend in OPS[op].backends for op in called))
+    for function, called in _CALLED.items()
 }
 
 # Their literal formulas need memory that grows with the square of the number of pixels.
@@ -88,11 +96,11 @@ def _triton_obstacle(device: str) -> str:
     )
 
 
-def resolve(op: str, tensor: Tensor) -> str:
-    """Backend that a call of ``op`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
+def resolve(function: str, tensor: Tensor) -> str:
+    """Backend that a call of ``function`` with ``tensor`` uses: "cpu", "cuda", "triton", "torch" or "reference".
 
     "torch" is plain PyTorch in linear memory, for the ops of the relation term where no kernels of theirs can run.
-    Where the forced backend has no kernels of this op, it is the automatic choice on that backend's device.
+    Where the forced backend has no kernels of it, it is the automatic choice on that backend's device.
 
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.
@@ -101,24 +109,24 @@ def resolve(op: str, tensor: Tensor) -> str:
     if forced == "reference":
         return "reference"
     if forced == "auto":
-        return automatic(op, device)
-    served = forced in OPS[op]
+        return automatic(function, device)
+    served = forced in FUNCTIONS[function]
     obstacle = available(forced, device) if served else _device_mismatch(forced, device)
     if obstacle:
-        raise RuntimeError(f"{op}: backend {forced!r} is forced and cannot serve the call: {obstacle}")
-    return forced if served else automatic(op, device)
+        raise RuntimeError(f"{function}: backend {forced!r} is forced and cannot serve the call: {obstacle}")
+    return forced if served else automatic(function, device)
 
 
-def automatic(op: str, device: str) -> str:
-    """Backend of ``op`` on a device type where none is forced: the first that has kernels and can run."""
+def automatic(function: str, device: str) -> str:
+    """Backend of ``function`` on a device type where none is forced: the first that has kernels and can run."""
     for backend in _AUTOMATIC.get(device, ()):
-        if backend in OPS[op] and not available(backend, device):
+        if backend in FUNCTIONS[function] and not available(backend, device):
             return backend
-    return "torch" if op in _LINEAR_IN_TORCH else "reference"
+    return "torch" if function in _LINEAR_IN_TORCH else "reference"
 
 
 def _device_mismatch(backend: str, device: str) -> str:
-    """Why a forced backend does not fit a tensor of an op that it has no kernels of; empty if it does."""
+    """Why a forced backend does not fit a tensor of a function that it has no kernels of; empty if it does."""
     if backend == "triton":
         return _triton_obstacle(device)
     return "" if device == backend else f"it runs on {backend} tensors, got a {device} tensor"

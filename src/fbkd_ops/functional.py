@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import backends, reference
-from ._numerics import accumulation_dtype, root, without_autocast
+from . import dispatch
+from ._numerics import accumulation_dtype, root
 from ._validation import (
     as_list,
     check_attention_map,
@@ -35,15 +35,11 @@ from ._validation import (
     check_weights,
     warn_of_clamping,
 )
-from .non_local import responses
-from .non_local.relation import RelationTerm, relation_squares
-from .non_local.responses import Block
-from .ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares
+from .non_local.parameters import Block, BlockSettings
+from .non_local.relation import RelationTerm
+from .ops.adapted_masked_l2 import AdaptedLevels
 from .ops.attention_masks import MaskRequest
-from .ops.attention_masks import attention_masks as attention_masks_op
-from .ops.attention_pool import attention_pools as attention_pools_op
-from .ops.masked_l2 import masked_l2_squares
-from .ops.spatial_l2 import SpatialLevels, spatial_l2_squares
+from .ops.spatial_l2 import SpatialLevels
 from .presets import CHOICES, MODES
 from .types import AttentionPool, NonLocalWeights
 
@@ -85,7 +81,7 @@ def attention_pool(x: Tensor) -> AttentionPool:
     Source: Zhang & Ma 2021, the spatial and channel attention maps; the plain means are those of the released code.
     """
     check_feature(x, "x")
-    return attention_pools_op([x])[0]
+    return dispatch.attention_pools([x])[0]
 
 
 def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
@@ -111,7 +107,7 @@ def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
     for index, x in enumerate(features):
         check_feature(x, f"features[{index}]")
         check_same_device(x, features[0], f"features[{index}]", "features[0]")
-    return attention_pools_op(features) if features else []
+    return dispatch.attention_pools(features) if features else []
 
 
 def attention_mask(
@@ -152,7 +148,7 @@ def attention_mask(
                 "maps of the same pixels or channels"
             )
         check_same_device(student, teacher, "student", "teacher")
-    return attention_masks_op([MaskRequest(student, teacher, temperature, mask_rule)])[0]
+    return dispatch.attention_masks([MaskRequest(student, teacher, temperature, mask_rule)])[0]
 
 
 def attention_masks(
@@ -194,7 +190,7 @@ def attention_masks(
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
     spatial_temperature = check_temperature(spatial_temperature, "spatial_temperature")
     channel_temperature = check_temperature(channel_temperature, "channel_temperature")
-    spatial_mask, channel_mask = attention_masks_op(
+    spatial_mask, channel_mask = dispatch.attention_masks(
         [
             MaskRequest(student.spatial_attention, teacher.spatial_attention, spatial_temperature, mask_rule),
             MaskRequest(student.channel_attention, teacher.channel_attention, channel_temperature, mask_rule),
@@ -234,10 +230,7 @@ def masked_l2_loss(
     check_feature(teacher, "teacher")
     check_pair(student, teacher, "student", "teacher", same_width=True)
     _check_masks(spatial_mask, channel_mask, teacher)
-    backend = backends.resolve("masked_l2_loss", student)
-    if backend == "reference":
-        return reference.masked_l2_loss(student, teacher, spatial_mask, channel_mask)
-    return root(masked_l2_squares(backend, [student], [teacher], [spatial_mask], [channel_mask])[0])
+    return root(dispatch.masked_l2_squares([student], [teacher], [spatial_mask], [channel_mask])[0])
 
 
 def adapted_masked_l2_loss(
@@ -283,12 +276,8 @@ def adapted_masked_l2_loss(
     check_tensor(weight, (teacher.shape[1], student.shape[1]), student, "weight")
     check_tensor(bias, (teacher.shape[1],), student, "bias")
     _check_masks(spatial_mask, channel_mask, teacher)
-    backend = backends.resolve("adapted_masked_l2_loss", student)
-    if backend == "reference":
-        with without_autocast(student):
-            return reference.adapted_masked_l2_loss(student, weight, bias, teacher, spatial_mask, channel_mask)
     levels = AdaptedLevels([student], [weight], [bias], [teacher], [spatial_mask], [channel_mask])
-    return root(adapted_masked_l2_squares(backend, levels)[0])
+    return root(dispatch.adapted_masked_l2_squares(levels)[0])
 
 
 def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
@@ -324,11 +313,7 @@ def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tens
     check_same_device(teacher, student, "teacher", "student")
     check_tensor(weight, (3, 3), student, "weight")
     check_tensor(bias, (1,), student, "bias")
-    backend = backends.resolve("spatial_l2_loss", student)
-    if backend == "reference":
-        with without_autocast(student):
-            return reference.spatial_l2_loss(student, weight, bias, teacher)
-    return root(spatial_l2_squares(backend, SpatialLevels([student], [weight], [bias], [teacher]))[0])
+    return root(dispatch.spatial_l2_squares(SpatialLevels([student], [weight], [bias], [teacher]))[0])
 
 
 def _check_masks(spatial_mask: Tensor | None, channel_mask: Tensor | None, teacher: Tensor) -> None:
@@ -382,12 +367,7 @@ def non_local(
     settings = _block_settings(x, mode, stride, pool_order, use_scale)
     check_weights(weights, x, mode, "weights")
     check_norm(norm, x, "norm")
-    backend = backends.resolve("non_local", x)
-    x = x.to(accumulation_dtype(x))
-    with without_autocast(x):
-        if backend == "reference":
-            return reference.non_local(x, weights, norm=norm, **vars(settings))
-        return responses.non_local(backend, x, Block(weights, settings, norm))
+    return dispatch.non_local(x.to(accumulation_dtype(x)), Block(weights, settings, norm))
 
 
 def relation_loss(
@@ -455,21 +435,14 @@ def relation_loss(
     check_norm(student_norm, student, "student_norm")
     check_norm(teacher_norm, teacher, "teacher_norm")
     memory_efficient = check_flag(memory_efficient, "memory_efficient")
-    backend = backends.resolve("relation_loss", student)
-    adaptation = (adaptation_weight, adaptation_bias)
-    with without_autocast(student):
-        if backend == "reference":
-            sides = (student, teacher, student_weights, teacher_weights)
-            norms = dict(student_norm=student_norm, teacher_norm=teacher_norm)
-            return reference.relation_loss(*sides, *adaptation, **vars(settings), **norms)
-        blocks = Block(student_weights, settings, student_norm), Block(teacher_weights, settings, teacher_norm)
-        term = RelationTerm(student, teacher.detach(), *blocks, *adaptation)
-        return root(relation_squares(backend, [term], memory_efficient)[0])
+    blocks = Block(student_weights, settings, student_norm), Block(teacher_weights, settings, teacher_norm)
+    term = RelationTerm(student, teacher.detach(), *blocks, adaptation_weight, adaptation_bias)
+    return root(dispatch.relation_squares([term], memory_efficient)[0])
 
 
-def _block_settings(x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool) -> responses.BlockSettings:
+def _block_settings(x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool) -> BlockSettings:
     check_choice(mode, MODES, "mode")
     check_choice(pool_order, CHOICES["pool_order"], "pool_order")
     stride, use_scale = check_stride(stride), check_flag(use_scale, "use_scale")
     warn_of_clamping(stride, x)
-    return responses.BlockSettings(mode, stride, pool_order, use_scale)
+    return BlockSettings(mode, stride, pool_order, use_scale)

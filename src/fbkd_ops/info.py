@@ -58,19 +58,19 @@ def _libraries() -> Iterator[tuple[str, str]]:
     yield "cuda library", _extension.cuda.status
 
 
-def _choice(op: str, device: str) -> tuple[str, str]:
+def _choice(function: str, device: str) -> tuple[str, str]:
     """Backend of a call on a device under "auto", and why it is not the first choice."""
-    backend = backends.automatic(op, device)
-    first = device if device in backends.OPS[op] else backend
+    backend = backends.automatic(function, device)
+    first = device if device in backends.FUNCTIONS[function] else backend
     return backend, "" if backend == first else backends.available(first, device)
 
 
 def _choices() -> Iterator[str]:
-    yield f"{'op':<16} {'device':<7} backend"
-    for op in backends.OPS:
+    yield f"{'function':<22} {'device':<7} backend"
+    for function in backends.FUNCTIONS:
         for device in ("cpu", "cuda"):
-            backend, reason = _choice(op, device)
-            yield f"{op:<16} {device:<7} {backend}" + (f"  ({reason})" if reason else "")
+            backend, reason = _choice(function, device)
+            yield f"{function:<22} {device:<7} {backend}" + (f"  ({reason})" if reason else "")
 
 
 def report() -> str:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import dispatch
 from ._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
 from ._validation import (
     Features,
@@ -26,14 +25,10 @@ from ._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_
 from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
 from .autograd.weighted_roots import weighted_roots
-from .non_local.batch_norm import synchronizes, uses_batch_statistics
-from .non_local.block import NonLocalBlock2d
-from .non_local.relation import RelationTerm, relation_squares
-from .ops.adapted_masked_l2 import AdaptedLevels, student_pyramid
-from .ops.attention_masks import MaskRequest, attention_masks
-from .ops.attention_pool import attention_pools
-from .ops.spatial_l2 import SpatialLevels, spatial_l2_squares
-from .presets import TERMS, LevelSettings, default_num_levels, resolve_settings
+from .level import FBKDLevel
+from .ops.adapted_masked_l2 import AdaptedLevels
+from .ops.spatial_l2 import SpatialLevels
+from .presets import TERMS, default_num_levels, resolve_settings
 from .types import AttentionPool
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
@@ -178,19 +173,18 @@ class FBKDLoss(nn.Module):
         students = [student for _, student, _, _ in pairs]
         teachers = [recordable(teacher.detach()) for _, _, _, teacher in pairs]
         with without_autocast(students[0]):
-            backend = backends.resolve("relation_loss", students[0])
-            squares = self._squares(backend, students, teachers)
+            squares = self._squares(students, teachers)
             terms = self._weighted_terms(squares, students, teachers)
         if self.training and can_watch(students[0]):
             self._gradient_watch.see(students, [teacher for _, _, _, teacher in pairs])
             self._update_watch.see(self, terms)
         return terms
 
-    def _squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
-        """Return the sums under the roots of every term and level; ``backend`` of the relation term."""
-        if backend != "reference":
-            return self._fused_squares(backend, students, teachers)
-        levels = [reference.level_terms(*level) for level in zip(students, teachers, self.levels, strict=True)]
+    def _squares(self, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
+        """Return the sums under the roots of every term and level."""
+        if not dispatch.is_literal(students[0]):
+            return self._fused_squares(students, teachers)
+        levels = [dispatch.literal_terms(*level) for level in zip(students, teachers, self.levels, strict=True)]
         chosen = {term: [index for index, roots in enumerate(levels) if term in roots] for term in TERMS}
         return [
             TermSquares(term, indices, torch.stack([levels[index][term] for index in indices]).square())
@@ -198,7 +192,7 @@ class FBKDLoss(nn.Module):
             if indices
         ]
 
-    def _fused_squares(self, backend: str, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
+    def _fused_squares(self, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
         """Return the sums, with one launch for all levels of each step that has kernels."""
         students, pools_s, pools_t, squares = self._feature_squares(students, teachers)
         indices = self._levels_with("channel_adaptation")
@@ -211,7 +205,7 @@ class FBKDLoss(nn.Module):
         if indices:
             sides = self._select(indices, students, teachers, pools_s, pools_t)
             terms = [level.relation_term(*side) for level, *side in zip(*sides, strict=True)]
-            relations = torch.stack(relation_squares(backend, terms, self.memory_efficient))
+            relations = torch.stack(dispatch.relation_squares(terms, self.memory_efficient))
             squares.append(TermSquares("relation", indices, relations))
         return squares
 
@@ -221,11 +215,12 @@ class FBKDLoss(nn.Module):
         """Return the students and both sides' means for the other terms to start from, and the feature term's sums."""
         indices = self._levels_with("feature_adaptation")
         with torch.no_grad():
-            pools = attention_pools([*teachers, *(students[index] for index in indices)])
+            pools = dispatch.attention_pools([*teachers, *(students[index] for index in indices)])
         students, pools_s, pools_t = list(students), [None] * len(students), pools[: len(teachers)]
         others = [index for index in range(len(students)) if index not in indices]
         if others:
-            for index, pool in zip(others, attention_pools([students[index] for index in others]), strict=True):
+            found = dispatch.attention_pools([students[index] for index in others])
+            for index, pool in zip(others, found, strict=True):
                 pools_s[index] = pool
         if not indices:
             return students, pools_s, pools_t, []
@@ -300,97 +295,6 @@ class FBKDLoss(nn.Module):
                 warn_of_clamping(level.settings.stride, student)
 
 
-class FBKDLevel(nn.Module):
-    """The adaptations, the non-local blocks and the unweighted terms of one level.
-
-    Args:
-        student_channels: Cs.
-        teacher_channels: Ct.
-        settings: the level's constants.
-    """
-
-    def __init__(self, student_channels: int, teacher_channels: int, settings: LevelSettings):
-        super().__init__()
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
-        self.settings = settings
-        _check_channel_mask(student_channels, teacher_channels, settings)
-        has = {term: getattr(settings, f"{term}_weight") > 0 for term in TERMS}
-        pointwise = (student_channels, teacher_channels, 1)
-        self.feature_adaptation = nn.Conv2d(*pointwise) if has["feature"] else None
-        self.channel_adaptation = nn.Linear(student_channels, teacher_channels) if has["channel"] else None
-        self.spatial_adaptation = nn.Conv2d(1, 1, 3, padding=1) if has["spatial"] else None
-        self.relation_adaptation = nn.Conv2d(*pointwise) if has["relation"] else None
-        self.student_non_local = _non_local_block(student_channels, settings) if has["relation"] else None
-        self.teacher_non_local = _non_local_block(teacher_channels, settings) if has["relation"] else None
-
-    def mean_count(self, term: str, shape: tuple[int, int, int, int]) -> int:
-        """How many squares the term is the mean of; 0 under ``normalize="none"``, where it is their sum.
-
-        Args:
-            term: one of ``presets.TERMS``.
-            shape: the teacher's ``(N, Ct, H, W)``.
-        """
-        if self.settings.normalize == "none":
-            return 0
-        n, channels, height, width = shape
-        return {"channel": n * channels, "spatial": n * height * width}.get(term, n * channels * height * width)
-
-    def check_statistics(self, student: Tensor, name: str) -> None:
-        """Refuse one value a channel under a BatchNorm in training, as BatchNorm does, before anything is updated.
-
-        How many values a SyncBatchNorm of several processes has is known later only.
-        """
-        norm = None if self.student_non_local is None else self.student_non_local.norm
-        own = uses_batch_statistics(norm) and not synchronizes(norm)
-        if own and student.shape[0] * student.shape[2] * student.shape[3] == 1:
-            raise ValueError(
-                f"{name}: Expected more than 1 value per channel when training, got input size {tuple(student.shape)}; "
-                "use a larger batch, norm='none' or relation_weight=0 for this level"
-            )
-
-    def mask_requests(self, pool_s: AttentionPool, pool_t: AttentionPool) -> list[MaskRequest]:
-        """Return the inputs of the feature term's spatial mask, and of its channel mask if it has one."""
-        settings = self.settings
-        spatial = (pool_s.spatial_attention, pool_t.spatial_attention, settings.spatial_temperature)
-        requests = [MaskRequest(*spatial, settings.mask_rule)]
-        if settings.use_channel_mask:
-            channel = (self._channel_attention(pool_s), pool_t.channel_attention, settings.channel_temperature)
-            requests.append(MaskRequest(*channel, settings.mask_rule))
-        return requests
-
-    def _channel_attention(self, pool_s: AttentionPool) -> Tensor | None:
-        """Return the student's part ``(N, Ct)`` of the channel mask; the channel term's layer adapts another width."""
-        if self.settings.channel_mask_source == "teacher":
-            return None
-        attention = pool_s.channel_attention.detach()
-        return attention if self.student_channels == self.teacher_channels else self._adapted_channels(attention)
-
-    def _adapted_channels(self, channels: Tensor) -> Tensor:
-        """Apply the channel term's linear layer to ``(N, Cs)``, giving ``(N, Ct)``."""
-        layer = self.channel_adaptation
-        return F.linear(channels, layer.weight.to(channels.dtype), layer.bias.to(channels.dtype))
-
-    def pooled(self, pool: AttentionPool, axis: str) -> Tensor:
-        """Return the mean that the channel or the spatial term compares: plain, or of absolute values."""
-        return getattr(pool, f"{axis}_{self.settings.pooled_terms}")
-
-    def relation_term(
-        self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
-    ) -> RelationTerm:
-        """Return the inputs of the relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
-        layer = self.relation_adaptation
-        return RelationTerm(
-            student,
-            teacher,
-            self.student_non_local.block(),
-            self.teacher_non_local.block(),
-            layer.weight,
-            layer.bias,
-            pool_s.channel_mean,
-            pool_t.channel_mean,
-        )
-
-
 def _feature_terms(
     levels: list[FBKDLevel],
     students: list[Tensor],
@@ -406,7 +310,7 @@ def _feature_terms(
     """
     with torch.no_grad():
         requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t, strict=True)]
-        masks = iter(attention_masks([request for level in requests for request in level]))
+        masks = iter(dispatch.attention_masks([request for level in requests for request in level]))
     masks = [[next(masks) for _ in level] + [None] for level in requests]
     layers = [level.feature_adaptation for level in levels]
     arguments = AdaptedLevels(
@@ -417,11 +321,7 @@ def _feature_terms(
         [mask[0] for mask in masks],
         [mask[1] for mask in masks],
     )
-    backend = backends.resolve("adapted_masked_l2_loss", students[0])
-    if backend == "reference":
-        losses = [reference.adapted_masked_l2_loss(*level) for level in zip(*arguments, strict=True)]
-        return students, attention_pools(students), torch.stack(losses).square()
-    squares, pools_s, students = student_pyramid(backend, arguments, pools_s, memory_efficient)
+    squares, pools_s, students = dispatch.student_pyramid(arguments, pools_s, memory_efficient)
     return students, pools_s, squares
 
 
@@ -452,37 +352,7 @@ def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pool
         [level.spatial_adaptation.bias for level in levels],
         [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_t, strict=True)],
     )
-    backend = backends.resolve("spatial_l2_loss", arguments.students[0])
-    if backend == "reference":
-        losses = [reference.spatial_l2_loss(*level) for level in zip(*arguments, strict=True)]
-        return torch.stack(losses).square()
-    return spatial_l2_squares(backend, arguments)
-
-
-def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:
-    return NonLocalBlock2d(
-        channels,
-        settings.inner_width(channels),
-        mode=settings.mode,
-        stride=settings.stride,
-        pool_order=settings.pool_order,
-        use_scale=settings.use_scale,
-        norm=settings.norm,
-        conv_out_bias=settings.conv_out_bias,
-    )
-
-
-def _check_channel_mask(student_channels: int, teacher_channels: int, settings: LevelSettings) -> None:
-    """Require the channel term's layer where the student's half of the channel mask has another width."""
-    needs_layer = (
-        settings.use_channel_mask and settings.channel_mask_source == "both" and student_channels != teacher_channels
-    )
-    if needs_layer and settings.feature_weight > 0 and settings.channel_weight == 0:
-        raise ValueError(
-            f"channel_mask_source='both' with {student_channels} student and {teacher_channels} teacher channels "
-            "needs the channel term's linear layer, but channel_weight is 0 and would never train it; "
-            "use channel_mask_source='teacher' or a channel_weight > 0"
-        )
+    return dispatch.spatial_l2_squares(arguments)
 
 
 def _count_levels(student: Channels, teacher: Channels, num_levels: int | None, preset: str) -> int:

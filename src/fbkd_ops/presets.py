@@ -18,11 +18,12 @@ from ._validation import (
     is_int,
     values_per_level,
 )
+from .non_local import modes
 
 __all__ = ["CHOICES", "MODES", "PRESETS", "TERMS", "LevelSettings", "default_num_levels", "resolve_settings"]
 
 TERMS = ("feature", "channel", "spatial", "relation")
-MODES = ("dot_product", "embedded_gaussian", "gaussian", "concatenation")
+MODES = tuple(modes.MODES)
 
 
 @dataclass(frozen=True)

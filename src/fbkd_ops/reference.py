@@ -8,25 +8,32 @@ Source: Zhang & Ma, "Improve Object Detection with Feature-based Knowledge Disti
 the authors' released code for its constants.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._numerics import accumulation_dtype, root
 from .non_local.batch_norm import uses_batch_statistics
+from .non_local.modes import MODES, Operands
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
     "adapted_masked_l2_loss",
+    "adapted_masked_l2_square",
     "attention_mask",
     "attention_masks",
     "attention_pool",
     "level_terms",
     "masked_l2_loss",
+    "masked_l2_square",
     "max_pool",
     "non_local",
     "relation_loss",
+    "relation_square",
     "spatial_l2_loss",
+    "spatial_l2_square",
 ]
 
 
@@ -92,13 +99,20 @@ def masked_l2_loss(
     channel_mask: Tensor | None = None,  # (N, C)
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (S - T)**2))`` over the whole batch."""
+    return root(masked_l2_square(student, teacher, spatial_mask, channel_mask))
+
+
+def masked_l2_square(
+    student: Tensor, teacher: Tensor, spatial_mask: Tensor | None = None, channel_mask: Tensor | None = None
+) -> Tensor:
+    """Return the square of :func:`masked_l2_loss`."""
     dtype = accumulation_dtype(student, teacher)
     squares = (student.to(dtype) - teacher.detach().to(dtype)) ** 2
     if spatial_mask is not None:
         squares = squares * spatial_mask.detach().to(dtype)[:, None]
     if channel_mask is not None:
         squares = squares * channel_mask.detach().to(dtype)[:, :, None, None]
-    return root(squares.sum())
+    return squares.sum()
 
 
 def adapted_masked_l2_loss(
@@ -110,9 +124,21 @@ def adapted_masked_l2_loss(
     channel_mask: Tensor | None = None,  # (N, Ct)
 ) -> Tensor:
     """``sqrt(sum(Ms * Mc * (A S + a - T)**2))`` over the whole batch."""
+    return root(adapted_masked_l2_square(student, weight, bias, teacher, spatial_mask, channel_mask))
+
+
+def adapted_masked_l2_square(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    teacher: Tensor,
+    spatial_mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the square of :func:`adapted_masked_l2_loss`."""
     dtype = accumulation_dtype(student, teacher)
     adapted = _conv1x1(student.to(dtype), weight.to(dtype), bias.to(dtype))
-    return masked_l2_loss(adapted, teacher, spatial_mask, channel_mask)
+    return masked_l2_square(adapted, teacher, spatial_mask, channel_mask)
 
 
 def spatial_l2_loss(
@@ -122,9 +148,14 @@ def spatial_l2_loss(
     teacher: Tensor,  # (N, H, W)
 ) -> Tensor:
     """``sqrt(sum((conv3x3(s) + b - t)**2))`` over the whole batch, zeros around the maps."""
+    return root(spatial_l2_square(student, weight, bias, teacher))
+
+
+def spatial_l2_square(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    """Return the square of :func:`spatial_l2_loss`."""
     dtype = accumulation_dtype(student, teacher)
     adapted = F.conv2d(student.to(dtype)[:, None], weight.to(dtype)[None, None], bias.to(dtype), padding=1)
-    return root(((teacher.detach().to(dtype)[:, None] - adapted) ** 2).sum())
+    return ((teacher.detach().to(dtype)[:, None] - adapted) ** 2).sum()
 
 
 def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
@@ -133,12 +164,12 @@ def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
     A stride larger than the map is clamped to it. ``nested`` pools by 2 first and by the rest then:
     the same cells, but among equal values another winner may receive the gradient.
     """
-    for kernel in pool_kernels(x.shape[-2:], stride, pool_order):
+    for kernel in _pool_kernels(x.shape[-2:], stride, pool_order):
         x = F.max_pool2d(x, kernel)
     return x
 
 
-def pool_kernels(size: tuple[int, int], stride: int, pool_order: str) -> list[tuple[int, int]]:
+def _pool_kernels(size: tuple[int, int], stride: int, pool_order: str) -> list[tuple[int, int]]:
     """Return the kernels of the pools that together pool ``size (H, W)`` by ``stride``."""
     total = tuple(min(stride, extent) for extent in size)
     if total == (1, 1):
@@ -162,12 +193,12 @@ def non_local(
     """Return the non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
     weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
     g = max_pool(_conv1x1(x, weights.g_weight, weights.g_bias), stride, pool_order).flatten(2)
-    if mode == "gaussian":
-        theta, phi = x, max_pool(x, stride, pool_order)
-    else:
+    if MODES[mode].embeds:
         theta = _conv1x1(x, weights.theta_weight, weights.theta_bias)
         phi = max_pool(_conv1x1(x, weights.phi_weight, weights.phi_bias), stride, pool_order)
-    pairs = _pairwise(theta.flatten(2), phi.flatten(2), weights.pair_weight, mode, use_scale)
+    else:
+        theta, phi = x, max_pool(x, stride, pool_order)
+    pairs = MODES[mode].pairwise(Operands(theta.flatten(2), phi.flatten(2), weights.pair_weight, use_scale))
     y = (pairs @ g.mT).mT.reshape(x.shape[0], g.shape[1], *x.shape[2:])  # (N, c, H, W)
     u = _conv1x1(y, weights.out_weight, weights.out_bias)
     return x + (u if norm is None else _normalized(u, norm))
@@ -190,27 +221,6 @@ def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
-def _pairwise(
-    theta: Tensor,  # (N, c, HW)
-    phi: Tensor,  # (N, c, K)
-    pair_weight: Tensor | None,  # (2c,)
-    mode: str,
-    use_scale: bool,
-) -> Tensor:
-    """``f(theta_i, phi_j)``, ``(N, HW, K)``, with the division by K or the softmax over j."""
-    if mode == "concatenation":
-        w_theta, w_phi = pair_weight.chunk(2)
-        a = torch.einsum("c,nci->ni", w_theta, theta)
-        b = torch.einsum("c,ncj->nj", w_phi, phi)
-        return torch.relu(a[:, :, None] + b[:, None, :]) / phi.shape[2]
-    products = theta.mT @ phi
-    if mode == "dot_product":
-        return products / phi.shape[2]
-    if mode == "embedded_gaussian" and use_scale:
-        products = products / theta.shape[1] ** 0.5
-    return torch.softmax(products, dim=2)
-
-
 def relation_loss(
     student: Tensor,  # (N, Cs, H, W)
     teacher: Tensor,  # (N, Ct, H, W)
@@ -227,12 +237,29 @@ def relation_loss(
     teacher_norm: nn.Module | None = None,
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch."""
-    dtype = accumulation_dtype(student, teacher)
+    sides = student, teacher, student_weights, teacher_weights, adaptation_weight, adaptation_bias
     block = dict(mode=mode, stride=stride, pool_order=pool_order, use_scale=use_scale)
+    return root(relation_square(*sides, student_norm=student_norm, teacher_norm=teacher_norm, **block))
+
+
+def relation_square(
+    student: Tensor,
+    teacher: Tensor,
+    student_weights: NonLocalWeights,
+    teacher_weights: NonLocalWeights,
+    adaptation_weight: Tensor,
+    adaptation_bias: Tensor,
+    *,
+    student_norm: nn.Module | None,
+    teacher_norm: nn.Module | None,
+    **block: Any,
+) -> Tensor:
+    """Return the square of :func:`relation_loss`."""
+    dtype = accumulation_dtype(student, teacher)
     z_s = non_local(student.to(dtype), student_weights, norm=student_norm, **block)
     z_t = non_local(teacher.detach().to(dtype), teacher_weights, norm=teacher_norm, **block)
     adapted = _conv1x1(z_s, adaptation_weight.to(dtype), adaptation_bias.to(dtype))
-    return root(((z_t - adapted) ** 2).sum())
+    return ((z_t - adapted) ** 2).sum()
 
 
 def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:

@@ -39,6 +39,10 @@ ELEMENTWISE = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten
 NORMS = {aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional}
 
 
+# How much larger than their sum the terms of a convolution's output may be.
+LARGER_TERMS = 4
+
+
 class Trace:
     """What the run without rounding has met, in its order."""
 
@@ -54,8 +58,8 @@ class Trace:
 class RandomRounding(TorchDispatchMode):
     """Round every operation at random inside the block.
 
-    BatchNorms keep the variance of the run without rounding: the errors of a constant channel would be its variance
-    otherwise, and would be divided by themselves.
+    BatchNorms keep the variance of the run without rounding, up to the error of second moments: otherwise the errors of a
+    constant channel would be its variance, and would be divided by themselves.
 
     Args:
         eps: of the dtype whose rounding is imitated; 0 changes nothing, and writes the trace.
@@ -100,6 +104,12 @@ class RandomRounding(TorchDispatchMode):
         noise = torch.rand(size.shape, generator=self.generator, dtype=torch.float64)
         return result * torch.exp(self.eps * (2 * noise - 1) * size)
 
+    def _rounded_factor(self, factor: Tensor, x: Tensor) -> Tensor:
+        """``1 / sqrt(variance + eps)`` of a variance that is a sum of products as large as the square of x's terms."""
+        sizes = LARGER_TERMS * x.abs().amax((0, 2, 3)) * factor
+        noise = 2 * torch.rand(factor.shape, generator=self.generator, dtype=torch.float64) - 1
+        return factor * (1 + (self.eps / 2 * noise * sizes.square()).clamp(-0.5, 0.5))
+
     def _pooled(self, result: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = result
         if not self.eps:
@@ -118,7 +128,7 @@ class RandomRounding(TorchDispatchMode):
             self.trace.factors.append(factor)
         if not self.eps or not factor.numel():
             return result
-        factor = next(self.factors)
+        factor = self._rounded_factor(next(self.factors), x)
         scale = (factor if weight is None else factor * weight)[:, None, None]
         shift = 0 if bias is None else bias[:, None, None]
         noise = 2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1

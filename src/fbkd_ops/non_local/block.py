@@ -7,7 +7,8 @@ from .._validation import check_choice, check_flag, check_layer, check_stride, i
 from ..presets import CHOICES
 from ..types import NonLocalWeights
 from .batch_norm import FrozenBatchNorm2d
-from .responses import Block, BlockSettings, as_matrices
+from .modes import MODES
+from .parameters import Block, BlockSettings, as_matrices
 
 __all__ = ["NonLocalBlock2d"]
 
@@ -108,11 +109,11 @@ class NonLocalBlock2d(nn.Module):
         self.in_channels, self.inter_channels = int(in_channels), inner
         self.mode, self.stride, self.pool_order = mode, check_stride(stride), pool_order
         self.use_scale = check_flag(use_scale, "use_scale")
-        embeds, last = mode != "gaussian", nn.Conv2d if norm in _LEARNED_NORMS else ZeroConv2d
+        embeds, last = MODES[mode].embeds, nn.Conv2d if norm in _LEARNED_NORMS else ZeroConv2d
         self.g = SmallConv2d(in_channels, inner, 1)
         self.theta = SmallConv2d(in_channels, inner, 1) if embeds else None
         self.phi = SmallConv2d(in_channels, inner, 1) if embeds else None
-        self.pair = nn.Conv2d(2 * inner, 1, 1, bias=False) if mode == "concatenation" else None
+        self.pair = nn.Conv2d(2 * inner, 1, 1, bias=False) if MODES[mode].has_pair_weight else None
         self.out = last(inner, in_channels, 1, bias=check_flag(conv_out_bias, "conv_out_bias"))
         self.norm = None if norm == "none" else _NORMS[norm](in_channels)
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..ops.non_local_statistics import NO_POOL
 from .batch_norm import synchronizes, uses_batch_statistics
-from .responses import Block, pool_cells
+from .parameters import Block
+from .pooling import pool_cells
 
 __all__ = ["Family", "Group", "LevelGroup", "Place", "Plan", "count_blocks", "make_plan", "moment_rank"]
 

@@ -22,8 +22,10 @@ from .batch_norm import (
 from .collapsed import BlockTensors, CollapsedRelationFunction, LevelOutputs
 from .forms import RelationSizes, cheaper_form
 from .isolated import isolated
+from .modes import MODES
+from .parameters import Block, block_tensors, with_tensors
 from .plan import Plan, count_blocks, make_plan
-from .responses import Block, block_tensors, pool_cells, with_tensors
+from .pooling import pool_cells
 
 __all__ = ["RelationTerm", "collapsed_levels", "relation_squares"]
 
@@ -86,7 +88,7 @@ def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
     for x, block in zip(maps, blocks, strict=True):
         if uses_batch_statistics(block.norm) and not synchronizes(block.norm):
             check_count(_values_of(x), x.shape[1])
-    means = _means(plan, maps, [mean for term in terms for mean in (term.student_mean, term.teacher_mean)])
+    means = _means(backend, plan, maps, [mean for term in terms for mean in (term.student_mean, term.teacher_mean)])
     tensors = [x for row in map(_block_tensors, maps, means, blocks) for x in row]
     tensors += [x for term in terms for x in (term.adaptation_weight, term.adaptation_bias)]
     process_groups = [getattr(block.norm, "process_group", None) for block in blocks]
@@ -111,16 +113,17 @@ def _values_of(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _means(plan: Plan, maps: list[Tensor], known: list[Tensor | None]) -> list[Tensor | None]:
+def _means(backend: str, plan: Plan, maps: list[Tensor], known: list[Tensor | None]) -> list[Tensor | None]:
     """``(N, C)`` over the pixels of each map whose block needs it; one that is known in too few bits is made anew."""
     needed = [block for group in plan.groups if group.takes_moments for block in group.blocks]
     means = [None] * count_blocks(plan)
     for block in needed:
         mean = known[block]
         means[block] = mean.detach() if mean is not None and mean.dtype == accumulation_dtype(maps[block]) else None
-    lacking = [block for block in needed if means[block] is None]
-    if lacking:
-        for block, pool in zip(lacking, attention_pools([maps[block].detach() for block in lacking]), strict=True):
+    absent = [block for block in needed if means[block] is None]
+    if absent:
+        pools = attention_pools(backend, [maps[block].detach() for block in absent])
+        for block, pool in zip(absent, pools, strict=True):
             means[block] = pool.channel_mean
     return [mean if mean is None else mean.contiguous() for mean in means]
 
@@ -199,12 +202,12 @@ def _response_squares(backend: str, term: RelationTerm) -> Tensor:
 
 
 def relation_form(backend: str, term: RelationTerm) -> str:
-    """Return ``"responses"``, or for ``dot_product`` the cheaper one of ``"cells"`` and ``"collapsed"``.
+    """Return ``"responses"``, or for modes that collapse the cheaper one of ``"cells"`` and ``"collapsed"``.
 
     Only the CPU has ``"cells"``.
     """
     blocks = term.student_block, term.teacher_block
-    if backend == "torch" or any(block.settings.mode != "dot_product" for block in blocks):
+    if backend == "torch" or not all(MODES[block.settings.mode].collapses for block in blocks):
         return "responses"
     if backend != "cpu" or not len(term.student) or any(synchronizes(block.norm) for block in blocks):
         return "collapsed"

@@ -6,68 +6,21 @@ from the mean and the covariance of ``r``, so neither ``u = Wz y + bz`` nor the 
 ``docs/math.md`` derives each step.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.non_local_statistics import StatisticsRequest, non_local_statistics
-from ..reference import max_pool, pool_kernels
 from ..types import NonLocalWeights
 from .batch_norm import Moments, scale_and_shift, uses_batch_statistics
-from .contiguous_gradient import contiguous_gradient
 from .isolated import isolated
+from .modes import MODES, Operands
+from .parameters import Block, BlockSettings, as_matrices, block_tensors, with_tensors
+from .pooling import max_pooled, pool_cells
 from .projection import projection
 
-__all__ = [
-    "AffineNonLocal",
-    "Block",
-    "BlockSettings",
-    "as_matrices",
-    "block_tensors",
-    "non_local",
-    "pool_cells",
-    "stacked",
-    "to_affine",
-    "with_tensors",
-]
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How a non-local block compares pixels; see :class:`fbkd_ops.presets.LevelSettings`."""
-
-    mode: str = "dot_product"
-    stride: int = 1
-    pool_order: str = "single"
-    use_scale: bool = True
-
-
-class Block(NamedTuple):
-    """A non-local block: its convolutions, how it compares pixels, its norm if it has one.
-
-    The convolutions' weights are matrices ``(out, in)``, or ``(out, in, 1, 1)`` as the layers hold them.
-    """
-
-    weights: NonLocalWeights
-    settings: BlockSettings
-    norm: nn.Module | None = None
-    norm_parameters: tuple[Tensor | None, Tensor | None] | None = None  # weight and bias in place of its own
-    updates_statistics: bool = True  # False: those of the norm have seen this batch already
-
-
-def block_tensors(block: Block) -> list[Tensor | None]:
-    """All of a block that learns."""
-    return [*block.weights, *((None, None) if block.norm is None else (block.norm.weight, block.norm.bias))]
-
-
-def with_tensors(block: Block, tensors: Sequence[Tensor | None], updates_statistics: bool) -> Block:
-    """Return the block with other tensors in place of its :func:`block_tensors`."""
-    *weights, norm_weight, norm_bias = tensors
-    return Block(NonLocalWeights(*weights), block.settings, block.norm, (norm_weight, norm_bias), updates_statistics)
+__all__ = ["AffineNonLocal", "non_local", "stacked", "to_affine"]
 
 
 class Response(NamedTuple):
@@ -84,11 +37,6 @@ class AffineNonLocal(NamedTuple):
     vectors: Tensor  # (N, c, L)
     matrix: Tensor  # (N, C, c)
     offset: Tensor  # (N, C)
-
-
-def as_matrices(weights: NonLocalWeights) -> NonLocalWeights:
-    """Return the convolutions' weights as matrices."""
-    return NonLocalWeights(*(w.flatten(1) if w is not None and w.dim() == 4 else w for w in weights))
 
 
 def non_local(
@@ -121,33 +69,30 @@ def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockS
     n, channels = x.shape[:2]
     bias = weights.out_bias if weights.out_bias is not None else x.new_zeros(channels)
     x, theta, phi, g = _projections(backend, x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)
-    if settings.mode == "dot_product":
-        pairs = torch.bmm(phi, g.mT) / g.shape[2]  # (N, c, c)
-        return x, Response(theta, torch.matmul(weights.out_weight, pairs.mT), bias)
-    if settings.mode == "concatenation":
-        y = _concatenation(theta, phi, g, weights.pair_weight)
-    else:
-        y = _softmax_attention(theta, phi, g, settings)
-    return x, Response(y, weights.out_weight.expand(n, -1, -1), bias)
+    mode = MODES[settings.mode]
+    found = mode.attend(Operands(theta, phi, weights.pair_weight, settings.use_scale), g)
+    if mode.collapses:
+        return x, Response(theta, torch.matmul(weights.out_weight, found.mT), bias)
+    return x, Response(found, weights.out_weight.expand(n, -1, -1), bias)
 
 
 def _projections(
     backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x, the query of every pixel (theta, or x in ``gaussian`` mode), and the pooled keys and g."""
-    gaussian = settings.mode == "gaussian"
-    fields, cells = ("g",) if gaussian else ("g", "phi"), pool_cells(x, settings)
+    """Return x, theta of every pixel, and the pooled phi and g: x and pooled x in a mode that embeds nothing."""
+    embeds = MODES[settings.mode].embeds
+    fields, cells = ("g", "phi") if embeds else ("g",), pool_cells(x, settings)
     if backend == "torch" or cells == (1, 1, 1, 1):
-        x, *parts = _convolved(x, weights, fields if gaussian else (*fields, "theta"))
-        pooled = [_pooled(part, settings) for part in parts[: len(fields)]]
+        x, *parts = _convolved(x, weights, (*fields, "theta") if embeds else fields)
+        pooled = [max_pooled(part, settings) for part in parts[: len(fields)]]
         parts = [*pooled, *parts[len(fields) :]]
     else:
         x, *parts = _convolved_and_pooled(backend, x, weights, fields, cells)
-        if not gaussian:
+        if embeds:
             x, theta = _convolved(x, weights, ("theta",))
             parts = [*parts, theta]  # no append: torch.compile of torch 2.11 makes a tuple of a starred target
-    if gaussian:
-        return x, x.flatten(2), _pooled(x, settings), parts[0]
+    if not embeds:
+        return x, x.flatten(2), max_pooled(x, settings), parts[0]
     g, phi, theta = parts
     return x, theta.flatten(2), phi, g
 
@@ -170,69 +115,6 @@ def _convolved_and_pooled(
 def stacked(weights: NonLocalWeights, fields: tuple[str, ...], part: str) -> Tensor:
     """Return the ``"weight"`` or ``"bias"`` of several convolutions as that of one."""
     return torch.cat([getattr(weights, f"{field}_{part}") for field in fields])
-
-
-def pool_cells(x: Tensor, settings: BlockSettings) -> tuple[int, int, int, int]:
-    """Height and width of the cells that ``x (N, C, H, W)`` is pooled by, and of the first pool's cells."""
-    kernels = pool_kernels(x.shape[2:], settings.stride, settings.pool_order)
-    if not kernels:
-        return 1, 1, 1, 1
-    first, last = kernels[0], kernels[-1] if len(kernels) > 1 else (1, 1)
-    return first[0] * last[0], first[1] * last[1], *first
-
-
-def _pooled(x: Tensor, settings: BlockSettings) -> Tensor:
-    """``x (N, c, H, W)`` max-pooled, ``(N, c, K)``."""
-    return max_pool(x, settings.stride, settings.pool_order).flatten(2)
-
-
-def _softmax_attention(query: Tensor, key: Tensor, g: Tensor, settings: BlockSettings) -> Tensor:
-    """Return y of the two gaussian modes, ``(N, c, L)``: attention with one query per pixel and K keys."""
-    scaled = settings.mode == "embedded_gaussian" and settings.use_scale
-    scale = query.shape[1] ** -0.5 if scaled else 1.0
-    # On a GPU the fused kernels read whole 16-byte vectors; PyTorch would fall back to one with a (L, K) matrix.
-    width = -(-max(query.shape[1], g.shape[1]) // 8) * 8
-    query, key, value = (_as_heads(vectors, width) for vectors in (query, key, g))
-    y = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (N, 1, L, width)
-    # The CPU's fused backward took 4.4 times as long with a transposed gradient.
-    y = contiguous_gradient(y)
-    return y[:, 0, :, : g.shape[1]].mT
-
-
-def _as_heads(vectors: Tensor, width: int) -> Tensor:
-    """``(N, c, L)`` as one attention head ``(N, 1, L, width)``.
-
-    The fused attention kernels want one width for queries, keys and values; zeros add nothing to a
-    product, and the value's zeros are cut off again.
-    """
-    return F.pad(vectors.mT, (0, width - vectors.shape[1]))[:, None].contiguous()
-
-
-def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, pair_weight: Tensor) -> Tensor:
-    """Return y of ``concatenation`` mode, ``(N, c, L)``: ``y_i = sum_j relu(a_i + b_j) g_j / K``.
-
-    The j that count for pixel i are those with ``b_j > -a_i``: a suffix of the sorted b, so
-    ``y_i = (a_i * G_i + B_i) / K`` with suffix sums of g and of b g, found by one binary search a pixel.
-    """
-    n, inner, cells = g.shape
-    w_theta, w_phi = pair_weight.chunk(2)  # (c,), (c,)
-    a = torch.matmul(w_theta, theta)  # (N, L)
-    b, order = torch.matmul(w_phi, phi).sort(dim=1)  # (N, K)
-    g = g.gather(2, order[:, None].expand(n, inner, cells))
-    # NaN passes relu, and so does its gradient: a NaN b counts for every pixel, for a NaN a every j does.
-    rising = b.detach().masked_fill(b.isnan(), float("inf"))
-    limit = (-a.detach()).masked_fill(a.isnan(), float("-inf"))
-    first = torch.searchsorted(rising, limit, right=True)  # (N, L), in 0..K
-    first = first[:, None].expand(n, inner, -1)
-    g_sums = _suffix_sums(g).gather(2, first)  # (N, c, L)
-    bg_sums = _suffix_sums(b[:, None] * g).gather(2, first)
-    return ((a[:, None] * g_sums + bg_sums) / cells).to(theta.dtype)
-
-
-def _suffix_sums(values: Tensor) -> Tensor:
-    """``(N, c, K)`` to ``(N, c, K + 1)``: entry k is the sum from k on, in float64 against cancellation."""
-    sums = values.double().flip(2).cumsum(2).flip(2)
-    return F.pad(sums, (0, 1))
 
 
 def _normalized(found: Response, block: Block) -> AffineNonLocal:

@@ -1,1 +1,26 @@
-"""One file for each op: its schemas, its fakes, its `torch.autograd.Function`."""
+"""One file for each op: its schemas, its fakes, its ``torch.autograd.Function``.
+
+All run on the backend that they are told.
+"""
+
+from . import (
+    adapted_masked_l2,
+    attention_masks,
+    attention_pool,
+    cell_relation,
+    masked_l2,
+    non_local_statistics,
+    relation_residual,
+    spatial_l2,
+)
+
+__all__ = [
+    "adapted_masked_l2",
+    "attention_masks",
+    "attention_pool",
+    "cell_relation",
+    "masked_l2",
+    "non_local_statistics",
+    "relation_residual",
+    "spatial_l2",
+]

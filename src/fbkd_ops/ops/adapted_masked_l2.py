@@ -185,12 +185,25 @@ _ARGUMENTS = (
     "Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask"
 )
 _ADDED = "Tensor grad, Tensor?[] pool_grads, Tensor?[] grad_student"
-register("adapted_masked_l2_forward", f"({_ARGUMENTS}, bool keep) -> Tensor[]", _fake_forward, "adapted_masked_l2")
+register(
+    "adapted_masked_l2_forward",
+    f"({_ARGUMENTS}, bool keep) -> Tensor[]",
+    _fake_forward,
+    compiled=("cpu",),
+    triton="adapted_masked_l2",
+)
 register(
     "adapted_masked_l2_backward",
     f"({_ARGUMENTS}, Tensor[] residual, {_ADDED}) -> Tensor[]",
     _fake_backward,
-    "adapted_masked_l2",
+    compiled=("cpu",),
+    triton="adapted_masked_l2",
 )
-register("adapted_masked_l2_with_gradient", None, _fake_with_gradient)
-register("adapted_masked_l2_finish_", None, lambda *_: None)
+# `..._with_gradient` also returns the gradients for grad = 1; `..._finish_` turns these into the real ones.
+register("adapted_masked_l2_with_gradient", f"({_ARGUMENTS}) -> Tensor[]", _fake_with_gradient, compiled=("cpu",))
+register(
+    "adapted_masked_l2_finish_",
+    f"(Tensor(a!)[] gradient, Tensor[] student, {_ADDED}) -> ()",
+    lambda *_: None,
+    compiled=("cpu",),
+)

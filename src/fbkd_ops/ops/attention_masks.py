@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import backends, reference
 from .._numerics import accumulation_dtype
 from .registry import kernel, register
 
@@ -20,13 +19,8 @@ class MaskRequest(NamedTuple):
     mask_rule: str  # "average" or "joint"
 
 
-def attention_masks(requests: list[MaskRequest]) -> list[Tensor]:
+def attention_masks(backend: str, requests: list[MaskRequest]) -> list[Tensor]:
     """Return the mask of each request, in its teacher's shape."""
-    if not requests:
-        return []
-    backend = backends.resolve("attention_masks", requests[0].teacher)
-    if backend == "reference":
-        return [reference.attention_mask(s, t, temperature=tau, mask_rule=rule) for s, t, tau, rule in requests]
     return kernel("attention_masks", backend)(
         [None if request.student is None else request.student.detach().contiguous() for request in requests],
         [request.teacher.detach().contiguous() for request in requests],
@@ -46,5 +40,6 @@ register(
     "attention_masks",
     "(Tensor?[] student, Tensor[] teacher, float[] temperature, bool[] joint) -> Tensor[]",
     _fake,
-    "attention_masks",
+    compiled=("cpu", "cuda"),
+    triton="attention_masks",
 )

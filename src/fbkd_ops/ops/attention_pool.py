@@ -1,9 +1,8 @@
-"""The four means of a pyramid's feature maps and their gradient, on any backend."""
+"""The four means of a pyramid's feature maps and their gradient."""
 
 import torch
 from torch import Tensor
 
-from .. import backends, reference
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
 from ..autograd.first_order import first_order, is_differentiated, save
@@ -13,11 +12,8 @@ from .registry import kernel, register
 __all__ = ["AttentionPoolFunction", "attention_pools", "pools_of"]
 
 
-def attention_pools(features: list[Tensor]) -> list[AttentionPool]:
+def attention_pools(backend: str, features: list[Tensor]) -> list[AttentionPool]:
     """Both attention maps and both plain means of every ``(N, C, H, W)``, in one read and one launch."""
-    backend = backends.resolve("attention_pool", features[0])
-    if backend == "reference":
-        return [reference.attention_pool(x) for x in features]
     if is_differentiated(features):
         return pools_of(AttentionPoolFunction.apply(backend, *features))
     # Without a gradient not through the Function: torch.compile hands it a wrong context for two levels (torch 2.14).
@@ -68,5 +64,18 @@ def _fake_backward(features, grads):
     return [empty_gradient(x) for x in features]
 
 
-register("attention_pool_forward", "(Tensor[] x) -> Tensor[]", _fake_forward, "attention_pool")
-register("attention_pool_backward", "(Tensor[] x, Tensor?[] grads) -> Tensor[]", _fake_backward, "attention_pool")
+# The gradients are four a level, in the order of the means.
+register(
+    "attention_pool_forward",
+    "(Tensor[] x) -> Tensor[]",
+    _fake_forward,
+    compiled=("cpu", "cuda"),
+    triton="attention_pool",
+)
+register(
+    "attention_pool_backward",
+    "(Tensor[] x, Tensor?[] grads) -> Tensor[]",
+    _fake_backward,
+    compiled=("cpu", "cuda"),
+    triton="attention_pool",
+)

@@ -173,6 +173,18 @@ def _fake_with_gradient(students, teachers, parameters, pools, eps, student_grad
     return [*forward, *by_student, *_fake_parameter_gradients(students, teachers, parameters)]
 
 
-register("cell_relation_forward", None, _fake_forward)
-register("cell_relation_backward", None, _fake_backward)
-register("cell_relation_with_gradient", None, _fake_with_gradient)
+_ARGUMENTS = "Tensor[] student, Tensor[] teacher, Tensor?[] parameters, int[] pools, float[] eps"
+register("cell_relation_forward", f"({_ARGUMENTS}) -> Tensor[]", _fake_forward, compiled=("cpu",))
+register(
+    "cell_relation_backward",
+    f"({_ARGUMENTS}, Tensor grad, bool student_gradient) -> Tensor[]",
+    _fake_backward,
+    compiled=("cpu",),
+)
+# It also returns the gradients for grad = 1.
+register(
+    "cell_relation_with_gradient",
+    f"({_ARGUMENTS}, bool student_gradient) -> Tensor[]",
+    _fake_with_gradient,
+    compiled=("cpu",),
+)

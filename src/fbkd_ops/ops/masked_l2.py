@@ -69,5 +69,11 @@ def _fake_backward(students, teachers, spatial_masks, channel_masks, grad):
 
 
 _ARGUMENTS = "Tensor[] student, Tensor[] teacher, Tensor?[] spatial_mask, Tensor?[] channel_mask"
-register("masked_l2_forward", f"({_ARGUMENTS}) -> Tensor", _fake_forward, "masked_l2")
-register("masked_l2_backward", f"({_ARGUMENTS}, Tensor grad) -> Tensor[]", _fake_backward, "masked_l2")
+register("masked_l2_forward", f"({_ARGUMENTS}) -> Tensor", _fake_forward, compiled=("cpu", "cuda"), triton="masked_l2")
+register(
+    "masked_l2_backward",
+    f"({_ARGUMENTS}, Tensor grad) -> Tensor[]",
+    _fake_backward,
+    compiled=("cpu", "cuda"),
+    triton="masked_l2",
+)

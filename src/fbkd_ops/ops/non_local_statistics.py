@@ -184,12 +184,14 @@ register(
     "non_local_statistics_forward",
     "(Tensor[] x, Tensor?[] mean, Tensor?[] projection, Tensor?[] weight, Tensor?[] bias, int[] pool) -> Tensor[]",
     _fake_forward,
-    "non_local_statistics",
+    compiled=("cpu",),
+    triton="non_local_statistics",
 )
 register(
     "non_local_statistics_backward_",
     "(Tensor(a!)[] gradient, Tensor(b!)[] grad_weight, Tensor[] x, Tensor?[] mean, Tensor?[] projection, "
     "Tensor?[] inner, Tensor?[] shift, Tensor?[] weight, Tensor[] winners, Tensor?[] grad_pooled, int[] pool) -> ()",
     lambda *_: None,
-    "non_local_statistics",
+    compiled=("cpu",),
+    triton="non_local_statistics",
 )

@@ -1,36 +1,55 @@
-"""The registered ops by name and backend, with what torch.compile needs to trace them."""
+"""The registered ops: schema, fake and backends of each, stated once and here for all languages.
+
+The libraries in C++ and CUDA register their kernels for the schemas that are defined here. Triton's kernels are ops of
+their own, ``<name>_triton`` with the same schema, so that both can be chosen on one device.
+"""
 
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .. import _extension
 
-__all__ = ["kernel", "register"]
+__all__ = ["OPS", "Op", "kernel", "register"]
 
+
+class Op(NamedTuple):
+    """A registered op."""
+
+    schema: str  # without the name: "(Tensor[] x) -> Tensor[]"
+    fake: Callable  # makes outputs of the right shapes, dtypes and strides without data
+    backends: tuple[str, ...]  # that have kernels of it
+
+
+OPS: dict[str, Op] = {}
 _library = torch.library.Library("fbkd_ops", "FRAGMENT")
 _kernels: dict[tuple[str, str], Callable] = {}
 
 
-def register(name: str, schema: str | None, fake: Callable, triton_module: str = "") -> None:
-    """Make an op callable through :func:`kernel`.
+def register(name: str, schema: str, fake: Callable, compiled: tuple[str, ...], triton: str = "") -> None:
+    """Define an op, callable through :func:`kernel`.
 
     Args:
-        name: of the op; its C++ schema is in csrc/schemas.cpp.
-        schema: the same schema without the name, for the Triton op; None if there is none.
+        name: of the op; its kernels in C++, CUDA and Triton have the same.
+        schema: arguments and results. Every op takes a whole pyramid: lists of one entry per level.
         fake: outputs of the right shapes, dtypes and strides without data.
-        triton_module: module of ``fbkd_ops.kernels`` that has a launcher of this name; "" if there is none.
+        compiled: those of ``"cpu"`` and ``"cuda"`` that have a kernel.
+        triton: module of ``fbkd_ops.kernels`` that has a launcher of this name; "" if there is none.
     """
-    if triton_module:
+    OPS[name] = Op(schema, fake, (*compiled, "triton") if triton else compiled)
+    _library.define(name + schema)
+    torch.library.register_fake(f"fbkd_ops::{name}", fake)
+    if _extension.cpu.loaded:
+        for backend in compiled:
+            _kernels[name, backend] = getattr(torch.ops.fbkd_ops, name).default
+    if triton:
         # An op around the launcher, so that torch.compile keeps it as one node.
         _library.define(f"{name}_triton{schema}")
-        _library.impl(f"{name}_triton", _launcher(name, triton_module), "CompositeExplicitAutograd")
+        _library.impl(f"{name}_triton", _launcher(name, triton), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fbkd_ops::{name}_triton", fake)
         _kernels[name, "triton"] = getattr(torch.ops.fbkd_ops, f"{name}_triton").default
-    if _extension.cpu.loaded:
-        torch.library.register_fake(f"fbkd_ops::{name}", fake)
-        _kernels[name, "cpu"] = _kernels[name, "cuda"] = getattr(torch.ops.fbkd_ops, name).default
 
 
 def kernel(name: str, backend: str) -> Callable:

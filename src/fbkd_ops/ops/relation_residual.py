@@ -144,11 +144,24 @@ _ARGUMENTS = (
     "Tensor[] student, Tensor[] student_matrix, Tensor[] teacher, Tensor[] teacher_matrix, "
     "Tensor?[] teacher_projection, Tensor[] offset"
 )
-register("relation_residual_forward", f"({_ARGUMENTS}, bool keep) -> Tensor[]", _fake_forward, "relation_residual")
+register(
+    "relation_residual_forward",
+    f"({_ARGUMENTS}, bool keep) -> Tensor[]",
+    _fake_forward,
+    compiled=("cpu",),
+    triton="relation_residual",
+)
 register(
     "relation_residual_backward",
     f"({_ARGUMENTS}, Tensor[] residual, Tensor grad, bool student_gradient) -> Tensor[]",
     _fake_backward,
-    "relation_residual",
+    compiled=("cpu",),
+    triton="relation_residual",
 )
-register("relation_residual_with_gradient", None, _fake_with_gradient)
+# It also returns the gradients for grad = 1.
+register(
+    "relation_residual_with_gradient",
+    f"({_ARGUMENTS}, bool student_gradient) -> Tensor[]",
+    _fake_with_gradient,
+    compiled=("cpu",),
+)

@@ -72,5 +72,12 @@ def _fake(students, weights, biases, teachers, gradient):
     return [sums, *(torch.empty_like(s) for s in students)] if gradient else [sums]
 
 
-_ARGUMENTS = "Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient"
-register("spatial_l2", f"({_ARGUMENTS}) -> Tensor[]", _fake, "spatial_l2")
+# Sums (levels, 1): squares. With gradient (levels, 11): also their derivatives by the nine weights and the bias for a
+# grad of 1, and after the sums the derivative by each level's student.
+register(
+    "spatial_l2",
+    "(Tensor[] student, Tensor[] weight, Tensor[] bias, Tensor[] teacher, bool gradient) -> Tensor[]",
+    _fake,
+    compiled=("cpu",),
+    triton="spatial_l2",
+)

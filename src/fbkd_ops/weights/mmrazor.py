@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._validation import as_list, check_text
-from ..loss import FBKDLevel, FBKDLoss
+from ..level import FBKDLevel
+from ..loss import FBKDLoss
 from ..training.feature_tap import unwrapped
 from .non_local import differences, module_settings, our_key, state_problems
 

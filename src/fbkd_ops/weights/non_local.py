@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..non_local.block import NonLocalBlock2d
+from ..non_local.modes import MODES
 from ..training.feature_tap import unwrapped
 
 __all__ = ["differences", "load_non_local", "module_settings", "our_key", "state_problems"]
@@ -88,7 +89,7 @@ def module_settings(block: nn.Module) -> dict[str, Any]:
         settings["pool_order"] = "nested" if len(sides) > 1 else "single"
     if hasattr(block, "mode"):
         settings["mode"] = block.mode
-    if settings.get("mode") == "embedded_gaussian" and hasattr(block, "use_scale"):
+    if settings.get("mode") in MODES and MODES[settings["mode"]].has_scale and hasattr(block, "use_scale"):
         settings["use_scale"] = block.use_scale
     return settings
 
