@@ -58,7 +58,7 @@ class Trace:
 class RandomRounding(TorchDispatchMode):
     """Round every operation at random inside the block.
 
-    BatchNorms keep the variance of the run without rounding, up to the error of second moments: otherwise the errors of a
+    BatchNorms keep the variance of the run without rounding, up to the error of second moments: else the errors of a
     constant channel would be its variance, and would be divided by themselves.
 
     Args:
