@@ -189,7 +189,7 @@ def test_slices_and_copies(backend, device, layout):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
     """Of equal values, of NaN among others and of cells full of NaN: integers, whose products are exact everywhere."""
-    for (height, width), stride in (((8, 12), 4), ((7, 14), 6), ((5, 16), 8), ((4, 16), 8)):
+    for (height, width), stride in (((8, 12), 4), ((7, 14), 6), ((5, 16), 8), ((4, 16), 8), ((16, 7), 8)):
         x = torch.randint(-1, 2, (3, 3, height, width), device=device).to(dtype)
         x[2] = 0.0
         x[2, :, 2, 0] = x[2, :, 0, 6] = 1.0  # where cells are 4 x 8, "nested" comes to the second one first
