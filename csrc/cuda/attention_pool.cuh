@@ -76,7 +76,7 @@ struct SumLevel {
   TileShape shape;
   const void* x;  // (images, rows, cols)
   Destination<A> by_row, by_col;
-  int piece;
+  int move;
 };
 
 // Row sums of a tile, and each thread's share of the sums of its columns.
@@ -90,8 +90,8 @@ __device__ __forceinline__ void sum_rows(const SumLevel<A>& level, const TilePos
     const int row = step + at.group * kSumRows;
     const int rows = at.rows(row, kSumRows);
     Pack<T, VEC> packs[kSumRows];
-    with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
-      load_rows<decltype(piece)::value>(packs, columns + row * stride, stride, rows, at.cols);
+    with_move<VEC, kWord<T>>(level.move, [&](auto move) {
+      load_rows<decltype(move)::value>(packs, columns + row * stride, stride, rows, at.cols);
     });
     A sums[2 * kSumRows];  // row by row: abs, plain
 #pragma unroll
@@ -225,7 +225,7 @@ struct GradientLevel {
   const void* x;  // (images, rows, cols), nullptr: no gradient depends on it
   void* dx;       // (images, rows, cols), dense
   Source<A> by_row, by_col;
-  int piece;  // of both x and dx
+  int move;  // of both x and dx
 };
 
 // dx = sign(x) * (row abs + column abs) + row plain + column plain.
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
       const int rows = at.rows(row, kGradientRows);
       Pack<T, VEC> packs[kGradientRows]{};
       if (level.x != nullptr) {
-        with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
-          load_rows<decltype(piece)::value>(packs, x + row * view.row_stride, view.row_stride, rows, at.cols);
+        with_move<VEC, kWord<T>>(level.move, [&](auto move) {
+          load_rows<decltype(move)::value>(packs, x + row * view.row_stride, view.row_stride, rows, at.cols);
         });
       }
 #pragma unroll
@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
         }
         packs[u].set(values);
       }
-      with_piece<VEC, kWord<T>>(level.piece, [&](auto piece) {
-        store_rows<decltype(piece)::value>(dx + row * view.cols, packs, view.cols, rows, at.cols);
+      with_move<VEC, kWord<T>>(level.move, [&](auto move) {
+        store_rows<decltype(move)::value>(dx + row * view.cols, packs, view.cols, rows, at.cols);
       });
     }
   }
@@ -311,8 +311,8 @@ void launch_attention_pool_forward(const std::vector<Level>& levels, Queue& queu
                                                 view.rows, view.cols, partial, finish);
       const Destination<A> by_col = destination(means.col_abs, means.col_plain, view.images, shape.tiling.row_tiles,
                                                 view.cols, view.rows, partial, finish);
-      const int piece = piece_of<T>([&](int piece) { return movable<T>(level->x, view, piece); });
-      add_level(sums, {view, shape, level->x, by_row, by_col, piece}, tiles_of(view, shape.tiling));
+      const int move = elements_per_move<T>([&](int move) { return movable<T>(level->x, view, move); });
+      add_level(sums, {view, shape, level->x, by_row, by_col, move}, tiles_of(view, shape.tiling));
     }
     queue.launch(attention_pool_sums<T, A>, sums.tiles, sums);
     if (finish.tiles > 0) queue.launch(attention_pool_finish<A>, finish.tiles, finish);
@@ -334,13 +334,13 @@ void launch_attention_pool_backward(const std::vector<Level>& levels, Queue& que
       const MatrixView& view = level->view;
       const auto& grads = level->grads;
       const TileShape shape = tile_shape<kVec<T>, kGradientRows>(view, kGradientSteps);
-      const int piece = piece_of<T>([&](int piece) {
-        return movable<T>(level->dx, gradient_view(view), piece) &&
-               (level->x == nullptr || movable<T>(level->x, view, piece));
+      const int move = elements_per_move<T>([&](int move) {
+        return movable<T>(level->dx, gradient_view(view), move) &&
+               (level->x == nullptr || movable<T>(level->x, view, move));
       });
       add_level(batch,
                 {view, shape, level->x, level->dx, source<A>(grads.row_abs, grads.row_plain, view.rows, view.cols, 1),
-                 source<A>(grads.col_abs, grads.col_plain, view.cols, view.rows, kVec<T>), piece},
+                 source<A>(grads.col_abs, grads.col_plain, view.cols, view.rows, kVec<T>), move},
                 tiles_of(view, shape.tiling));
     }
     queue.launch(attention_pool_gradient<T, A>, batch.tiles, batch);

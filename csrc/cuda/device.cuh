@@ -113,11 +113,11 @@ struct alignas(COUNT * sizeof(W)) Copy {
   W word[COUNT];
 };
 
-// The first `count` elements of a pack and zeros behind them, in moves of PIECE elements or 16 bytes: the smaller.
-// PIECE divides `count`, and `data` is aligned to a move (see piece_of).
-template <int PIECE, typename T, int VEC>
+// The first `count` elements of a pack and zeros behind them, in moves of MOVE elements or 16 bytes: the smaller.
+// MOVE divides `count`, and `data` is aligned to it (see elements_per_move).
+template <int MOVE, typename T, int VEC>
 __device__ __forceinline__ void load_pack(Pack<T, VEC>& pack, const T* data, int count) {
-  if constexpr (PIECE * sizeof(T) < 4) {
+  if constexpr (MOVE * sizeof(T) < 4) {
     const unsigned short* bits = reinterpret_cast<const unsigned short*>(data);
 #pragma unroll
     for (int i = 0; i < VEC; i += 2) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void load_pack(Pack<T, VEC>& pack, const T* data, int
       pack.word[i / 2] = low | high << 16;
     }
   } else {
-    constexpr int kElements = PIECE < kVec<T> ? PIECE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
+    constexpr int kElements = MOVE < kVec<T> ? MOVE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
 #pragma unroll
     for (int first = 0; first < VEC; first += kElements) {
       Copy<Word<T>, kWords> copy{};
@@ -136,15 +136,15 @@ __device__ __forceinline__ void load_pack(Pack<T, VEC>& pack, const T* data, int
   }
 }
 
-template <int PIECE, typename T, int VEC>
+template <int MOVE, typename T, int VEC>
 __device__ __forceinline__ void store_pack(T* data, const Pack<T, VEC>& pack, int count) {
-  if constexpr (PIECE * sizeof(T) < 4) {
+  if constexpr (MOVE * sizeof(T) < 4) {
     unsigned short* bits = reinterpret_cast<unsigned short*>(data);
 #pragma unroll
     for (int i = 0; i < VEC; ++i)
       if (i < count) bits[i] = static_cast<unsigned short>(pack.word[i / 2] >> 16 * (i % 2));
   } else {
-    constexpr int kElements = PIECE < kVec<T> ? PIECE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
+    constexpr int kElements = MOVE < kVec<T> ? MOVE : kVec<T>, kWords = kElements / Pack<T, VEC>::kInWord;
 #pragma unroll
     for (int first = 0; first < VEC; first += kElements) {
       Copy<Word<T>, kWords> copy;
@@ -155,37 +155,37 @@ __device__ __forceinline__ void store_pack(T* data, const Pack<T, VEC>& pack, in
   }
 }
 
-// A level's piece as a compile-time constant: f(Piece<PIECE>) with PIECE one of VEC, WORD and 1. The branch is outside
-// of f's loads, so that they still leave together.
-template <int PIECE>
-struct Piece {
-  static constexpr int value = PIECE;
+// Calls f(Move<MOVE>), the elements of a level's loads and stores as a constant: VEC, WORD or 1. The branch is outside
+// of f, so that all loads of f are issued together.
+template <int MOVE>
+struct Move {
+  static constexpr int value = MOVE;
 };
 
 template <int VEC, int WORD, typename F>
-__device__ __forceinline__ void with_piece(int piece, F&& f) {
-  if (piece == VEC) {
-    f(Piece<VEC>());
-  } else if (WORD > 1 && piece == WORD) {
-    f(Piece<WORD>());
+__device__ __forceinline__ void with_move(int move, F&& f) {
+  if (move == VEC) {
+    f(Move<VEC>());
+  } else if (WORD > 1 && move == WORD) {
+    f(Move<WORD>());
   } else {
-    f(Piece<1>());
+    f(Move<1>());
   }
 }
 
 // COUNT packs one below another, zeros from row `rows` and column `cols` on.
-template <int PIECE, typename T, int VEC, int COUNT>
+template <int MOVE, typename T, int VEC, int COUNT>
 __device__ __forceinline__ void load_rows(Pack<T, VEC> (&packs)[COUNT], const T* data, int64_t row_stride, int rows,
                                           int cols) {
 #pragma unroll
-  for (int u = 0; u < COUNT; ++u) load_pack<PIECE>(packs[u], data + u * row_stride, u < rows ? cols : 0);
+  for (int u = 0; u < COUNT; ++u) load_pack<MOVE>(packs[u], data + u * row_stride, u < rows ? cols : 0);
 }
 
-template <int PIECE, typename T, int VEC, int COUNT>
+template <int MOVE, typename T, int VEC, int COUNT>
 __device__ __forceinline__ void store_rows(T* data, const Pack<T, VEC> (&packs)[COUNT], int64_t row_stride, int rows,
                                            int cols) {
 #pragma unroll
-  for (int u = 0; u < COUNT; ++u) store_pack<PIECE>(data + u * row_stride, packs[u], u < rows ? cols : 0);
+  for (int u = 0; u < COUNT; ++u) store_pack<MOVE>(data + u * row_stride, packs[u], u < rows ? cols : 0);
 }
 
 // The first `count` of VEC numbers and zeros behind them; `otherwise` where there is no tensor.

@@ -25,7 +25,7 @@ struct DistanceLevel {
   A* partial;         // forward: (tiles,)
   void* ds;           // backward: (images, rows, cols), dense
   const void* grad;   // backward: the number that the level's sum gets
-  int piece;          // of s and ds, and of t unless it is transposed
+  int move;           // of s and ds, and of t unless it is transposed
   bool mask_packs;
   bool grad_is_double;
 };
@@ -80,11 +80,11 @@ __device__ __forceinline__ void visit_tile(const DistanceLevel<A>& level, const 
     const int rows = at.rows(row, kDistanceRows);
     Pack<S, VEC> student[kDistanceRows];
     A teacher[kDistanceRows][VEC];
-    with_piece<VEC, kWord<S>>(level.piece, [&](auto piece) {
-      load_rows<decltype(piece)::value>(student, s + row * s_stride, s_stride, rows, at.cols);
+    with_move<VEC, kWord<S>>(level.move, [&](auto move) {
+      load_rows<decltype(move)::value>(student, s + row * s_stride, s_stride, rows, at.cols);
       if constexpr (!TRANSPOSED) {
         Pack<T, VEC> packs[kDistanceRows];
-        load_rows<decltype(piece)::value>(packs, t + row * t_stride, t_stride, rows, at.cols);
+        load_rows<decltype(move)::value>(packs, t + row * t_stride, t_stride, rows, at.cols);
 #pragma unroll
         for (int u = 0; u < kDistanceRows; ++u) packs[u].get(teacher[u]);
       }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_col_mask(A (&mask)[VEC], const DistanceLeve
   load_numbers(mask, from, at.cols, level.mask_packs, A(1));
 }
 
-// Of the tile's rows; nullptr: ones.
+// Returns the mask of the tile's rows, or nullptr for all ones.
 template <typename A>
 __device__ __forceinline__ const A* row_mask_of(const DistanceLevel<A>& level, const TilePosition& at) {
   return level.row_mask == nullptr ? nullptr : level.row_mask + at.image * level.student.rows + at.first_row;
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kThreads, kDistanceBlocks<A>)
             for (int i = 0; i < VEC; ++i) values[i] = scale * col_mask[i] * (values[i] - teacher[u][i]);
             out[u].set(values);
           }
-          with_piece<VEC, kWord<S>>(level.piece, [&](auto piece) {
-            store_rows<decltype(piece)::value>(ds + row * view.cols, out, view.cols, rows, at.cols);
+          with_move<VEC, kWord<S>>(level.move, [&](auto move) {
+            store_rows<decltype(move)::value>(ds + row * view.cols, out, view.cols, rows, at.cols);
           });
         });
   }
@@ -218,10 +218,10 @@ DistanceLevel<A> distance_level(const Level& level, bool gradient) {
   result.row_mask = static_cast<const A*>(level.row_mask), result.col_mask = static_cast<const A*>(level.col_mask);
   result.ds = gradient ? level.ds : nullptr;
   result.mask_packs = numbers_aligned(level.col_mask, view.cols, kVec<S>);
-  result.piece = piece_of<S>([&](int piece) {
-    return movable<S>(level.s, view, piece) &&
-           (is_transposed(level.teacher) || movable<T>(level.t, level.teacher, piece)) &&
-           (!gradient || movable<S>(level.ds, gradient_view(view), piece));
+  result.move = elements_per_move<S>([&](int move) {
+    return movable<S>(level.s, view, move) &&
+           (is_transposed(level.teacher) || movable<T>(level.t, level.teacher, move)) &&
+           (!gradient || movable<S>(level.ds, gradient_view(view), move));
   });
   return result;
 }

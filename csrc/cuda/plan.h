@@ -39,15 +39,15 @@ inline bool rows_aligned(const void* data, const MatrixView& view, int64_t eleme
          (view.images == 1 || aligned(view.image_stride));
 }
 
-// Whether rows of T's can move PIECE elements (or 16 bytes) at a time.
+// Whether rows of T's can be read and written `move` elements (or 16 bytes) at a time.
 template <typename T>
-bool movable(const void* data, const MatrixView& view, int piece) {
-  return view.cols % piece == 0 && rows_aligned(data, view, sizeof(T), min64(16, piece * sizeof(T)));
+bool movable(const void* data, const MatrixView& view, int move) {
+  return view.cols % move == 0 && rows_aligned(data, view, sizeof(T), min64(16, move * sizeof(T)));
 }
 
-// Elements of T that move at once: 16 bytes, 4 bytes where 16-bit rows are aligned to no more, or one element.
+// Elements of T in one load or store: 16 bytes, 4 bytes where 16-bit rows are aligned to no more, or one element.
 template <typename T, typename Movable>
-int piece_of(Movable&& movable_by) {
+int elements_per_move(Movable&& movable_by) {
   if (movable_by(kVec<T>)) return kVec<T>;
   return movable_by(kWord<T>) ? kWord<T> : 1;
 }

@@ -37,8 +37,8 @@ __all__ = [
 # Kernel parameters are limited to 4 KB, 8 bytes each; this leaves room for those that the levels share.
 MAX_PARAMETERS = 480
 # Triton compiles anew, and may lay out a tile differently, for an integer that is 1, that is divisible by 16 or that
-# needs 64 bits. A size travels as an odd number above 2**33: none of those differences are left, the code is compiled
-# once for all sizes, and a level's order of addition cannot depend on its neighbours in the tuples.
+# needs 64 bits. Sizes are passed as 2 * (size + SIZE_OFFSET) + 1, so that it never does: one compilation serves all
+# sizes, and a level's order of summation does not depend on the other levels.
 SIZE_OFFSET = tl.constexpr(1 << 33)
 PARTIALS = 2048  # added in one step
 
