@@ -177,7 +177,7 @@ MUTATIONS = [
     Mutation(
         "cpp.max_pool.rank_of_cells_that_are_not_square",
         MAX_POOL_H,
-        CELLS,
+        STATISTICS,
         "(dy / fy * (kx / fx) + dx / fx)",
         "(dy / fy * (ky / fy) + dx / fx)",
     ),
