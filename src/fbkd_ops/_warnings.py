@@ -10,6 +10,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from ._numerics import is_fake
 from ._validation import check_layer, check_same_device
 
-__all__ = ["BackwardWatch", "FiniteWatch", "GradientWatch", "LayerWatch", "UpdateWatch", "can_watch"]
+__all__ = [
+    "BackwardWatch",
+    "FiniteWatch",
+    "GradientWatch",
+    "LayerWatch",
+    "ShareWatch",
+    "SizeWatch",
+    "UpdateWatch",
+    "can_watch",
+]
 
 
 def can_watch(tensor: Tensor) -> bool:
@@ -58,12 +68,33 @@ class GradientWatch(_Watch):
             )
 
 
+class _Arrival:
+    """Brings a GPU's values to Python some calls later, so that nothing waits for them."""
+
+    def __init__(self):
+        self._pending: tuple[Tensor, torch.cuda.Event, Any] | None = None
+
+    def exchange(self, values: Tensor, note: Any) -> tuple[Tensor, Any] | None:
+        """Send values on their way if none are. Return earlier ones, with their note, once they are on the CPU."""
+        arrived = None
+        if self._pending is not None:
+            earlier, event, earlier_note = self._pending
+            if not event.query():
+                return None
+            arrived = earlier, earlier_note
+        arriving = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        arriving.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(values.device))
+        self._pending = (arriving, event, note)
+        return arrived
+
+
 class FiniteWatch(_Watch):
     """Warns of levels whose terms are NaN or infinite: on the CPU at once, on a GPU at one of the next calls."""
 
     def __init__(self):
-        self._warned = False
-        self._pending: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+        self._warned, self._arrival = False, _Arrival()
 
     def see(self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]) -> None:
         """Look at ``terms (K,)`` of the levels and kinds ``names``."""
@@ -73,20 +104,9 @@ class FiniteWatch(_Watch):
         if terms.device.type == "cpu":
             self._report(terms, names, students, teachers)
         elif terms.device.type == "cuda":
-            self._see_later(terms, names)
-
-    def _see_later(self, terms: Tensor, names: list[tuple[int, str]]) -> None:
-        """Report the last call's terms if they are on the CPU by now, and send these on their way if none are."""
-        if self._pending is not None:
-            arrived, event, arrived_names = self._pending
-            if not event.query():
-                return
-            self._report(arrived, arrived_names, [], [])
-        arriving = torch.empty(terms.shape, dtype=terms.dtype, pin_memory=True)
-        arriving.copy_(terms, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(terms.device))
-        self._pending = (arriving, event, names)
+            arrived = self._arrival.exchange(terms, names)
+            if arrived is not None:
+                self._report(*arrived, [], [])
 
     def _report(
         self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]
@@ -185,6 +205,59 @@ class UpdateWatch(_Watch):
             "backward passes and never changed: give loss.parameters() (or distiller.parameters()) to the optimizer. "
             "If gradients are accumulated over more passes than that, nothing is wrong (said once)"
         )
+
+
+class ShareWatch(_Watch):
+    """Warns of gradients that tell no share, ten times in a row."""
+
+    FAILURES = 10
+
+    def __init__(self):
+        self._warned, self._arrival = False, _Arrival()
+
+    def see(self, failed: Tensor) -> None:
+        """Look at how many measurements in a row could not be used."""
+        if self._warned or not can_watch(failed):
+            return
+        if failed.device.type == "cpu":
+            self._report(failed)
+        elif failed.device.type == "cuda":
+            arrived = self._arrival.exchange(failed, None)
+            if arrived is not None:
+                self._report(arrived[0])
+
+    def _report(self, failed: Tensor) -> None:
+        if int(failed) < self.FAILURES:
+            return
+        self._warned = True
+        warnings.warn(
+            f"gradient_share: in {self.FAILURES} measurements in a row the gradient of the detector's own losses at "
+            "the tapped maps, or of the terms, was 0 or not finite, so the terms keep their factor. Are the losses "
+            "differentiated, do the tapped modules feed them, and are both finite? (said once)"
+        )
+
+
+class SizeWatch(_Watch):
+    """Warns at the first step of terms that are far larger than the detector's own losses."""
+
+    RATIO = 30
+
+    def __init__(self):
+        self._looked = False
+
+    def see(self, own: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+        """Compare the sums, which waits for a GPU once."""
+        if self._looked or not own or not terms or not can_watch(next(iter(terms.values()))):
+            return
+        self._looked = True
+        mine, theirs = (sum(abs(float(loss.detach())) for loss in losses.values()) for losses in (own, terms))
+        if theirs > self.RATIO * mine > 0:
+            warnings.warn(
+                f"the terms of the distillation are {theirs / mine:.3g} times as large as the detector's own losses, "
+                "with which few trainings go well: a preset's weights are for two images of 800 x 1344 pixels and 256 "
+                "channels. distiller.balance_report(...) says how hard they pull; Distiller(..., gradient_share=0.1) "
+                "weighs them by that, weight= by a number (said once)"
+            )
 
 
 class BackwardWatch(_Watch):

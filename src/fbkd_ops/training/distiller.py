@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._numerics import accumulation_dtype
-from .._validation import Features, as_list, check_callable, check_flag, check_text, is_int, is_list
-from .._warnings import BackwardWatch
+from .._validation import Features, as_list, check_callable, check_flag, check_number, check_text, is_int, is_list
+from .._warnings import BackwardWatch, SizeWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -25,6 +25,7 @@ from .feature_tap import (
     unwrapped,
     versions,
 )
+from .gradient_share import GradientShare, checked_settings
 from .pairing import (
     check_apart,
     check_exported_mode,
@@ -33,7 +34,7 @@ from .pairing import (
     training_modules,
 )
 from .student_attributes import StudentAttributes
-from .student_losses import TOTALS, Total, add_terms, is_scalar
+from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
 
 __all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
@@ -65,7 +66,16 @@ class Distiller(StudentAttributes, nn.Module):
             an error otherwise.
         start_step, stop_step: the training steps, counted from 0, from which on and before which the terms are added.
             Outside of them the teacher does not run and the terms are 0.
-        warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to 1.
+        warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to ``weight``.
+        weight: what all terms are multiplied with, >= 0. It is an attribute that can be set at any time.
+        gradient_share: instead of guessing ``weight``: the share of the detector's own gradient that the terms together
+            send into the tapped maps, > 0: the ratio of the L2 norms over all tapped maps that the loss reads. It is
+            measured in the training's own backward passes, and sets a factor beside ``weight`` that starts at 1e-3. The
+            own gradient of a map also has what the terms send down from maps that are made of it (backbone stages, the
+            neck of a YOLO).
+        share_every: how many steps lie between two measurements.
+        share_steps: the training steps, counted from ``start_step``, after which the factor stays as it is; by default
+            it follows the share throughout.
         total: the entry of a dict, or attribute of an object, that is the sum of all losses; the terms are added to it
             and are no entries of their own. By default ``"loss"`` or, without that, ``"total_loss"``, where it is a
             scalar with a gradient; None: there is none, and every entry is a loss.
@@ -110,6 +120,10 @@ class Distiller(StudentAttributes, nn.Module):
         start_step: int = 0,
         stop_step: int | None = None,
         warmup_steps: int = 0,
+        weight: float = 1.0,
+        gradient_share: float | None = None,
+        share_every: int = 10,
+        share_steps: int | None = None,
         total: Total = TOTALS,
         combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
@@ -138,9 +152,12 @@ class Distiller(StudentAttributes, nn.Module):
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
+        self.weight = weight
+        settings = checked_settings(gradient_share, share_every, share_steps)
+        self.share = None if settings is None else GradientShare(settings, _count_of_layers(self._student_tap))
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
-        self._backward_watch = BackwardWatch()
+        self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
         self._terms: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
@@ -163,10 +180,18 @@ class Distiller(StudentAttributes, nn.Module):
 
     @property
     def weight(self) -> float:
-        """What the terms of the next training step are multiplied with, from 0 to 1."""
+        """What all terms are multiplied with, whatever the step."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self._weight = check_number(weight, "a finite number >= 0", lambda value: value >= 0, "weight")
+
+    def step_weight(self) -> float:
+        """Return ``weight`` times the schedule of the next training step; 0 where no terms are added."""
         if self._step < self.start_step or (self.stop_step is not None and self._step >= self.stop_step):
             return 0.0
-        return min(1.0, (self._step - self.start_step + 1) / max(self.warmup_steps, 1))
+        return self._weight * min(1.0, (self._step - self.start_step + 1) / max(self.warmup_steps, 1))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's losses with the FBKD terms added; in eval mode the student's output as it is.
@@ -191,23 +216,43 @@ class Distiller(StudentAttributes, nn.Module):
         if not self.training:
             return self.student(*args, **kwargs)
         self._check_student_mode()
-        weight = self.weight
+        weight = self.step_weight()
+        if self.share is not None:
+            self.share.collect()
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
             self._student_tap.clear()
             if self._entry_tap is not None:
                 self._entry_tap.clear()
+        elif self.share is None:
+            output, terms = self._weighted_terms(weight, args, kwargs)
+            self._size_watch.see(own_losses(output, self.total), terms)
         else:
-            output, student_features, teacher_features = self.run(*args, **kwargs)
-            terms = _checked_terms(self.loss(student_features, teacher_features))
-            if weight < 1:
-                terms = {name: weight * term for name, term in terms.items()}
+            output, terms = self._shared_terms(weight, args, kwargs)
         self._step += 1
         self._terms = {name: term.detach() for name, term in terms.items()}
         self._backward_watch.see(terms)
         if self.combine is not None:
             return self.combine(output, terms)
         return add_terms(output, terms, self.total, self._student_learns())
+
+    def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
+        """Return the student's output, and the terms times ``weight``."""
+        output, student_features, teacher_features = self.run(*args, **kwargs)
+        terms = _checked_terms(self.loss(student_features, teacher_features))
+        if isinstance(weight, float) and weight == 1:
+            return output, terms
+        return output, {name: weight * term for name, term in terms.items()}
+
+    def _shared_terms(self, weight: float, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
+        """Return the same with the factor that :class:`GradientShare` finds, measured in this step where it is due."""
+        factor = weight * self.share.factor()
+        if not (self.share.settings.is_due(self._step - self.start_step) and torch.is_grad_enabled()):
+            return self._weighted_terms(factor, args, kwargs)
+        with self._student_tap.split(self.share.split):
+            found = self._weighted_terms(factor, args, kwargs)
+        self.share.begin(factor)
+        return found
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
         """Return the student's output, and the features of the student and the teacher as they go into the loss.
@@ -299,6 +344,18 @@ class Distiller(StudentAttributes, nn.Module):
         """Return the last training step's terms as they were added, detached, for logging; empty before the first."""
         return dict(self._terms)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return what the next step's terms are multiplied with, and the share last measured, for logging.
+
+        Returns:
+            ``fbkd_weight``, and with ``gradient_share`` also ``fbkd_gradient_share`` (0 before the first measurement):
+            scalars on the distiller's device, which nothing waits for.
+        """
+        weight = torch.tensor(self.step_weight())
+        if self.share is None:
+            return {"fbkd_weight": weight}
+        return {"fbkd_weight": weight * self.share.factor(), "fbkd_gradient_share": self.share.share.clone()}
+
     def balance_report(self, *args: Any, **kwargs: Any) -> BalanceReport:
         """How the terms compare to the detector's own losses on a batch: their sizes, and how hard they pull.
 
@@ -339,6 +396,16 @@ def _closed_tap(
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
     tap.close()
     return tap
+
+
+def _count_of_layers(tap: FeatureTap | OutputTap) -> int:
+    """Return how many layers are tapped, for a share that is measured there."""
+    if isinstance(tap, OutputTap):
+        raise ValueError(
+            "gradient_share needs student_layers by module path: at the student's output its own losses are computed "
+            "already, and their gradient cannot be measured there"
+        )
+    return tap.count()
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Catch what modules of a model return, or what they are given, by module path."""
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,28 @@ class FeatureTap:
         """Forget what was caught."""
         self._recorder.clear()
 
+    def count(self) -> int:
+        """How many layers are tapped."""
+        return len(self._layers)
+
+    @contextlib.contextmanager
+    def split(self, split: Callable[[int, Any], tuple[Any, Any]]) -> Iterator[None]:
+        """Inside the block, let each layer's value go through ``split``.
+
+        Args:
+            split: of a layer's number and its value. Returns what is caught, and what the model goes on with.
+        """
+        self._recorder.split = split
+        try:
+            yield
+        except RuntimeError as error:
+            if "is a view and is being modified inplace" not in str(error):
+                raise
+            paths = " or ".join(repr(layer.path) for layer in self._layers.values())
+            raise RuntimeError(_changed_in_place(self.name, paths)) from error
+        finally:
+            self._recorder.split = None
+
     def __enter__(self) -> "FeatureTap":
         self.open()
         return self
@@ -159,10 +182,7 @@ class FeatureTap:
             if count != 1:
                 raise RuntimeError(f"{self.name}: {self._miscounted(layer, count)}")
             if version is not None and version != versions(value):
-                raise RuntimeError(
-                    f"{self.name}: what was caught at {layer.path!r} was changed in place after that, by an in-place "
-                    "activation or sum, say; tap the module that changes it, or let it not do so in place"
-                )
+                raise RuntimeError(_changed_in_place(self.name, repr(layer.path)))
         return values
 
     def features_of(self, output: Any) -> Features:
@@ -197,6 +217,13 @@ class FeatureTap:
                     f"got {type(value).__name__}"
                 )
         return dict(zip(self._layers, values, strict=True)) if self._is_named else values
+
+
+def _changed_in_place(name: str, path: str) -> str:
+    return (
+        f"{name}: what was caught at {path} was changed in place after that, by an in-place activation or sum, say; "
+        "tap the module that changes it, or let it not do so in place"
+    )
 
 
 class OutputTap:
@@ -245,7 +272,18 @@ class _Recorder:
 
     def __init__(self, count: int, stops: bool):
         self.count, self.stops, self.is_live = count, stops, True
+        # Makes two of a layer's value: for the features, and for the model to go on with.
+        self.split: Callable[[int, Any], tuple[Any, Any]] | None = None
         self.clear()
+
+    def take(self, index: int, value: Any) -> Any:
+        """Keep a layer's value; return what the model goes on with in its place, None for the value itself."""
+        if self.split is None or _is_recomputation():
+            self.add(index, value)
+            return None
+        kept, passed = self.split(index, value)
+        self.add(index, kept)
+        return passed
 
     def clear(self) -> None:
         self.values: list[Any] = [None] * self.count
@@ -283,11 +321,11 @@ class _Hook:
     def __init__(self, recorder: _Recorder, index: int):
         self.recorder, self.index = recorder, index
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.recorder.add(self.index, kept_arguments(args, kwargs))
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return self.recorder.take(self.index, kept_arguments(args, kwargs))
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.recorder.add(self.index, _kept(output))
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self.recorder.take(self.index, _kept(output))
 
 
 def kept_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
