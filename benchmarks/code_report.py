@@ -285,7 +285,9 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        note(self, kernel, dict(zip(self.arg_names, arguments, strict=False)) | options, grid)
+        # Launchers pass the constants, which come last, by name.
+        positional = dict(zip(self.arg_names[: len(arguments)], arguments, strict=True))
+        note(self, kernel, positional | options, grid)
 
     driver.set_active(Driver())
     with mock.patch.object(JITFunction, "run", compile_only):

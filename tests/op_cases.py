@@ -68,7 +68,8 @@ def with_values(backends, values, interpreted, names=None):
     parameters = []
     for backend in backends:
         chosen = interpreted if backend is INTERPRETED else values
-        for value, name in zip(chosen, names or map(name_of, chosen), strict=False):
+        ids = names[: len(chosen)] if names else map(name_of, chosen)
+        for value, name in zip(chosen, ids, strict=True):
             parameters.append(pytest.param(*backend.values, value, marks=backend.marks, id=f"{backend.id}-{name}"))
     return parameters
 

@@ -25,7 +25,7 @@ def pyramid(channels, levels, dtype=torch.float64, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, width, *size, generator=generator, dtype=torch.float64).to(dtype)
-        for width, size in zip(widths, SIZES, strict=False)
+        for width, size in zip(widths, SIZES[: len(widths)], strict=True)
     ]
 
 
