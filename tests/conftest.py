@@ -10,10 +10,17 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+from helpers import TEST_ALL  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # PyTorch's default rounds the operands of float32 convolutions to TF32 on a GPU: the reference would then be off by
 # 1e-3, and nothing that is compared with it could fail.
 torch.backends.cudnn.allow_tf32 = False
+
+
+# A failure prints the decorator that replays it: @reproduce_failure(...).
+settings.register_profile("fbkd_ops", max_examples=60 if TEST_ALL else 25, deadline=None, print_blob=True)
+settings.load_profile("fbkd_ops")
 
 
 def pytest_configure(config):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import rms
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
     DTYPES,
@@ -404,7 +404,6 @@ def check_layouts(backend, device, of_student, of_teacher):
 
 
 @NO_CPU
-@settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(*(st.integers(*bounds) for bounds in ((0, 3), (1, 40), (1, 40), (1, 20), (1, 70)))),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
