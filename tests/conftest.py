@@ -1,5 +1,6 @@
 """Shared test set-up. Without a GPU the Triton kernels run in Triton's interpreter."""
 
+import importlib.util
 import os
 
 import torch
@@ -18,6 +19,11 @@ from hypothesis import settings  # noqa: E402
 torch.backends.cudnn.allow_tf32 = False
 
 
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    from interpreter import patch_language_once_per_launch
+
+    patch_language_once_per_launch()
+
 # A failure prints the decorator that replays it: @reproduce_failure(...).
 settings.register_profile("fbkd_ops", max_examples=60 if TEST_ALL else 25, deadline=None, print_blob=True)
 settings.load_profile("fbkd_ops")
@@ -31,7 +37,15 @@ def pytest_configure(config):
 LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_build.py", "test_microbench.py")
 
 
-def pytest_collection_modifyitems(items):
+def repeats_another(item) -> bool:
+    """Return whether a test is the same as that of the other form of the relation term: only the CPU has two."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("relation_form") == "cells" and parameters.get("backend") == "triton"
+
+
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[item for item in items if repeats_another(item)])
+    items[:] = [item for item in items if not repeats_another(item)]
     items.sort(key=lambda item: item.path.name not in LONGEST)
     if HAS_GPU:
         return
