@@ -31,6 +31,7 @@ from op_cases import (
     precision_of,
     threads,
     truncation,
+    with_pairs,
     with_values,
 )
 
@@ -127,11 +128,18 @@ def check(level, backend, **options):
     assert results[0][1].stride() == empty_gradient(in_place_layout(level[0])).stride()
 
 
-@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, [SMALL[1], LEVEL]))
-def test_small_sizes_in_both_layouts(backend, device, layouts, size):
-    for dtypes in (torch.float32,) * 2, (torch.bfloat16, torch.float32):
-        check(draw_level(size, dtypes, device, layouts), backend)
+FLOATS = [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    "backend, device, size, layouts, dtypes",
+    [
+        *with_pairs(COMPILED, SMALL, PAIRS_OF_LAYOUTS, FLOATS),
+        *with_pairs([INTERPRETED], [SMALL[1], LEVEL], PAIRS_OF_LAYOUTS, FLOATS),
+    ],
+)
+def test_small_sizes_in_both_layouts(backend, device, size, layouts, dtypes):
+    check(draw_level(size, dtypes, device, layouts), backend)
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
