@@ -33,8 +33,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
-# Files with tests that take minutes: they come first, so that parallel processes end together.
-LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_build.py", "test_microbench.py")
+# Files that take a minute or more: they come first, so that parallel processes end together.
+LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_compile.py", "test_build.py", "test_microbench.py")
+LONGEST += ("test_cuda_kernels.py", "test_adapted_masked_l2.py")
 
 
 def repeats_another(item) -> bool:

@@ -20,31 +20,30 @@ class _Patches:
 
     def __init__(self, patch):
         self.patch = patch
-        self.patched = set()  # modules of the language, by the launch that runs now
+        self.patched = frozenset()  # modules of the language, by the launch that runs now
         self.visible = {}  # those modules that a function sees, by the id of its globals
 
     def __call__(self, function):
         modules = self._modules(function)
         if self.patched and modules <= self.patched:
             return interpreter._LangPatchScope()
-        scope, is_launch = self.patch(function), not self.patched
-        self.patched |= modules
-        if is_launch:
-            scope.restore = self._ending(scope.restore)
+        scope, before = self.patch(function), self.patched
+        self.patched = before | modules
+        scope.restore = self._ending(scope.restore, before)
         return scope
 
-    def _ending(self, restore):
+    def _ending(self, restore, before):
         def end():
-            self.patched.clear()
+            self.patched = before
             restore()
 
         return end
 
-    def _modules(self, function) -> set[str]:
+    def _modules(self, function) -> frozenset[str]:
         key = id(function.__globals__)
         if key not in self.visible:
             seen = [module for module in (language, language.core) if module in _modules_in(function.__globals__)]
-            self.visible[key] = {module.__name__ for module in seen}
+            self.visible[key] = frozenset(module.__name__ for module in seen)
         return self.visible[key]
 
 
