@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -57,6 +57,10 @@ STATISTICS = (
     (torch.float32, "contiguous"),
     (torch.float64, "contiguous"),
 )
+# What `make test` compiles of those: each dtype and layout, and float64 beside 16 bits, but not all in each op.
+FEW_ADAPTED = ADAPTED[0], ADAPTED[2], ADAPTED[4]
+FEW_RELATION = RELATION[1], RELATION[3], RELATION[4]
+FEW_STATISTICS = STATISTICS[2], STATISTICS[3]
 MAPS = ("student", "teacher", "residual", "x")  # names of feature maps among a Triton kernel's arguments
 
 
@@ -146,9 +150,9 @@ def resource_usage(resources: str) -> Iterator[tuple[str, dict[str, int]]]:
         yield symbol, {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
-def cuda_instances() -> Iterator[Instance]:
+def cuda_instances(archs: Sequence[int] = ARCHS) -> Iterator[Instance]:
     """Of the built library; nothing where there is none."""
-    for arch in ARCHS:
+    for arch in archs:
         for library in cuda_libraries(arch):
             selected = ("-arch", f"sm_{arch}")
             resources = cuobjdump(*selected, "-res-usage", library)
@@ -171,40 +175,47 @@ def _pools(pyramid: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor
     return [torch.empty(shape, dtype=dtype) for shape in shapes]
 
 
-def launches() -> Iterator[Callable[[], object]]:
+def launches(few: bool = False) -> Iterator[Callable[[], object]]:
     """Calls of the Triton launchers whose kernels are reported: every kernel, width of elements and mixed layouts.
 
     float16 shares the code of bfloat16 but for the weights' gradient of the adapted distance.
+
+    Args:
+        few: less than half of the calls, with every kernel; float64 beside 16 bits only.
     """
     from fbkd_ops.kernels import attention_masks, attention_pool, masked_l2, spatial_l2
 
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64)[: 2 if few else 3]:
         student, teacher, other = _pyramid(dtype), _pyramid(dtype), _pyramid(dtype, "channels_last")
         sums = accumulation_dtype(*student)
         pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
         yield lambda: attention_pool.attention_pool_forward(student)
         yield lambda: attention_pool.attention_pool_backward(student, pools)
-        for maps, joint in ((pools, False), (pools, True), ([None] * len(pools), False)):
+        rules = (pools, False), (pools, True), ([None] * len(pools), False)
+        for maps, joint in rules[:1] if few and dtype != torch.bfloat16 else rules:
             settings = [0.5] * len(pools), [joint] * len(pools)
             yield lambda: attention_masks.attention_masks(maps, pools, *settings)
-        for second in (teacher, other):
+        seconds = teacher, other
+        if few:
+            seconds = [other if dtype == torch.float32 else teacher]
+        for second in seconds:
             pair = student, second, pools[::4], absent
             yield lambda: masked_l2.masked_l2_forward(*pair)
             yield lambda: masked_l2.masked_l2_backward(*pair, grad)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64)[: 1 if few else 2]:
         maps = [torch.empty(shape[0], *shape[2:], dtype=dtype) for shape in LEVELS.values()]
         layers = [[torch.empty(count, dtype=dtype) for _ in maps] for count in (9, 1)]
         for gradient in (False, True):
             yield lambda: spatial_l2.spatial_l2(maps, *layers, maps, gradient)
-    yield from _adapted_launches()
-    yield from _relation_launches()
-    yield from _statistics_launches()
+    yield from _adapted_launches(FEW_ADAPTED if few else ADAPTED)
+    yield from _relation_launches(FEW_RELATION if few else RELATION)
+    yield from _statistics_launches(FEW_STATISTICS if few else STATISTICS)
 
 
-def _adapted_launches() -> Iterator[Callable[[], object]]:
+def _adapted_launches(cases: Sequence[tuple]) -> Iterator[Callable[[], object]]:
     from fbkd_ops.kernels import adapted_masked_l2
 
-    for of_student, of_teacher, layout in ADAPTED:
+    for of_student, of_teacher, layout in cases:
         student, teacher = _pyramid(of_student, layout), _pyramid(of_teacher, layout)
         sums = accumulation_dtype(*student, *teacher)
         pools, grad, absent = _pools(student, sums), torch.empty(len(student), dtype=sums), [None] * len(student)
@@ -215,10 +226,10 @@ def _adapted_launches() -> Iterator[Callable[[], object]]:
         yield lambda: adapted_masked_l2.adapted_masked_l2_backward(*level, [], grad, pools, absent)
 
 
-def _relation_launches() -> Iterator[Callable[[], object]]:
+def _relation_launches(cases: Sequence[tuple]) -> Iterator[Callable[[], object]]:
     from fbkd_ops.kernels import relation_residual
 
-    for of_student, of_teacher, layout in RELATION:
+    for of_student, of_teacher, layout in cases:
         student, teacher = _pyramid(of_student, layout), _pyramid(of_teacher, layout)
         sums = accumulation_dtype(*student, *teacher)
         matrices = [torch.empty(x.shape[0], x.shape[1], x.shape[1], dtype=sums) for x in student]
@@ -228,11 +239,11 @@ def _relation_launches() -> Iterator[Callable[[], object]]:
         yield lambda: relation_residual.relation_residual_backward(*level, [], grad.to(sums), True)
 
 
-def _statistics_launches() -> Iterator[Callable[[], object]]:
+def _statistics_launches(cases: Sequence[tuple]) -> Iterator[Callable[[], object]]:
     from fbkd_ops.kernels import non_local_statistics
 
     strides = 8, 4, 2, 2, 2
-    for dtype, layout in STATISTICS:
+    for dtype, layout in cases:
         maps = _pyramid(dtype, layout)
         channels, sums = maps[0].shape[1], accumulation_dtype(*maps)
         shapes = (1, channels), (64, channels), (1, 64, channels), (128, channels), (128,)
@@ -246,7 +257,7 @@ def _statistics_launches() -> Iterator[Callable[[], object]]:
         yield lambda: non_local_statistics.non_local_statistics_backward_(*backward)
 
 
-def compile_launches(arch: int) -> list[Instance]:
+def compile_launches(arch: int, few: bool = False) -> list[Instance]:
     """Compile, for a GPU that is not here, what the launchers launch."""
     compiled = {}
 
@@ -254,7 +265,7 @@ def compile_launches(arch: int) -> list[Instance]:
         compiled[kernel.hash] = kernel
 
     with compiled_for(arch, note):
-        for launch in launches():
+        for launch in launches(few):
             launch()
     return [_triton_instance(kernel, arch) for kernel in compiled.values()]
 
@@ -285,7 +296,9 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        note(self, kernel, dict(zip(self.arg_names, arguments, strict=False)) | options, grid)
+        # Launchers pass the constants, which come last, by name.
+        positional = dict(zip(self.arg_names[: len(arguments)], arguments, strict=True))
+        note(self, kernel, positional | options, grid)
 
     driver.set_active(Driver())
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -308,10 +321,10 @@ def triton_instances() -> Iterator[Instance]:
         yield from finished(triton_compiler(arch))
 
 
-def triton_compiler(arch: int, **variables: str) -> subprocess.Popen:
+def triton_compiler(arch: int, few: bool = False, **variables: str) -> subprocess.Popen:
     """A process that compiles for one architecture; ``variables`` are added to its environment."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch)]
+    command = [sys.executable, "-m", "benchmarks.code_report", "--compile-for", str(arch), *["--few"] * few]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=environment | variables, **pipes)
 
@@ -358,9 +371,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--compile-for", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--few", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.compile_for:
-        print(json.dumps(compile_launches(options.compile_for)))
+        print(json.dumps(compile_launches(options.compile_for, options.few)))
         return
     text = json.dumps(report(), indent=1) + "\n"
     if options.json:

@@ -290,7 +290,10 @@ RELATION = Suite(
     _implementations(RelationTerm, mmrazor.RelationTerm),
     _cost(RelationTerm, adaptations=0),
     cases=(
-        *(Case(LEVELS[level], strides=(stride,)) for level, stride in zip(LEVELS, STRIDES, strict=False)),
+        *(
+            Case(LEVELS[level], strides=(stride,))
+            for level, stride in zip(("P2", "P3", "P4", "P5"), STRIDES, strict=True)
+        ),
         *(Case(LEVELS[level], strides=(1,)) for level in ("P4", "P3", "P2")),
     ),
     strides=_relation_strides,

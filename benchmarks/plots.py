@@ -305,7 +305,7 @@ def draw_roofline(report: dict) -> "Figure":
     points, found = roof_points(report["results"]), roofs(report["results"])
     dtypes, suites = distinct(point.dtype for point in points), distinct(point.suite for point in points)
     figure, axes = panels(len(dtypes), 2, 1.2 + 3.2 * len(dtypes), sharex=True, sharey=True)
-    markers = dict(zip(suites, itertools.cycle(MARKERS), strict=False))
+    markers = {suite: MARKERS[number % len(MARKERS)] for number, suite in enumerate(suites)}
     states = states_in(with_products(report["results"]))
     for (dtype, which), ax in zip(itertools.product(dtypes, PASSES), axes.flat, strict=True):
         inside = [point for point in points if (point.dtype, point.which) == (dtype, which)]

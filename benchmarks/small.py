@@ -105,7 +105,8 @@ def fitting(stride: int, side: int) -> int:
 
 
 def pyramid(name: str, preset: str, images: int, widths: list[tuple[int, int]], sides: list[tuple[int, int]]) -> Row:
-    constants = zip(widths, sides, STRIDES[preset], RATIOS, strict=False)
+    count = len(widths)
+    constants = zip(widths, sides, STRIDES[preset][:count], RATIOS[:count], strict=True)
     levels = (Level(images, *pair, *side, fitting(stride, min(side)), ratio) for pair, side, stride, ratio in constants)
     return Row(name, preset, tuple(levels))
 

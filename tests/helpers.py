@@ -1,12 +1,30 @@
 """What several test files need."""
 
+import itertools
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 # Set by `make test-all`: every architecture, and more random cases.
 TEST_ALL = bool(os.environ.get("FBKD_OPS_TEST_ALL"))
+
+
+def pairs_of(*values: Iterable) -> list[tuple]:
+    """Return combinations of the values, so few that each two values meet; under `make test-all` every combination."""
+    rows = list(itertools.product(*values))
+    if TEST_ALL:
+        return rows
+    chosen, missing = [], set().union(*map(_pairs_in, rows))
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(_pairs_in(row) & missing)))
+        missing -= _pairs_in(chosen[-1])
+    return chosen
+
+
+def _pairs_in(row: tuple) -> set[tuple]:
+    return set(itertools.combinations(enumerate(row), 2))
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

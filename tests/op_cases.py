@@ -2,10 +2,11 @@
 
 import contextlib
 import importlib.util
+import itertools
 
 import pytest
 import torch
-from helpers import rms
+from helpers import pairs_of, rms
 
 import fbkd_ops
 from fbkd_ops import _extension
@@ -68,8 +69,20 @@ def with_values(backends, values, interpreted, names=None):
     parameters = []
     for backend in backends:
         chosen = interpreted if backend is INTERPRETED else values
-        for value, name in zip(chosen, names or map(name_of, chosen), strict=False):
+        ids = names[: len(chosen)] if names else map(name_of, chosen)
+        for value, name in zip(chosen, ids, strict=True):
             parameters.append(pytest.param(*backend.values, value, marks=backend.marks, id=f"{backend.id}-{name}"))
+    return parameters
+
+
+def with_pairs(backends, *values):
+    """Parameters ``backend, device, *values``: all combinations; the interpreter gets those of ``pairs_of``."""
+    parameters = []
+    for backend in backends:
+        rows = pairs_of(*values) if backend is INTERPRETED else itertools.product(*values)
+        for row in rows:
+            name = "-".join([backend.id, *map(name_of, row)])
+            parameters.append(pytest.param(*backend.values, *row, marks=backend.marks, id=name))
     return parameters
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import rms
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
     DTYPES,
@@ -404,7 +404,6 @@ def check_layouts(backend, device, of_student, of_teacher):
 
 
 @NO_CPU
-@settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(*(st.integers(*bounds) for bounds in ((0, 3), (1, 40), (1, 40), (1, 20), (1, 70)))),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
@@ -494,7 +493,7 @@ def test_some_gradients_wanted(backend, device, wanted):
     """Of student, weight and bias; the same as where all are wanted."""
     level = draw_level((2, 3, 4, 5, 6), device=device)
     expected = run(level, backend)
-    leaves = [x.detach().requires_grad_(want) for x, want in zip(level, wanted, strict=False)]
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(level[:3], wanted, strict=True)]
     with fbkd_ops.use_backend(backend):
         loss = adapted_masked_l2_loss(*leaves, *level[3:])
     loss.backward()

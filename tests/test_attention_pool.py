@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
     BACKENDS,
@@ -319,7 +319,6 @@ def test_offsets_beyond_32_bits(layout):
 
 
 @NO_CPU
-@settings(max_examples=60, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 70)),
     layout=st.sampled_from(LAYOUTS),

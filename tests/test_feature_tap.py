@@ -89,9 +89,8 @@ def test_inputs_however_they_are_given(args, kwargs):
     model()
     features = tap.features()
     features = list(features.values()) if isinstance(features, dict) else list(features)
-    assert [feature is expected for feature, expected in zip(features, (A, B), strict=False)] == [True] * (
-        1 if kwargs else 2
-    )
+    inputs = [A] if kwargs else [A, B]
+    assert all(feature is expected for feature, expected in zip(features, inputs, strict=True))
 
 
 def test_a_function_takes_the_models_output():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import randomise, rms, within_eager_error
-from op_cases import INTERPRETED, ON_CPU, ON_TRITON
+from op_cases import INTERPRETED, ON_CPU, ON_TRITON, with_pairs
 
 import fbkd_ops
 from fbkd_ops import NonLocalBlock2d, _extension, functional, reference
@@ -13,6 +13,7 @@ from fbkd_ops.non_local import modes
 from fbkd_ops.presets import CHOICES, MODES
 from fbkd_ops.types import AttentionPool, NonLocalWeights
 
+ON_TORCH = pytest.param("torch", "cpu", id="torch")
 # (size, stride): no pooling; ragged cells in both directions; stride 3 (odd); a stride beyond the height only;
 # one pixel; one row.
 SIZES_AND_STRIDES = [((6, 5), 1), ((9, 7), 2), ((8, 10), 3), ((3, 12), 8), ((1, 1), 4), ((1, 9), 2)]
@@ -79,10 +80,10 @@ def test_narrow_blocks_equal_the_reference(mode, stride):
 
 
 @pytest.mark.usefixtures("relation_form")
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("norm", CHOICES["norm"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED, ON_TRITON, pytest.param("torch", "cpu", id="torch")])
+@pytest.mark.parametrize(
+    "backend, device, stride, norm, training",
+    with_pairs([ON_CPU, INTERPRETED, ON_TRITON, ON_TORCH], [1, 2], CHOICES["norm"], [True, False]),
+)
 def test_every_backend_equals_the_reference(monkeypatch, backend, device, stride, norm, training):
     if backend == "torch":
         monkeypatch.setattr(_extension, "cpu", _extension.Library(False, "not built"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import TEST_ALL, randomise
 
 import fbkd_ops
 from fbkd_ops import FBKDLoss
@@ -25,7 +25,7 @@ def pyramid(channels, levels, dtype=torch.float64, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, width, *size, generator=generator, dtype=torch.float64).to(dtype)
-        for width, size in zip(widths, SIZES, strict=False)
+        for width, size in zip(widths, SIZES[: len(widths)], strict=True)
     ]
 
 
@@ -362,7 +362,11 @@ def test_no_image_gives_zero_terms(normalize, synchronize):
     assert not any(parameter.grad.any() for parameter in loss.parameters())
 
 
-@pytest.mark.parametrize("mode,backend", [("dot_product", "inductor"), ("concatenation", "aot_eager")])
+# test_compile.py has every mode through AOTAutograd, at one size.
+COMPILED = [("dot_product", "inductor"), *[("concatenation", "aot_eager")] * TEST_ALL]
+
+
+@pytest.mark.parametrize("mode,backend", COMPILED)
 def test_compiles_into_one_graph_for_any_size(mode, backend):
     """In training, so with BatchNorm's updates; the second size must not compile anew into static shapes or fail."""
     torch.compiler.reset()

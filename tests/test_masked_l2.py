@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
     BACKENDS,
@@ -128,7 +128,6 @@ def test_layouts(backend, device, of_student, of_teacher):
 
 
 @NO_CPU
-@settings(max_examples=60, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 70)),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),

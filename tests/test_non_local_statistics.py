@@ -25,6 +25,7 @@ from op_cases import (
     permuted,
     threads,
     truncation,
+    with_pairs,
     with_values,
 )
 
@@ -148,9 +149,13 @@ def check(size, backend, dtype=torch.float32, device="cpu", layout=contiguous, o
     assert ours[3].stride() == empty_gradient(in_place_layout(tensors[0])).stride()
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
-@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, FEW))
+@pytest.mark.parametrize(
+    "backend, device, size, layout, order",
+    [
+        *with_pairs(COMPILED, SMALL, [contiguous, channels_last], ORDERS),
+        *with_pairs([INTERPRETED], FEW, [contiguous, channels_last], ORDERS),
+    ],
+)
 def test_small_sizes(backend, device, size, layout, order):
     check(size, backend, device=device, layout=layout, order=order)
 
@@ -183,10 +188,10 @@ def test_slices_and_copies(backend, device, layout):
     check((3, 5, None, 4, 6, 8, 2), backend, device=device, layout=layout)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize(
+    "backend, device, dtype, layout, order",
+    with_pairs(BACKENDS, [torch.float32, torch.float64], [contiguous, channels_last], ORDERS),
+)
 def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
     """Of equal values, of NaN among others and of cells full of NaN: integers, whose products are exact everywhere."""
     for (height, width), stride in (((8, 12), 4), ((7, 14), 6), ((5, 16), 8), ((4, 16), 8), ((16, 7), 8)):

@@ -52,9 +52,10 @@ def relation_counts(backend, widths, preset, dtype):
     torch.manual_seed(0)
     loss = FBKDLoss(*widths, preset=preset, num_levels=len(widths[0]))
     students, teachers = (
-        [torch.randn(2, width, *size).to(dtype) for width, size in zip(side, SIZES, strict=False)] for side in widths
+        [torch.randn(2, width, *size).to(dtype) for width, size in zip(side, SIZES[: len(side)], strict=True)]
+        for side in widths
     )
-    pools = zip(attention_pools(students), attention_pools(teachers), strict=False)
+    pools = zip(attention_pools(students), attention_pools(teachers), strict=True)
     leaves = [x.requires_grad_() for x in students]
     terms = [
         level.relation_term(student, teacher, *pair)

@@ -34,10 +34,11 @@ def counts_of(backend, student_widths, teacher_widths, dtype=torch.float32, rela
         nonlocal terms
         terms = loss(students, teachers)
 
+    sides = SIDES[: len(student_widths)]
     for _ in range(2):
         loss.zero_grad(set_to_none=True)
         students, teachers = (
-            [torch.randn(2, width, side, side).to(dtype) for width, side in zip(widths, SIDES, strict=False)]
+            [torch.randn(2, width, side, side).to(dtype) for width, side in zip(widths, sides, strict=True)]
             for widths in (student_widths, teacher_widths)
         )
         students = [x.requires_grad_() for x in students]

@@ -31,6 +31,7 @@ from op_cases import (
     precision_of,
     threads,
     truncation,
+    with_pairs,
     with_values,
 )
 
@@ -127,11 +128,18 @@ def check(level, backend, **options):
     assert results[0][1].stride() == empty_gradient(in_place_layout(level[0])).stride()
 
 
-@pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("backend, device, size", with_values(BACKENDS, SMALL, [SMALL[1], LEVEL]))
-def test_small_sizes_in_both_layouts(backend, device, layouts, size):
-    for dtypes in (torch.float32,) * 2, (torch.bfloat16, torch.float32):
-        check(draw_level(size, dtypes, device, layouts), backend)
+FLOATS = [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    "backend, device, size, layouts, dtypes",
+    [
+        *with_pairs(COMPILED, SMALL, PAIRS_OF_LAYOUTS, FLOATS),
+        *with_pairs([INTERPRETED], [SMALL[1], LEVEL], PAIRS_OF_LAYOUTS, FLOATS),
+    ],
+)
+def test_small_sizes_in_both_layouts(backend, device, size, layouts, dtypes):
+    check(draw_level(size, dtypes, device, layouts), backend)
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
@@ -145,10 +153,10 @@ def test_large_sizes(backend, device, layouts):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_every_mixture_of_dtypes(backend, device, dtypes):
     interpreted = backend == "triton" and device == "cpu"
-    sizes, layouts = SMALL[3:], PAIRS_OF_LAYOUTS
+    sizes, first = SMALL[3:], 0
     if interpreted:
-        sizes, layouts = [LEVEL], PAIRS_OF_LAYOUTS[MIXTURES.index(dtypes) % 4 :]
-    for size, of_both in zip(sizes, layouts, strict=False):
+        sizes, first = [LEVEL], MIXTURES.index(dtypes) % 4
+    for size, of_both in zip(sizes, PAIRS_OF_LAYOUTS[first : first + len(sizes)], strict=True):
         check(draw_level(size, dtypes, device, of_both), backend)
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
     BACKENDS,
@@ -84,7 +84,6 @@ def test_large_shapes(backend, device, shape):
 
 
 @NO_CPU
-@settings(max_examples=60, deadline=None)
 @given(shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 40)), seed=st.integers(0, 999))
 def test_any_shape_on_cpu(shape, seed):
     torch.manual_seed(seed)

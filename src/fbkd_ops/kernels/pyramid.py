@@ -237,8 +237,8 @@ def add_partials(partials, result, sizes, PATHS: tl.constexpr, BLOCK: tl.constex
 def add_partial_sums(partials: Tensor, counts: list[int], sums: int = 1) -> Tensor:
     """Each level's sums ``(levels * sums,)``; a level has ``count`` partials of its first sum, then of the next."""
     result = partials.new_empty(len(counts) * sums)
-    firsts = accumulate((count * sums for count in counts), initial=0)
+    *firsts, _ = accumulate((count * sums for count in counts), initial=0)
     slots = range(0, len(result), sums)
-    levels = [Level(sums, (), sizes) for sizes in zip(firsts, counts, slots, strict=False)]
+    levels = [Level(sums, (), sizes) for sizes in zip(firsts, counts, slots, strict=True)]
     launch(add_partials, levels, partials, result, BLOCK=PARTIALS)
     return result

@@ -78,8 +78,8 @@ def check_exported_mode(teacher: nn.Module) -> None:
 
 
 def _is_training(node: torch.fx.Node) -> bool:
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    given = {argument.name: value for argument, value in arguments} | dict(node.kwargs)
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names[: len(node.args)], node.args, strict=True)) | dict(node.kwargs)
     return any(given.get(name) is True for name in ("training", "train"))
 
 
