@@ -50,7 +50,7 @@ struct OwnMatrix {
 template <typename F>
 void parallel_each(int64_t count, int64_t elements, F&& f) {
   const int64_t grain = max64(1, count * kThreadElements / max64(1, elements));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_region(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) f(index);
   });
 }

@@ -21,6 +21,29 @@ constexpr int64_t kThreadElements = int64_t(1) << 15;
 // Threads take work in this many turns or more, so that they end together.
 constexpr int64_t kTurns = 16;
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#endif
+
+// Runs body(begin, end) for all of [0, count) on several threads. ThreadSanitizer does not know OpenMP's fork and join,
+// so it is told of them.
+template <typename Body>
+void parallel_region(int64_t count, int64_t grain, Body&& body) {
+#if defined(__SANITIZE_THREAD__)
+  static char forked, joined;
+  __tsan_release(&forked);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    __tsan_acquire(&forked);
+    body(begin, end);
+    __tsan_release(&joined);
+  });
+  __tsan_acquire(&joined);
+#else
+  torch::stable::parallel_for(0, count, grain, body);
+#endif
+}
+
 // One level's share of a region: tiles that can run in any order, on any thread.
 struct Tiles {
   virtual ~Tiles() = default;
@@ -42,7 +65,7 @@ inline void run_tiles(const std::vector<Tiles*>& levels, int64_t at_least = 1) {
   const int64_t threads = max64(at_least, min64(min64(most, tiles), ceil_div(elements, kThreadElements)));
   const int64_t step = max64(1, tiles / max64(1, threads * kTurns));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_region(threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin = next.fetch_add(step); begin < tiles; begin = next.fetch_add(step)) {
       size_t level = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
       for (int64_t tile = begin; tile < min64(begin + step, tiles); ++tile) {
