@@ -1,6 +1,6 @@
 """What the compilers made of the GPU kernels, without a GPU: registers, spills, shared memory, widest accesses.
 
-    python benchmarks/code_report.py [--json benchmarks/results/code.json]
+    python benchmarks/code_report.py [--csv benchmarks/results/code.csv]
 
 CUDA kernels: every instance in the built library. Triton kernels: what the launchers ask the compiler for on a pyramid
 of five levels, in the dtypes and layouts of ``launches``. Both are read with the cuobjdump that Triton ships.
@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import ROOT, modified, revision  # noqa: E402
 from benchmarks.inputs import LAYOUTS, LEVELS  # noqa: E402
+from benchmarks.results import write  # noqa: E402
 from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 
@@ -329,44 +330,34 @@ def summaries(instances: list[Instance]) -> list[dict]:
     rows = []
     for kernel, arch in sorted({(instance.kernel, instance.arch) for instance in instances}):
         same = [instance for instance in instances if (instance.kernel, instance.arch) == (kernel, arch)]
+        registers = [instance.registers for instance in same]
         widest = max(instance.widest_load for instance in same)
-        rows.append(
-            {
-                "kernel": kernel,
-                "arch": arch,
-                "instances": len(same),
-                "registers": [pick(instance.registers for instance in same) for pick in (min, max)],
-                "spills": sum(instance.spills for instance in same),
-                "stack": max(instance.stack for instance in same),
-                "shared": max(instance.shared for instance in same),
-                "widest_load": widest,
-                "with_widest_load": sum(instance.widest_load == widest for instance in same),
-            }
-        )
+        row = {"kernel": kernel, "arch": arch, "instances": len(same)}
+        row |= {"registers_min": min(registers), "registers_max": max(registers)}
+        row |= {"spills": sum(instance.spills for instance in same)}
+        row |= {name: max(getattr(instance, name) for instance in same) for name in ("stack", "shared", "widest_load")}
+        rows.append(row | {"with_widest_load": sum(instance.widest_load == widest for instance in same)})
     return rows
-
-
-def report() -> dict:
-    import triton
-
-    facts = {"revision": revision(), "modified": modified()}
-    facts |= {"nvcc": _extension.build_report().get("nvcc"), "triton": triton.__version__}
-    return facts | {"cuda": summaries([*cuda_instances()]), "triton_kernels": summaries([*triton_instances()])}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--csv", type=Path, help="write the figures here, and the compilers into a .json")
     parser.add_argument("--compile-for", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.compile_for:
         print(json.dumps(compile_launches(options.compile_for)))
         return
-    text = json.dumps(report(), indent=1) + "\n"
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text)
-    print(text)
+    import triton
+
+    facts = {"revision": revision(), "modified": modified()}
+    facts |= {"nvcc": _extension.build_report().get("nvcc"), "triton": triton.__version__}
+    found = {"cuda": summaries([*cuda_instances()]), "triton": summaries([*triton_instances()])}
+    rows = [{"compiler": compiler} | row for compiler, group in found.items() for row in group]
+    for row in rows:
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    if options.csv:
+        write(options.csv, facts, rows)
 
 
 if __name__ == "__main__":
