@@ -12,7 +12,9 @@ from pathlib import Path
 
 __all__ = ["Done", "Interrupted", "interruptible", "run_together"]
 
-GRACE = 5.0  # seconds between asking a process to stop and stopping it: pytest and the benchmark write their results
+# Seconds between asking a process to stop and stopping it. The benchmark writes its results, and pytest after it has
+# waited 10 seconds for its workers.
+GRACE = 15.0
 
 
 class Interrupted(BaseException):

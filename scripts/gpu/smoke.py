@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from benchmarks.environment import ROOT
 from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import STRIDES
 from benchmarks.measurement import Job, mistakes
-from benchmarks.series import OURS
+from benchmarks.results import OURS, text_rows
 from benchmarks.timing import CaptureError, calls_of, interleaved, summary
 from scripts.gpu.op_calls import SIZES, loss_step
 from scripts.gpu.parsers import kernel_name
@@ -35,22 +36,18 @@ from scripts.gpu.parsers import kernel_name
 __all__ = ["kernel_rows", "main", "own_kernels", "predictions"]
 
 DTYPE = "bfloat16"
-MODEL = ROOT / "benchmarks" / "results" / "gpu-model.json"
+MODEL = ROOT / "benchmarks" / "results" / "gpu-model.csv"
 ROUNDS, SECONDS = 20, 3.0
 NAMED = 12  # of PyTorch's kernels
 
 
 def predictions(images: int, dtype: str, path: Path = MODEL) -> dict[str, float]:
     """Microseconds that `python -m benchmarks.gpu_model` predicts for each kernel of a step; empty without its file."""
-    try:
-        cases = json.loads(path.read_text())["cases"]
-        chosen = [case for case in cases if (case["images"], case["dtype"]) == (images, dtype)]
-        found = {}
-        for launch in chosen[0]["launches"]:
-            found[launch["kernel"]] = found.get(launch["kernel"], 0.0) + launch["predicted_us"]
-        return found
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}
+    found = Counter()
+    for launch in text_rows(path) if path.exists() else ():
+        if (launch["images"], launch["dtype"]) == (str(images), dtype):
+            found[launch["kernel"]] += float(launch["predicted_us"])
+    return dict(found)
 
 
 def own_kernels() -> set[str]:
