@@ -17,8 +17,6 @@ import pandas as pd
 
 from benchmarks.results import CEILINGS, OURS, PLACE, read
 
-__all__ = ["changes", "machine_percents", "machine_rates", "main", "percent_apart"]
-
 KEYS = [*PLACE, "peer", "pass"]
 
 

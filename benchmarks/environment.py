@@ -12,8 +12,6 @@ import torch
 
 from benchmarks import mmrazor
 
-__all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sources"]
-
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "fbkd_ops/kernels")}
 _REVISION_VARIABLE, _DIRTY = "FBKD_OPS_REVISION", "-dirty"  # for a copy without git: what this file prints where git is

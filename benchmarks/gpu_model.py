@@ -33,8 +33,6 @@ from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import FBKD_LOSS, STRIDES
 from benchmarks.results import write
 
-__all__ = ["predict", "report"]
-
 CASES = ((16, "bfloat16"), (1, "bfloat16"), (16, "float32"), (1, "float32"))
 # Neighbouring programs that stand for all of a launch, and how many such groups there are.
 GROUP, GROUPS = 4, 24

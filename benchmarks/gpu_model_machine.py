@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-__all__ = ["CONSTANTS", "Constant", "constant"]
-
 
 class Constant(NamedTuple):
     """One number about the machine; a ``lead`` was neither measured by us nor taken from a data sheet."""

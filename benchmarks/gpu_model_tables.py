@@ -8,8 +8,6 @@ from benchmarks.gpu_model_machine import CONSTANTS
 from benchmarks.results import Report
 from benchmarks.tables import ABSENT, table
 
-__all__ = ["model_tables"]
-
 KEY = ["images", "dtype"]  # of a step
 STEP_COLUMNS = {
     "fused_us": "fused kernels ms",

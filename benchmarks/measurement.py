@@ -23,8 +23,6 @@ from benchmarks.results import CEILINGS, OURS, PASSES
 from benchmarks.suites import SUITES, outputs_of, peers_of
 from benchmarks.timing import CaptureError, calls_of, interleaved, ratios, summary
 
-__all__ = ["DOES_NOT_FIT", "Job", "Runner", "empty_rows", "fewest", "measure", "mistakes"]
-
 DOES_NOT_FIT = "does not fit in memory"
 MOST_SETS = 32
 QUICK = 1.0  # seconds

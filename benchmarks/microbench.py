@@ -26,11 +26,10 @@ from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.inputs import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job, empty_rows  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.results import CEILINGS, FASTER, OURS, PASSES, PLACE, is_slower, state_text  # noqa: E402
+from benchmarks.results import CEILINGS, OURS, PASSES, PLACE, is_slower, state_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
-HEADER = ["implementation", "forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "MB"]
 SAME = ("cpu", "gpu", "threads", "torch", "sources")  # facts of results that may stand in one file
 
 
@@ -175,43 +174,28 @@ def measured_once(job: Job) -> dict:
 
 def spread(row: dict, name: str, digits: int) -> str:
     """Median and, in brackets, the 20th and the 80th percentile."""
-    if row[name] is None:
-        return "–"
     median, low, high = (f"{row[key]:.{digits}f}" for key in (name, f"{name}_p20", f"{name}_p80"))
     return f"{median} ({low}–{high})"
 
 
-def cells(forward: dict, step: dict) -> list[str]:
-    """A peer's line of the table."""
-    if forward["status"] != "ok":
-        return [forward["peer"], forward["status"]]
-    timings = []
-    for row in (forward, step):
-        mark = FASTER if is_slower(row["peer"], row["speed"]) else ""
-        timings += [spread(row, "ms", 2) + mark, spread(row, "vs_baseline", 1)]
-    rates, shares = "–", "–"
-    if step["gb_s"] is not None:
-        rates = f"{forward['gb_s']:.1f} / {step['gb_s']:.1f}"
-        shares = f"{forward['ceiling_percent']:.0f} / {step['ceiling_percent']:.0f}"
-    peak = "–" if step["peak_mb"] is None else f"{step['peak_mb']:.0f}"
-    return [forward["peer"], *timings, rates, shares, peak]
+def line_of(row: dict) -> str:
+    """What is known of a peer in a pass."""
+    parts = [row["status"]] if row["status"] != "ok" else [f"{spread(row, 'ms', 2)} ms"]
+    if row["vs_baseline"] is not None:
+        parts.append(f"{spread(row, 'vs_baseline', 1)} × {row['baseline']}")
+    rates = {"gb_s": "{:.1f} GB/s", "ceiling_percent": "{:.0f} % of ceiling", "peak_mb": "{:.0f} MB"}
+    parts += [text.format(row[name]) for name, text in rates.items() if row[name] is not None]
+    if is_slower(row["peer"], row["speed"]):
+        parts.append(f"faster than {OURS}")
+    return f"  {row['peer']:26} {row['pass']:8} {', '.join(parts)}"
 
 
 def table_of(rows: list[dict]) -> str:
-    """A table of one suite on one map in one state of memory, as text."""
-    title = f"{rows[0]['suite']} · {rows[0]['case']} · {state_text([rows[0]['state']])}"
+    """One suite on one map in one state of memory, as text."""
     known = next((row for row in rows if row["status"] == "ok"), rows[0])
+    title = f"{known['suite']} · {known['case']} · {state_text([known['state']])} · {known['rounds'] or 0} rounds"
     rates = [f"{name} {known[key]:.1f} {unit}" for key, (name, unit) in CEILINGS.items() if known[key] is not None]
-    notes = [f"ceilings: {', '.join(rates)}"] if rates else []
-    if known["baseline"] == "reference":
-        notes.append("× eager: beside reference")
-    if any(is_slower(row["peer"], row["speed"]) for row in rows):
-        notes.append(f"{FASTER.strip()} faster than {OURS}")
-    lines = [HEADER, *(cells(*pair) for pair in zip(rows[::2], rows[1::2], strict=True))]
-    widths = [max(len(line[index]) for line in lines if len(line) == len(HEADER)) for index in range(len(HEADER))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
-    rounds = f" · {known['rounds']} rounds" if known["rounds"] else ""
-    return "\n".join([title + rounds, *text, *notes]) + "\n"
+    return "\n".join([title, *map(line_of, rows), f"  ceilings: {', '.join(rates) or 'none'}\n"])
 
 
 def losses(rows: list[dict]) -> list[str]:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["KINDS", "bars", "draw", "growths", "is_stale", "pictures", "roof_points"]
-
 COLOURS = {
     "eager": "#56b4e9",
     "no_distillation": "#666666",

@@ -4,6 +4,7 @@ pandas is imported by what reads them: a machine that measures needs none.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,25 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "CEILINGS",
-    "FASTER",
-    "OURS",
-    "PASSES",
-    "PLACE",
-    "Report",
-    "is_slower",
-    "read",
-    "read_facts",
-    "state_text",
-    "states_in",
-    "text_rows",
-    "write",
-]
-
 OURS = "fbkd_ops"
 LESS_WORK = "no_distillation"  # no peer to be faster than: it computes no loss
-FASTER = " *"  # behind a time that fbkd_ops does not reach
 PASSES = {"forward": "forward", "step": "forward + backward"}
 PLACE = ["suite", "case", "state"]  # columns that tell a table of benchmarks/microbench.py from the others
 # States of benchmarks/memory.py in the order in which they are shown.
@@ -50,19 +34,26 @@ class Report(NamedTuple):
     rows: "pd.DataFrame"
 
 
-def write(path: Path, facts: dict, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace both files, each as a whole, so that an interrupted run leaves valid ones."""
-    rows = list(rows)
+def write(path: Path, facts: dict, rows: list[Mapping[str, Any]]) -> None:
+    """Write ``rows`` into a CSV, a float to eight digits, and ``facts`` into the JSON beside it."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+    replace(path, file.getvalue())
+    write_json(path.with_suffix(".json"), facts)
+
+
+def write_json(path: Path, facts: Any) -> None:
+    replace(path, json.dumps(facts, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that an interrupted run leaves a valid one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        columns = dict.fromkeys(column for row in rows for column in row)
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+    partial.write_text(text)
     partial.replace(path)
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.replace(path.with_suffix(".json"))
 
 
 def _cell(value: Any) -> Any:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-__all__ = ["DIMENSIONS", "PYRAMID", "exponent", "series", "title_of"]
-
 PYRAMID = "levels"  # of a pyramid; each has a quarter of the pixels of the one before, so time follows no power of them
 # Columns that are the same along each dimension. Pyramids of other depths begin with the same pooling factor.
 DIMENSIONS = {

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["CaptureError", "calls_of", "interleaved", "ratios", "summary"]
-
 LEAST_ROUNDS = 3
 
 

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -34,18 +33,8 @@ PYRAMID = {"P2": 4, "P3": 8, "P4": 16, "P5": 32, "P6": 64}
 
 
 def presets() -> str:
-    header = [
-        "preset",
-        "τ s/c",
-        "mask rule",
-        "channel mask",
-        "weights feature / channel / spatial / relation",
-        "levels",
-        "pooling factor",
-        "`inter_channels`",
-        "pooled terms",
-        "last bias",
-    ]
+    header = ["preset", "τ s/c", "mask rule", "channel mask", "weights feature / channel / spatial / relation"]
+    header += ["levels", "pooling factor", "`inter_channels`", "pooled terms", "last bias"]
     rows = []
     for name, values in PRESETS.items():
         weights = " / ".join(f"{values[f'{term}_weight']:.2g}" for term in TERMS)
@@ -118,27 +107,12 @@ def comparisons(*suites: str) -> str:
     return NOT_YET if rows is None else tables.comparisons(rows)
 
 
-class Cost(NamedTuple):
-    """A row of README's table: what a suite measured on a map, beside one of its peers."""
-
-    what: str
-    suite: str
-    case: str  # how the map's title begins
-    peer: str
-    peer_name: str
-
-
+# Rows of README's table: what is measured, its suite, how the map's title begins, the peer, and what that is.
 COSTS = (
-    Cost("the loss, P2..P5 of an 800×1344 image", "fbkd_loss", "", "mmrazor", "MMRazor"),
-    Cost("the same", "fbkd_loss", "", "compile", "MMRazor, compiled"),
-    Cost(
-        "its relation term alone, P3 of that image without pooling",
-        "relation",
-        "P3 without pooling",
-        "mmrazor",
-        "MMRazor",
-    ),
-    Cost(
+    ("the loss, P2..P5 of an 800×1344 image", "fbkd_loss", "", "mmrazor", "MMRazor"),
+    ("the same", "fbkd_loss", "", "compile", "MMRazor, compiled"),
+    ("its relation term alone, P3 of that image without pooling", "relation", "P3 without", "mmrazor", "MMRazor"),
+    (
         "a training step of Faster R-CNN, its teacher included",
         "train_step",
         "",
@@ -164,12 +138,11 @@ def costs() -> str:
 
 
 def _suite_costs() -> Iterator[list[str]]:
-    for cost in COSTS:
-        rows = rows_of(cost.suite)
-        step = None if rows is None else tables.one_pass(rows[rows["case"].str.startswith(cost.case)])
-        if step is not None and cost.peer in set(step["peer"]):
-            memory = tables.share_of_memory(step, cost.peer)
-            yield [cost.what, cost.peer_name, tables.speeds(step, cost.peer), memory]
+    for what, suite, case, peer, name in COSTS:
+        rows = rows_of(suite)
+        step = None if rows is None else tables.one_pass(rows[rows["case"].str.startswith(case)])
+        if step is not None and len(step):
+            yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
 
 
 def _small_costs() -> Iterator[list[str]]:
@@ -238,12 +211,14 @@ def slower() -> str:
     return tables.slower_table(pd.concat([report.rows for report in reports])) if reports else NOT_YET
 
 
-def gpu_folder(file: str) -> str | None:
-    """The newest folder of results of ``make gpu`` that has a file, other than of a dry run."""
-    paths = [path.with_suffix(".json") for path in RESULTS.glob(f"*/{file}")]
-    facts = {path.parent.name: json.loads(path.read_text())["environment"] for path in paths}
-    dates = {name: environment["date"] for name, environment in facts.items() if "gpu" in environment}
-    return max(dates, key=dates.get, default=None)
+def gpu_folder(file: str) -> str:
+    """The newest folder of results of ``make gpu`` that has a file, other than of a dry run; empty without one."""
+    dates = {}
+    for path in RESULTS.glob(f"*/{Path(file).stem}.json"):
+        environment = json.loads(path.read_text())["environment"]
+        if "gpu" in environment:
+            dates[path.parent.name] = environment["date"]
+    return max(dates, key=dates.get, default="")
 
 
 def gpu() -> str:
@@ -263,37 +238,32 @@ def gpu_headline() -> str:
     return f"{tables.machine(report.facts['environment'])}:\n\n{tables.comparisons(report.rows)}"
 
 
-def drawn_reports() -> dict[str, Report]:
-    """The reports whose pictures stand in the documentation, by the pictures' name."""
-    files = {Path(file).stem: file for file in (MICROBENCH, SWEEP)}
-    if folder := gpu_folder(GPU_BENCH):
-        files[folder] = f"{folder}/{GPU_BENCH}"
-    reports = {name: report_of(file) for name, file in files.items()}
-    return {name: report for name, report in reports.items() if report}
+def drawn_reports() -> dict[str, tuple[Report, Container[str]]]:
+    """The reports whose pictures stand in the documentation, by the pictures' name, and which kinds.
 
-
-def drawn_kinds(name: str) -> tuple[str, ...]:
-    """Of a sweep a page has the growth alone: a bar or a point for each of its sizes would be too many."""
-    return ("growth",) if name == Path(SWEEP).stem else tuple(plots.KINDS)
+    Of a sweep that is the growth alone: a bar or a point for each of its sizes would be too many.
+    """
+    files = {MICROBENCH: plots.KINDS, SWEEP: ["growth"], f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}": plots.KINDS}
+    reports = {Path(file): (report_of(file), kinds) for file, kinds in files.items()}
+    return {path.parent.name or path.stem: drawn for path, drawn in reports.items() if drawn[0]}
 
 
 def pictures(name: str, folder: str = "images", kinds: Container[str] = ()) -> str:
     """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
-    report = drawn_reports().get(name)
-    if report is None:
+    if name not in drawn_reports():
         return NOT_YET
-    files = plots.pictures(report, name, kinds or drawn_kinds(name))
+    report, drawn = drawn_reports()[name]
+    files = plots.pictures(report, name, kinds or drawn)
     return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
 
 
 def stale_pictures() -> list[str]:
     """Names of the reports that have a picture that is not there or is of another result."""
-
-    def has_stale(name: str, report: Report) -> bool:
-        files = plots.pictures(report, name, drawn_kinds(name)).values()
-        return any(plots.is_stale(IMAGES / file, report) for file in files)
-
-    return [name for name, report in drawn_reports().items() if has_stale(name, report)]
+    return [
+        name
+        for name, (report, kinds) in drawn_reports().items()
+        if any(plots.is_stale(IMAGES / file, report) for file in plots.pictures(report, name, kinds).values())
+    ]
 
 
 def compiled_code() -> str:
@@ -370,7 +340,8 @@ def main(arguments: list[str]) -> int:
     for name in stale:
         print(f"pictures of {name} are out of date")
         if not check:
-            plots.draw(drawn_reports()[name], IMAGES, name, drawn_kinds(name))
+            report, kinds = drawn_reports()[name]
+            plots.draw(report, IMAGES, name, kinds)
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     pages = [str(page) for page in pages if "[[[cog" in page.read_text()]
     options = ["-e", "-I", str(ROOT / "docs"), "-p", "import render", *([] if check else ["-r"])]

@@ -898,6 +898,8 @@ with open("partial", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
 os.rename("partial", "ready")
 """
+
+
 def assert_all_end(path):
     """The processes named in a file end; killed ones may take a moment."""
     pids = path.read_text().split()

@@ -180,7 +180,7 @@ def test_the_newest_gpu_results_are_shown(render, tmp_path):
     assert "3.0 times as fast as `mmrazor`" in headline and "A GPU" in headline
     assert "| build | ok |" in text and "(images/a-gpu-2026-11-25-speedup.png)" in text
     assert render.stale_pictures() == ["a-gpu-2026-11-25"]
-    plots.draw(render.drawn_reports()["a-gpu-2026-11-25"], tmp_path, "a-gpu-2026-11-25")
+    plots.draw(render.drawn_reports()["a-gpu-2026-11-25"][0], tmp_path, "a-gpu-2026-11-25")
     assert render.stale_pictures() == []
 
 

@@ -9,20 +9,6 @@ from pathlib import Path
 
 from benchmarks.results import OURS
 
-__all__ = [
-    "NCU_METRICS",
-    "failed_rows",
-    "findings",
-    "is_clean",
-    "kernel_name",
-    "kernel_table",
-    "library_states",
-    "ncu_rows",
-    "obstacle",
-    "step_times",
-    "tests_in",
-]
-
 # Column of the table: ncu's metric.
 NCU_METRICS = {
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Done", "Interrupted", "interruptible", "run_together"]
-
 # Seconds between asking a process to stop and stopping it. The benchmark writes its results, and pytest after it has
 # waited 10 seconds for its workers.
 GRACE = 15

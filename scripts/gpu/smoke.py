@@ -13,7 +13,6 @@ The file is written anew after each part, so that a run that is cut off has told
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -28,12 +27,10 @@ from benchmarks.environment import ROOT
 from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import STRIDES
 from benchmarks.measurement import Job, mistakes
-from benchmarks.results import OURS, text_rows
+from benchmarks.results import OURS, text_rows, write_json
 from benchmarks.timing import CaptureError, calls_of, interleaved, summary
 from scripts.gpu.op_calls import SIZES, loss_step
 from scripts.gpu.parsers import kernel_name
-
-__all__ = ["kernel_rows", "main", "own_kernels", "predictions"]
 
 DTYPE = "bfloat16"
 MODEL = ROOT / "benchmarks" / "results" / "gpu-model.csv"
@@ -105,20 +102,6 @@ def graph_figures(step) -> dict:
         return {"graph_ms": None, "graph_problem": str(error)}
 
 
-class Findings(dict):
-    """What is known so far, in a file."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    def add(self, **parts) -> None:
-        self.update(parts)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self, indent=1) + "\n")
-        partial.replace(self.path)
-
-
 def checked(device: str, shape: tuple[int, ...]) -> dict[str, str]:
     """What is wrong with the loss in each dtype, empty if nothing is."""
     found = {}
@@ -136,9 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device, shape = options.device, tuple(options.shape)
     torch.backends.cudnn.allow_tf32 = False
-    findings = Findings(options.file)
-    findings.add(mistakes=checked(device, shape if device == "cpu" else LEVELS["P2"]))
-    steps, figures = {}, {}
+    steps, figures, findings = {}, {}, {}
+
+    def add(**parts) -> None:
+        findings.update(parts)
+        write_json(options.file, findings)
+
+    add(mistakes=checked(device, shape if device == "cpu" else LEVELS["P2"]))
     for images in dict.fromkeys((shape[0], 1)):
         step = steps[images] = loss_step((images, *shape[1:]), DTYPE, device)
         for _ in range(3 if device == "cuda" else 1):  # the allocator's blocks are there from the second one on
@@ -149,12 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
             "wall_ms": median_ms(step, device, by_wall_clock=True),
             "predicted_kernels_ms": round(sum(predicted.values()) / 1e3, 3) if predicted else None,
         }
-        findings.add(steps=figures)
+        add(steps=figures)
         if images == shape[0]:
-            findings.add(**beside_the_model(profiled(step, device), predicted))
+            add(**beside_the_model(profiled(step, device), predicted))
     for images, step in steps.items() if device == "cuda" else ():
         figures[images] |= graph_figures(step)
-        findings.add(steps=figures)
+        add(steps=figures)
         if "graph_problem" in figures[images]:
             break
     return 1 if any(findings["mistakes"].values()) else 0

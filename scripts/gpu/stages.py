@@ -22,8 +22,6 @@ from benchmarks import results
 from scripts.gpu import parsers
 from scripts.gpu.processes import Done, run_together
 
-__all__ = ["STAGES", "Context", "Outcome", "Stage", "missing_requirements"]
-
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 CASES = [PYTHON, "-m", "scripts.gpu.op_calls"]
@@ -88,10 +86,10 @@ class Context:
         paths = [str(ROOT), *map(str, filter(None, [self.packages, os.environ.get("PYTHONPATH")]))]
         common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join(paths)}
         common |= {"TRITON_CACHE_DIR": str(self.cache)}
-        results = run_together(commands, seconds, ROOT, common | (variables or {}))
-        for done in results:
+        ended = run_together(commands, seconds, ROOT, common | (variables or {}))
+        for done in ended:
             self.log(f"$ {shlex.join(done.command)}\n{done.output[-KEPT_OUTPUT:]}\n[{done.problem or 'done'}]\n\n")
-        return results
+        return ended
 
     def log(self, text: str) -> None:
         path = self.out / "log.txt"
@@ -209,8 +207,8 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
     end, figures, problems, late, obstacles = time.monotonic() + seconds, {}, [], [], []
     for names in DRY_SANITIZED if context.dry else SANITIZED:
         left = end - time.monotonic()
-        results = sanitized(context, program, names, left) if left > 0 else [None] * len(names)
-        for (checker, backend), done in zip(names, results, strict=True):
+        ended = sanitized(context, program, names, left) if left > 0 else [None] * len(names)
+        for (checker, backend), done in zip(names, ended, strict=True):
             name = f"{checker} of {backend}"
             if done is None or (done.timed_out and "SUMMARY" not in done.output):
                 late.append(name)
@@ -287,7 +285,7 @@ def ncu_of(profiles: Callable[[Context], dict[str, list[str]]]) -> Callable[[Con
             if not launches[name] or done.problem:
                 problems += [f"{name}: {done.problem or 'no kernel was measured'}", *done.last_lines(3)]
             figures[name] = parsers.kernel_table(launches[name])
-            path.write_text(json.dumps(launches, indent=1) + "\n")
+            results.write_json(path, launches)
         return Outcome.of(problems, figures)
 
     return run

@@ -31,8 +31,6 @@ from unittest import mock
 
 import torch
 
-__all__ = ["compile_all", "entries", "main", "needed", "relocate"]
-
 ARCH = 90
 GROUP = "__grp__"  # how Triton's file begins that lists an entry's other files
 BENCHMARKED = ("fbkd_loss", "relation", "non_local", "adapted_masked_l2", "attention_pool", "masked_l2")
