@@ -42,14 +42,7 @@ ADAPTED = (
     (torch.float32, torch.float32, "contiguous"),
     (torch.bfloat16, torch.float64, "contiguous"),
 )
-# Dtypes and layouts of the student and the teacher of the relation residual.
-RELATION = (
-    (torch.bfloat16, torch.bfloat16, "contiguous"),
-    (torch.bfloat16, torch.bfloat16, "channels_last"),
-    (torch.bfloat16, torch.float32, "contiguous"),
-    (torch.float32, torch.float32, "contiguous"),
-    (torch.bfloat16, torch.float64, "contiguous"),
-)
+RELATION = ADAPTED[1:]  # the same of the relation residual
 # Dtypes and layouts of the maps of a non-local block's statistics.
 STATISTICS = (
     (torch.float16, "contiguous"),
@@ -260,17 +253,10 @@ def compile_launches(arch: int) -> list[Instance]:
     return [_triton_instance(kernel, arch) for kernel in compiled.values()]
 
 
-@contextlib.contextmanager
-def compiled_for(arch: int, note: Callable) -> Iterator[None]:
-    """Compile Triton kernels in place of launching them, for a GPU that is not here.
-
-    Args:
-        arch: of the GPU. It stays Triton's target in this process.
-        note: called with each launch: the kernel, what it was compiled to, its arguments by name, the grid.
-    """
+def use_target(arch: int) -> None:
+    """Make an absent GPU the target of Triton in this process."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     class Driver:
         def get_current_target(self):
@@ -282,13 +268,26 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
         def get_current_stream(self, device):
             return 0
 
+    driver.set_active(Driver())
+
+
+@contextlib.contextmanager
+def compiled_for(arch: int, note: Callable) -> Iterator[None]:
+    """Compile Triton kernels in place of launching them, for a GPU that is not here.
+
+    Args:
+        arch: of the GPU. It stays Triton's target in this process.
+        note: called with each launch: the kernel, what it was compiled to, its arguments by name, the grid.
+    """
+    from triton.runtime.jit import JITFunction
+
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         note(self, kernel, dict(zip(self.arg_names, arguments, strict=False)) | options, grid)
 
-    driver.set_active(Driver())
+    use_target(arch)
     with mock.patch.object(JITFunction, "run", compile_only):
         yield
 

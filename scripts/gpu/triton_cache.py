@@ -80,24 +80,6 @@ def trim(folder: Path) -> None:
     relocate(folder)
 
 
-def use_target(arch: int) -> None:
-    """Make an absent GPU the target of Triton in this process."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    driver.set_active(Driver())
-
-
 def needed(calls: Iterable[Callable[[], object]], most: int | None = None) -> list[Compilation]:
     """What the launches in the calls would compile, each once; nothing is compiled or launched."""
     from triton.runtime.jit import JITFunction
@@ -227,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Read by Triton at each compilation, and by this package at its import.
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0"}
     moved = relocate(folder)
+    from benchmarks.code_report import use_target
+
     use_target(options.arch)
     with on_the_cpu():
         compilations = needed(calls(), options.most)
