@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -319,9 +320,7 @@ def _matmul(case: Case) -> Ceiling:
 
 def _rates(ceilings: dict[str, Ceiling], times: dict[Any, list[float]]) -> dict[str, float]:
     """GB/s of reading, copying and copying into newly allocated memory (read + written); GFLOP/s of the product."""
-    return {
-        f"{name}_{ceiling.unit}": ceiling.size / summary(times[name])["median"] for name, ceiling in ceilings.items()
-    }
+    return {f"{name}_{each.unit}": each.size / statistics.median(times[name]) for name, each in ceilings.items()}
 
 
 def fewest(cost: Cost, which: str) -> tuple[int, int]:
@@ -348,20 +347,15 @@ def _least_ms(cost: Cost, rates: dict[str, float], which: str) -> float:
 
 def _traffic(cost: Cost, rates: dict[str, float], which: str, times: list[float]) -> dict:
     size, flops = fewest(cost, which)
-    ms = summary(times)["median"]
+    ms = statistics.median(times)
     rate, percent = size / 1e6 / ms, 100 * _least_ms(cost, rates, which) / ms
     return {"bytes": size, "flops": flops, "gb_s": rate, "ceiling_percent": percent}
 
 
 def _figures(times: list[float], baseline: list[float] | None, ours: list[float] | None) -> dict:
     """Times, and ratios within rounds: times as fast as the baseline, and how many times as fast fbkd_ops is."""
-    found = _columns("ms", summary(times))
-    found |= _columns("vs_baseline", ratios(times, baseline)) if baseline else {}
-    return found | (_columns("speed", ratios(ours, times)) if ours else {})
-
-
-def _columns(name: str, figures: dict[str, float]) -> dict[str, float]:
-    return {name: figures["median"], f"{name}_p20": figures["p20"], f"{name}_p80": figures["p80"]}
+    found = summary(times, "ms") | (ratios(times, baseline, "vs_baseline") if baseline else {})
+    return found | (ratios(ours, times, "speed") if ours else {})
 
 
 def main() -> None:

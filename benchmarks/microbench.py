@@ -7,6 +7,7 @@ in a process of its own. Without --shapes, --dtype, --layout, --pooling and --sw
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -208,16 +209,9 @@ def losses(rows: list[dict]) -> list[str]:
     return [f"slower than {peer} at: {'; '.join(texts)}" for peer, texts in places.items()]
 
 
-def draw(options: argparse.Namespace) -> None:
-    if options.plot:
-        from benchmarks import plots
-
-        for line in plots.draw(results.read(options.csv), options.plot, options.csv.stem):
-            print(line)
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    plots = importlib.import_module("benchmarks.plots") if options.plot else None  # fails now and not at the end
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
     facts = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
     jobs, checked, made = list(jobs_of(options)), {}, []
@@ -226,6 +220,10 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         if options.csv:
             results.write(options.csv, facts, [*before, *made])
+
+    def draw() -> None:
+        if plots and (made or before):
+            print("\n".join(plots.draw(results.read(options.csv), options.plot, options.csv.stem)))
 
     save()
     try:
@@ -237,14 +235,13 @@ def main(arguments: list[str] | None = None) -> None:
             save()
             print(table_of(found["rows"]), flush=True)
     except KeyboardInterrupt:
-        if made:
-            draw(options)
+        draw()
         sys.exit(f"interrupted after {len({tuple(row[name] for name in PLACE) for row in made})} tables")
     facts["complete"] = True
     if revision() != facts["environment"]["revision"]:
         facts["environment"]["modified"] = True  # of a mixture
     save()
-    draw(options)
+    draw()
     print("\n".join(losses(made)))
 
 

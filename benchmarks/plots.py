@@ -1,27 +1,29 @@
 """Pictures of a result of benchmarks/microbench.py: roofline, speed-up bars, growth with the size.
 
 A picture is made of the result alone and notes its digest: of the same result comes the same file, and ``is_stale``
-finds one of another result. matplotlib is imported when something is drawn, not before.
+finds one of another result.
 """
 
 import hashlib
 import itertools
 import json
-import sys
 import textwrap
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
 
 from benchmarks.results import OURS, PASSES, Report, state_text, states_in
 from benchmarks.series import DIMENSIONS, PYRAMID, exponent, series, title_of
 from benchmarks.tables import one_pass
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {
     "eager": "#56b4e9",
@@ -114,7 +116,7 @@ def colour(peer: str) -> str:
     return COLOURS.get(peer, "#666666")
 
 
-def draw_bars(report: Report) -> "Figure":
+def draw_bars(report: Report) -> Figure:
     """A panel a suite; a peer's bars of warm and fresh memory stand together and begin at 1, equally fast."""
     shown = bars(report.rows)
     suites = dict(list(shown.groupby("suite", sort=False)))
@@ -134,7 +136,7 @@ def draw_bars(report: Report) -> "Figure":
     return captioned(figure, caption(report, "Median, whiskers: 20th and 80th percentile of the rounds."))
 
 
-def bar_panel(ax: "Axes", group: pd.DataFrame, states: list[str]) -> None:
+def bar_panel(ax: Axes, group: pd.DataFrame, states: list[str]) -> None:
     place, ticks = 0.0, {}
     for case, same in group.groupby("case", sort=False):
         order = [([*COLOURS, row.peer].index(row.peer), states.index(row.state)) for row in same.itertuples()]
@@ -161,7 +163,7 @@ def bar_panel(ax: "Axes", group: pd.DataFrame, states: list[str]) -> None:
     ax.set_ylim(place - 0.7, -1)
 
 
-def draw_growths(report: Report) -> "Figure":
+def draw_growths(report: Report) -> Figure:
     """A row a series: time and memory on logarithmic axes."""
     shown = {(growth.title, growth.dimension, growth.quantity): growth for growth in growths(report.rows)}
     titles = list(dict.fromkeys(key[:2] for key in shown))
@@ -180,7 +182,7 @@ def draw_growths(report: Report) -> "Figure":
     return captioned(figure, caption(report, note))
 
 
-def growth_panel(ax: "Axes", growth: Growth) -> None:
+def growth_panel(ax: Axes, growth: Growth) -> None:
     for peer, found in growth.rows.groupby("peer", sort=False):
         sizes, values = list(found["size"]), list(found["value"])
         slope = f": k = {exponent(sizes, values):.2f}" if len(set(sizes)) > 1 and growth.dimension != PYRAMID else ""
@@ -199,7 +201,7 @@ def growth_panel(ax: "Axes", growth: Growth) -> None:
     ax.legend(fontsize=7)
 
 
-def draw_roofline(report: Report) -> "Figure":
+def draw_roofline(report: Report) -> Figure:
     """A row a dtype, a column a pass. The roof is the median of those measured beside the results, its band all."""
     points = roof_points(report.rows)
     dtypes, suites = points["dtype"].unique(), list(points["suite"].unique())
@@ -229,7 +231,7 @@ def draw_roofline(report: Report) -> "Figure":
     return captioned(figure, caption(report, note))
 
 
-def roof_panel(ax: "Axes", inside: pd.DataFrame, intensities: pd.Series) -> None:
+def roof_panel(ax: Axes, inside: pd.DataFrame, intensities: pd.Series) -> None:
     """The roof over all intensities of the figure, to the left until it slopes: one for each map and state."""
     roofs = inside.drop_duplicates(["suite", "case", "state"])[["roof_gb_s", "matmul_gflop_s"]]
     low, high, middle = (tuple(roofs.agg(summary)) for summary in ("min", "max", "median"))
@@ -245,41 +247,33 @@ def roof_panel(ax: "Axes", inside: pd.DataFrame, intensities: pd.Series) -> None
 
 
 def panels(rows: int, columns: int, height: float, heights: Sequence[float] | None = None, **sharing: bool) -> tuple:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     ratios = heights or [1] * rows
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": ratios}, **sharing)
 
 
-def captioned(figure: "Figure", text: str) -> "Figure":
+def captioned(figure: Figure, text: str) -> Figure:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color="#444444")
     return figure
 
 
 def plain_numbers(axis: Any) -> None:
     """10 instead of 10^1."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def patch(face: str, alpha: float, label: str) -> Any:
-    from matplotlib.patches import Patch
-
+def patch(face: str, alpha: float, label: str) -> Patch:
     return Patch(facecolor=face, alpha=alpha, label=label)
 
 
-def dot(marker: str, face: str, label: str) -> Any:
-    from matplotlib.lines import Line2D
-
+def dot(marker: str, face: str, label: str) -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, markerfacecolor=face, markeredgecolor="#444444", label=label)
 
 
 class Kind(NamedTuple):
     data: Callable[[pd.DataFrame], Any]
-    draw: Callable[[Report], "Figure"]
+    draw: Callable[[Report], Figure]
     needs: str
 
 
@@ -290,31 +284,21 @@ KINDS = {
 }
 
 
-def pictures(report: Report, name: str, kinds: Container[str] = tuple(KINDS)) -> dict[str, str]:
+def pictures(report: Report, name: str, kinds: Iterable[str] = KINDS) -> dict[str, str]:
     """The files that ``draw`` makes of a report, by kind."""
-    chosen = {kind: what for kind, what in KINDS.items() if kind in kinds}
-    return {kind: f"{name}-{kind}.png" for kind, what in chosen.items() if len(what.data(report.rows))}
+    return {kind: f"{name}-{kind}.png" for kind in kinds if len(KINDS[kind].data(report.rows))}
 
 
-def draw(report: Report, folder: Path, name: str, kinds: Container[str] = tuple(KINDS)) -> list[str]:
+def draw(report: Report, folder: Path, name: str, kinds: Iterable[str] = KINDS) -> list[str]:
     """Draw those of ``kinds`` that the report has figures for; a line on each, drawn or left out."""
-    try:
-        from matplotlib import style
-    except ImportError:
-        sys.exit("the plots need matplotlib: pip install matplotlib")
-    files, lines = pictures(report, name, kinds), []
-    for kind, what in KINDS.items():
-        if kind not in kinds:
-            continue
-        if kind not in files:
-            lines.append(f"{name}: no {kind} plot, it needs {what.needs}")
-            continue
+    files = pictures(report, name, kinds)
+    for kind, file in files.items():
         folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]):
             noted = {"Software": None, "Digest": digest(report)}
-            what.draw(report).savefig(folder / files[kind], dpi=DPI, metadata=noted)
-        lines.append(f"drawn: {folder / files[kind]}")
-    return lines
+            KINDS[kind].draw(report).savefig(folder / file, dpi=DPI, metadata=noted)
+    left_out = [f"{name}: no {kind} plot, it needs {KINDS[kind].needs}" for kind in kinds if kind not in files]
+    return [*(f"drawn: {folder / file}" for file in files.values()), *left_out]
 
 
 def digest(report: Report) -> str:
@@ -324,6 +308,4 @@ def digest(report: Report) -> str:
 
 def is_stale(path: Path, report: Report) -> bool:
     """Whether a picture is not there, or is of another result."""
-    from PIL import Image
-
     return not path.exists() or Image.open(path).text.get("Digest") != digest(report)

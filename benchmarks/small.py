@@ -174,12 +174,11 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
 def measured(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, dict[str, float]]:
     """Per peer its milliseconds, and how many times as long the first one takes, round by round."""
     times = timing.interleaved(runs, ROUNDS, "cpu", seconds)
-    first, found = next(iter(times.values())), {}
-    for name, values in times.items():
-        ms = timing.summary(values)
-        found[name] = {"ms": ms["median"], "ms_p20": ms["p20"], "ms_p80": ms["p80"]}
-        found[name]["times_first"] = timing.ratios(values, first)["median"]
-    return found
+    first, ratio = next(iter(times.values())), "times_first"
+    return {
+        name: timing.summary(values, "ms") | {ratio: timing.ratios(values, first, ratio)[ratio]}
+        for name, values in times.items()
+    }
 
 
 def measure_row(row: Row, dtype: str) -> dict[str, dict[str, float]]:

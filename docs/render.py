@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -238,7 +238,7 @@ def gpu_headline() -> str:
     return f"{tables.machine(report.facts['environment'])}:\n\n{tables.comparisons(report.rows)}"
 
 
-def drawn_reports() -> dict[str, tuple[Report, Container[str]]]:
+def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
     """The reports whose pictures stand in the documentation, by the pictures' name, and which kinds.
 
     Of a sweep that is the growth alone: a bar or a point for each of its sizes would be too many.
@@ -248,7 +248,7 @@ def drawn_reports() -> dict[str, tuple[Report, Container[str]]]:
     return {path.parent.name or path.stem: drawn for path, drawn in reports.items() if drawn[0]}
 
 
-def pictures(name: str, folder: str = "images", kinds: Container[str] = ()) -> str:
+def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
     """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
     if name not in drawn_reports():
         return NOT_YET

@@ -693,10 +693,10 @@ def test_rounds_alternate_and_end_with_the_time():
 
 
 def test_summaries_and_ratios():
-    assert timing.summary([5.0]) == {"median": 5.0, "p20": 5.0, "p80": 5.0}
-    assert timing.summary([6.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert timing.summary([5.0], "ms") == {"ms": 5.0, "ms_p20": 5.0, "ms_p80": 5.0}
+    assert timing.summary([6.0, 1.0, 2.0, 3.0, 4.0, 5.0], "ms") == {"ms": 3.5, "ms_p20": 2.0, "ms_p80": 5.0}
     # Round by round: a slow round of both is no difference.
-    assert timing.ratios([1.0, 100.0], [3.0, 300.0])["median"] == 3.0
+    assert timing.ratios([1.0, 100.0], [3.0, 300.0], "speed")["speed"] == 3.0
 
 
 MEMORY_SCRIPT = """

@@ -3,6 +3,7 @@
 import pytest
 
 pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
 
 from reports import CEILINGS, MACHINE, frame, report, result
 
@@ -96,7 +97,6 @@ def test_a_caption_says_where_it_was_measured_and_what_is_not_shown():
 
 
 def test_pictures_are_drawn_of_what_has_figures(tmp_path):
-    pytest.importorskip("matplotlib")
     whole = report(*UNPOOLED, result(PAIR, state="fresh", dtype="bfloat16"))
     lines = plots.draw(whole, tmp_path / "new", "cpu")
     files = [f"cpu-{kind}.png" for kind in ("speedup", "growth", "roofline")]
@@ -109,7 +109,6 @@ def test_pictures_are_drawn_of_what_has_figures(tmp_path):
 
 
 def test_a_picture_is_of_one_result(tmp_path):
-    pytest.importorskip("matplotlib")
     before, after = report(result(PAIR)), report(result(PAIR | {"mmrazor": 31.0}))
     path = tmp_path / "cpu-speedup.png"
     assert plots.is_stale(path, before)
@@ -121,7 +120,6 @@ def test_a_picture_is_of_one_result(tmp_path):
 
 
 def test_the_slope_is_printed():
-    pytest.importorskip("matplotlib")
     axes = plots.draw_growths(report(*UNPOOLED)).axes
     legends = [{text.get_text() for text in ax.get_legend().get_texts()} for ax in axes]
     assert legends[0] == {"mmrazor: k = 2.00", "fbkd_ops: k = 1.00"}

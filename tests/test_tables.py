@@ -7,6 +7,7 @@ import sys
 import pytest
 
 pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
 
 from reports import MACHINE, facts, frame, result
 
@@ -171,7 +172,6 @@ def gpu_results(folder, date, times):
 
 
 def test_the_newest_gpu_results_are_shown(render, tmp_path):
-    pytest.importorskip("matplotlib")
     gpu_results(tmp_path / "a-gpu-2026-11-25", "2026-11-25 09:00 UTC", PAIR)
     gpu_results(tmp_path / "z-gpu-2026-11-24", "2026-11-24 09:00 UTC", PAIR | {"mmrazor": 70.0})
     (tmp_path / "dry-run").mkdir()
@@ -185,7 +185,6 @@ def test_the_newest_gpu_results_are_shown(render, tmp_path):
 
 
 def test_a_check_changes_nothing_and_fails_where_something_is_out_of_date(render, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     pytest.importorskip("cogapp")
     sweep = [row for n in (1, 2) for row in result(PAIR, (n, 8, 4, 4))]
     results.write(tmp_path / render.SWEEP, facts(), sweep)

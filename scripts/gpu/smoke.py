@@ -14,6 +14,7 @@ The file is written anew after each part, so that a run that is cut off has told
 
 import argparse
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import STRIDES
 from benchmarks.measurement import Job, mistakes
 from benchmarks.results import OURS, text_rows, write_json
-from benchmarks.timing import CaptureError, calls_of, interleaved, summary
+from benchmarks.timing import CaptureError, calls_of, interleaved
 from scripts.gpu.op_calls import SIZES, loss_step
 from scripts.gpu.parsers import kernel_name
 
@@ -91,7 +92,7 @@ def profiled(step, device: str) -> dict[str, dict]:
 
 def median_ms(call, device: str, **how) -> float:
     times = interleaved({"step": call}, ROUNDS if device == "cuda" else 1, device, SECONDS, **how)
-    return round(summary(times["step"])["median"], 3)
+    return round(statistics.median(times["step"]), 3)
 
 
 def graph_figures(step) -> dict:
