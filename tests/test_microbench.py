@@ -524,17 +524,6 @@ def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
     assert "no roofline plot" in text
 
 
-def test_the_relation_is_measured_at_every_level_and_without_pooling():
-    titles = [case.title for case in suites.SUITES["relation"].cases]
-    assert titles == [
-        *(
-            f"P{level} pooled by {stride} float32 contiguous"
-            for level, stride in zip((2, 3, 4, 5), (16, 8, 4, 4), strict=True)
-        ),
-        *(f"P{level} without pooling float32 contiguous" for level in (4, 3, 2)),
-    ]
-
-
 def test_levels_of_a_pyramid_are_halves_rounded_up():
     case = inputs.Case(inputs.LEVELS["P2"], strides=(16, 8, 4, 4))
     assert case.shapes == [inputs.LEVELS[level] for level in ("P2", "P3", "P4", "P5")]

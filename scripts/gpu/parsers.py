@@ -32,28 +32,20 @@ def obstacle(output: str) -> str:
     return found.group() if found else ""
 
 
-def tests_in(path: Path) -> tuple[Counter, list[str]]:
-    """Return counts and problems, a line each, in a file of ``--junitxml``; none where pytest has not written it.
+def tests_in(path: Path) -> Counter:
+    """Count the tests in a file of ``--junitxml`` by what came of them; none where pytest has not written it.
 
-    A test that skips itself is a problem: it was selected for the GPU that is here. A module that does so when it is
-    imported is not: pytest imports it before it selects by mark. A case without a name is a test that did not end.
+    A module that skips itself is counted apart: pytest imports it before it selects by mark. A case without a name is a
+    test that did not end.
     """
-    counts, problems, skips = Counter(), [], Counter()
+    counts = Counter()
     for case in ElementTree.parse(path).iter("testcase") if path.exists() else ():
-        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        message = "" if problem is None else (problem.get("message") or problem.text or "").strip()
-        if problem is None:
-            counts["passed"] += "name" in case.attrib
-        elif message == "collection skipped":
+        result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        if result is not None and result.get("message") == "collection skipped":
             counts["modules skipped"] += 1
-        elif problem.tag == "skipped":
-            counts["skipped"] += 1
-            skips[message] += 1
-        else:
-            counts["failed"] += 1
-            first = (message.splitlines() or [""])[0]
-            problems.append(f"{case.get('classname', '')}::{case.get('name', '')}: {first[:200]}")
-    return +counts, problems + [f"skipped {count}: {message}" for message, count in skips.items()]
+        elif "name" in case.attrib:
+            counts["passed" if result is None else result.tag] += 1
+    return counts
 
 
 def is_clean(output: str) -> bool:

@@ -29,7 +29,7 @@ KEPT_OUTPUT = 60_000  # characters of each command in the log
 LOG_SIZE = 8 << 20  # bytes of the log at which it ends
 PROCESSES = min(12, os.cpu_count() or 1)  # of pytest
 THREADS = 2  # of the CPU, in each process
-TOLD = 40  # lines that explain a status
+TOLD, LAST = 40, 20  # lines that explain a status, and the last of pytest's among them
 SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 # compute-sanitizer's tools and the backends they watch, in turn: what says most and takes least comes first.
 SANITIZED = (
@@ -185,15 +185,18 @@ def tests_of(names: str, dry_names: str) -> Callable[[Context, float], Outcome]:
     def run(context: Context, seconds: float) -> Outcome:
         path = context.scratch / "tests.xml"
         path.unlink(missing_ok=True)
-        command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--dist", "worksteal", f"--junitxml={path}"]
+        command = [PYTHON, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--dist", "worksteal", f"--junitxml={path}"]
         if context.dry:
             command += ["-n", "1", "-m", "not gpu", "-k", dry_names, "tests/test_masked_l2.py"]
         else:
             command += ["-n", str(PROCESSES), "-m", "gpu", "-k", names, *TESTS]
         (done,) = context.run([command], seconds)
-        counts, problems = parsers.tests_in(path)
-        if done.timed_out or done.returncode not in (0, 1) or not counts["passed"]:  # 1: some tests failed
-            problems = [done.problem or "no test passed", *done.last_lines(), *problems]
+        counts, problems = parsers.tests_in(path), []
+        if done.problem or not counts["passed"]:
+            problems = [done.problem or "no test passed", *done.last_lines(LAST)]  # pytest's own summary
+        if counts["skipped"]:  # by itself, though it was selected for the GPU that is here
+            skips = [line for line in done.output.splitlines() if line.startswith("SKIPPED")]
+            problems += [f"{counts['skipped']} tests skipped", *skips]
         return Outcome.of(problems, dict(counts))
 
     return run
@@ -229,7 +232,7 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
 
 def sanitized(context: Context, program: str, names: list[tuple[str, str]], seconds: float) -> list[Done]:
     """Some tools at once. Without PyTorch's cache each tensor is an allocation, whose bounds and first use they see."""
-    options = ["--target-processes", "application-only", "--print-limit", "20"]
+    options = ["--target-processes", "application-only", "--print-limit", "20", "--error-exitcode", "1"]
     cases = [*CASES, "small", "--device", context.device, "--backend"]
     commands = [[program, "--tool", checker, *options, *cases, backend] for checker, backend in names]
     return context.run(commands, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
