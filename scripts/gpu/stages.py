@@ -77,10 +77,6 @@ class Context:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
-    @property
-    def backends(self) -> list[str]:
-        return ["cpu"] if self.dry else ["cuda", "triton"]
-
     def run(self, commands: list[list[str]], seconds: float, variables: dict | None = None) -> list[Done]:
         """Run commands side by side in the source tree; their output goes to the log."""
         paths = [str(ROOT), *map(str, filter(None, [self.packages, os.environ.get("PYTHONPATH")]))]
