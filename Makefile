@@ -7,7 +7,7 @@
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
-# make bench measures on DEVICE, cpu or cuda, and writes its JSON and plots to BENCH_OUT.
+# make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
 # make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE, CACHE, WHEELS and
 # FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
@@ -72,7 +72,7 @@ oldest:
 
 bench: venv
 	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief \
-		--json $(BENCH_OUT)/$(DEVICE)-microbench.json --plot $(BENCH_OUT) $(ARGS)
+		--csv $(BENCH_OUT)/$(DEVICE)-microbench.csv --plot $(BENCH_OUT) $(ARGS)
 
 # Installs nothing but the package, beside the torch that is there.
 gpu:

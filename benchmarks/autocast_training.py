@@ -1,21 +1,22 @@
 """Short trainings of the demo's student, in float32 and under bfloat16 autocast, from several seeds.
 
-    python -m benchmarks.autocast_training [--steps 120] [--seeds 0 1 2] [--image-size 96] [--json FILE]
+    python -m benchmarks.autocast_training [--steps 120] [--seeds 0 1 2] [--image-size 96] [--csv FILE]
 
 Both dtypes have the same teacher and, seed by seed, the same weights and batches. They are compared by the mean of each
 loss over the last fifth of the steps.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import environment
+from benchmarks.results import write
 from examples.demo.detectors import STUDENT, TEACHER, build_detector
 from examples.demo.digits import load_digit_scenes
 from examples.demo.distillation import build_distiller
@@ -56,13 +57,11 @@ def distilled(data, teacher: nn.Module, arguments: argparse.Namespace, seed: int
     return final_losses(train(model, data.train, Budget(arguments.steps, arguments.batch_size, seed), CPU).losses)
 
 
-def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each loss: the mean of both dtypes over the seeds, and the standard deviation of float32's."""
-    return {
-        name: {dtype: statistics.mean(run[name] for run in runs[dtype]) for dtype in DTYPES}
-        | {"deviation": statistics.stdev(run[name] for run in runs["float32"])}
-        for name in runs["float32"][0]
-    }
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean of each loss in both dtypes over the seeds, and the standard deviation of float32's."""
+    losses = runs.pivot_table(index="loss", columns="dtype", values="value", sort=False)
+    spread = runs[runs["dtype"] == "float32"].groupby("loss")["value"].std()
+    return losses.assign(deviation=spread, apart=(losses["bfloat16"] - losses["float32"]).abs() / spread)
 
 
 def parse() -> argparse.Namespace:
@@ -71,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--csv", type=Path, help="write the losses here, and their facts into a .json")
     return parser.parse_args()
 
 
@@ -80,23 +79,16 @@ def main() -> None:
     data = load_digit_scenes(arguments.image_size, 400, 1)
     teacher = build_detector(TEACHER, len(data.classes), arguments.image_size, 0)
     train(teacher, data.train, Budget(arguments.steps, arguments.batch_size, 0), CPU)
-    runs = {dtype: [distilled(data, teacher, arguments, seed, dtype) for seed in arguments.seeds] for dtype in DTYPES}
-    losses = compared(runs)
-    for name, row in losses.items():
-        away = abs(row["bfloat16"] - row["float32"]) / row["deviation"]
-        print(
-            f"{name:20} float32 {row['float32']:.4f} (seeds ± {row['deviation']:.4f}), bfloat16 {row['bfloat16']:.4f}: "
-            f"{away:.2f} deviations apart"
-        )
-    if arguments.json:
-        size = {name: value for name, value in vars(arguments).items() if name != "json"}
-        report = {
-            "environment": environment("cpu", torch.get_num_threads()),
-            "size": size,
-            "losses": losses,
-            "runs": runs,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    rows = [
+        {"dtype": dtype, "seed": seed, "loss": name, "value": value}
+        for dtype in DTYPES
+        for seed in arguments.seeds
+        for name, value in distilled(data, teacher, arguments, seed, dtype).items()
+    ]
+    print(compared(pd.DataFrame(rows)).to_string(float_format="%.4f"))
+    if arguments.csv:
+        size = {name: value for name, value in vars(arguments).items() if name != "csv"}
+        write(arguments.csv, {"environment": environment("cpu", torch.get_num_threads()), "size": size}, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the compilers made of the GPU kernels, without a GPU: registers, spills, shared memory, widest accesses.
 
-    python benchmarks/code_report.py [--json benchmarks/results/code.json]
+    python benchmarks/code_report.py [--csv benchmarks/results/code.csv]
 
 CUDA kernels: every instance in the built library. Triton kernels: what the launchers ask the compiler for on a pyramid
 of five levels, in the dtypes and layouts of ``launches``. Both are read with the cuobjdump that Triton ships.
@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import ROOT, modified, revision  # noqa: E402
 from benchmarks.inputs import LAYOUTS, LEVELS  # noqa: E402
+from benchmarks.results import write  # noqa: E402
 from fbkd_ops import _extension  # noqa: E402
 from fbkd_ops._numerics import accumulation_dtype  # noqa: E402
 
@@ -41,14 +42,7 @@ ADAPTED = (
     (torch.float32, torch.float32, "contiguous"),
     (torch.bfloat16, torch.float64, "contiguous"),
 )
-# Dtypes and layouts of the student and the teacher of the relation residual.
-RELATION = (
-    (torch.bfloat16, torch.bfloat16, "contiguous"),
-    (torch.bfloat16, torch.bfloat16, "channels_last"),
-    (torch.bfloat16, torch.float32, "contiguous"),
-    (torch.float32, torch.float32, "contiguous"),
-    (torch.bfloat16, torch.float64, "contiguous"),
-)
+RELATION = ADAPTED[1:]  # the same of the relation residual
 # Dtypes and layouts of the maps of a non-local block's statistics.
 STATISTICS = (
     (torch.float16, "contiguous"),
@@ -270,17 +264,10 @@ def compile_launches(arch: int, few: bool = False) -> list[Instance]:
     return [_triton_instance(kernel, arch) for kernel in compiled.values()]
 
 
-@contextlib.contextmanager
-def compiled_for(arch: int, note: Callable) -> Iterator[None]:
-    """Compile Triton kernels in place of launching them, for a GPU that is not here.
-
-    Args:
-        arch: of the GPU. It stays Triton's target in this process.
-        note: called with each launch: the kernel, what it was compiled to, its arguments by name, the grid.
-    """
+def use_target(arch: int) -> None:
+    """Make an absent GPU the target of Triton in this process."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     class Driver:
         def get_current_target(self):
@@ -292,6 +279,19 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
         def get_current_stream(self, device):
             return 0
 
+    driver.set_active(Driver())
+
+
+@contextlib.contextmanager
+def compiled_for(arch: int, note: Callable) -> Iterator[None]:
+    """Compile Triton kernels in place of launching them, for a GPU that is not here.
+
+    Args:
+        arch: of the GPU. It stays Triton's target in this process.
+        note: called with each launch: the kernel, what it was compiled to, its arguments by name, the grid.
+    """
+    from triton.runtime.jit import JITFunction
+
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -300,7 +300,7 @@ def compiled_for(arch: int, note: Callable) -> Iterator[None]:
         positional = dict(zip(self.arg_names[: len(arguments)], arguments, strict=True))
         note(self, kernel, positional | options, grid)
 
-    driver.set_active(Driver())
+    use_target(arch)
     with mock.patch.object(JITFunction, "run", compile_only):
         yield
 
@@ -342,45 +342,35 @@ def summaries(instances: list[Instance]) -> list[dict]:
     rows = []
     for kernel, arch in sorted({(instance.kernel, instance.arch) for instance in instances}):
         same = [instance for instance in instances if (instance.kernel, instance.arch) == (kernel, arch)]
+        registers = [instance.registers for instance in same]
         widest = max(instance.widest_load for instance in same)
-        rows.append(
-            {
-                "kernel": kernel,
-                "arch": arch,
-                "instances": len(same),
-                "registers": [pick(instance.registers for instance in same) for pick in (min, max)],
-                "spills": sum(instance.spills for instance in same),
-                "stack": max(instance.stack for instance in same),
-                "shared": max(instance.shared for instance in same),
-                "widest_load": widest,
-                "with_widest_load": sum(instance.widest_load == widest for instance in same),
-            }
-        )
+        row = {"kernel": kernel, "arch": arch, "instances": len(same)}
+        row |= {"registers_min": min(registers), "registers_max": max(registers)}
+        row |= {"spills": sum(instance.spills for instance in same)}
+        row |= {name: max(getattr(instance, name) for instance in same) for name in ("stack", "shared", "widest_load")}
+        rows.append(row | {"with_widest_load": sum(instance.widest_load == widest for instance in same)})
     return rows
-
-
-def report() -> dict:
-    import triton
-
-    facts = {"revision": revision(), "modified": modified()}
-    facts |= {"nvcc": _extension.build_report().get("nvcc"), "triton": triton.__version__}
-    return facts | {"cuda": summaries([*cuda_instances()]), "triton_kernels": summaries([*triton_instances()])}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--csv", type=Path, help="write the figures here, and the compilers into a .json")
     parser.add_argument("--compile-for", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--few", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.compile_for:
         print(json.dumps(compile_launches(options.compile_for, options.few)))
         return
-    text = json.dumps(report(), indent=1) + "\n"
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text)
-    print(text)
+    import triton
+
+    facts = {"revision": revision(), "modified": modified()}
+    facts |= {"nvcc": _extension.build_report().get("nvcc"), "triton": triton.__version__}
+    found = {"cuda": summaries([*cuda_instances()]), "triton": summaries([*triton_instances()])}
+    rows = [{"compiler": compiler} | row for compiler, group in found.items() for row in group]
+    for row in rows:
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    if options.csv:
+        write(options.csv, facts, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Two results of benchmarks/microbench.py side by side: how far the speed of fbkd_ops beside each peer has moved.
 
-    python -m benchmarks.compare BEFORE.json AFTER.json [--percent 15]
+    python -m benchmarks.compare BEFORE.csv AFTER.csv [--percent 15]
 
 Times of two runs differ with whatever else a machine did, ratios within a round less. The machine's own
 ratios, of a copy beside a sum and the like in the same rounds, say how steady it is. Ends with 1 where a ratio of
@@ -9,130 +9,75 @@ fbkd_ops moved by more than ``--percent``, either way.
 
 import argparse
 import itertools
-import statistics
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks.microbench import console
-from benchmarks.series import CEILINGS, OURS, PASSES, place_of, read_report
+import numpy as np
+import pandas as pd
 
-__all__ = ["Change", "ceilings", "changes", "machine_percents", "main", "percent_apart"]
+from benchmarks.results import CEILINGS, OURS, PLACE, read
 
-
-class Change(NamedTuple):
-    """How many times as fast as a peer fbkd_ops was, before and after."""
-
-    suite: str
-    map: str
-    state: str
-    peer: str
-    which: str
-    before: float
-    after: float
-
-    @property
-    def percent(self) -> float:
-        return percent_apart(self.before, self.after)
+KEYS = [*PLACE, "peer", "pass"]
 
 
-def percent_apart(before: float, after: float) -> float:
+def percent_apart(before: pd.Series, after: pd.Series) -> pd.Series:
     """The same for a ratio and its inverse: 50 from 2 to 3, from 3 to 2, and from 1/2 to 1/3."""
-    return 100 * (max(before, after) / min(before, after) - 1)
+    return 100 * (np.maximum(before, after) / np.minimum(before, after) - 1)
 
 
-def changes(before: dict, after: dict) -> list[Change]:
-    """Of every ratio that both reports have."""
-    earlier = dict(_ratios(before))
-    return [Change(*place, earlier[place], ratio) for place, ratio in _ratios(after) if place in earlier]
+def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Return each ``speed`` of fbkd_ops beside a peer, ``before`` and ``after``; NaN where one result has none."""
+    speeds = [rows[rows["peer"] != OURS].set_index(KEYS)["speed"].dropna() for rows in (before, after)]
+    found = pd.concat(speeds, axis=1, keys=["before", "after"])
+    return found.assign(percent=percent_apart(found["before"], found["after"]))
 
 
-def alone(before: dict, after: dict) -> int:
-    """How many ratios only one report has."""
-    return len(dict(_ratios(before)).keys() ^ dict(_ratios(after)).keys())
+def _rates(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.reindex(columns=[*PLACE, *CEILINGS]).groupby(PLACE).first()
 
 
-def _ratios(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
-    for result in report["results"]:
-        for peer, row in result["peers"].items():
-            for which in PASSES:
-                speed = row.get(which, {}).get("speed_of_fbkd_ops")
-                if speed and peer != OURS:
-                    yield (*place_of(result), peer, which), speed["median"]
+def machine_rates(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Return by state how many times as fast as before the machine was at each ceiling, the median of all maps."""
+    return (_rates(after) / _rates(before)).groupby("state").median().dropna(how="all")
 
 
-def ceilings(before: dict, after: dict) -> dict[str, dict[str, float]]:
-    """By state of memory: how many times as fast as before the machine was at each, the median of all maps."""
-    earlier, found = dict(_rates(before)), {}
-    for (*place, name), rate in _rates(after):
-        if (*place, name) in earlier:
-            found.setdefault(place[-1], {}).setdefault(name, []).append(rate / earlier[(*place, name)])
-    return {state: {name: statistics.median(all) for name, all in rates.items()} for state, rates in found.items()}
+def machine_percents(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
+    """Return how far the machine's own ratios moved: of each table two of its rates at a time, one over the other."""
+    old, new = _rates(before), _rates(after)
+    pairs = itertools.combinations(CEILINGS, 2)
+    return pd.concat([percent_apart(old[one] / old[two], new[one] / new[two]).dropna() for one, two in pairs])
 
 
-def _rates(report: dict) -> Iterator[tuple[tuple[str, ...], float]]:
-    for result in report["results"]:
-        for key, (name, _) in CEILINGS.items():
-            if key in result.get("ceilings", {}):
-                yield (*place_of(result), name), result["ceilings"][key]
-
-
-def machine_percents(before: dict, after: dict) -> list[float]:
-    """How far the machine's own ratios moved: of each table two of its rates at a time, one over the other."""
-    earlier, found = dict(_rates(before)), {}
-    for place, rate in _rates(after):
-        if place in earlier:
-            found.setdefault(place[:-1], []).append((earlier[place], rate))
-    pairs = (pair for rates in found.values() for pair in itertools.combinations(rates, 2))
-    return [percent_apart(one[0] / other[0], one[1] / other[1]) for one, other in pairs]
-
-
-def apart_text(percents: Iterable[float], limit: float) -> str:
-    found = list(percents)
-    beyond = sum(percent > limit for percent in found)
-    text = (
-        f"median {statistics.median(found):.0f} % apart, at most {max(found):.0f} %; {beyond} by more than {limit:g} %"
-    )
-    return f"{len(found)} ratios: {text}"
-
-
-def table_of(found: list[Change]):
-    from rich.table import Table
-
-    table = Table()
-    for column in ("suite", "map", "memory", f"{OURS} beside", "", "before", "after", "% apart"):
-        table.add_column(column)
-    for change in sorted(found, key=lambda change: -change.percent):
-        ratios = (f"{ratio:.2f}" for ratio in (change.before, change.after))
-        table.add_row(*change[:4], PASSES[change.which], *ratios, f"{change.percent:.0f}")
-    return table
+def summary(percents: pd.Series, limit: float) -> str:
+    text = f"{len(percents)} ratios: median {percents.median():.0f} % apart, at most {percents.max():.0f} %; "
+    return text + f"{(percents > limit).sum()} by more than {limit:g} %"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("before", "after"):
-        parser.add_argument(name, type=Path, metavar=f"{name.upper()}.json", help="of benchmarks/microbench.py")
+        parser.add_argument(name, type=Path, metavar=f"{name.upper()}.csv", help="of benchmarks/microbench.py")
     parser.add_argument("--percent", type=float, default=15.0, help="name the ratios that moved by more; 15 by default")
     options = parser.parse_args(arguments)
     try:
-        reports = read_report(options.before), read_report(options.after)
+        before, after = read(options.before).rows, read(options.after).rows
     except ValueError as error:
         parser.error(str(error))
-    found = changes(*reports)
-    if not found:
-        parser.error("BEFORE.json and AFTER.json have no ratio in common")
-    output, limit = console(), options.percent
-    moved = [change for change in found if change.percent > limit]
-    if moved:
-        output.print(table_of(moved))
-    text = apart_text((change.percent for change in found), limit)
-    output.print(f"{OURS} beside peers: {text}; {alone(*reports)} more in one run only")
-    if machine := machine_percents(*reports):
-        output.print(f"the machine's rates beside each other: {apart_text(machine, limit)}")
-    for state, rates in ceilings(*reports).items():
-        output.print(f"{state} memory: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in rates.items()))
-    return 1 if moved else 0
+    found, limit = changes(before, after), options.percent
+    both = found.dropna()
+    if both.empty:
+        parser.error("BEFORE.csv and AFTER.csv have no ratio in common")
+    moved = both[both["percent"] > limit].sort_values("percent", ascending=False)
+    if len(moved):
+        print(moved.reset_index().to_string(index=False, float_format="%.2f"))
+    print(f"{OURS} beside peers: {summary(both['percent'], limit)}; {len(found) - len(both)} more in one run only")
+    machine = machine_percents(before, after)
+    if len(machine):
+        print(f"the machine's rates beside each other: {summary(machine, limit)}")
+    for state, rates in machine_rates(before, after).iterrows():
+        named = (f"{CEILINGS[name][0]} × {ratio:.2f}" for name, ratio in rates.dropna().items())
+        print(f"{state} memory: {', '.join(named)}")
+    return 1 if len(moved) else 0
 
 
 if __name__ == "__main__":

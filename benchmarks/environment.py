@@ -12,8 +12,6 @@ import torch
 
 from benchmarks import mmrazor
 
-__all__ = ["ROOT", "driver_version", "environment", "modified", "revision", "sources"]
-
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"cpu": ("csrc/cpu", "csrc/*.h"), "cuda": ("csrc/cuda", "csrc/*.h", "src/fbkd_ops/kernels")}
 _REVISION_VARIABLE, _DIRTY = "FBKD_OPS_REVISION", "-dirty"  # for a copy without git: what this file prints where git is
@@ -22,7 +20,7 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def environment(device: str, threads: int) -> dict:
     facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": threads,

@@ -1,10 +1,10 @@
 """Predicts what a training step of ``FBKDLoss`` takes on an H200, without a GPU.
 
-    python -m benchmarks.gpu_model [--json benchmarks/results/gpu-model.json]
+    python -m benchmarks.gpu_model [--csv benchmarks/results/gpu-model.csv]
 
 A kernel's time follows from its compiled code and the launch's sizes: what a pass through each of its loops costs is
 read from the machine code, how often a program passes from Triton's code, how many programs fit a multiprocessor from
-registers and shared memory. ``CONSTANTS`` has everything that is known of the machine; nothing else was measured.
+registers and shared memory. ``gpu_model_machine.py`` has all that is known of the machine; nothing else was measured.
 
 A program that runs alone needs the sum of what it waits for: its instructions, products, barriers, memory. k programs
 that share a multiprocessor need at best that time or k times the resource that they use most, whichever is longer, at
@@ -15,7 +15,6 @@ dealt to the multiprocessors in order.
 import argparse
 import functools
 import heapq
-import json
 import math
 import os
 import random
@@ -26,64 +25,18 @@ from typing import Any, NamedTuple
 
 from benchmarks.code_report import cuda_libraries, cuobjdump, instances_of, kernel_name, resource_usage
 from benchmarks.environment import modified, revision
+from benchmarks.gpu_model_machine import CONSTANTS, constant
 from benchmarks.gpu_model_sass import Block, Loop, machine_code
 from benchmarks.gpu_model_step import ARCH, CUDA_SOURCES, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
-from benchmarks.gpu_model_tables import model_tables
 from benchmarks.gpu_model_ttir import Program, evaluate, triton_code
 from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import FBKD_LOSS, STRIDES
-
-__all__ = ["CONSTANTS", "predict", "report"]
+from benchmarks.results import write
 
 CASES = ((16, "bfloat16"), (1, "bfloat16"), (16, "float32"), (1, "float32"))
 # Neighbouring programs that stand for all of a launch, and how many such groups there are.
 GROUP, GROUPS = 4, 24
-
-
-class Constant(NamedTuple):
-    """One number about the machine; a ``lead`` was neither measured by us nor taken from a data sheet."""
-
-    value: float
-    unit: str
-    source: str
-    lead: bool = True
-
-
-CONSTANTS = {
-    "multiprocessors": Constant(132, "", "H200 data sheet", lead=False),
-    "clock": Constant(1.755e9, "Hz", "boost clock of an H100 SXM under load"),
-    "registers": Constant(65536, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
-    "shared": Constant(227 * 1024, "bytes of a multiprocessor for programs", "CUDA programming guide, 9.0", lead=False),
-    "shared_reserved": Constant(1024, "bytes of each program", "CUDA programming guide, 9.0", lead=False),
-    "warps": Constant(64, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
-    "programs": Constant(32, "of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
-    "issue": Constant(4, "instructions a cycle of a multiprocessor", "CUDA programming guide, 9.0", lead=False),
-    "dram": Constant(4.3e12, "bytes/s", "copy measured on an H200", lead=False),
-    "l2": Constant(5.5e12, "bytes/s into all multiprocessors", "assumed"),
-    "BF16": Constant(780e12, "flop/s", "dense product measured on an H200: 770 to 800", lead=False),
-    "F16": Constant(780e12, "flop/s", "as BF16", lead=False),
-    "TF32": Constant(390e12, "flop/s", "half of BF16, as in the data sheet"),
-    "F64": Constant(67e12, "flop/s", "H200 data sheet, tensor cores", lead=False),
-    "float32": Constant(67e12, "flop/s without tensor cores", "H200 data sheet", lead=False),
-    "instruction": Constant(1.75, "cycles of a warp that runs alone", "4 of a dependent one, two chains or more"),
-    "product_wait": Constant(30, "cycles until a finished product is seen", "order of published microbenchmarks"),
-    "barrier": Constant(20, "cycles", "order of published microbenchmarks"),
-    "l2_wait": Constant(300, "cycles for bytes that L2 has", "published microbenchmarks of an H100: 260"),
-    "dram_wait": Constant(800, "cycles for bytes that L2 does not have", "the same without load: 480 to 600"),
-    "launch": Constant(2.0, "us between two kernels of a stream", "usual in a CUDA graph: 1.5 to 2"),
-    "small_kernel": Constant(1.75, "us of a kernel on little data, and to the next", "usual in a CUDA graph: 1.5 to 2"),
-    "host_op": Constant(6.0, "us of a dispatched op with a kernel", "usual in eager PyTorch: 4 to 6"),
-    "host_view": Constant(3.0, "us of a view or an allocation", "half of host_op: no launch"),
-    "host_node": Constant(8.0, "us of a node of the autograd graph, made and run", "somewhat more than an op"),
-    "host_triton": Constant(27.0, "us of a Triton launch's binder and key", "683 us for 25, best of 30", lead=False),
-}
 KERNELS_OF_OP = {"select_backward": 2, "slice_backward": 2}  # zeros, then a copy into them
-
-
-def constant(name: str) -> float:
-    if name not in CONSTANTS:
-        raise KeyError(f"the model has no constant {name!r}: add it to CONSTANTS, with its source")
-    return CONSTANTS[name].value
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -222,7 +175,7 @@ def predict_triton(launch: TritonLaunch, kernel: Kernel) -> dict:
         "shared": kernel.shared,
         "programs_at_once": kernel.programs_at_once,
         "waves": round(launch.programs / (multiprocessors * kernel.programs_at_once), 2),
-        "gflop": {kind: round(count / 1e9, 3) for kind, count in sorted(flops.items())},
+        **{f"{kind}_gflop": round(count / 1e9, 3) for kind, count in sorted(flops.items())},
         "l2_gb": round(moved / 1e9, 4),
         "dram_gb": round(dram / 1e9, 4),
         "busiest": max(total, key=total.get),
@@ -320,63 +273,51 @@ def roofline_us(case: Case) -> float:
     return 1e6 * sum(max(moved / constant("dram"), flops / rate) for moved, flops in passes)
 
 
-def predict(case: Case, kernels: dict[str, Kernel]) -> dict:
-    """A case's figures; ``kernels`` keeps what was read of compiled ones."""
+def predict(case: Case, kernels: dict[str, Kernel]) -> tuple[dict, list[dict]]:
+    """Return a step's figures and the rows of its launches; ``kernels`` keeps what was read of compiled ones."""
     step = captured_step(case)
-    launches = []
+    key, rows = {"images": case.shape[0], "dtype": case.dtype}, []
     for launch in step.launches:
         if isinstance(launch, CudaLaunch):
-            launches.append(predict_cuda(launch))
+            rows.append(key | predict_cuda(launch))
             continue
-        key = launch.compiled.hash
-        if key not in kernels:
-            kernels[key] = compiled_kernel(launch.compiled)
-        launches.append(predict_triton(launch, kernels[key]))
-    fused = sum(row["predicted_us"] for row in launches)
-    small = sum(small_op_us(op) for phase in step.ops.values() for op in phase)
-    host = host_us(step)
-    return {
-        "images": case.shape[0],
-        "dtype": case.dtype,
-        "small_ops": {phase: len(ops) for phase, ops in step.ops.items()},
-        "views": step.views,
-        "nodes": step.nodes,
-        "fused_us": round(fused, 1),
-        "small_us": round(small, 1),
-        "gpu_us": round(fused + small, 1),
-        "host_us": round(host, 1),
-        "eager_us": round(max(fused + small, host), 1),
-        "roofline_us": round(roofline_us(case), 1),
-        "launches": launches,
-    }
+        code = launch.compiled.hash
+        if code not in kernels:
+            kernels[code] = compiled_kernel(launch.compiled)
+        rows.append(key | predict_triton(launch, kernels[code]))
+    ops = [op for phase in step.ops.values() for op in phase]
+    fused, small, host = sum(row["predicted_us"] for row in rows), sum(map(small_op_us, ops)), host_us(step)
+    times = {"fused_us": fused, "small_us": small, "gpu_us": fused + small, "host_us": host}
+    times |= {"eager_us": max(fused + small, host), "roofline_us": roofline_us(case)}
+    counts = {"small_ops": len(ops), "views": step.views, "nodes": step.nodes}
+    return key | counts | {name: round(us, 1) for name, us in times.items()}, rows
 
 
-def report(cases: tuple[tuple[int, str], ...] = CASES) -> dict:
+def report(cases: tuple[tuple[int, str], ...] = CASES) -> tuple[dict, list[dict]]:
+    """Return the facts, the figures of each step among them, and the rows of all launches."""
     import torch
     import triton
 
     kernels: dict[str, Kernel] = {}
     shape = LEVELS["P2"][1:]
     facts = {"revision": revision(), "modified": modified(), "torch": torch.__version__, "triton": triton.__version__}
-    return {
-        **facts,
-        "constants": {name: each._asdict() for name, each in CONSTANTS.items()},
-        "cases": [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in cases],
-    }
+    facts["constants"] = {name: each.value for name, each in CONSTANTS.items()}
+    steps = [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in cases]
+    return facts | {"steps": [figures for figures, _ in steps]}, [row for _, rows in steps for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--csv", type=Path, help="write the launches here, and the steps into a .json")
     parser.add_argument("--images", type=int, nargs="+", default=sorted({images for images, _ in CASES}))
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted and not compiled")
-    found = report(tuple(case for case in CASES if case[0] in options.images))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(model_tables(found))
+    facts, rows = report(tuple(case for case in CASES if case[0] in options.images))
+    if options.csv:
+        write(options.csv, facts, rows)
+    for step in facts["steps"]:
+        print(", ".join(f"{name} {value}" for name, value in step.items()))
 
 
 if __name__ == "__main__":

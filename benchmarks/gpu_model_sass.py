@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Block", "Loop", "Machine", "machine_code"]
-
 WARPGROUP = 4  # warps that issue a product (HGMMA) together
 WAVEFRONT = 128  # bytes that shared memory moves in a cycle
 

@@ -27,8 +27,6 @@ from benchmarks.inputs import Case
 from fbkd_ops import backends, kernels
 from fbkd_ops._warnings import UpdateWatch
 
-__all__ = ["CudaLaunch", "SmallOp", "Step", "TritonLaunch", "captured_step", "launches_noted"]
-
 ARCH = 90
 CUDA_SOURCES = Path(fbkd_ops.__file__).resolve().parents[2] / "csrc" / "cuda"
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Pointer", "Program", "TritonCode", "evaluate", "triton_code"]
-
 MOST_PASSES = 1 << 16  # of a while loop, one by one
 
 

@@ -9,19 +9,6 @@ from torch import Tensor
 
 from fbkd_ops import backends
 
-__all__ = [
-    "DTYPES",
-    "FINEST_STRIDE",
-    "LAYOUTS",
-    "LEVELS",
-    "TOLERANCES",
-    "Case",
-    "Cost",
-    "Implementation",
-    "Suite",
-    "forced",
-]
-
 # Feature maps of an 800x1344 image; the strides of P2..P6 are 4..64.
 LEVELS = {
     "P2": (1, 256, 200, 336),

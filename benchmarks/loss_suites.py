@@ -20,8 +20,6 @@ from fbkd_ops.presets import PRESETS
 from fbkd_ops.weights.mmrazor import load_connectors
 from fbkd_ops.weights.non_local import load_non_local
 
-__all__ = ["FBKD_LOSS", "NON_LOCAL", "RELATION", "STRIDES", "loss_of", "their_loss_of"]
-
 STRIDES = PRESETS["mmrazor"]["stride"]  # of P2..P5
 # Of each pooling factor: the ratio of the inner width; without pooling as at P2 and P3.
 RATIOS = {1: 0.25} | dict(zip(STRIDES, PRESETS["mmrazor"]["inter_channels"], strict=True))

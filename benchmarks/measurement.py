@@ -7,10 +7,11 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +20,17 @@ from torch import Tensor, nn
 from benchmarks import memory
 from benchmarks.inputs import Case, Cost, Implementation, Suite
 from benchmarks.mmrazor import NotInstalledError
-from benchmarks.series import OURS
+from benchmarks.results import CEILINGS, OURS, PASSES
 from benchmarks.suites import SUITES, outputs_of, peers_of
 from benchmarks.timing import CaptureError, calls_of, interleaved, ratios, summary
 
-__all__ = ["DOES_NOT_FIT", "Job", "Runner", "measure", "mistakes"]
-
 DOES_NOT_FIT = "does not fit in memory"
-PASSES = ("forward", "step")
 MOST_SETS = 32
 QUICK = 1.0  # seconds
+# What a row has besides its place, peer, pass and status; None where it was not measured.
+FIGURES = [f"{name}{part}" for name in ("ms", "vs_baseline", "speed") for part in ("", "_p20", "_p80")]
+FIGURES += ["bytes", "flops", "gb_s", "ceiling_percent", "peak_mb", "page_faults", "baseline", "input_sets", "rounds"]
+FIGURES += [*CEILINGS, "copy_to_new_page_faults"]
 LARGE_BYTES, LARGE_SIDE = 1 << 30, 8192  # of a GPU's ceilings
 
 
@@ -73,9 +75,9 @@ class Runner:
 
 
 def measure(job: Job) -> dict:
-    """Everything that is known of a job's peers: ``status`` is "ok" or says why there are no figures.
+    """Return ``rows``, one per peer and pass, and ``checked``, the mistakes of each peer beside the literal formula.
 
-    ``checked`` is what the comparison with the literal formula found wrong with each, nothing if it is right.
+    A row's ``status`` is "ok" or says why it has no figures; a peer's mistakes are "" if it is right.
 
     Raises:
         CaptureError: a peer cannot be captured in a CUDA graph.
@@ -88,31 +90,46 @@ def measure(job: Job) -> dict:
     if suite.checked_as:
         torch.backends.cudnn.allow_tf32 = True  # a whole model as users run it
     cost = suite.cost(case) if suite.cost else None
-    result = {"suite": job.suite, "case": asdict(case) | {"title": case.title}, "state": job.state}
-    result |= {"cost": asdict(cost) if cost else None, "checked": wrongs}
     try:
         sets = _input_sets(suite, case)
         ceilings = _ceilings(case, cost) if cost else {}
         for ceiling in ceilings.values():
             ceiling.call()
     except (RuntimeError, MemoryError) as error:
-        return result | {"peers": {name: {"status": problem or _reason(error)} for name, problem in status.items()}}
-    runners, rows = {}, {}
+        failed = {name: problem or _reason(error) for name, problem in status.items()}
+        return {"rows": empty_rows(job, failed), "checked": wrongs}
+    runners, facts = {}, {}
     for name, problem in status.items():
-        ready, rows[name] = (None, {"status": problem}) if problem else _prepared(makers[name], sets, job)
+        ready, facts[name] = (None, {"status": problem}) if problem else _prepared(makers[name], sets, job)
         if ready:
             runners[name] = ready
     times = _times(runners, ceilings, job)
+    baseline = _baseline(suite, facts)
+    shared = {"baseline": baseline, "input_sets": len(sets), "rounds": max(map(len, times.values()), default=0)}
     rates = _rates(ceilings, times)
-    baseline = _baseline(suite, rows)
-    for name, which in itertools.product(runners, PASSES):
-        eager, ours = (times.get((other, which)) for other in (baseline, OURS))
-        rows[name][which] = _figures(times[name, which], eager, ours, _least(cost, rates, which) if cost else None)
+    shared |= rates
     if ceilings and case.device == "cpu":
-        rates["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
-    result |= {"ceilings": rates} if ceilings else {}
-    rounds = max(map(len, times.values()), default=0)
-    return result | {"input_sets": len(sets), "baseline": baseline, "rounds": rounds, "peers": rows}
+        shared["copy_to_new_page_faults"] = memory.page_faults(ceilings["copy_to_new"].call)
+    rows = empty_rows(job, {name: known["status"] for name, known in facts.items()})
+    for row in rows:
+        peer, which = row["peer"], row["pass"]
+        if peer in runners:
+            rounds = (times.get((name, which)) for name in (peer, baseline, OURS))
+            row |= _figures(*rounds) | (_traffic(cost, rates, which, times[peer, which]) if cost else {})
+            row |= facts[peer] | shared
+    return {"rows": rows, "checked": wrongs}
+
+
+def empty_rows(job: Job, status: dict[str, str]) -> list[dict]:
+    """Return a job's rows without figures, by peer and pass."""
+    case = job.case
+    place = {"suite": job.suite, "case": case.title}
+    place |= dict(zip(("n", "channels", "height", "width"), case.shape, strict=True))
+    place |= {"strides": " ".join(map(str, case.strides)), "dtype": case.dtype, "layout": case.layout}
+    return [
+        place | {"state": job.state, "peer": name, "pass": which, "status": problem} | dict.fromkeys(FIGURES)
+        for (name, problem), which in itertools.product(status.items(), PASSES)
+    ]
 
 
 def mistakes(job: Job, peers: list[str]) -> dict[str, str]:
@@ -129,16 +146,16 @@ def mistakes(job: Job, peers: list[str]) -> dict[str, str]:
     return {peer: wrong(peer) for peer in peers}
 
 
-def _baseline(suite: Suite, rows: dict[str, dict]) -> str:
+def _baseline(suite: Suite, facts: dict[str, dict]) -> str:
     """Whose speed the others' is compared with: the literal formula's where the suite's own one is not installed."""
-    status = rows.get(suite.baseline, {}).get("status", "")
+    status = facts.get(suite.baseline, {}).get("status", "")
     return "reference" if status.startswith("not installed") else suite.baseline
 
 
 def _prepared(
     make: Callable[[Case], Implementation], sets: list[list[Tensor]], job: Job
 ) -> tuple[list[Runner] | None, dict]:
-    """A peer on each set of inputs, and its row so far: what its memory is, or why it has no figures."""
+    """A peer on each set of inputs, and what its rows say: its memory, or why it has no figures."""
     try:
         runners = _ready(make(job.case), sets)
         return runners, {"status": "ok"} | _memory_of(runners[0], job)
@@ -235,14 +252,14 @@ def _memory_of(runner: Runner, job: Job) -> dict[str, float | None]:
     def step() -> None:
         """With the peak of its memory, where that can be told."""
         extra = memory.peak_extra_bytes(runner.step, job.case.device)
-        facts["peak_extra_mb"] = None if extra is None else extra / 1e6
+        facts["peak_mb"] = None if extra is None else extra / 1e6
 
     if job.case.device == "cuda":
         step()
     elif job.state == "warm":
-        facts["step_page_faults"] = memory.settle(runner.step)
+        facts["page_faults"] = memory.settle(runner.step)
     else:
-        facts["step_page_faults"] = memory.page_faults(step if job.state == "fresh" else runner.step)
+        facts["page_faults"] = memory.page_faults(step if job.state == "fresh" else runner.step)
     return facts
 
 
@@ -303,13 +320,18 @@ def _matmul(case: Case) -> Ceiling:
 
 def _rates(ceilings: dict[str, Ceiling], times: dict[Any, list[float]]) -> dict[str, float]:
     """GB/s of reading, copying and copying into newly allocated memory (read + written); GFLOP/s of the product."""
-    return {
-        f"{name}_{ceiling.unit}": ceiling.size / summary(times[name])["median"] for name, ceiling in ceilings.items()
-    }
+    return {f"{name}_{each.unit}": each.size / statistics.median(times[name]) for name, each in ceilings.items()}
 
 
-def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, float]:
-    """Fewest bytes of a pass, and its least time in ms at the measured ceilings.
+def fewest(cost: Cost, which: str) -> tuple[int, int]:
+    """Return the fewest bytes and operations of a pass; a step has forward's and backward's."""
+    if which == "forward":
+        return cost.forward_bytes, cost.forward_flops
+    return cost.forward_bytes + cost.backward_bytes, cost.forward_flops + cost.backward_flops
+
+
+def _least_ms(cost: Cost, rates: dict[str, float], which: str) -> float:
+    """The least time of a pass at the measured ceilings.
 
     Forward only reads: its bytes at the rate of the sum; backward's at that of the copy into existing memory.
     """
@@ -319,24 +341,21 @@ def _least(cost: Cost, rates: dict[str, float], which: str) -> tuple[float, floa
 
     forward = milliseconds(cost.forward_bytes, rates["sum_gb_s"], cost.forward_flops)
     if which == "forward":
-        return cost.forward_bytes, forward
-    backward = milliseconds(cost.backward_bytes, rates["copy_gb_s"], cost.backward_flops)
-    return cost.forward_bytes + cost.backward_bytes, forward + backward
+        return forward
+    return forward + milliseconds(cost.backward_bytes, rates["copy_gb_s"], cost.backward_flops)
 
 
-def _figures(
-    times: list[float], eager: list[float] | None, ours: list[float] | None, least: tuple[float, float] | None
-) -> dict:
-    """``eager`` and ``ours`` are the times of the baseline and of fbkd_ops in the same rounds."""
-    ms = summary(times)
-    size, least_ms = least or (None, None)
-    return {
-        "ms": ms,
-        "gb_s": size and size / 1e6 / ms["median"],
-        "ceiling_percent": least_ms and 100 * least_ms / ms["median"],
-        "speed_vs_eager": ratios(times, eager) if eager else None,
-        "speed_of_fbkd_ops": ratios(ours, times) if ours else None,
-    }
+def _traffic(cost: Cost, rates: dict[str, float], which: str, times: list[float]) -> dict:
+    size, flops = fewest(cost, which)
+    ms = statistics.median(times)
+    rate, percent = size / 1e6 / ms, 100 * _least_ms(cost, rates, which) / ms
+    return {"bytes": size, "flops": flops, "gb_s": rate, "ceiling_percent": percent}
+
+
+def _figures(times: list[float], baseline: list[float] | None, ours: list[float] | None) -> dict:
+    """Times, and ratios within rounds: times as fast as the baseline, and how many times as fast fbkd_ops is."""
+    found = summary(times, "ms") | (ratios(times, baseline, "vs_baseline") if baseline else {})
+    return found | (ratios(ours, times, "speed") if ours else {})
 
 
 def main() -> None:

@@ -24,8 +24,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["STATES", "available_bytes", "limit_to_available", "page_faults", "peak_extra_bytes", "settle", "states_of"]
-
 STATES = {
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(64 << 10)},
     "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 60), "MALLOC_ARENA_MAX": "1"},

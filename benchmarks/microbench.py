@@ -1,19 +1,20 @@
 """Times, memory and traffic of the ops beside plain PyTorch, torch.compile and what the machine can do.
 
-    python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--json FILE] [--plot FOLDER]
+    python benchmarks/microbench.py [--suite masked_l2 ...] [--shapes P2 1,256,50,84 ...] [--csv FILE] [--plot FOLDER]
 
 One table for each suite, map and state of memory; docs/performance.md says what the columns mean. Each is measured
 in a process of its own. Without --shapes, --dtype, --layout, --pooling and --sweep a suite's own maps are taken.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,28 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from benchmarks import plots, sweep  # noqa: E402
+from benchmarks import results, sweep  # noqa: E402
 from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.inputs import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
-from benchmarks.measurement import DOES_NOT_FIT, Job  # noqa: E402
+from benchmarks.measurement import DOES_NOT_FIT, Job, empty_rows  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.series import (  # noqa: E402
-    CEILINGS,
-    FASTER,
-    OURS,
-    is_pooled,
-    is_slower,
-    place_of,
-    read_report,
-    series,
-    slower,
-    slower_text,
-    state_text,
-)
+from benchmarks.results import CEILINGS, OURS, PASSES, PLACE, is_slower, state_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
-COLUMNS = ("forward ms", "× eager", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "peak extra MB")
+SAME = ("cpu", "gpu", "threads", "torch", "sources")  # facts of results that may stand in one file
 
 
 def shape_of(text: str) -> tuple[int, ...]:
@@ -76,9 +65,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=sweep.DIMENSIONS,
         help=f"one size at a time away from a base case, in the suites {' and '.join(sweep.SUITES)}",
     )
-    parser.add_argument("--json", type=Path, help="write the figures here, after each table")
+    parser.add_argument("--csv", type=Path, help="write the figures here, after each table, and facts into a .json")
     parser.add_argument("--update", action="store_true", help="keep what FILE has and this run does not measure")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures here, at the end")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures of --csv here, at the end")
     options = parser.parse_args(arguments)
     check_cases(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -97,8 +86,11 @@ def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(wrong)}")
     if options.sweep and options.shapes:
         parser.error("--sweep has shapes of its own: expected no --shapes beside it")
-    if options.update and not options.json:
-        parser.error("--update needs the file of --json")
+    if options.csv and options.csv.suffix != ".csv":
+        parser.error(f"--csv: expected a file FILE.csv, got {options.csv}")
+    for name in ("update", "plot"):
+        if getattr(options, name) and not options.csv:
+            parser.error(f"--{name} needs the file of --csv")
     if options.brief and not own_maps(options):
         parser.error(
             "--brief takes the suites' own maps: expected none of --shapes, --dtype, --layout, --pooling, --sweep"
@@ -139,39 +131,24 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
             yield Job(name, case, state, peers, options.threads, options.rounds, options.seconds)
 
 
-def kept(path: Path, report: dict, jobs: list[Job]) -> dict:
-    """The results of an earlier report that these jobs do not replace, and where those come from.
+def kept(path: Path, run: dict, jobs: list[Job]) -> tuple[list[dict], list[dict]]:
+    """Return the rows of an earlier result that these jobs do not replace, and the runs that those come from.
 
     Exits where they were measured on another machine or are of other kernels.
     """
     try:
-        before = read_report(path)
+        before = results.read_facts(path)
     except ValueError as error:
         sys.exit(f"--update: {error}")
-    for key in ("cpu", "gpu", "threads", "torch", "sources"):
-        old, new = (facts.get(key) for facts in (before["environment"], report["environment"]))
+    for key in SAME:
+        old, new = (facts.get(key) for facts in (before["environment"], run["environment"]))
         if old != new:
             sys.exit(f"--update: {path} was measured with {key} {old}, expected {new}")
-    replaced = places_of(jobs)
-    results = [x for x in before["results"] if place_of(x) not in replaced]
-    run = {key: before[key] for key in ("command", "environment", "complete")}
-    return {"results": results, "earlier": still_there([*before.get("earlier", []), run], replaced)}
-
-
-def places_of(jobs: Iterable[Job]) -> set[tuple[str, str, str]]:
-    """What tells their tables from others."""
-    return {(job.suite, job.case.title, job.state) for job in jobs}
-
-
-def still_there(runs: list[dict], replaced: set[tuple[str, str, str]]) -> list[dict]:
-    """Those of which a later run, or what is ``replaced`` now, has left a table."""
-    left, later = [], set(replaced)
-    for run in reversed(runs):
-        places = places_of(jobs_of(parse(shlex.split(run["command"])[2:])))
-        if places - later:
-            left.append(run)
-        later |= places
-    return left[::-1]
+    replaced = {(job.suite, job.case.title, job.state) for job in jobs}
+    rows = [row for row in results.text_rows(path) if tuple(row[name] for name in PLACE) not in replaced]
+    dates = {row["date"] for row in rows}
+    runs = [*before.pop("earlier", []), before]
+    return rows, [earlier for earlier in runs if earlier["environment"]["date"] in dates]
 
 
 def measured(job: Job) -> dict:
@@ -193,147 +170,79 @@ def measured_once(job: Job) -> dict:
         return json.loads(done.stdout.splitlines()[-1])
     last = (done.stderr.strip().splitlines() or [""])[-1]
     problem = f"failed: {last}" if done.returncode > 0 else f"killed by signal {-done.returncode}; maybe {DOES_NOT_FIT}"
-    case = asdict(job.case) | {"title": job.case.title}
-    rows = {name: {"status": problem} for name in job.peers}
-    return {"suite": job.suite, "case": case, "state": job.state, "peers": rows}
+    return {"rows": empty_rows(job, dict.fromkeys(job.peers, problem))}
 
 
-def spread(figure: dict | None, digits: int) -> str:
+def spread(row: dict, name: str, digits: int) -> str:
     """Median and, in brackets, the 20th and the 80th percentile."""
-    if figure is None:
-        return "–"
-    median, low, high = (f"{figure[key]:.{digits}f}" for key in ("median", "p20", "p80"))
+    median, low, high = (f"{row[key]:.{digits}f}" for key in (name, f"{name}_p20", f"{name}_p80"))
     return f"{median} ({low}–{high})"
 
 
-def cells(peer: str, row: dict) -> list[str]:
-    passes = [row[which] for which in ("forward", "step")]
-    times = [spread(p["ms"], 2) + (FASTER if is_slower(peer, p) else "") for p in passes]
-    timings = [text for time, p in zip(times, passes, strict=True) for text in (time, spread(p["speed_vs_eager"], 1))]
-    rates, shares = "–", "–"
-    if passes[0]["gb_s"] is not None:
-        rates = " / ".join(f"{p['gb_s']:.1f}" for p in passes)
-        shares = " / ".join(f"{p['ceiling_percent']:.0f}" for p in passes)
-    peak = row.get("peak_extra_mb")
-    return [*timings, rates, shares, "–" if peak is None else f"{peak:.0f}"]
+def line_of(row: dict) -> str:
+    """What is known of a peer in a pass."""
+    parts = [row["status"]] if row["status"] != "ok" else [f"{spread(row, 'ms', 2)} ms"]
+    if row["vs_baseline"] is not None:
+        parts.append(f"{spread(row, 'vs_baseline', 1)} × {row['baseline']}")
+    rates = {"gb_s": "{:.1f} GB/s", "ceiling_percent": "{:.0f} % of ceiling", "peak_mb": "{:.0f} MB"}
+    parts += [text.format(row[name]) for name, text in rates.items() if row[name] is not None]
+    if is_slower(row["peer"], row["speed"]):
+        parts.append(f"faster than {OURS}")
+    return f"  {row['peer']:26} {row['pass']:8} {', '.join(parts)}"
 
 
-def ceilings_text(result: dict) -> str:
-    """One line on what the machine can do."""
-    rates = result["ceilings"]
-    parts = [f"{name} {rates[key]:.1f} {unit}" for key, (name, unit) in CEILINGS.items() if key in rates]
-    if "copy_to_new_page_faults" in rates:
-        parts.append(f"{rates['copy_to_new_page_faults']} page faults of the copy into new memory")
-    return ", ".join(parts)
+def table_of(rows: list[dict]) -> str:
+    """One suite on one map in one state of memory, as text."""
+    known = next((row for row in rows if row["status"] == "ok"), rows[0])
+    title = f"{known['suite']} · {known['case']} · {state_text([known['state']])} · {known['rounds'] or 0} rounds"
+    rates = [f"{name} {known[key]:.1f} {unit}" for key, (name, unit) in CEILINGS.items() if known[key] is not None]
+    return "\n".join([title, *map(line_of, rows), f"  ceilings: {', '.join(rates) or 'none'}\n"])
 
 
-def table_of(result: dict):
-    """A rich table of one suite on one map in one state of memory."""
-    from rich.table import Table
-
-    title = f"{result['suite']} · {result['case']['title']} · {state_text([result['state']])}"
-    if "rounds" in result:
-        title += f" · {result['rounds']} rounds"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("implementation", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for name, row in result["peers"].items():
-        shown = cells(name, row) if row["status"] == "ok" else [row["status"]]
-        table.add_row(name, *shown)
-    captions = ["ceilings: " + ceilings_text(result)] if "ceilings" in result else []
-    if result.get("baseline") == "reference":
-        captions.append("× eager: beside reference")
-    if slower([result]):
-        captions.append(f"{FASTER.strip()} faster than {OURS}")
-    table.caption = "\n".join(captions) or None
-    return table
-
-
-def findings(results: list[dict]) -> dict[str, list[dict]]:
-    """What the results say together."""
-    return {"scaling": scaling(results), "slower": slower(results)}
-
-
-def scaling(results: list[dict]) -> list[dict]:
-    """How time grows with the map, without pooling: each pair of neighbouring sizes in the same suite and state."""
-    rows = []
-    for group in series([result for result in results if result["case"]["strides"] and not is_pooled(result)], "H·W"):
-        for (pixels, small), (more_pixels, large) in itertools.pairwise(group):
-            sizes = ["x".join(map(str, result["case"]["shape"][2:])) for result in (small, large)]
-            row = {"suite": small["suite"], "state": small["state"], "sizes": sizes, "pixels": more_pixels / pixels}
-            rows.append(row | {"time": _growth(small["peers"], large["peers"])})
-    return rows
-
-
-def _growth(small: dict, large: dict) -> dict[str, float]:
-    """Of each peer that has figures in both, the ratio of its times of forward and backward."""
-    both = [name for name, row in small.items() if row["status"] == "ok" == large.get(name, {}).get("status")]
-    return {name: large[name]["step"]["ms"]["median"] / small[name]["step"]["ms"]["median"] for name in both}
-
-
-def console():
-    """Where tables go; wide enough for them also where the output is no terminal."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        sys.exit("the tables need rich: pip install rich")
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def save(path: Path | None, report: dict) -> None:
-    """Replace the file as a whole, so that an interrupted run leaves the last complete one."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(path)
-
-
-def draw(options: argparse.Namespace, report: dict, output) -> None:
-    if options.plot:
-        name = options.json.stem if options.json else f"{options.device}-microbench"
-        for line in plots.draw(report, options.plot, name):
-            output.print(line)
+def losses(rows: list[dict]) -> list[str]:
+    """A line per peer: ``slower than eager at: ...``."""
+    places = {}
+    for row in rows:
+        if is_slower(row["peer"], row["speed"]):
+            text = f"{row['suite']} {row['case']}, {state_text([row['state']])}, {PASSES[row['pass']]}"
+            places.setdefault(row["peer"], []).append(f"{text} ({row['speed']:.2f})")
+    return [f"slower than {peer} at: {'; '.join(texts)}" for peer, texts in places.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    output = console()
-    if options.plot:
-        plots.require_matplotlib()
+    plots = importlib.import_module("benchmarks.plots") if options.plot else None  # fails now and not at the end
     command = shlex.join(["python", "benchmarks/microbench.py", *(sys.argv[1:] if arguments is None else arguments)])
-    report = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
-    jobs = list(jobs_of(options))
-    report |= kept(options.json, report, jobs) if options.update else {"results": []}
-    report |= findings(report["results"])
-    first, checked = len(report["results"]), {}
-    save(options.json, report)
+    facts = {"command": command, "environment": environment(options.device, options.threads), "complete": False}
+    jobs, checked, made = list(jobs_of(options)), {}, []
+    before, facts["earlier"] = kept(options.csv, facts, jobs) if options.update else ([], [])
+
+    def save() -> None:
+        if options.csv:
+            results.write(options.csv, facts, [*before, *made])
+
+    def draw() -> None:
+        if plots and (made or before):
+            print("\n".join(plots.draw(results.read(options.csv), options.plot, options.csv.stem)))
+
+    save()
     try:
         for job in jobs:
             known = checked.setdefault(job.check, {})
-            result = measured(replace(job, checked=known))
-            known |= result.pop("checked", {})
-            report["results"].append(result)
-            report |= findings(report["results"])
-            save(options.json, report)
-            output.print(table_of(report["results"][-1]))
+            found = measured(replace(job, checked=known))
+            known |= found.get("checked", {})
+            made += [{"date": facts["environment"]["date"]} | row for row in found["rows"]]
+            save()
+            print(table_of(found["rows"]), flush=True)
     except KeyboardInterrupt:
-        draw(options, report, output)
-        sys.exit(f"interrupted after {len(report['results']) - first} tables")
-    for row in report["scaling"]:
-        growth = ", ".join(f"{name} {ratio:.1f}" for name, ratio in row["time"].items())
-        output.print(
-            f"{row['suite']}, {state_text([row['state']])}, {' to '.join(row['sizes'])}, "
-            f"{row['pixels']:.1f} times the pixels: time × {growth or '–'}"
-        )
-    report["complete"] = True
-    if revision() != report["environment"]["revision"]:
-        report["environment"]["modified"] = True  # of a mixture
-    save(options.json, report)
-    draw(options, report, output)
-    for line in slower_text(report["slower"]):
-        output.print(line)
+        draw()
+        sys.exit(f"interrupted after {len({tuple(row[name] for name in PLACE) for row in made})} tables")
+    facts["complete"] = True
+    if revision() != facts["environment"]["revision"]:
+        facts["environment"]["modified"] = True  # of a mixture
+    save()
+    draw()
+    print("\n".join(losses(made)))
 
 
 if __name__ == "__main__":

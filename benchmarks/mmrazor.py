@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INSTALL", "Loss", "NotInstalledError", "RelationTerm", "connector", "installed", "load", "versions"]
-
 VERSION = "1.0.0"
 PACKAGES = ("mmrazor", "mmcv-lite", "mmengine")
 # Compiled packages that mmcv and mmengine import and that the three files do not use.

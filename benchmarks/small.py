@@ -1,6 +1,6 @@
 """The loss at the sizes that people train with: YOLO and FPN pyramids of small images, float32 and bfloat16.
 
-    python -m benchmarks.small [--threads 1 2] [--dtype float32 bfloat16] [--rows yolo ...] [--json FILE]
+    python -m benchmarks.small [--threads 1 2] [--dtype float32 bfloat16] [--rows yolo ...] [--csv FILE]
 
 Forward and backward of the whole loss, beside the literal formulas and, where both sides have one width, beside
 MMRazor eager; then the relation term of each level in each of its forms. All peers of a row take turns in one process.
@@ -9,7 +9,6 @@ MMRazor eager; then the relation term of each level in each of its forms. All pe
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import fbkd_ops
-from benchmarks import mmrazor, timing
+from benchmarks import mmrazor, results, timing
 from benchmarks.environment import environment
 from fbkd_ops.non_local import relation
 from fbkd_ops.non_local.forms import RelationSizes, cheaper_form
 
 FORMS = ("cells", "collapsed")
 DTYPES = ("float32", "bfloat16")
-RESULT = Path(__file__).parent / "results" / "cpu-small.json"
+RESULT = Path(__file__).parent / "results" / "cpu-small.csv"
 # Seconds that a row's rounds may take, and the most rounds.
 SECONDS, ROUNDS = 2.0, 25
 LEVEL_SECONDS = 0.5
@@ -173,12 +172,12 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
         raise SystemExit(f"the peers disagree by {worst:.1e}: {values}")
 
 
-def summarized(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Per peer the summary of its milliseconds and how many times as long the first peer takes, round by round."""
-    first = next(iter(times))
+def measured(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, dict[str, float]]:
+    """Per peer its milliseconds, and how many times as long the first one takes, round by round."""
+    times = timing.interleaved(runs, ROUNDS, "cpu", seconds)
+    first, ratio = next(iter(times.values())), "times_first"
     return {
-        name: {key: round(value, 4) for key, value in timing.summary(values).items()}
-        | {"ratio": round(timing.ratios(values, times[first])["median"], 4)}
+        name: timing.summary(values, "ms") | {ratio: timing.ratios(values, first, ratio)[ratio]}
         for name, values in times.items()
     }
 
@@ -190,7 +189,7 @@ def measure_row(row: Row, dtype: str) -> dict[str, dict[str, float]]:
     if row.has_one_width:
         runs["mmrazor"] = their_step(row, features)
         runs["mmrazor"]()
-    return summarized(timing.interleaved(runs, ROUNDS, "cpu", SECONDS))
+    return measured(runs, SECONDS)
 
 
 def measure_level(level: Level, dtype: str) -> dict[str, dict[str, float]]:
@@ -200,46 +199,34 @@ def measure_level(level: Level, dtype: str) -> dict[str, dict[str, float]]:
     run = our_step(loss, features)
     runs = {form: in_form(run, form) for form in FORMS}
     check(runs | {"reference": our_step(copy.deepcopy(loss), features, "reference")})
-    return summarized(timing.interleaved(runs, ROUNDS, "cpu", LEVEL_SECONDS))
+    return measured(runs, LEVEL_SECONDS)
 
 
 def chosen_form(level: Level, dtype: str) -> str:
     return cheaper_form(level.sizes._replace(repeats=dtype != "float32"))
 
 
-def measure(options: argparse.Namespace, write: Callable[[dict], None]) -> None:
+def measure(options: argparse.Namespace) -> Iterator[list[dict]]:
+    """Yield the rows of each pyramid and then of each level, one per peer: a level's have no ``row``."""
     chosen = [row for row in rows() if not options.rows or any(row.name.startswith(name) for name in options.rows)]
     levels = list(dict.fromkeys(level for row in chosen for level in row.levels))
     for threads, dtype in itertools.product(options.threads, options.dtype):
         torch.set_num_threads(threads)
-        state = {"threads": threads, "dtype": dtype}
-        for row in chosen:
-            peers = measure_row(row, dtype)
-            write({"row": row.name, **state, "peers": peers})
-            shown = ", ".join(
-                f"{name} {peer['median']:.1f} ms ({1 / peer['ratio']:.2f}x)" for name, peer in peers.items()
-            )
-            print(f"{row.name}, {threads} threads, {dtype}: {shown}", flush=True)
-        for level in levels:
-            forms = measure_level(level, dtype)
-            write({"level": level, "sizes": level.sizes, **state, "forms": forms})
-            shown = ", ".join(f"{name} {form['median']:.1f} ms" for name, form in forms.items())
-            print(
-                f"{tuple(level)}, {threads} threads, {dtype}: {shown}; chosen: {chosen_form(level, dtype)}", flush=True
-            )
+        for what in (*chosen, *levels):
+            is_level = isinstance(what, Level)
+            facts = {"row": "" if is_level else what.name} | dict.fromkeys(Level._fields)
+            facts |= what._asdict() if is_level else {}
+            found = measure_level(what, dtype) if is_level else measure_row(what, dtype)
+            state = facts | {"threads": threads, "dtype": dtype}
+            yield [state | {"peer": peer} | figures for peer, figures in found.items()]
 
 
-def written(path: Path | None, threads: int) -> Callable[[dict], None]:
-    """A function that writes the file anew with each entry, an entry a line."""
-    entries, facts = [], json.dumps(environment("cpu", threads))
-
-    def write(entry: dict) -> None:
-        entries.append(json.dumps(entry))
-        if path:
-            lines = ",\n".join(entries)
-            path.write_text(f'{{"environment": {facts},\n"entries": [\n{lines}\n]}}\n')
-
-    return write
+def shown(found: list[dict]) -> str:
+    """What was measured of a pyramid or a level, on a line."""
+    first = found[0]
+    what = first["row"] or str(tuple(first[name] for name in Level._fields))
+    peers = ", ".join(f"{row['peer']} {row['ms']:.1f} ms ({1 / row['times_first']:.2f}x)" for row in found)
+    return f"{what}, {first['threads']} threads, {first['dtype']}: {peers}"
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -247,13 +234,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rows", nargs="+", help="those whose names begin so; all by default")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--csv", type=Path, help="write the figures here, and their facts into a .json")
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
-    measure(options, written(options.json, max(options.threads)))
+    facts, made = {"environment": environment("cpu", max(options.threads))}, []
+    for found in measure(options):
+        print(shown(found), flush=True)
+        made += found
+        if options.csv:
+            results.write(options.csv, facts, made)
 
 
 if __name__ == "__main__":

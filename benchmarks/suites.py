@@ -14,8 +14,6 @@ from benchmarks.loss_suites import FBKD_LOSS, NON_LOCAL, RELATION
 from benchmarks.train_step import TRAIN_STEP
 from fbkd_ops import backends, functional, reference
 
-__all__ = ["PEERS", "SUITES", "outputs_of", "peers_of"]
-
 FORCED = ("cuda", "triton")
 OURS = ("fbkd_ops", "fbkd_ops:memory_efficient", *(f"fbkd_ops:{backend}" for backend in FORCED))
 PEERS = ("eager", "no_distillation", "mmrazor", "compile", "reference", *OURS)

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 from benchmarks.inputs import FINEST_STRIDE, Case, Suite
 
-__all__ = ["DIMENSIONS", "SUITES", "cases"]
-
 SUITES = ("relation", "fbkd_loss")
 BASE = {"N": 1, "image": 512, "C": 256}
 DIMENSIONS = {

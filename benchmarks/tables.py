@@ -1,45 +1,26 @@
 """Markdown of committed results, which docs/render.py puts into the documentation. Pictures are in plots.py."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import pandas as pd
+
 from benchmarks.environment import sources
-from benchmarks.series import (
-    CEILINGS,
-    DIMENSIONS,
-    FASTER,
-    LEAST_SIZES,
-    OURS,
-    PASSES,
-    is_slower,
-    place_of,
-    series,
-    state_text,
-    states_in,
-    title_of,
-)
+from benchmarks.results import CEILINGS, OURS, PASSES, PLACE, is_slower, state_text, states_in
+from benchmarks.series import DIMENSIONS, series, title_of
 
-__all__ = [
-    "code_tables",
-    "comparisons",
-    "provenance",
-    "scaling_table",
-    "slower_table",
-    "speeds_and_memory",
-    "stage_tables",
-    "suite_tables",
-    "sweep_table",
-    "table",
-]
+ABSENT = "–"
+FASTER = " *"  # behind a time that fbkd_ops does not reach
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def provenance(report: dict) -> str:
-    """The command that made a report of benchmarks/microbench.py, where, and whether it came to its end."""
-    runs = [report, *reversed(report.get("earlier", []))]
+def provenance(facts: dict) -> str:
+    """The command that made a result of benchmarks/microbench.py, where, and whether it came to its end."""
+    runs = [facts, *reversed(facts.get("earlier", []))]
     return "\n\nThe tables that this run did not replace: ".join(map(_run, runs))
 
 
@@ -63,229 +44,165 @@ def machine(facts: dict) -> str:
     return ", ".join([*parts, tree, facts["date"]])
 
 
-def suite_tables(results: list[dict]) -> str:
-    """A headed table a suite, and one of the ceilings."""
-    suites = list(dict.fromkeys(result["suite"] for result in results))
-    parts = [f"### {suite}\n\n" + _suite_table([x for x in results if x["suite"] == suite]) for suite in suites]
-    ceilings = _ceilings_table(results)
-    return "\n\n".join([*parts, f"### Ceilings of {', '.join(suites)}\n\n{ceilings}"] if ceilings else parts)
+def one_pass(rows: pd.DataFrame, name: str = "step") -> pd.DataFrame:
+    return rows[rows["pass"] == name]
 
 
-def _suite_table(results: list[dict]) -> str:
-    """Rows: maps and implementations; cells: one figure a state of memory."""
-    by_map, states = _by_map_and_state(results)
-    peers = _peers_in(results)
-    header = ["map", "implementation", "forward ms", "forward + backward ms", "× eager", "GB/s", "% of ceiling", "MB"]
-    shown = f" {' / '.join(states)}" if len(states) > 1 else ""
-    rows = []
-    for title, by_state in by_map.items():
-        for index, peer in enumerate(peers):
-            found = [by_state[state]["peers"].get(peer) if state in by_state else None for state in states]
-            rows.append(["" if index else title, f"`{peer}`", *_peer_cells(peer, found, len(header) - 2)])
-    return table([name + shown if name in header[2:7] else name for name in header], rows)
-
-
-def _by_map_and_state(results: list[dict]) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """One suite's results, and the states in the order in which they are shown."""
-    by_map = {}
-    for result in results:
-        by_map.setdefault(result["case"]["title"], {})[result["state"]] = result
-    return by_map, states_in(results)
-
-
-def _peers_in(results: Iterable[dict]) -> list[str]:
-    return list(dict.fromkeys(peer for result in results for peer in result["peers"]))
-
-
-def _peer_cells(peer: str, found: Sequence[dict | None], count: int) -> list[str]:
-    """A peer's figures, one for each state of memory, or why it has none."""
-    if problem := _problem(found):
-        return [problem, *[""] * (count - 1)]
-    figures = (
-        lambda row: _time(peer, row["forward"]),
-        lambda row: _time(peer, row["step"]),
-        lambda row: f"{row['step']['speed_vs_eager']['median']:.1f}" if row["step"]["speed_vs_eager"] else "–",
-        lambda row: "–" if row["step"]["gb_s"] is None else f"{row['step']['gb_s']:.1f}",
-        lambda row: "–" if row["step"]["ceiling_percent"] is None else f"{row['step']['ceiling_percent']:.0f}",
-    )
-    return [*(_in_each_state(found, shown) for shown in figures), _megabytes(found)]
-
-
-def _in_each_state(rows: Iterable[dict | None], shown: Callable[[dict], str]) -> str:
-    """A figure a state of memory, a dash where none was measured."""
-    return " / ".join("–" if row is None else shown(row) for row in rows)
-
-
-def _problem(rows: Iterable[dict | None]) -> str:
-    """Why a peer has no figures in one of the measured states; empty if it has them in all."""
-    return next((row["status"] for row in rows if row and row["status"] != "ok"), "")
-
-
-def _time(peer: str, figures: dict) -> str:
-    return f"{figures['ms']['median']:.2f}" + (FASTER if is_slower(peer, figures) else "")
-
-
-def _ceilings_table(results: list[dict]) -> str:
-    rows = []
-    for result in results:
-        if "ceilings" in result and result["cost"]:
-            shown = [_plain_number(result["ceilings"].get(key)) for key in (*CEILINGS, "copy_to_new_page_faults")]
-            rows.append([*place_of(result), *shown, str(result["rounds"])])
-    rates = [f"{name} {unit}" for name, unit in CEILINGS.values()]
-    header = ["suite", "map", "memory", *rates, "page faults of the copy into new memory", "rounds"]
-    return table(header, rows) if rows else ""
-
-
-def _plain_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
-
-
-def comparisons(results: list[dict]) -> str:
-    """fbkd_ops beside the others, one line for each map."""
-    lines = []
-    for suite in dict.fromkeys(result["suite"] for result in results):
-        by_map, states = _by_map_and_state([result for result in results if result["suite"] == suite])
-        for title, by_state in by_map.items():
-            measured = [state for state in states if state in by_state]
-            memory = f", {state_text(measured)}" if measured != ["default"] else ""
-            lines.append(f"- `{suite}`, {title}{memory}: {comparison([by_state[x]['peers'] for x in measured])}.")
-    return "\n".join(lines)
-
-
-def comparison(states: list[dict]) -> str:
-    """fbkd_ops beside each other peer; ``states`` are the rows of one map in each state of memory."""
-    ours = [peers[OURS] for peers in states]
-    if problem := _problem(ours):
-        return f"`{OURS}` {problem}"
-    parts = []
-    for name in states[0]:
-        rows = [peers[name] for peers in states if name in peers]
-        if len(rows) < len(states):
-            continue
-        if problem := _problem(rows):
-            parts.append(f"`{name}` {problem}")
-        elif name != OURS:
-            speeds = " / ".join(f"{_speed(row):.1f}" for row in rows)
-            parts.append(f"{speeds} times as fast as `{name}`{share_of(_peak_of(ours), _peak_of(rows))}")
-    return ", ".join(parts or ["nothing to compare with"])
-
-
-def speeds_and_memory(ours: Sequence[dict], theirs: Sequence[dict]) -> tuple[str, str]:
-    """How many times as fast fbkd_ops is in each state of memory, and how much of the other's memory it takes."""
-    if problem := _problem([*ours, *theirs]):
-        return problem, ""
-    share = share_of(_peak_of(ours), _peak_of(theirs)).removeprefix(" in ")
-    return _in_each_state(theirs, lambda row: f"{_speed(row):.1f}"), share
-
-
-def _speed(row: dict) -> float:
-    """How many times as fast as this peer fbkd_ops is, forward and backward."""
-    return row["step"]["speed_of_fbkd_ops"]["median"]
-
-
-def share_of(ours: float | None, other: float | None) -> str:
-    """``ours`` megabytes beside another's; nothing below 1 MB, what the system counts is no finer."""
-    if ours is None or other is None or min(ours, other) < 1:
-        return ""
-    if max(ours, other) < 1.1 * min(ours, other):
-        return " in as much memory"
-    return f" in 1/{other / ours:.1f} of the memory" if ours < other else f" in {ours / other:.1f} times the memory"
-
-
-def _peak_of(rows: Iterable[dict | None]) -> float | None:
-    """Peak extra megabytes in the state of memory that has them."""
-    return next((row["peak_extra_mb"] for row in rows if row and row.get("peak_extra_mb") is not None), None)
-
-
-def scaling_table(rows: list[dict]) -> str:
-    """How time grows with the map, from the entries that benchmarks/microbench.py makes of neighbouring sizes."""
-    peers = list(dict.fromkeys(name for row in rows for name in row["time"]))
-    lines = []
-    for row in rows:
-        growth = [f"{row['time'][name]:.1f}" if name in row["time"] else "–" for name in peers]
-        lines.append([row["suite"], " → ".join(row["sizes"]), row["state"], f"{row['pixels']:.1f}", *growth])
-    return table(["suite", "map", "memory", "× pixels", *(f"× time of `{name}`" for name in peers)], lines)
-
-
-def sweep_table(results: list[dict]) -> str:
-    """Series in which one size changes: fbkd_ops' time and memory, and how many times as fast it is as others."""
-    peers = [peer for peer in _peers_in(results) if peer != OURS]
-    states, rows = states_in(results), []
-    for dimension in DIMENSIONS:
-        for title, by_size in _sizes(results, dimension).items():
-            for index, (size, by_state) in enumerate(sorted(by_size.items())):
-                found = [by_state[state]["peers"] if state in by_state else None for state in states]
-                place = ["" if index else title, dimension, f"{size:,}"]
-                rows.append([*place, *_sweep_cells(found, peers)])
-    shown = f" {' / '.join(states)}" if len(states) > 1 else ""
-    header = ["series", "size", "", f"`{OURS}` ms{shown}", f"`{OURS}` MB"]
-    return table([*header, *(text for peer in peers for text in (f"× `{peer}`{shown}", "its MB"))], rows)
-
-
-def _sizes(results: list[dict], dimension: str) -> dict[str, dict[int, dict[str, dict]]]:
-    """By what a series has in common and by size: the results in each state of memory, failed ones too."""
-    found, in_each_state = {}, {}
-    for result in results:
-        in_each_state.setdefault((result["suite"], result["case"]["title"]), {})[result["state"]] = result
-    for group in series(results, dimension):
-        for size, result in group:
-            by_size = found.setdefault(title_of(result, dimension), {})
-            by_size[size] = in_each_state[result["suite"], result["case"]["title"]]
-    return {title: by_size for title, by_size in found.items() if len(by_size) >= LEAST_SIZES}
-
-
-def _sweep_cells(states: list[dict | None], peers: Sequence[str]) -> list[str]:
-    """Of one size, in each state of memory: fbkd_ops' figures, then those of its peers."""
-    ours = [rows and rows[OURS] for rows in states]
-    if problem := _problem(ours):
-        return [problem, *[""] * (1 + 2 * len(peers))]
-    cells = [_in_each_state(ours, lambda row: f"{row['step']['ms']['median']:.1f}"), _megabytes(ours)]
-    for peer in peers:
-        theirs = [rows and rows.get(peer) for rows in states]
-        problem = _problem(theirs)
-        speeds = problem or _in_each_state(theirs, lambda row: _marked_speed(peer, row))
-        cells += [speeds, "" if problem else _megabytes(theirs)]
+def by_state(rows: pd.DataFrame, keys: list[str], cell: Callable[[pd.Series], str]) -> pd.Series:
+    """Return ``warm / fresh`` cells of one pass by ``keys``: a status that is not "ok", a dash where unmeasured."""
+    states = states_in(rows["state"])
+    wide = rows.assign(cell=[cell(row) for _, row in rows.iterrows()]).pivot(index=keys, columns="state", values="cell")
+    cells = wide.reindex(columns=states).fillna(ABSENT).agg(" / ".join, axis=1)
+    failed = rows[rows["status"] != "ok"]
+    cells.update(failed.groupby(keys)["status"].first())
     return cells
 
 
-def _marked_speed(peer: str, row: dict) -> str:
-    return f"{_speed(row):.2g}" + (FASTER if is_slower(peer, row["step"]) else "")
+def number(value: float, digits: int, form: str = "f") -> str:
+    return ABSENT if pd.isna(value) else f"{value:.{digits}{form}}"
 
 
-def _megabytes(rows: Iterable[dict | None]) -> str:
-    peak = _peak_of(rows)
-    return "–" if peak is None else f"{peak:.0f}"
+def marked(text: str, row: pd.Series) -> str:
+    return text + (FASTER if is_slower(row["peer"], row["speed"]) else "")
 
 
-def slower_table(reports: Iterable[dict]) -> str:
+def suite_tables(rows: pd.DataFrame) -> str:
+    """A headed table a suite, and one of the ceilings."""
+    parts = [f"### {suite}\n\n{_suite_table(found)}" for suite, found in rows.groupby("suite", sort=False)]
+    ceilings = _ceilings_table(rows)
+    return "\n\n".join(
+        [*parts, f"### Ceilings of {', '.join(rows['suite'].unique())}\n\n{ceilings}"] if ceilings else parts
+    )
+
+
+def _suite_table(rows: pd.DataFrame) -> str:
+    """Rows: maps and implementations; cells: one figure a state of memory."""
+    keys, step = ["case", "peer"], one_pass(rows)
+    columns = {
+        "forward ms": by_state(one_pass(rows, "forward"), keys, lambda row: marked(number(row["ms"], 2), row)),
+        "forward + backward ms": by_state(step, keys, lambda row: marked(number(row["ms"], 2), row)),
+        "× eager": by_state(step, keys, lambda row: number(row["vs_baseline"], 1)),
+        "GB/s": by_state(step, keys, lambda row: number(row["gb_s"], 1)),
+        "% of ceiling": by_state(step, keys, lambda row: number(row["ceiling_percent"], 0)),
+    }
+    states = states_in(rows["state"])
+    shown = f" {' / '.join(states)}" if len(states) > 1 else ""
+    header = ["map", "implementation", *(f"{name}{shown}" for name in columns), "MB"]
+    peaks, failed = step.groupby(keys)["peak_mb"].first(), set(map(tuple, step[step["status"] != "ok"][keys].values))
+    unmeasured, lines = " / ".join([ABSENT] * len(states)), []
+    for case in rows["case"].unique():
+        for index, peer in enumerate(rows["peer"].unique()):
+            cells = [column.get((case, peer), unmeasured) for column in columns.values()]
+            cells = [cells[0], "", "", "", "", ""] if (case, peer) in failed else [*cells, _peak(peaks, (case, peer))]
+            lines.append(["" if index else case, f"`{peer}`", *cells])
+    return table(header, lines)
+
+
+def _peak(peaks: pd.Series, key: object) -> str:
+    return number(peaks.get(key, float("nan")), 0)
+
+
+def _ceilings_table(rows: pd.DataFrame) -> str:
+    names = [*CEILINGS, "copy_to_new_page_faults", "rounds"]
+    first = rows.reindex(columns=[*PLACE, *names]).groupby(PLACE, sort=False).first().dropna(subset="sum_gb_s")
+    lines = [[*place, *(number(x, 0).replace(ABSENT, "") for x in found)] for place, found in first.iterrows()]
+    rates = [f"{name} {unit}" for name, unit in CEILINGS.values()]
+    header = ["suite", "map", "memory", *rates, "page faults of the copy into new memory", "rounds"]
+    return table(header, lines) if lines else ""
+
+
+def comparisons(rows: pd.DataFrame) -> str:
+    """fbkd_ops beside the others, one line for each map."""
+    lines = []
+    for (suite, case), found in one_pass(rows).groupby(["suite", "case"], sort=False):
+        states = states_in(found["state"])
+        memory = f", {state_text(states)}" if states != ["default"] else ""
+        lines.append(f"- `{suite}`, {case}{memory}: {_comparison(found)}.")
+    return "\n".join(lines)
+
+
+def _comparison(step: pd.DataFrame) -> str:
+    if problem := _problem(step[step["peer"] == OURS]):
+        return f"`{OURS}` {problem}"
+    parts = []
+    for peer, rows in step[step["peer"] != OURS].groupby("peer", sort=False):
+        if problem := _problem(rows):
+            parts.append(f"`{peer}` {problem}")
+        elif rows["state"].nunique() == step["state"].nunique():
+            share = share_of_memory(step, peer)
+            parts.append(f"{speeds(step, peer)} times as fast as `{peer}`" + (f" in {share}" if share else ""))
+    return ", ".join(parts or ["nothing to compare with"])
+
+
+def _problem(rows: pd.DataFrame) -> str:
+    """Why a peer has no figures in one of the measured states; empty if it has them in all."""
+    return next((status for status in rows["status"] if status != "ok"), "")
+
+
+def speeds(step: pd.DataFrame, peer: str) -> str:
+    """How many times as fast as a peer fbkd_ops is on one map, forward and backward, in each state of memory."""
+    found = step[step["peer"].isin([peer, OURS])]
+    return _problem(found) or by_state(found, ["peer"], lambda row: number(row["speed"], 1))[peer]
+
+
+def share_of_memory(step: pd.DataFrame, peer: str) -> str:
+    """The memory of fbkd_ops beside a peer's; nothing below 1 MB, what the system counts is no finer."""
+    peaks = step.groupby("peer")["peak_mb"].first()
+    ours, other = peaks[OURS], peaks[peer]
+    if _problem(step[step["peer"].isin([peer, OURS])]) or not min(ours, other) >= 1:
+        return ""
+    if max(ours, other) < 1.1 * min(ours, other):
+        return "as much memory"
+    return f"1/{other / ours:.1f} of the memory" if ours < other else f"{ours / other:.1f} times the memory"
+
+
+def growth_table(rows: pd.DataFrame) -> str:
+    """How time grows from each map to the next larger one, without pooling; empty without two of them."""
+    groups = list(series(one_pass(rows[rows["strides"].str.fullmatch("1( 1)*")]), "H·W"))
+    if not groups:
+        return ""
+    lines, peers = [], pd.concat(groups)["peer"].unique()
+    for (suite, state), found in (each for group in groups for each in group.groupby(["suite", "state"], sort=False)):
+        wide = found.pivot(index=["size", "height", "width"], columns="peer", values="ms").reindex(columns=peers)
+        growth = wide / wide.shift(1)
+        for before, place in itertools.pairwise(wide.index):
+            sizes = " → ".join(f"{height}x{width}" for _, height, width in (before, place))
+            factors = [number(growth.at[place, peer], 1) for peer in peers]
+            lines.append([suite, sizes, state, f"{place[0] / before[0]:.1f}", *factors])
+    return table(["suite", "map", "memory", "× pixels", *(f"× time of `{peer}`" for peer in peers)], lines)
+
+
+def sweep_table(rows: pd.DataFrame) -> str:
+    """Series in which one size changes: fbkd_ops' time and memory, and how many times as fast it is as others."""
+    step, lines = one_pass(rows), []
+    peers, states = [peer for peer in rows["peer"].unique() if peer != OURS], states_in(rows["state"])
+    for dimension in DIMENSIONS:
+        for found in series(step, dimension):
+            keys, sizes = ["size", "peer"], found["size"].unique()
+            times = by_state(found, keys, lambda row: number(row["ms"], 1))
+            ratios = by_state(found, keys, lambda row: marked(number(row["speed"], 2, "g"), row))
+            peaks = found.groupby(keys)["peak_mb"].first()
+            failed = set(map(tuple, found[found["status"] != "ok"][keys].values))
+            for index, size in enumerate(sizes):
+                cells = [times[size, OURS], _peak(peaks, (size, OURS))]
+                for peer in peers:
+                    peak = "" if (size, peer) in failed else _peak(peaks, (size, peer))
+                    cells += [ratios.get((size, peer), " / ".join([ABSENT] * len(states))), peak]
+                lines.append(["" if index else title_of(found, dimension), dimension, f"{size:,}", *cells])
+    shown = f" {' / '.join(states)}" if len(states) > 1 else ""
+    header = ["series", "size", "", f"`{OURS}` ms{shown}", f"`{OURS}` MB"]
+    return table([*header, *(text for peer in peers for text in (f"× `{peer}`{shown}", "its MB"))], lines)
+
+
+def slower_table(rows: pd.DataFrame) -> str:
     """A row for each pass in which a peer is faster, by peer."""
-    rows = sorted((row for report in reports for row in report["slower"]), key=lambda row: row["peer"])
-    cells = [
-        [f"`{row['peer']}`", row["suite"], row["case"], row["state"], PASSES[row["pass"]], f"{row['speed']:.2f}"]
-        for row in rows
+    lost = rows[[is_slower(peer, speed) for peer, speed in zip(rows["peer"], rows["speed"], strict=True)]]
+    lines = [
+        [f"`{row['peer']}`", *row[PLACE], PASSES[row["pass"]], f"{row['speed']:.2f}"]
+        for _, row in lost.sort_values("peer", kind="stable").iterrows()
     ]
     header = ["faster", "suite", "map", "memory", "", "its time / that of `fbkd_ops`"]
-    return table(header, cells) if cells else f"None: `{OURS}` is the fastest in every row."
-
-
-def stage_tables(summary: dict) -> str:
-    """What ``make gpu`` ran, the kernels that the profiler saw beside the model's, and those of each profile of ncu."""
-    stages = summary["stages"]
-    rows = [
-        [name, entry["status"], _or_dash(entry.get("seconds")), _plain(entry.get("figures", {}))]
-        for name, entry in stages.items()
-    ]
-    parts = [f"{machine(summary['environment'])}.", table(["stage", "status", "seconds", "figures"], rows)]
-    seen = stages.get("smoke", {}).get("figures", {}).get("kernels")
-    if seen:
-        parts.append(
-            f"A step of the whole loss, P2..P5, 16 images, bfloat16, by the profiler:\n\n{_kernel_table(seen)}"
-        )
-    for stage in ("ncu", "kernels"):
-        for profile, kernels in stages.get(stage, {}).get("figures", {}).items():
-            if isinstance(kernels, dict) and kernels:
-                parts.append(f"ncu, {profile}:\n\n{_kernel_table(kernels)}")
-    return "\n\n".join(parts)
+    return table(header, lines) if lines else f"None: `{OURS}` is the fastest in every row."
 
 
 KERNEL_COLUMNS = {
@@ -299,14 +216,27 @@ KERNEL_COLUMNS = {
 }
 
 
+def stage_tables(summary: dict) -> str:
+    """What ``make gpu`` ran, the kernels that the profiler saw beside the model's, and those of each profile of ncu."""
+    stages = summary["stages"]
+    rows = [
+        [name, entry["status"], str(entry.get("seconds", ABSENT)), _plain(entry.get("figures", {}))]
+        for name, entry in stages.items()
+    ]
+    parts = [f"{machine(summary['environment'])}.", table(["stage", "status", "seconds", "figures"], rows)]
+    titles = {"kernels": "A step of the whole loss, P2..P5, 16 images, bfloat16, by the profiler"}
+    for name in ("smoke", "ncu", "kernels"):
+        for profile, kernels in stages.get(name, {}).get("figures", {}).items():
+            if isinstance(kernels, dict) and kernels:
+                parts.append(f"{titles.get(profile, f'ncu, {profile}')}:\n\n{_kernel_table(kernels)}")
+    return "\n\n".join(parts)
+
+
 def _kernel_table(kernels: dict[str, dict]) -> str:
     columns = [name for name in KERNEL_COLUMNS if any(name in figures for figures in kernels.values())]
-    lines = [[f"`{kernel}`", *(_or_dash(row.get(name)) for name in columns)] for kernel, row in kernels.items()]
+    shown = [[ABSENT if row.get(name) is None else str(row[name]) for name in columns] for row in kernels.values()]
+    lines = [[f"`{kernel}`", *cells] for kernel, cells in zip(kernels, shown, strict=True)]
     return table(["kernel", *(KERNEL_COLUMNS[name] for name in columns)], lines)
-
-
-def _or_dash(value: float | None) -> str:
-    return "–" if value is None else str(value)
 
 
 def _plain(figures: dict) -> str:
@@ -314,27 +244,23 @@ def _plain(figures: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in figures.items() if not isinstance(value, (dict, list)))
 
 
-def code_tables(report: dict) -> str:
+def code_tables(facts: dict, rows: pd.DataFrame) -> str:
     """Tables of a result of benchmarks/code_report.py."""
-    cuda = _code_table(report["cuda"]) if report["cuda"] else "The CUDA library was not built."
-    text = [f"CUDA, nvcc {report['nvcc']}:", cuda, f"Triton {report['triton']}:", _code_table(report["triton_kernels"])]
+    text = []
+    for compiler, title in (("cuda", f"CUDA, nvcc {facts['nvcc']}:"), ("triton", f"Triton {facts['triton']}:")):
+        found = rows[rows["compiler"] == compiler]
+        text += [title, _code_table(found) if len(found) else "Nothing was built."]
     return "\n\n".join(text)
 
 
-def _code_table(rows: list[dict]) -> str:
+def _code_table(rows: pd.DataFrame) -> str:
     """Rows: kernels; cells: one figure an architecture, or one for all of them where they agree."""
-    archs = sorted({row["arch"] for row in rows})
-    columns = {
-        "instances": lambda row: str(row["instances"]),
-        "registers": lambda row: "–".join(map(str, dict.fromkeys(row["registers"]))),
-        "spilling instructions": lambda row: str(row["spills"]),
-        "stack": lambda row: str(row["stack"]),
-        "shared memory": lambda row: str(row["shared"]),
-        "widest load (in how many)": lambda row: f"{row['widest_load']} ({row['with_widest_load']})",
-    }
-    lines = []
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        same = [row for row in rows if row["kernel"] == kernel]
-        cells = [[show(row) for row in same] for show in columns.values()]
-        lines.append([f"`{kernel}`", *(cell[0] if len(set(cell)) == 1 else " / ".join(cell) for cell in cells)])
-    return table(["sm_" + " / ".join(map(str, archs)), *columns], lines)
+    text = rows.astype(str)
+    ends = zip(text["registers_min"], text["registers_max"], strict=True)
+    text["registers"] = ["–".join(dict.fromkeys(pair)) for pair in ends]
+    text["widest"] = text["widest_load"] + " (" + text["with_widest_load"] + ")"
+    columns = ["instances", "registers", "spills", "stack", "shared", "widest"]
+    cells = text.groupby("kernel", sort=False)[columns].agg(lambda x: x.iloc[0] if x.nunique() == 1 else " / ".join(x))
+    header = ["instances", "registers", "spilling instructions", "stack", "shared memory", "widest load (in how many)"]
+    archs = " / ".join(map(str, sorted(rows["arch"].unique())))
+    return table([f"sm_{archs}", *header], [[f"`{kernel}`", *row] for kernel, row in cells.iterrows()])

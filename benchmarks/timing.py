@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["CaptureError", "calls_of", "interleaved", "ratios", "summary"]
-
 LEAST_ROUNDS = 3
 
 
@@ -104,12 +102,12 @@ def _wall_ms(function: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentile."""
+def summary(values: list[float], name: str) -> dict[str, float]:
+    """Return ``name``, the median, ``name_p20`` and ``name_p80``, the 20th and 80th percentile."""
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+    return {name: statistics.median(values), f"{name}_p20": fifths[0], f"{name}_p80": fifths[-1]}
 
 
-def ratios(times: list[float], baseline: list[float]) -> dict[str, float]:
-    """Summary of how many times as fast as the baseline each round was."""
-    return summary([base / value for base, value in zip(baseline, times, strict=True)])
+def ratios(times: list[float], baseline: list[float], name: str) -> dict[str, float]:
+    """Return the summary of how many times as fast as the baseline each round was."""
+    return summary([base / value for base, value in zip(baseline, times, strict=True)], name)

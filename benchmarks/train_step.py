@@ -17,8 +17,6 @@ from benchmarks.inputs import FINEST_STRIDE, LAYOUTS, LEVELS, Case, Implementati
 from benchmarks.loss_suites import STRIDES, loss_of, their_loss_of
 from benchmarks.mmrazor import NotInstalledError
 
-__all__ = ["TRAIN_STEP"]
-
 CLASSES, BOXES = 91, 8
 LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counterpart in the preset
 

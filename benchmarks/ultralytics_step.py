@@ -9,7 +9,6 @@ The weights are random, for models from YAMLs; the images are noise with boxes.
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.results import write_json
 
 WAYS = ("alone", "built-in", "fbkd_ops")
 
@@ -165,7 +165,7 @@ def main() -> None:
     if arguments.json:
         size = {name: value for name, value in vars(arguments).items() if name != "json"}
         report = {"environment": environment("cpu", arguments.threads), "size": size, "milliseconds": medians}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,40 @@
-"""Fills the generated blocks of README.md and docs/*.md from the code and from committed results; draws the plots.
+"""The generated parts of README.md and docs/*.md, made from the code and from committed results.
 
-A block stands between ``<!-- name: ... -->`` and ``<!-- /name -->``. ``--check`` changes nothing and exits with 1 where
-a file or a plot is out of date.
+Each part is a block of cog that calls a function of this file. ``python docs/render.py`` draws the plots that are out
+of date and runs cog; ``--check`` changes nothing and fails where a page or a plot is out of date.
 """
 
-import argparse
 import ast
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_model_tables, plots, tables  # noqa: E402
+from benchmarks import gpu_model_tables, plots, results, tables  # noqa: E402
+from benchmarks.results import Report  # noqa: E402
 from benchmarks.tables import table  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
-MICROBENCH, SWEEP = "cpu-microbench.json", "cpu-sweep.json"
-FUZZ = "cpu-fuzz.json"
-SMALL, ULTRALYTICS = "cpu-small.json", "cpu-ultralytics-step.json"
-STAGES, GPU_BENCH = "summary.json", "microbench.json"  # in a GPU's folder
+MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
+FUZZ, ULTRALYTICS = "cpu-fuzz.json", "cpu-ultralytics-step.json"
+STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
-OPS = ("attention_pool", "masked_l2", "adapted_masked_l2")
-LOSSES, STEP = ("non_local", "relation", "fbkd_loss"), ("train_step",)
 EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
 IMAGE, CHANNELS = (800, 1344), 256
 PYRAMID = {"P2": 4, "P3": 8, "P4": 16, "P5": 32, "P6": 64}
 
 
 def presets() -> str:
-    header = [
-        "preset",
-        "τ s/c",
-        "mask rule",
-        "channel mask",
-        "weights feature / channel / spatial / relation",
-        "levels",
-        "pooling factor",
-        "`inter_channels`",
-        "pooled terms",
-        "last bias",
-    ]
+    header = ["preset", "τ s/c", "mask rule", "channel mask", "weights feature / channel / spatial / relation"]
+    header += ["levels", "pooling factor", "`inter_channels`", "pooled terms", "last bias"]
     rows = []
     for name, values in PRESETS.items():
         weights = " / ".join(f"{values[f'{term}_weight']:.2g}" for term in TERMS)
@@ -77,65 +65,57 @@ def normalization() -> str:
 
 
 def commands() -> str:
-    path = RESULTS / "cpu-commands.json"
-    if not path.exists():
-        return "Not yet measured."
-    result = json.loads(path.read_text())
+    result = facts_of("cpu-commands.json")
+    if result is None:
+        return NOT_YET
     rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
     where = f"{result['where']} Revision {result['revision']}: later ones have more tests."
     return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
-def report_of(file: str) -> dict | None:
+def facts_of(file: str) -> dict | None:
     path = RESULTS / file
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def results_of(names: Container[str]) -> list[dict]:
-    """The results of some suites on a CPU."""
-    report = report_of(MICROBENCH) or {"results": []}
-    return [result for result in report["results"] if result["suite"] in names]
+def report_of(file: str) -> Report | None:
+    path = RESULTS / file
+    return results.read(path) if path.exists() else None
+
+
+def rows_of(*suites: str) -> pd.DataFrame | None:
+    """The rows of some suites on a CPU; None where there are none."""
+    report = report_of(MICROBENCH)
+    rows = report and report.rows[report.rows["suite"].isin(suites)]
+    return rows if rows is not None and len(rows) else None
 
 
 def microbench() -> str:
     report = report_of(MICROBENCH)
-    return tables.provenance(report) if report else NOT_YET
+    return tables.provenance(report.facts) if report else NOT_YET
 
 
-def suites(names: Container[str]) -> str:
-    return tables.suite_tables(results_of(names)) or NOT_YET
+def suites(*names: str) -> str:
+    rows = rows_of(*names)
+    return NOT_YET if rows is None else tables.suite_tables(rows)
 
 
-def summary(names: Container[str]) -> str:
+def comparisons(*suites: str) -> str:
     """What fbkd_ops is beside the others, one line a map."""
-    return tables.comparisons(results_of(names)) or NOT_YET
+    rows = rows_of(*suites)
+    return NOT_YET if rows is None else tables.comparisons(rows)
 
 
-class Cost(NamedTuple):
-    """A row of README's table: what a suite measured, beside one of its peers."""
-
-    what: str
-    suite: str
-    is_shown: Callable[[dict], bool]  # of a result's case
-    peer: str
-    peer_name: str
-
-
+# Rows of README's table: what is measured, its suite, how the map's title begins, the peer, and what that is.
 COSTS = (
-    Cost("the loss, P2..P5 of an 800×1344 image", "fbkd_loss", lambda case: True, "mmrazor", "MMRazor"),
-    Cost("the same", "fbkd_loss", lambda case: True, "compile", "MMRazor, compiled"),
-    Cost(
-        "its relation term alone, P3 of that image without pooling",
-        "relation",
-        lambda case: case["strides"] == [1] and case["title"].startswith("P3"),
-        "mmrazor",
-        "MMRazor",
-    ),
-    Cost(
+    ("the loss, P2..P5 of an 800×1344 image", "fbkd_loss", "", "mmrazor", "MMRazor"),
+    ("the same", "fbkd_loss", "", "compile", "MMRazor, compiled"),
+    ("its relation term alone, P3 of that image without pooling", "relation", "P3 without", "mmrazor", "MMRazor"),
+    (
         "a training step of Faster R-CNN, its teacher included",
         "train_step",
-        lambda case: True,
+        "",
         "no_distillation",
         "the same step without distillation",
     ),
@@ -151,31 +131,30 @@ def costs() -> str:
     rows = [*_suite_costs(), *_small_costs(), *_trainer_costs()]
     if not rows:
         return NOT_YET
-    reports = [report for report in map(report_of, (MICROBENCH, SMALL, ULTRALYTICS)) if report]
-    places = dict.fromkeys(tables.machine(report["environment"]) for report in reports)
+    files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
+    places = dict.fromkeys(tables.machine(facts["environment"]) for facts in map(facts_of, files) if facts)
     header = ["forward and backward of", "beside", "times as fast", "memory"]
     return table(header, rows) + "\n\nMeasured on " + "; ".join(places) + "."
 
 
 def _suite_costs() -> Iterator[list[str]]:
-    for cost in COSTS:
-        found = [result for result in results_of((cost.suite,)) if cost.is_shown(result["case"])]
-        found.sort(key=lambda result: result["state"] == "fresh")  # the last
-        rows = [(result["peers"]["fbkd_ops"], result["peers"][cost.peer]) for result in found]
-        if rows:
-            yield [cost.what, cost.peer_name, *tables.speeds_and_memory(*zip(*rows, strict=True))]
+    for what, suite, case, peer, name in COSTS:
+        rows = rows_of(suite)
+        step = None if rows is None else tables.one_pass(rows[rows["case"].str.startswith(case)])
+        if step is not None and len(step):
+            yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
 
 
 def _small_costs() -> Iterator[list[str]]:
     report = report_of(SMALL)
     for what, row, peer, peer_name in SMALL_COSTS if report else ():
-        found = [entry for entry in report["entries"] if entry.get("row") == row and entry["dtype"] == "float32"]
-        speeds = [1 / entry["peers"][peer]["ratio"] for entry in sorted(found, key=lambda entry: entry["threads"])]
-        yield [f"{what}, one / two threads", peer_name, " / ".join(f"{speed:.1f}" for speed in speeds), ""]
+        found = report.rows[report.rows["dtype"] == "float32"].set_index(["row", "peer"]).loc[(row, peer)]
+        speeds = " / ".join(f"{1 / ratio:.1f}" for ratio in found.sort_values("threads")["times_first"])
+        yield [f"{what}, one / two threads", peer_name, speeds, ""]
 
 
 def _trainer_costs() -> Iterator[list[str]]:
-    report = report_of(ULTRALYTICS)
+    report = facts_of(ULTRALYTICS)
     if report:
         size, times = report["size"], report["milliseconds"]
         names = [size[side].removesuffix(".yaml").replace("yolo", "YOLO") for side in ("student", "teacher")]
@@ -186,12 +165,12 @@ def _trainer_costs() -> Iterator[list[str]]:
 def scaling() -> str:
     """How time grows with the map, without pooling."""
     report = report_of(MICROBENCH)
-    return tables.scaling_table(report["scaling"]) if report and report["scaling"] else NOT_YET
+    return (tables.growth_table(report.rows) if report else "") or NOT_YET
 
 
 def sweep() -> str:
     report = report_of(SWEEP)
-    return f"{tables.provenance(report)}\n\n{tables.sweep_table(report['results'])}" if report else NOT_YET
+    return f"{tables.provenance(report.facts)}\n\n{tables.sweep_table(report.rows)}" if report else NOT_YET
 
 
 def small() -> str:
@@ -199,25 +178,25 @@ def small() -> str:
     report = report_of(SMALL)
     if report is None:
         return NOT_YET
-    grid = {}
-    for entry in report["entries"]:
-        if "row" in entry:
-            grid.setdefault(entry["row"], {})[entry["threads"], entry["dtype"]] = entry["peers"]
-    states = list(dict.fromkeys(state for row in grid.values() for state in row))
+    rows = report.rows.dropna(subset="row")
+    states = list(rows.groupby(["threads", "dtype"], sort=False).groups)
+    cells = rows.groupby(["row", "threads", "dtype"]).apply(small_cell)
+    lines = [[row, *(cells.get((row, *state), "-") for state in states)] for row in rows["row"].unique()]
     header = ["pyramid", *(f"{dtype}, {threads} thread{'s'[: threads - 1]}" for threads, dtype in states)]
-    rows = [[name, *(small_cell(row.get(state)) for state in states)] for name, row in grid.items()]
-    return f"`python -m benchmarks.small`: {tables.machine(report['environment'])}.\n\n{table(header, rows)}"
+    machine = tables.machine(report.facts["environment"])
+    return f"`python -m benchmarks.small`: {machine}.\n\n{table(header, lines)}"
 
 
-def small_cell(peers: dict | None) -> str:
-    if peers is None:
-        return "-"
-    ratios = " / ".join(f"{1 / peers[name]['ratio']:.2f}" for name in ("reference", "mmrazor") if name in peers)
-    return f"{ratios} ({peers['fbkd_ops']['median']:.3g} ms)"
+def small_cell(found: pd.DataFrame) -> str:
+    peers = found.set_index("peer")
+    ratios = " / ".join(
+        f"{1 / peers.at[name, 'times_first']:.2f}" for name in ("reference", "mmrazor") if name in peers.index
+    )
+    return f"{ratios} ({peers.at['fbkd_ops', 'ms']:.3g} ms)"
 
 
 def ultralytics_step() -> str:
-    report = report_of(ULTRALYTICS)
+    report = facts_of(ULTRALYTICS)
     if report is None:
         return NOT_YET
     times, size = report["milliseconds"], report["size"]
@@ -229,23 +208,26 @@ def ultralytics_step() -> str:
 def slower() -> str:
     """Where fbkd_ops loses to a peer, in all results of the CPU."""
     reports = [report for report in map(report_of, (MICROBENCH, SWEEP)) if report]
-    return tables.slower_table(reports) if reports else NOT_YET
+    return tables.slower_table(pd.concat([report.rows for report in reports])) if reports else NOT_YET
 
 
-def gpu_folder(file: str) -> str | None:
-    """The newest folder of results of ``make gpu`` that has a file, other than of a dry run."""
-    facts = {path.parent.name: json.loads(path.read_text())["environment"] for path in RESULTS.glob(f"*/{file}")}
-    dates = {name: environment["date"] for name, environment in facts.items() if "gpu" in environment}
-    return max(dates, key=dates.get, default=None)
+def gpu_folder(file: str) -> str:
+    """The newest folder of results of ``make gpu`` that has a file, other than of a dry run; empty without one."""
+    dates = {}
+    for path in RESULTS.glob(f"*/{Path(file).stem}.json"):
+        environment = json.loads(path.read_text())["environment"]
+        if "gpu" in environment:
+            dates[path.parent.name] = environment["date"]
+    return max(dates, key=dates.get, default="")
 
 
 def gpu() -> str:
     """Everything that ``make gpu`` found out."""
     stages, benchmark = gpu_folder(STAGES), gpu_folder(GPU_BENCH)
-    parts = [tables.stage_tables(report_of(f"{stages}/{STAGES}"))] if stages else []
+    parts = [tables.stage_tables(facts_of(f"{stages}/{STAGES}"))] if stages else []
     if benchmark:
         report = report_of(f"{benchmark}/{GPU_BENCH}")
-        parts += [tables.provenance(report), tables.suite_tables(report["results"]), pictures(benchmark)]
+        parts += [tables.provenance(report.facts), tables.suite_tables(report.rows), pictures(benchmark)]
     return "\n\n".join(parts) or NOT_YET_ON_A_GPU
 
 
@@ -253,61 +235,54 @@ def gpu_headline() -> str:
     report = report_of(f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}")
     if report is None:
         return NOT_YET_ON_A_GPU
-    return f"{tables.machine(report['environment'])}:\n\n{tables.comparisons(report['results'])}"
+    return f"{tables.machine(report.facts['environment'])}:\n\n{tables.comparisons(report.rows)}"
 
 
-def drawn_reports() -> dict[str, dict]:
-    """The reports whose pictures stand in the documentation, by the pictures' name."""
-    files = {Path(file).stem: file for file in (MICROBENCH, SWEEP)}
-    if folder := gpu_folder(GPU_BENCH):
-        files[folder] = f"{folder}/{GPU_BENCH}"
-    reports = {name: report_of(file) for name, file in files.items()}
-    return {name: report for name, report in reports.items() if report}
+def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
+    """The reports whose pictures stand in the documentation, by the pictures' name, and which kinds.
+
+    Of a sweep that is the growth alone: a bar or a point for each of its sizes would be too many.
+    """
+    files = {MICROBENCH: plots.KINDS, SWEEP: ["growth"], f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}": plots.KINDS}
+    reports = {Path(file): (report_of(file), kinds) for file, kinds in files.items()}
+    return {path.parent.name or path.stem: drawn for path, drawn in reports.items() if drawn[0]}
 
 
-def drawn_kinds(name: str) -> tuple[str, ...]:
-    """Of a sweep a page has the growth alone: a bar or a point for each of its sizes would be too many."""
-    return ("growth",) if name == Path(SWEEP).stem else tuple(plots.KINDS)
-
-
-def pictures(name: str, folder: str = "images", kinds: Container[str] = ()) -> str:
+def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
     """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
-    report = drawn_reports().get(name)
-    if report is None:
+    if name not in drawn_reports():
         return NOT_YET
-    files = plots.pictures(report, name, kinds or drawn_kinds(name))
+    report, drawn = drawn_reports()[name]
+    files = plots.pictures(report, name, kinds or drawn)
     return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
 
 
 def stale_pictures() -> list[str]:
     """Names of the reports that have a picture that is not there or is of another result."""
-
-    def has_stale(name: str, report: dict) -> bool:
-        files = plots.pictures(report, name, drawn_kinds(name)).values()
-        return any(plots.is_stale(IMAGES / file, report) for file in files)
-
-    return [name for name, report in drawn_reports().items() if has_stale(name, report)]
+    return [
+        name
+        for name, (report, kinds) in drawn_reports().items()
+        if any(plots.is_stale(IMAGES / file, report) for file in plots.pictures(report, name, kinds).values())
+    ]
 
 
 def compiled_code() -> str:
-    report = report_of("code.json")
-    return tables.code_tables(report) if report else "Not yet compiled."
+    report = report_of("code.csv")
+    return tables.code_tables(*report) if report else "Not yet compiled."
 
 
 def predicted() -> str:
     """What benchmarks.gpu_model predicts now, and predicted first."""
-    report, before = report_of("gpu-model.json"), report_of("gpu-model-before.json")
-    if report is None:
-        return "Not yet predicted."
-    return gpu_model_tables.model_tables(report, before)
+    report, before = report_of("gpu-model.csv"), report_of("gpu-model-before.csv")
+    return gpu_model_tables.model_tables(report, before) if report else "Not yet predicted."
 
 
 def passes() -> str:
-    path = RESULTS / "passes.json"
-    if not path.exists():
-        return "Not yet measured."
+    found = facts_of("passes.json")
+    if found is None:
+        return NOT_YET
     rows = []
-    for terms, backends in json.loads(path.read_text()).items():
+    for terms, backends in found.items():
         ours, literal = backends["auto"], backends["reference"]
         ops = ", ".join(f"`{op.split('.')[-2]}`" for op in (*ours["forward"], *ours["backward"]))
         rows.append([terms, str(len(ours["forward"])), str(len(ours["backward"])), ops, str(len(literal["backward"]))])
@@ -317,7 +292,7 @@ def passes() -> str:
 
 def fuzz() -> str:
     """How many random calls were compared, and how many failed."""
-    report = report_of(FUZZ)
+    report = facts_of(FUZZ)
     if report is None:
         return NOT_YET
     rows = [
@@ -357,66 +332,22 @@ def code_lines(source: str) -> int:
     return sum(bool(line.strip()) for line in source.splitlines())
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "presets": presets,
-    "normalization": normalization,
-    "frameworks": frameworks,
-    "commands": commands,
-    "costs": costs,
-    "headline_picture": lambda: pictures("cpu-microbench", "docs/images", {"speedup"}),
-    "gpu_headline": gpu_headline,
-    "microbench": microbench,
-    "pictures": lambda: pictures("cpu-microbench"),
-    "train_step": lambda: suites(STEP),
-    "ops": lambda: suites(OPS),
-    "losses": lambda: suites(LOSSES),
-    "losses_summary": lambda: summary(LOSSES),
-    "scaling": scaling,
-    "sweep": sweep,
-    "sweep_pictures": lambda: pictures("cpu-sweep"),
-    "small": small,
-    "ultralytics_step": ultralytics_step,
-    "slower": slower,
-    "gpu": gpu,
-    "predicted": predicted,
-    "compiled_code": compiled_code,
-    "passes": passes,
-    "fuzz": fuzz,
-}
+def main(arguments: list[str]) -> int:
+    """Draw what is out of date and fill the pages; ``--check`` and all else are options of cog."""
+    from cogapp import Cog
 
-
-def rendered(text: str) -> str:
-    """``text`` with the inside of every block replaced."""
-
-    def fill(match: re.Match) -> str:
-        name = match.group(1)
-        if name not in BLOCKS:
-            raise SystemExit(f"unknown block {name!r}, expected one of {', '.join(BLOCKS)}")
-        return f"<!-- {name}: written by make docs -->\n{BLOCKS[name]()}\n<!-- /{name} -->"
-
-    return re.sub(r"<!-- (\w+)(?:: [^>]*)? -->.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where a file is out of date")
-    arguments = parser.parse_args()
-    stale = stale_pictures()
-    if not arguments.check:
-        for name in stale:
-            plots.draw(drawn_reports()[name], IMAGES, name, drawn_kinds(name))
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        before = path.read_text()
-        after = rendered(before)
-        if after == before:
-            continue
-        stale.append(str(path.relative_to(ROOT)))
-        if not arguments.check:
-            path.write_text(after)
-    if stale:
-        print(("out of date: " if arguments.check else "updated: ") + ", ".join(stale))
-    sys.exit(bool(stale) and arguments.check)
+    check, stale = "--check" in arguments, stale_pictures()
+    for name in stale:
+        print(f"pictures of {name} are out of date")
+        if not check:
+            report, kinds = drawn_reports()[name]
+            plots.draw(report, IMAGES, name, kinds)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [str(page) for page in pages if "[[[cog" in page.read_text()]
+    options = ["-e", "-I", str(ROOT / "docs"), "-p", "import render", *([] if check else ["-r"])]
+    code = Cog().main(["cog", *options, *arguments, *pages])
+    return code or int(check and bool(stale))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

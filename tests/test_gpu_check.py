@@ -15,10 +15,10 @@ import pytest
 import torch
 from op_cases import INTERPRETER, NO_CPU, NO_CUDA, NO_TRITON
 
-from benchmarks import environment
+from benchmarks import environment, results
 from fbkd_ops import backends
 from scripts.gpu import __main__ as gpu_check
-from scripts.gpu import op_calls, parsers, processes, shard, smoke, stages, triton_cache
+from scripts.gpu import op_calls, parsers, processes, smoke, stages, triton_cache
 from scripts.gpu.processes import Done
 from scripts.gpu.stages import Context, Outcome, Stage
 
@@ -28,21 +28,14 @@ MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
 =========     at masked_l2_sums(float *, int)+0x2d0
-=========     by thread (33,0,0) in block (1,0,0)
-=========     Address 0x7f5c4e000084 is out of bounds
-=========     and is 1 bytes after the nearest allocation at 0x7f5c4e000000 of size 132 bytes
-=========
 ========= Invalid __global__ write of size 4 bytes
 =========     at masked_l2_sums(float *, int)+0x2d0
-=========     by thread (34,0,0) in block (1,0,0)
-=========
 ========= ERROR SUMMARY: 2 errors
 """
 RACECHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at attention_pool_sums(float *)+0x120
 =========     and Read access at attention_pool_sums(float *)+0x1a0 [12 hazards]
-=========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 CLEAN = {
@@ -51,134 +44,89 @@ CLEAN = {
     "initcheck": "========= ERROR SUMMARY: 0 errors\n",
 }
 UNSUPPORTED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to the release notes\n"
-COLUMNS = (
-    '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size",'
-    '"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"'
-)
-
-
-def ncu_line(number, kernel, metric, unit, value):
-    where = f'"{number}","71","python3","127.0.0.1","{kernel}","1","7","(256, 1, 1)","(132, 1, 1)","0","9.0"'
-    return f'{where},"Command line profiler metrics","{metric}","{unit}","{value}"'
+COLUMNS = '"ID","Kernel Name","Block Size","Metric Name","Metric Unit","Metric Value"'
 
 
 def ncu_launch(number, kernel, dram, warps, nanoseconds):
-    shares = dict.fromkeys(name for name in parsers.NCU_METRICS if name != "us")
-    values = {name: ("%", "25.0") for name in shares} | {"dram_percent": ("%", dram), "warps_percent": ("%", warps)}
-    values |= {"us": ("ns", nanoseconds)}
-    return [ncu_line(number, kernel, parsers.NCU_METRICS[name], *value) for name, value in values.items()]
+    values = dict.fromkeys(parsers.NCU_METRICS, "25.0") | {"dram_percent": dram, "warps_percent": warps}
+    values |= {"us": nanoseconds}
+    where = f'"{number}","{kernel}","(256, 1, 1)"'
+    return [f'{where},"{parsers.NCU_METRICS[name]}","unit","{value}"' for name, value in values.items()]
 
 
 NCU = "\n".join(
     [
         "==PROF== Connected to process 71 (/usr/bin/python3)",
-        '==PROF== Profiling "attention_pool_sums": 0%....50%....100% - 2 passes',
         "the program's own line",
-        "==PROF== Disconnected from process 71",
         COLUMNS,
         *ncu_launch(0, "void fbkd::cuda::attention_pool_sums<float, 4>(float *, int)", "80.0", "50.0", "1,000"),
         *ncu_launch(1, "attention_pool_sums", "90.0", "70.0", "3,000"),
         *ncu_launch(2, "sum_tiles", "n/a", "40.0", "12,500"),
     ]
 )
-FORBIDDEN = (
-    "==PROF== Connected to process 71 (/usr/bin/python3)\n==ERROR== ERR_NVGPUCTRPERM - The user does not have "
-    "permission to access NVIDIA GPU Performance Counters on the target device 0.\n"
-)
-JUNIT = """\
-<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="pytest" errors="1" failures="1" skipped="2" tests="5">
-<testcase classname="tests.test_a" name="test_passes[cuda]" time="0.1" />
-<testcase classname="tests.test_a" name="test_fails[cuda]" time="0.1"><failure message="assert 1 == 2&#10;more">trace</failure></testcase>
-<testcase classname="tests.test_a" name="test_breaks" time="0.1"><error message="no fixture">trace</error></testcase>
-<testcase classname="tests.test_a" name="test_b" time="0"><skipped type="pytest.skip" message="cuda library is missing">x</skipped></testcase>
-<testcase classname="tests.test_a" name="test_c" time="0"><skipped type="pytest.skip" message="cuda library is missing">x</skipped></testcase>
-</testsuite></testsuites>
-"""  # noqa: E501
+FORBIDDEN = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters\n"
 
 
 # Parsers
 
 
-def test_sanitizer_summaries_are_added_up():
-    assert parsers.sanitizer_problems(MEMCHECK) == 2
-    assert parsers.sanitizer_problems(RACECHECK) == 1
-    assert parsers.sanitizer_problems(MEMCHECK + RACECHECK) == 3
-    assert [parsers.sanitizer_problems(text) for text in CLEAN.values()] == [0, 0, 0]
-    assert parsers.sanitizer_problems("========= COMPUTE-SANITIZER\nSegmentation fault\n") is None
+def test_a_sanitizer_is_clean_when_it_ended_and_found_nothing():
+    assert all(map(parsers.is_clean, CLEAN.values()))
+    assert not any(map(parsers.is_clean, (MEMCHECK, RACECHECK, "========= COMPUTE-SANITIZER\nSegmentation fault\n")))
+    found = ["Invalid __global__ write of size 4 bytes", "at masked_l2_sums(float *, int)+0x2d0"]
+    assert [line.strip() for line in parsers.findings(MEMCHECK)] == [*found, "ERROR SUMMARY: 2 errors"]
 
 
-def test_sanitizer_findings_name_what_and_where_once():
-    (finding,) = parsers.sanitizer_findings(MEMCHECK)
-    assert finding == "Invalid __global__ write of size 4 bytes at masked_l2_sums(float *, int)+0x2d0"
-    (race,) = parsers.sanitizer_findings(RACECHECK)
-    assert race == "Error: Race reported between Write access at attention_pool_sums(float *)+0x120"
-    assert parsers.sanitizer_findings(CLEAN["racecheck"]) == []
+@pytest.mark.parametrize("output", [UNSUPPORTED, FORBIDDEN, "==ERROR== Failed to initialize the profiler: X\n"])
+def test_what_keeps_the_tools_from_working(output):
+    assert parsers.obstacle(output) and not parsers.obstacle(MEMCHECK) and not parsers.obstacle(NCU)
 
 
-def test_what_keeps_the_tools_from_working():
-    assert parsers.sanitizer_obstacle(UNSUPPORTED) == "Device not supported"
-    assert not parsers.sanitizer_obstacle(MEMCHECK)
-    assert "ERR_NVGPUCTRPERM" in parsers.ncu_obstacle(FORBIDDEN)
-    assert "LibraryNotLoaded" in parsers.ncu_obstacle("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n")
-    assert not parsers.ncu_obstacle(NCU)
-
-
-def test_ncu_launches():
+def test_ncu_launches_are_weighed_by_time():
     rows = parsers.ncu_rows(NCU)
-    assert [row["kernel"] for row in rows] == ["attention_pool_sums", "attention_pool_sums", "sum_tiles"]
     others = {"l2_percent": 25.0, "sm_percent": 25.0}
     assert rows[0] == {"kernel": "attention_pool_sums", "dram_percent": 80.0, "warps_percent": 50.0, "us": 1.0} | others
     assert rows[2] == {"kernel": "sum_tiles", "dram_percent": None, "warps_percent": 40.0, "us": 12.5} | others
-    assert parsers.ncu_rows(FORBIDDEN) == parsers.ncu_rows("") == []
-
-
-@pytest.mark.parametrize("unit, microseconds", [("nsecond", 0.002), ("us", 2.0), ("msecond", 2000.0), ("second", 2e6)])
-def test_ncu_units_of_time(unit, microseconds):
-    line = ncu_line(0, "k", parsers.NCU_METRICS["us"], unit, "2")
-    assert parsers.ncu_rows(f"{COLUMNS}\n{line}")[0]["us"] == pytest.approx(microseconds)
-
-
-def test_kernels_weigh_their_launches_by_time():
-    table = parsers.kernel_table(parsers.ncu_rows(NCU))
+    assert parsers.ncu_rows(FORBIDDEN) == []
+    table = parsers.kernel_table(rows)
     assert list(table) == ["sum_tiles", "attention_pool_sums"]  # the longest first
-    expected = {"launches": 2, "us": 4.0, "dram_percent": 87.5, "l2_percent": 25.0, "sm_percent": 25.0}
-    assert table["attention_pool_sums"] == expected | {"warps_percent": 65.0}
-    assert table["sum_tiles"]["dram_percent"] is None
+    expected = {"launches": 2, "us": 4.0, "dram_percent": 87.5, "warps_percent": 65.0} | others
+    assert table["attention_pool_sums"] == expected and table["sum_tiles"]["dram_percent"] is None
+    without = {"kernel": "k"} | dict.fromkeys(parsers.NCU_METRICS) | {"dram_percent": 5.0}
+    assert parsers.kernel_table([without])["k"]["dram_percent"] is None
 
 
-def test_kernel_without_a_time():
-    row = {"kernel": "k"} | dict.fromkeys(parsers.NCU_METRICS) | {"dram_percent": 5.0}
-    shares = dict.fromkeys(name for name in parsers.NCU_METRICS if name != "us")
-    assert parsers.kernel_table([row])["k"] == {"launches": 1, "us": 0} | shares
+OUTCOMES = """
+import pytest
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2, "unequal"
+
+def test_breaks(no_such_fixture):
+    pass
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_skips(number):
+    pytest.skip("no library")
+"""
 
 
-def test_junit_results(tmp_path):
-    path = tmp_path / "tests.xml"
-    assert parsers.tests_in(path) is None
-    path.write_text(JUNIT[:200])
-    assert parsers.tests_in(path) is None
-    path.write_text(JUNIT)
-    tests = parsers.tests_in(path)
-    assert tests.counts == {"passed": 1, "failed": 2, "skipped": 2}
-    assert tests.failures["tests.test_a::test_fails[cuda]"].startswith("assert 1 == 2")
-    assert tests.failures["tests.test_a::test_breaks"] == "no fixture"
-    assert tests.skips == {"cuda library is missing": 2}
-
-
-def test_modules_that_skip_themselves_are_no_failures(tmp_path, on_gpu):
-    """As pytest writes them; a module that cannot be imported is a failure."""
+def test_results_of_pytest(tmp_path):
+    """As pytest writes them, beside a module that skips itself when it is imported and one that cannot be imported."""
+    (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
     (tmp_path / "test_absent.py").write_text("import pytest\npytest.importorskip('no_such_framework')\n")
-    (tmp_path / "test_present.py").write_text("def test_passes():\n    pass\n")
-    results = tmp_path / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    command += [f"--junitxml={results}", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    tests = parsers.tests_in(results)
-    assert tests.counts == {"passed": 1, "modules skipped": 1} and not tests.skips, done.stdout
-    assert stages.judged(on_gpu, [Done(command, done.stdout, done.returncode)], [tests]).status == "ok"
     (tmp_path / "test_broken.py").write_text("import no_such_framework\n")
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
-    assert parsers.tests_in(results).counts == {"passed": 1, "modules skipped": 1, "failed": 1}
+    path = tmp_path / "tests.xml"
+    assert not parsers.tests_in(path)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    subprocess.run([*command, f"--junitxml={path}", str(tmp_path)], cwd=tmp_path, capture_output=True)
+    expected = {"passed": 1, "modules skipped": 1, "failure": 1, "error": 2, "skipped": 2}
+    assert parsers.tests_in(path) == expected
+    path.write_text('<testsuites><testsuite><testcase time="0.0" /></testsuite></testsuites>')
+    assert not parsers.tests_in(path)  # of a test that did not end
 
 
 def test_stages_ignore_no_test_that_needs_a_gpu():
@@ -186,8 +134,6 @@ def test_stages_ignore_no_test_that_needs_a_gpu():
         path = ROOT / ignored
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
         assert files and not [file for file in files if re.search(r"mark\.gpu|\bcases import", file.read_text())]
-    for selection in (stages.MAIN_TESTS, stages.MORE_TESTS, stages.OP_CHECKS):
-        assert {f"--ignore={path}" for path in stages.WITHOUT_GPU} < set(selection.paths)
 
 
 def test_library_states():
@@ -195,27 +141,22 @@ def test_library_states():
     assert parsers.library_states(info) == {"cpu": "loaded", "cuda": "not built: no nvcc"}
 
 
-def benchmark(status="ok", complete=True):
-    step = {"ms": {"median": 1.5}, "gb_s": 2000.0, "ceiling_percent": 80.0, "speed_vs_eager": {"median": 3.0}}
-    peers = {"eager": {"status": "failed: of no interest"}, "fbkd_ops": {"status": "ok", "step": step}}
-    peers["fbkd_ops:cuda"] = {"status": status}
-    table = {"suite": "attention_pool", "case": {"title": "P2 float32 contiguous"}, "state": "graphs", "peers": peers}
-    return {"results": [table], "complete": complete}
+def benchmark_rows(status="ok", date="a", suite="attention_pool"):
+    place = {"date": date, "suite": suite, "case": "P2", "state": "graphs", "pass": "step"}
+    figures = {"ms": 1.5, "gb_s": 2000.0, "ceiling_percent": 80.0, "vs_baseline": 3.0}
+    rows = [("eager", "failed: of no interest", {}), ("fbkd_ops", "ok", figures), ("fbkd_ops:cuda", status, {})]
+    return [place | {"peer": peer, "status": why} | found for peer, why, found in rows]
 
 
-def test_benchmark_figures_and_failures():
+def test_benchmark_figures_and_failures(tmp_path):
+    path = tmp_path / "x.csv"
+    results.write(path, {}, benchmark_rows("WRONG with gradients: off"))
+    rows = results.text_rows(path)
     figures = {"ms": 1.5, "gb_s": 2000.0, "ceiling_percent": 80.0, "times_as_fast": 3.0}
-    assert parsers.step_times(benchmark()) == {"attention_pool, P2 float32 contiguous, graphs": figures}
-    both = benchmark()
-    both["results"].append(both["results"][0] | {"state": "eager"})
-    assert [title.split(", ")[-1] for title in parsers.step_times(both)] == ["graphs", "eager"]
-    without_cost = benchmark()
-    without_cost["results"][0]["peers"]["fbkd_ops"]["step"] |= {"gb_s": None, "ceiling_percent": None}
-    (figures,) = parsers.step_times(without_cost).values()
-    assert figures == {"ms": 1.5, "gb_s": None, "ceiling_percent": None, "times_as_fast": 3.0}
-    assert parsers.failed_rows(benchmark()) == []
-    (failed,) = parsers.failed_rows(benchmark("WRONG with gradients: off"))
-    assert failed == "attention_pool, P2 float32 contiguous, graphs, fbkd_ops:cuda: WRONG with gradients: off"
+    assert parsers.step_times(rows) == {"attention_pool, P2, graphs": figures}
+    assert parsers.failed_rows(rows) == ["attention_pool, P2, graphs, fbkd_ops:cuda: WRONG with gradients: off"]
+    (figures,) = parsers.step_times([rows[1] | {"gb_s": ""}]).values()
+    assert "gb_s" not in figures and parsers.failed_rows(rows[:2]) == []
 
 
 # Stages, on made-up output of their commands
@@ -231,19 +172,23 @@ def on_gpu(tmp_path):
     return context_in(tmp_path, dry=False)
 
 
+def done(output="", returncode=0, timed_out=False):
+    return Done(["command"], output, returncode, timed_out)
+
+
 @pytest.fixture
 def answer(monkeypatch):
-    """Lets commands end with given outputs, one each, and keeps what was asked for."""
+    """Lets each command end as ``reply`` says; returns what was asked for. Every tool is there."""
 
-    def prepare(*outputs, returncode=0, timed_out=False):
+    def prepare(reply):
         calls = []
 
         def run_together(commands, seconds, folder, variables):
             calls.append(SimpleNamespace(commands=commands, seconds=seconds, variables=variables))
-            texts = outputs if len(outputs) == len(commands) else outputs[len(calls) - 1 :][:1]
-            return [Done(command, text, returncode, timed_out) for command, text in zip(commands, texts, strict=True)]
+            return [reply(command) for command in commands]
 
         monkeypatch.setattr(stages, "run_together", run_together)
+        monkeypatch.setattr(stages, "tool", lambda name: name)
         return calls
 
     return prepare
@@ -251,271 +196,214 @@ def answer(monkeypatch):
 
 def test_commands_find_the_source_tree_first_and_are_logged(on_gpu, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    (done,) = on_gpu.run([python("import os; print(os.getcwd(), os.environ['PYTHONPATH'])")], 60)
-    assert done.output == f"{ROOT} {ROOT}{os.pathsep}/elsewhere\n"
+    (ended,) = on_gpu.run([python("import os; print(os.getcwd(), os.environ['PYTHONPATH'])")], 60)
+    assert ended.output == f"{ROOT} {ROOT}{os.pathsep}/elsewhere\n"
     log = (on_gpu.out / "log.txt").read_text()
-    assert log.startswith(f"$ {sys.executable} -c ") and log.endswith(f"{done.output}\n[done]\n\n")
+    assert log.startswith(f"$ {sys.executable} -c ") and log.endswith(f"{ended.output}\n[done]\n\n")
 
 
-INFO = "cpu library   loaded\ncuda library  {}\n"
-
-
-def test_build_is_for_the_gpu_that_is_there(on_gpu, answer, monkeypatch):
+@pytest.mark.parametrize("archs, expected", [(None, "9.0"), ("8.0;9.0", "8.0;9.0")])
+def test_build_is_for_the_gpu_that_is_there(on_gpu, answer, monkeypatch, archs, expected):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if archs:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
     monkeypatch.setattr(stages, "architecture", lambda: "9.0")
-    calls = answer("built", INFO.format("loaded"))
+    calls = answer(lambda command: done("cpu library   loaded\ncuda library  loaded\n"))
     assert stages.build(on_gpu, 100).status == "ok"
-    install = calls[0]
-    assert install.variables["TORCH_CUDA_ARCH_LIST"] == "9.0" and install.variables["FBKD_OPS_CUDA"] == "1"
-    assert {"--no-build-isolation", "--no-deps", "-e"} <= set(install.commands[0])
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    calls = answer("built", INFO.format("loaded"))
-    stages.build(on_gpu, 100)
-    assert calls[0].variables["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
+    assert calls[0].variables["TORCH_CUDA_ARCH_LIST"] == expected and calls[0].variables["FBKD_OPS_CUDA"] == "1"
+    assert {"--no-build-isolation", "--no-deps", "-e"} <= set(calls[0].commands[0])
 
 
 def test_build_fails_with_pip_and_with_a_library_that_does_not_load(on_gpu, answer):
-    answer("nvcc: fatal", returncode=1)
-    outcome = stages.build(on_gpu, 100)
-    assert outcome.status == "failed" and outcome.why == ["exit status 1", "nvcc: fatal"]
-    answer("built", INFO.format("broken: undefined symbol"))
+    answer(lambda command: done("nvcc: fatal", 1))
+    assert stages.build(on_gpu, 100).why == ["exit status 1", "nvcc: fatal"]
+    answer(lambda command: done("cpu library   loaded\ncuda library  broken: undefined symbol\n"))
     outcome = stages.build(on_gpu, 100)
     assert outcome.status == "failed" and outcome.why == ["the cuda library is broken: undefined symbol"]
 
 
-def junit_stage(context, done):
-    """The outcome of one share of tests that left JUNIT."""
-    path = context.scratch / "tests-1.xml"
-    path.write_text(JUNIT)
-    return stages.judged(context, [done], [parsers.tests_in(path)])
-
-
-def test_failed_and_skipped_tests_fail_a_stage(on_gpu):
-    outcome = junit_stage(on_gpu, Done(["pytest", "--shard=1/1", "--junitxml=x"], "", 1))
-    assert outcome.status == "failed" and outcome.figures == {"passed": 1, "failed": 2, "skipped": 2}
-    assert "tests.test_a::test_fails[cuda]: assert 1 == 2" in outcome.why
-    assert "skipped 2: cuda library is missing" in outcome.why
-    assert "assert 1 == 2\nmore" in (on_gpu.out / "log.txt").read_text()
-
-
-def passed(count=1):
-    return parsers.Tests(counts=parsers.Counter(passed=count))
-
-
-PYTEST = ["pytest", "--shard=2/8", "--junitxml=x"]
+PASSED = '<testcase name="a" />'
+FAILED = '<testcase name="b"><failure message="no" /></testcase>'
+SKIPPED = '<testcase name="c"><skipped message="no library" /></testcase>'
 
 
 @pytest.mark.parametrize(
-    "done, part, why",
+    "cases, ended, why",
     [
-        (Done(PYTEST, "fatal error", -11), None, ["exit status -11: --shard=2/8", "fatal error", "no test passed"]),
-        (Done(PYTEST, "slow", 1, True), passed(), ["out of time: --shard=2/8", "slow"]),
-        (Done(PYTEST, "usage", 4), passed(), ["exit status 4: --shard=2/8", "usage"]),
-        (Done(PYTEST, "", 5), passed(0), ["no test passed"]),
-        (Done(PYTEST, "", 0), passed(), []),
+        (PASSED, done(), []),
+        (PASSED + FAILED, done("FAILED b", 1), ["exit status 1", "FAILED b"]),
+        (PASSED + SKIPPED, done("SKIPPED [1] no library"), ["1 tests skipped", "SKIPPED [1] no library"]),
+        (PASSED, done("slow", 1, True), ["out of time", "slow"]),
+        ("", done("", 5), ["exit status 5"]),
+        (SKIPPED, done(), ["no test passed", "1 tests skipped"]),
+        (None, done("fatal error", -11), ["exit status -11", "fatal error"]),
     ],
 )
-def test_how_pytest_may_end(on_gpu, done, part, why):
-    outcome = stages.judged(on_gpu, [done], [part])
+def test_how_pytest_may_end(on_gpu, answer, cases, ended, why):
+    def reply(command):
+        if cases is not None:
+            path = next(word for word in command if word.startswith("--junitxml=")).partition("=")[2]
+            Path(path).write_text(f"<testsuites>{cases}</testsuites>")
+        return ended
+
+    answer(reply)
+    outcome = stages.STAGES["test"].run(on_gpu, 100)
     assert outcome.why == why and outcome.status == ("failed" if why else "ok")
 
 
-def test_an_empty_share_beside_others_is_no_failure(on_gpu):
-    assert stages.judged(on_gpu, [Done(PYTEST, "", 0), Done(PYTEST, "", 5)], [passed(), passed(0)]).status == "ok"
+def test_gpu_tests_are_selected_once(on_gpu, answer):
+    """Together the two stages run every test that is marked, none of them twice."""
+    calls = answer(lambda command: done())
+    for name in ("test", "more_tests"):
+        stages.STAGES[name].run(on_gpu, 100)
+    first, second = (call.commands[0] for call in calls)
+    assert first[first.index("-k") + 1] == f"not ({second[second.index('-k') + 1]})"
+    for command in (first, second):
+        assert command[command.index("-m", 3) + 1] == "gpu" and "tests" in command
 
 
-def test_gpu_tests_are_selected_once():
-    """Together the four stages run every test that is marked, none of them twice."""
-    chosen = [stages.MAIN_TESTS, stages.MORE_TESTS, stages.OP_CHECKS, stages.GRAPHS]
-    named = [("a", "test_layouts"), ("a", "test_opcheck"), ("a", "test_gradcheck"), ("cuda_graph", "test_x")]
-    named += [("masked_l2", "test_layouts"), ("masked_l2", "test_opcheck"), ("adapted_masked_l2", "test_layouts")]
-    for file, name in named:
-        path = f"tests/test_{file}.py"
-        there = [selection for selection in chosen if selection.paths[0] in ("tests", path)]
-        assert sum(matches(selection.names, f"{path}::{name}") for selection in there) == 1, name
+def sanitized(results):
+    """Ends each tool as ``results`` has it by tool and backend, the others clean."""
+    return lambda command: results.get((command[2], command[-1])) or done(CLEAN[command[2]])
 
 
-def matches(expression, name):
-    """As ``pytest -k`` decides it."""
-    word = r"\b(?!not\b|and\b|or\b)\w+"
-    return not expression or eval(re.sub(word, lambda found: str(found.group() in name), expression))
-
-
-def test_shares_are_a_partition():
-    items = [f"test_{number}" for number in range(11)]
-    shares = []
-    for number in range(1, 5):
-        chosen, dropped = list(items), []
-        hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))
-        config = SimpleNamespace(getoption=lambda name, n=number: shard.share(f"{n}/4"), hook=hook)
-        shard.pytest_collection_modifyitems(config, chosen)
-        assert sorted(chosen + dropped) == sorted(items)
-        shares += chosen
-    assert sorted(shares) == sorted(items)
-    with pytest.raises(ValueError, match="5/4"):
-        shard.share("5/4")
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """Every tool is on PATH; ``results`` has what a command prints by tool and backend, or how it ends."""
-    calls, results = [], {}
-
-    def run_together(commands, seconds, folder, variables):
-        calls.append(SimpleNamespace(commands=commands, seconds=seconds, variables=variables))
-        return [results.get((command[2], command[-1])) or Done(command, CLEAN[command[2]], 0) for command in commands]
-
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    monkeypatch.setattr(stages, "run_together", run_together)
-    return SimpleNamespace(calls=calls, results=results)
-
-
-def test_sanitizer_runs_every_tool_on_every_backend(on_gpu, tools):
+def test_sanitizer_runs_every_tool_on_every_backend(on_gpu, answer):
     """The CUDA kernels first, of these memcheck, and Triton's last."""
+    calls = answer(sanitized({}))
     outcome = stages.sanitizer(on_gpu, 100)
-    rounds = [[f"{command[2]}_{command[-1]}" for command in call.commands] for call in tools.calls]
+    rounds = [[f"{command[2]}_{command[-1]}" for command in call.commands] for call in calls]
     assert rounds == [
         ["memcheck_cuda"],
         ["racecheck_cuda", "initcheck_cuda"],
         ["memcheck_triton"],
         ["racecheck_triton", "initcheck_triton"],
     ]
-    assert outcome.status == "ok" and outcome.figures == dict.fromkeys(sum(rounds, []), 0)
-    assert all(call.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for call in tools.calls)
-    assert all(call.seconds <= 100 for call in tools.calls)
+    assert outcome.status == "ok" and outcome.figures == dict.fromkeys(sum(rounds, []), "clean")
+    assert all(call.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for call in calls)
+    assert all(call.seconds <= 100 for call in calls)
 
 
-def test_sanitizer_reports_what_it_found(on_gpu, tools):
-    tools.results["memcheck", "cuda"] = Done([], MEMCHECK, 0)
-    tools.results["racecheck", "triton"] = Done([], RACECHECK, 0)
-    tools.results["initcheck", "cuda"] = Done([], "killed", -9)
-    outcome = stages.sanitizer(on_gpu, 100)
-    assert outcome.status == "failed"
-    assert outcome.figures["memcheck_cuda"] == 2 and outcome.figures["racecheck_triton"] == 1
-    assert outcome.figures["initcheck_cuda"] is None
-    assert any("masked_l2_sums" in line for line in outcome.why) and "killed" in outcome.why
+def late(output):
+    return done(output, -9, True)
 
 
-def test_sanitizer_says_what_it_had_no_time_for(on_gpu, tools):
-    """That is no failure; what the others have found still is."""
-    tools.results["memcheck", "triton"] = Done([], "compiling", -9, timed_out=True)
-    outcome = stages.sanitizer(on_gpu, 100)
-    assert outcome.status == "incomplete: out of time for memcheck of triton" and len(outcome.figures) == 5
-    tools.results["memcheck", "cuda"] = Done([], MEMCHECK, -9, timed_out=True)
-    assert stages.sanitizer(on_gpu, 100).status == "failed"
-    assert stages.sanitizer(on_gpu, 0).status.startswith("incomplete: out of time for memcheck of cuda, racecheck")
-
-
-def test_sanitizer_names_the_tool_that_cannot_work_and_keeps_the_others(on_gpu, tools):
-    for backend in ("cuda", "triton"):
-        tools.results["initcheck", backend] = Done([], UNSUPPORTED, 1)
-    outcome = stages.sanitizer(on_gpu, 100)
-    assert outcome.status == "failed" and outcome.figures["racecheck_triton"] == 0 and len(outcome.figures) == 4
-    assert outcome.why[0] == "initcheck of cuda: does not run here (Device not supported)"
-
-
-def test_sanitizer_fails_with_the_program_that_it_watches(on_gpu, tools):
-    tools.results["memcheck", "cuda"] = Done([], CLEAN["memcheck"], 1)
-    assert stages.sanitizer(on_gpu, 100).status == "failed"
+BOTH = ("cuda", "triton")
 
 
 @pytest.mark.parametrize(
-    "run, output, reason",
+    "ended, status, clean, told",
     [
-        (stages.sanitizer, UNSUPPORTED, "Device not supported"),
-        (stages.STAGES["ncu"].run, FORBIDDEN, "not permitted"),
-        (stages.STAGES["kernels"].run, FORBIDDEN, "not permitted"),
+        ({("memcheck", "cuda"): done(MEMCHECK)}, "failed", 5, "at masked_l2_sums(float *, int)+0x2d0"),
+        ({("racecheck", "triton"): done(RACECHECK)}, "failed", 5, "racecheck of triton: problems"),
+        ({("initcheck", "cuda"): done("killed", -9)}, "failed", 5, "killed"),
+        # The program that it watches has failed.
+        ({("memcheck", "cuda"): done(CLEAN["memcheck"], 1)}, "failed", 5, "memcheck of cuda: exit status 1"),
+        # No time is no failure; what the others have found still is.
+        ({("memcheck", "triton"): late("")}, "incomplete: out of time for memcheck of triton", 5, None),
+        ({("memcheck", "triton"): late(""), ("memcheck", "cuda"): late(MEMCHECK)}, "failed", 4, "out of time"),
+        # A tool that cannot work is named, and the others are kept.
+        ({("initcheck", each): done(UNSUPPORTED, 1) for each in BOTH}, "failed", 4, "initcheck of cuda: does not run"),
     ],
 )
-def test_tools_that_cannot_work_here_are_skipped(on_gpu, monkeypatch, run, output, reason):
+def test_sanitizer_reports_what_it_found(on_gpu, answer, ended, status, clean, told):
+    answer(sanitized(ended))
+    outcome = stages.sanitizer(on_gpu, 100)
+    assert outcome.status == status and list(outcome.figures.values()).count("clean") == clean
+    assert told is None or any(told in line for line in outcome.why)
+
+
+def test_sanitizer_without_time_says_so(on_gpu, answer):
+    answer(sanitized({}))
+    assert stages.sanitizer(on_gpu, 0).status.startswith("incomplete: out of time for memcheck of cuda, racecheck")
+
+
+@pytest.mark.parametrize("name, output", [("sanitizer", UNSUPPORTED), ("ncu", FORBIDDEN), ("kernels", FORBIDDEN)])
+def test_tools_that_cannot_work_here_are_skipped(on_gpu, answer, monkeypatch, name, output):
+    answer(lambda command: done(output, 1))
+    status = stages.STAGES[name].run(on_gpu, 100).status
+    assert status.startswith("skipped: ") and parsers.obstacle(output) in status
     monkeypatch.setattr(stages, "tool", lambda name: None)
-    assert run(on_gpu, 100).status.endswith("is not on PATH")
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    monkeypatch.setattr(stages, "run_together", lambda commands, *_: [Done(each, output, 1) for each in commands])
-    status = run(on_gpu, 100).status
-    assert status.startswith("skipped: ") and reason in status
+    assert stages.STAGES[name].run(on_gpu, 100).status.endswith("is not on PATH")
 
 
-def test_ncu_leaves_the_clocks_alone(on_gpu, answer, monkeypatch):
-    monkeypatch.setattr(stages, "tool", lambda name: name)
-    calls = answer(NCU, NCU, NCU, "no kernels")
+def test_ncu_leaves_the_clocks_alone(on_gpu, answer):
+    texts = iter((NCU, NCU, NCU, "no kernels"))
+    calls = answer(lambda command: done(next(texts)))
     outcome = stages.STAGES["kernels"].run(on_gpu, 100)
     names = [f"{backend}, every op, 4 images, P2, {dtype}" for backend, dtype in stages.PROFILED]
     assert outcome.status == "failed" and outcome.why[0] == f"{names[3]}: no kernel was measured"
     assert outcome.figures[names[0]]["sum_tiles"]["us"] == 12.5
     for command in (call.commands[0] for call in calls):
         assert command[command.index("--clock-control") + 1] == "none"
+        assert command[command.index("--print-units") + 1] == "base"
         assert command[command.index("--metrics") + 1].split(",") == list(parsers.NCU_METRICS.values())
     assert sum(call.seconds for call in calls) == 100
     launches = json.loads((on_gpu.out / "ncu.json").read_text())
     assert list(launches) == names and [len(launches[name]) for name in names] == [3, 3, 3, 0]
-    assert launches[names[0]][2]["kernel"] == "sum_tiles"
 
 
-def test_ncu_measures_the_five_kernels_that_take_longest(on_gpu, answer, monkeypatch):
+def test_ncu_measures_the_five_kernels_that_take_longest(on_gpu, answer):
     """As the smoke run has seen them; their launches stand beside those of another stage."""
-    monkeypatch.setattr(stages, "tool", lambda name: name)
     (on_gpu.out / "ncu.json").write_text(json.dumps({"before": []}))
-    calls = answer(NCU)
+    calls = answer(lambda command: done(NCU))
     assert stages.STAGES["ncu"].run(on_gpu, 100).status == "ok"
     assert "--kernel-name" not in calls[0].commands[0]
     (on_gpu.out / "smoke.json").write_text(json.dumps({"kernels": {f"kernel_{index}": {} for index in range(7)}}))
-    calls = answer(NCU)
     outcome = stages.STAGES["ncu"].run(on_gpu, 100)
-    command = calls[0].commands[0]
+    command = calls[1].commands[0]
     assert command[command.index("--kernel-name") + 1] == "regex:^(kernel_0|kernel_1|kernel_2|kernel_3|kernel_4)$"
     assert command[command.index("loss") :][:3] == ["loss", "--backend", "auto"]
     assert list(json.loads((on_gpu.out / "ncu.json").read_text())) == ["before", *outcome.figures]
 
 
-@pytest.fixture
-def tables(on_gpu, monkeypatch):
-    """The benchmark writes ``report`` and ends as ``done`` says."""
-    found = SimpleNamespace(report=benchmark(), done=Done(["python"], "", 0), commands=[])
+def measured(folder, rows, ended=None, complete=True):
+    """Lets the benchmark write ``rows``."""
 
-    def run_together(commands, seconds, folder, variables):
-        found.commands += commands
-        if found.report:
-            (on_gpu.out / "microbench.json").write_text(json.dumps(found.report))
-        return [found.done]
+    def reply(command):
+        results.write(folder / "microbench.csv", {"complete": complete}, rows)
+        return ended or done()
 
-    monkeypatch.setattr(stages, "run_together", run_together)
-    return found
+    return reply
 
 
-def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, tables):
-    tables.report = benchmark(complete=False)
-    tables.done = Done(["python"], "interrupted after 1 tables", 1, True)
+def test_benchmark_keeps_the_tables_that_are_ready(on_gpu, answer):
+    answer(measured(on_gpu.out, benchmark_rows(), done("interrupted after 1 tables", 1, True), complete=False))
     outcome = stages.STAGES["bench"].run(on_gpu, 10)
-    assert outcome.status == "ok" and outcome.figures["tables"] == 1 and outcome.figures["complete"] is False
-    (on_gpu.out / "microbench.json").unlink()
-    tables.report, tables.done = benchmark("killed by signal 9"), Done(["python"], "", 0)
+    assert outcome.status == "ok" and outcome.figures["complete"] is False
+    assert outcome.figures["attention_pool, P2, graphs"]["ms"] == 1.5
+    answer(measured(on_gpu.out, benchmark_rows("killed by signal 9", date="b")))
     outcome = stages.STAGES["bench"].run(on_gpu, 10)
     assert outcome.status == "failed" and "fbkd_ops:cuda: killed by signal 9" in outcome.why[0]
 
 
-def test_other_suites_are_added_to_the_tables(on_gpu, tables):
+def test_other_suites_are_added_to_the_tables(on_gpu, answer):
     """A stage counts its own alone, and a failure of an earlier one is not its own."""
-    first, second = benchmark("WRONG"), benchmark()
-    second["results"][0]["suite"] = "masked_l2"
-    tables.report = first
+    calls = answer(measured(on_gpu.out, benchmark_rows("WRONG")))
     assert stages.STAGES["bench"].run(on_gpu, 10).status == "failed"
-    tables.report = second | {"results": first["results"] + second["results"]}
+    both = benchmark_rows("WRONG") + benchmark_rows(date="b", suite="masked_l2")
+    calls += answer(measured(on_gpu.out, both))
     outcome = stages.STAGES["suites"].run(on_gpu, 10)
-    assert outcome.status == "ok" and outcome.figures["tables"] == 1
-    assert ["--update" in command for command in tables.commands] == [False, True]
-    large, other = tables.commands
-    assert "16,256,200,336" in large and "train_step" in other
+    assert outcome.status == "ok" and list(outcome.figures) == ["complete", "masked_l2, P2, graphs"]
+    large = calls[0].commands[0]
+    assert "--update" not in large and "16,256,200,336" in large
 
 
-@pytest.mark.parametrize("left", ["[", "{}", json.dumps(benchmark() | {"results": []})])
-def test_benchmark_without_figures_fails(on_gpu, tables, left):
+def test_other_suites_keep_the_tables_that_are_there(on_gpu, answer):
+    measured(on_gpu.out, benchmark_rows())(None)
+    calls = answer(lambda command: done())
+    outcome = stages.STAGES["suites"].run(on_gpu, 10)
+    assert "--update" in calls[0].commands[0] and "train_step" in calls[0].commands[0]
+    assert outcome.status == "failed" and outcome.why == ["no figures"]
+
+
+@pytest.mark.parametrize("left", ["", "[", "{}"])
+def test_benchmark_without_figures_fails(on_gpu, answer, left):
+    (on_gpu.out / "microbench.csv").write_text(left)
     (on_gpu.out / "microbench.json").write_text(left)
-    tables.report, tables.done = None, Done(["python"], "compiling", -9, True)
+    calls = answer(lambda command: done("compiling", -9, True))
     outcome = stages.STAGES["bench"].run(on_gpu, 10)
     assert outcome.status == "failed" and outcome.why == ["out of time", "compiling"]
-    tables.report = benchmark(complete=False) | {"results": []}
-    assert stages.STAGES["bench"].run(on_gpu, 10).status == "failed"
+    assert "--update" not in calls[0].commands[0]
 
 
 SMOKE = {
@@ -526,62 +414,48 @@ SMOKE = {
 }
 
 
-@pytest.fixture
-def smoke_run(on_gpu, monkeypatch):
-    """The smoke run writes ``found`` and ends as ``done`` says."""
-    result = SimpleNamespace(found=SMOKE, done=Done(["python"], "", 0))
+@pytest.mark.parametrize(
+    "found, ended, why",
+    [
+        (SMOKE, done(), []),
+        (SMOKE | {"mistakes": {"bfloat16": "WRONG", "float32": ""}}, done("", 1), ["bfloat16: WRONG"]),
+        ({"mistakes": {"bfloat16": ""}}, done("slow", -9, True), ["out of time", "slow"]),
+        (SMOKE | {"kernels": {}}, done(), ["the profiler has seen no kernel of the package"]),
+        (None, done("no such module", 1), ["exit status 1", "no such module"]),
+    ],
+)
+def test_smoke_tells_times_kernels_and_mistakes(on_gpu, answer, found, ended, why):
+    def reply(command):
+        if found:
+            (on_gpu.out / "smoke.json").write_text(json.dumps(found))
+        return ended
 
-    def run_together(*_):
-        if result.found:
-            (on_gpu.out / "smoke.json").write_text(json.dumps(result.found))
-        return [result.done]
-
-    monkeypatch.setattr(stages, "run_together", run_together)
-    return result
-
-
-def test_smoke_tells_times_and_kernels(on_gpu, smoke_run):
+    answer(reply)
     outcome = stages.smoke(on_gpu, 60)
-    assert outcome.status == "ok"
-    assert outcome.figures["N=16 wall_ms"] == 31.0 and outcome.figures["N=1 wall_ms"] == 29.0
-    assert outcome.figures["others_launches"] == 1500
-    lines = gpu_check.details(outcome.figures)
-    assert lines == ["  kernels", "    residual_sums: launches 3, us 1500.0, predicted_us 1600.0"]
-
-
-def test_smoke_fails_with_a_wrong_loss_and_where_nothing_was_seen(on_gpu, smoke_run):
-    smoke_run.found, smoke_run.done = SMOKE | {"mistakes": {"bfloat16": "WRONG", "float32": ""}}, Done(["x"], "", 1)
-    outcome = stages.smoke(on_gpu, 60)
-    assert outcome.status == "failed" and outcome.why == ["bfloat16: WRONG"]
-    smoke_run.found, smoke_run.done = {"mistakes": {"bfloat16": ""}}, Done(["x"], "slow", -9, True)
-    outcome = stages.smoke(on_gpu, 60)
-    assert outcome.status == "failed" and outcome.why[:2] == ["out of time", "slow"]
-    smoke_run.found, smoke_run.done = SMOKE | {"kernels": {}}, Done(["x"], "", 0)
-    assert stages.smoke(on_gpu, 60).why == ["the profiler has seen no kernel of the package"]
-    smoke_run.found, smoke_run.done = None, Done(["x"], "no such module", 1)
-    assert stages.smoke(on_gpu, 60).why[:2] == ["exit status 1", "no such module"]
+    assert outcome.why[: len(why)] == why and outcome.status == ("failed" if why else "ok")
+    if not why:
+        assert outcome.figures["N=16 wall_ms"] == 31.0 and outcome.figures["N=1 wall_ms"] == 29.0
+        assert outcome.figures["others_launches"] == 1500
+        assert "    residual_sums: launches 3, us 1500.0, predicted_us 1600.0" in gpu_check.details(outcome.figures)
 
 
 def event(key, count, us, kind):
-    return SimpleNamespace(
-        key=key, count=count, device_type=kind, self_device_time_total=us, self_cpu_time_total=2 * us
-    )
+    times = {"self_device_time_total": us, "self_cpu_time_total": 2 * us}
+    return SimpleNamespace(key=key, count=count, device_type=kind, **times)
 
 
 def test_profilers_kernels_stand_beside_the_models(tmp_path):
-    path = tmp_path / "model.json"
-    launches = [("residual_sums", 900.0), ("residual_sums", 700.0), ("gone", 5.0)]
-    launches = [{"kernel": name, "predicted_us": us} for name, us in launches]
-    cases = [{"images": 1, "dtype": "bfloat16", "launches": []}, {"images": 16, "dtype": "bfloat16"}]
-    path.write_text(json.dumps({"cases": [cases[0], cases[1] | {"launches": launches}]}))
+    path, kernels = tmp_path / "model.csv", [(16, "sums", 900.0), (16, "sums", 700.0), (16, "gone", 5.0), (1, "x", 3.0)]
+    rows = [{"images": n, "dtype": "bfloat16", "kernel": name, "predicted_us": us} for n, name, us in kernels]
+    assert smoke.predictions(16, "bfloat16", path) == {}
+    results.write(path, {}, rows)
     predicted = smoke.predictions(16, "bfloat16", path)
-    assert predicted == {"residual_sums": 1600.0, "gone": 5.0}
+    assert predicted == {"sums": 1600.0, "gone": 5.0}
     on, off = smoke.DeviceType.CUDA, smoke.DeviceType.CPU
     events = [event("void fbkd::cuda::attention_pool_sums<float, 4>(float *)", 1, 20.0, on)]
     events += [event("residual_sums", 3, 1500.0, on), event("aten::add", 9, 90.0, off)]
     events += [event("void at::native::(anonymous namespace)::elementwise_kernel<4>(int)", 5, 10.0, on)]
-    rows = smoke.kernel_rows(events, "cuda")
-    found = smoke.beside_the_model(rows, predicted)
+    found = smoke.beside_the_model(smoke.kernel_rows(events, "cuda"), {"residual_sums": 1600.0, "gone": 5.0})
     assert found["kernels"] == {
         "residual_sums": {"launches": 3, "us": 1500.0, "predicted_us": 1600.0},
         "attention_pool_sums": {"launches": 1, "us": 20.0, "predicted_us": None},
@@ -592,37 +466,19 @@ def test_profilers_kernels_stand_beside_the_models(tmp_path):
     assert smoke.kernel_rows(events, "cpu") == {"add": {"launches": 9, "us": 180.0}}
 
 
-@pytest.mark.parametrize("text", [None, "[", "{}", '{"cases": []}', '{"cases": [{"images": 16}]}'])
-def test_without_a_model_nothing_is_predicted(tmp_path, text):
-    path = tmp_path / "model.json"
-    if text is not None:
-        path.write_text(text)
-    assert smoke.predictions(16, "bfloat16", path) == {}
-
-
 def test_compilation_is_told(on_gpu, answer, monkeypatch):
     monkeypatch.setattr(stages, "architecture", lambda: "10.0")
-    calls = answer('{"kernels": 7, "hits": 5}')
-    outcome = stages.compile_kernels(on_gpu, 60)
-    assert outcome.status == "ok" and outcome.figures == {"kernels": 7, "hits": 5}
+    calls = answer(lambda command: done('{"kernels": 7, "hits": 5}'))
+    assert stages.compile_kernels(on_gpu, 60) == Outcome("ok", {"kernels": 7, "hits": 5}, [])
     assert calls[0].commands[0][-3:] == [str(on_gpu.cache), "--arch", "100"]
     assert calls[0].variables["TRITON_CACHE_DIR"] == str(on_gpu.cache)
-    answer('sum_tiles: PTXASError: no\n{"kernels": 7, "hits": 5}', returncode=1)
-    outcome = stages.compile_kernels(on_gpu, 60)
-    assert outcome.status == "failed" and outcome.why == ["exit status 1", "sum_tiles: PTXASError: no"]
-    answer("", returncode=-9, timed_out=True)
+    answer(lambda command: done('sum_tiles: PTXASError: no\n{"kernels": 7, "hits": 5}', 1))
+    assert stages.compile_kernels(on_gpu, 60).why == ["exit status 1", "sum_tiles: PTXASError: no"]
+    answer(lambda command: done("", -9, True))
     assert stages.compile_kernels(on_gpu, 60).status == "incomplete: out of time"
 
 
-def test_the_log_stays_small(on_gpu, monkeypatch):
-    monkeypatch.setattr(stages, "LOG_SIZE", 100)
-    for _ in range(10):
-        on_gpu.log("x" * 60)
-    assert (on_gpu.out / "log.txt").stat().st_size == 120
-
-
 def test_what_is_missing_is_said(monkeypatch):
-    assert not [line for line in stages.missing_requirements() if "pytest" in line]
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "ninja" else name)
     monkeypatch.setattr(stages.importlib.metadata, "version", lambda name: "70.2")
     lines = stages.missing_requirements()
@@ -668,10 +524,9 @@ import json, sys
 from triton import knobs
 from triton.runtime.driver import driver
 from benchmarks import code_report
-from scripts.gpu import triton_cache
 
 hits, launched = [], []
-triton_cache.use_target(90)
+code_report.use_target(90)
 known = driver.active
 
 class Launching(type(known)):
@@ -706,6 +561,7 @@ def triton_process(tmp_path):
 
 NEEDED = """
 import json
+from benchmarks import code_report
 from benchmarks.inputs import Case
 from benchmarks.suites import SUITES
 from scripts.gpu import triton_cache
@@ -715,7 +571,7 @@ def kernels(images):
     call = lambda: triton_cache.passes(suite, Case(shape, "bfloat16", strides=suite.strides(shape)))
     return [[each.kernel.__name__, each.arguments[0]] for each in triton_cache.needed([call])]
 
-triton_cache.use_target(90)
+code_report.use_target(90)
 with triton_cache.on_the_cpu():
     print(json.dumps([kernels(1), kernels(3)]))
 """
@@ -748,56 +604,41 @@ def test_a_launch_hits_what_was_compiled_without_a_gpu(tmp_path, triton_process)
 # The run as a whole
 
 
-class Clock:
-    """Time that passes only when a stage says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def lasting(clock, name, seconds, least=10, limit=100, outcome=None):
-    """A stage that takes all of its time or ``seconds``, and keeps what it was given."""
-
-    def run(context, given):
-        given_to[name] = given
-        clock.now += min(seconds, given)
-        return outcome or Outcome()
-
-    given_to = clock.__dict__.setdefault("given", {})
-    return Stage(name, run, least, limit)
-
-
 def run_stages(tmp_path, chosen, deadline, clock):
     report = gpu_check.Report(tmp_path / "summary.json", {}, [stage.name for stage in chosen])
     gpu_check.check(chosen, context_in(tmp_path, dry=True), report, deadline, clock)
     return report, json.loads((tmp_path / "summary.json").read_text())
 
 
-def test_later_stages_get_what_is_kept_for_them(tmp_path):
-    clock = Clock()
-    chosen = [lasting(clock, "a", 1000), lasting(clock, "b", 5), lasting(clock, "c", 1000)]
-    report, summary = run_stages(tmp_path, chosen, 60, clock)
-    assert clock.given == {"a": 40, "b": 10, "c": 15}
-    assert [summary["stages"][name]["seconds"] for name in "abc"] == [40, 5, 15]
+@pytest.mark.parametrize(
+    "deadline, lasting, least, given",
+    [
+        (60, [1000, 5, 1000], [10, 10, 10], [40, 10, 15]),  # later stages get what is kept for them
+        (500, [1000, 1000], [10, 10], [100, 100]),  # and no stage more than its limit
+        (36, [1000, 1, 1], [30, 10, 5], [30, None, 6]),  # what the deadline leaves no time for is skipped
+    ],
+)
+def test_the_deadline_is_shared_out(tmp_path, deadline, lasting, least, given):
+    """By a clock that a stage alone moves."""
+    now, seen = [0.0], {}
+
+    def stage(name, seconds, least):
+        def run(context, limit):
+            seen[name] = limit
+            now[0] += min(seconds, limit)
+            return Outcome()
+
+        return Stage(name, run, least, 100)
+
+    chosen = [stage(*each) for each in zip("abc", lasting, least, strict=False)]
+    report, summary = run_stages(tmp_path, chosen, deadline, lambda: now[0])
+    assert [seen.get(each.name) for each in chosen] == given
+    status = {name: entry["status"] for name, entry in summary["stages"].items()}
+    assert [status[each.name] for each in chosen] == ["ok" if limit else "skipped: out of time" for limit in given]
+    assert [summary["stages"][name]["seconds"] for name in seen] == [
+        min(lasting["abc".index(n)], seen[n]) for n in seen
+    ]
     assert summary["complete"] and not report.failed
-
-
-def test_stages_keep_to_their_limits(tmp_path):
-    clock = Clock()
-    run_stages(tmp_path, [lasting(clock, "a", 1000), lasting(clock, "b", 1000)], 500, clock)
-    assert clock.given == {"a": 100, "b": 100}
-
-
-def test_stages_that_the_deadline_leaves_no_time_for_are_skipped(tmp_path, capsys):
-    clock = Clock()
-    chosen = [lasting(clock, "a", 1000, least=30), lasting(clock, "b", 1), lasting(clock, "c", 1, least=5)]
-    report, summary = run_stages(tmp_path, chosen, 36, clock)
-    assert list(clock.given) == ["a", "c"]
-    assert summary["stages"]["b"]["status"] == "skipped: out of time" and not report.failed
-    assert re.search(r"^b +skipped +0.0  out of time$", gpu_check.table(report), re.MULTILINE)
 
 
 @pytest.fixture
@@ -873,7 +714,7 @@ def test_kernels_that_later_stages_compile_are_told(tmp_path, capsys):
         return Outcome()
 
     chosen = [Stage(name, run, 1, 10) for name in ("compile", "smoke", "test")]
-    report, summary = run_stages(tmp_path, chosen, 100, Clock())
+    _, summary = run_stages(tmp_path, chosen, 100, lambda: 0.0)
     counts = {name: entry["figures"].get("kernels_not_in_cache") for name, entry in summary["stages"].items()}
     assert counts == {"compile": None, "smoke": 1, "test": 1}
     assert "kernels_not_in_cache 1" in capsys.readouterr().out
@@ -923,18 +764,18 @@ def test_packages_that_are_given_are_on_the_path(tmp_path, two_stages, monkeypat
         main(tmp_path, "--wheels", str(wheels))
 
 
-def test_unknown_stages_are_answered_with_the_known_ones(capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stages", "test", "tset"], f"unknown stage tset; there are {', '.join(stages.STAGES)}"),
+        (["--deadline", "0"], "--deadline must be > 0"),
+        (["--deadline", "nan"], "--deadline must be > 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        gpu_check.main(["--stages", "test", "tset"])
-    assert stopped.value.code == 2
-    assert f"unknown stage tset; there are {', '.join(stages.STAGES)}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
-def test_deadline_must_be_positive(seconds, capsys):
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--deadline", seconds])
-    assert "--deadline must be > 0" in capsys.readouterr().err
+        gpu_check.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -960,13 +801,9 @@ def fake_tool(folder, name, runs, texts, other=""):
     path.chmod(0o755)
 
 
-FILES = ["log.txt", "microbench.json", "ncu.json", "smoke.json", "summary.json"]
-
-
 @NO_CPU
 def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     """With stand-ins for the tools, which run the program that they are given and print what the tools would."""
-    pytest.importorskip("rich")
     fake_tool(tmp_path, "compute-sanitizer", "sys.argv[2] == 'memcheck'", CLEAN)
     fake_tool(tmp_path, "ncu", "True", {}, NCU)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -974,31 +811,21 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     statuses = {name: entry["status"] for name, entry in summary["stages"].items()}
     assert statuses == dict.fromkeys(stages.STAGES, "ok"), summary["stages"]
     assert code == 0 and summary["complete"] and summary["dry_run"]
-    assert {"cpu", "torch", "revision", "modified"} <= set(summary["environment"])
     figures = {name: entry["figures"] for name, entry in summary["stages"].items()}
-    assert all(figures[name]["passed"] for name in ("test", "more_tests", "opcheck", "graph"))
+    assert figures["test"]["passed"] and figures["more_tests"]["passed"]
     assert figures["compile"]["compiled"] == 1 and figures["smoke"]["others_launches"] > 0
-    assert figures["sanitizer"] == {"memcheck_cpu": 0, "racecheck_cpu": 0, "initcheck_cpu": 0}
+    assert set(figures["sanitizer"].values()) == {"clean"} and len(figures["sanitizer"]) == 3
     for name in ("ncu", "kernels"):
         (kernels,) = (value for value in figures[name].values() if isinstance(value, dict))
         assert kernels["sum_tiles"]["us"] == 12.5
     assert figures["bench"]["complete"] and figures["build"]["cpu"] == "loaded"
-    files = list((tmp_path / "out").iterdir())
-    assert sorted(path.name for path in files) == FILES and len(FILES) <= 6
-    assert max(path.stat().st_size for path in files) < 16 << 20
-    lines = capsys.readouterr().out.splitlines()
-    rows = lines[lines.index(next(line for line in lines if line.startswith("stage "))) + 1 :]
-    assert [row.split()[:2] for row in rows[:-1]] == [[name, "ok"] for name in stages.STAGES]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["log.txt", "microbench.csv", "microbench.json", "ncu.json", "smoke.json", "summary.json"]
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-len(stages.STAGES) :]] == [[name, "ok"] for name in stages.STAGES]
     for name in stages.STAGES:  # each was told as soon as it had ended
         assert lines[lines.index(f"{name} ...") + 1].split()[:2] == [name, "ok"]
     assert "pip install" in (tmp_path / "out" / "log.txt").read_text()
-
-
-def test_names_of_default_folders(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (MIG 1g/18gb)")
-    assert re.fullmatch(r"nvidia-h200-mig-1g-18gb-\d{4}-\d\d-\d\d", gpu_check.default_folder(False).name)
-    assert gpu_check.default_folder(True) == ROOT / "build" / "gpu-dry-run"
 
 
 @pytest.mark.parametrize("answer, version", [("print('580.159.04')", "580.159.04"), ("sys.exit(9)", None)])
@@ -1021,11 +848,12 @@ def python(text):
 
 def test_outputs_and_exit_statuses(tmp_path):
     commands = [python("import os; print(os.environ['WORD'], os.getcwd())"), python("import sys; sys.exit('no')")]
-    fine, failed = processes.run_together(commands, 60, tmp_path, {"WORD": "hello"})
+    commands += [["/nonexistent/ncu"], python("import os; os.kill(os.getpid(), 9)")]
+    fine, failed, absent, killed = processes.run_together(commands, 600, tmp_path, {"WORD": "hello"})
     assert fine.output == f"hello {tmp_path}\n" and fine.problem == ""
     assert failed.problem == "exit status 1" and failed.last_lines() == ["no"]
-    (absent,) = processes.run_together([["/nonexistent/ncu"]], 60, tmp_path, {})
-    assert absent.problem == "exit status 127" and "cannot run /nonexistent/ncu: No such file" in absent.output
+    assert absent.problem == "exit status 127" and "/nonexistent/ncu" in absent.output
+    assert killed.problem == "exit status -9"  # by somebody else, as for want of memory
 
 
 STUBBORN = """
@@ -1035,15 +863,6 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open("partial", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
 os.rename("partial", "ready")
-"""
-WRITING = """
-import pathlib, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-try:
-    pathlib.Path("ready").touch()
-    time.sleep(600)
-except KeyboardInterrupt:
-    print("results")
 """
 
 
@@ -1070,37 +889,29 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="read
 
 
 @pytest.fixture
-def until_ready(tmp_path, monkeypatch):
-    """Time stands still until a command has written the file "ready"; then it is late."""
-    begun = []
-
-    def monotonic():
-        while begun and not (tmp_path / "ready").exists():
-            time.sleep(0.01)
-        begun.append(True)
-        return 0.0 if len(begun) == 1 else 1e6
-
-    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=monotonic))
+def impatient(monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.1)
 
 
 @ON_LINUX
-def test_commands_out_of_time_are_stopped_with_all_that_they_started(tmp_path, monkeypatch, until_ready):
-    monkeypatch.setattr(processes, "GRACE", 0.1)
-    (done,) = processes.run_together([python(STUBBORN + "time.sleep(600)")], 5, tmp_path, {})
-    assert done.timed_out and done.problem == "out of time"
+def test_commands_out_of_time_are_stopped(tmp_path, impatient):
+    """Whether they listen or not."""
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import time; time.sleep(600)"
+    commands = [python("import time; time.sleep(600)"), python(deaf)]
+    done = processes.run_together(commands, 0.5, tmp_path, {})
+    assert [each.problem for each in done] == ["out of time"] * 2
+
+
+@ON_LINUX
+def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
+    (done,) = processes.run_together([python(STUBBORN)], 600, tmp_path, {})
+    assert done.problem == ""
     assert_all_end(tmp_path / "ready")
 
 
-def test_a_command_out_of_time_may_write_its_results(tmp_path, monkeypatch, until_ready):
-    monkeypatch.setattr(processes, "GRACE", 600.0)
-    (done,) = processes.run_together([python(WRITING)], 5, tmp_path, {})
-    assert done.timed_out and done.output == "results\n"
-
-
 @ON_LINUX
-def test_an_interruption_ends_what_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "GRACE", 0.1)
-    command = python(STUBBORN + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)")
+def test_an_interruption_ends_what_runs(tmp_path):
+    command = python(STUBBORN + f"os.kill({os.getpid()}, signal.SIGTERM)\ntime.sleep(600)")
     with pytest.raises(processes.Interrupted, match="SIGTERM"), processes.interruptible():
         processes.run_together([command], 600, tmp_path, {})
     assert_all_end(tmp_path / "ready")

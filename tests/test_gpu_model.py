@@ -13,8 +13,12 @@ from unittest import mock
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("pandas")
 
-from benchmarks import code_report, gpu_model, gpu_model_step
+import pandas as pd
+
+from benchmarks import code_report, gpu_model, gpu_model_step, results
+from benchmarks.gpu_model_machine import CONSTANTS
 from benchmarks.gpu_model_sass import Block, machine_code
 from benchmarks.gpu_model_step import SmallOp, Step, cuda_kernels
 from benchmarks.gpu_model_tables import model_tables
@@ -26,7 +30,7 @@ from fbkd_ops.kernels import pyramid
 ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS = ROOT / "benchmarks" / "results"
-REPORTS = [RESULTS / name for name in ("gpu-model.json", "gpu-model-before.json")]
+REPORTS = [RESULTS / name for name in ("gpu-model.csv", "gpu-model-before.csv")]
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x0 */
@@ -272,7 +276,10 @@ FLOPS = TILES * 2 * 128 * 128 * 1024
 
 
 def test_flops_and_bytes_of_a_product_are_exact(products):
-    rounded = {name: {kind: value * 1e9 for kind, value in row["gflop"].items()} for name, row in products.items()}
+    rounded = {
+        name: {kind: row[f"{kind}_gflop"] * 1e9 for kind in ("BF16", "TF32") if f"{kind}_gflop" in row}
+        for name, row in products.items()
+    }
     assert rounded["bf16"] == {"BF16": pytest.approx(FLOPS, abs=1e6)}
     assert rounded["tf32"] == {"TF32": pytest.approx(FLOPS, abs=1e6)}
     assert rounded["tf32x3"] == {"TF32": pytest.approx(3 * FLOPS, abs=1e6)}
@@ -293,27 +300,26 @@ def test_precision_changes_the_prediction_by_itself(products):
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
 def test_rows_of_a_committed_prediction_sum(path):
-    report = json.loads(path.read_text())
-    assert {(case["images"], case["dtype"]) for case in report["cases"]} == set(gpu_model.CASES)
-    for case in report["cases"]:
-        rows = case["launches"]
-        assert sum(row["predicted_us"] for row in rows) == pytest.approx(case["fused_us"], abs=0.1)
-        assert case["fused_us"] + case["small_us"] == pytest.approx(case["gpu_us"], abs=0.2)
-        assert case["eager_us"] == max(case["gpu_us"], case["host_us"])
-        assert all(row["predicted_us"] > row["floor_us"] for row in rows)
-        assert case["gpu_us"] > case["roofline_us"]
+    facts, rows = results.read(path)
+    assert [(step["images"], step["dtype"]) for step in facts["steps"]] == list(gpu_model.CASES)
+    assert facts["constants"] == {name: each.value for name, each in CONSTANTS.items()}
+    assert (rows["predicted_us"] > rows["floor_us"]).all()
+    for step in facts["steps"]:
+        launches = rows[(rows["images"] == step["images"]) & (rows["dtype"] == step["dtype"])]
+        assert launches["predicted_us"].sum() == pytest.approx(step["fused_us"], abs=0.1)
+        assert step["fused_us"] + step["small_us"] == pytest.approx(step["gpu_us"], abs=0.2)
+        assert step["eager_us"] == max(step["gpu_us"], step["host_us"])
+        assert step["gpu_us"] > step["roofline_us"]
 
 
 def test_the_first_prediction_agrees_with_the_estimate_by_hand():
     """Made beforehand, from the same code: 50 to 75 ms of kernels and 20 to 35 ms of the host, 25 % around."""
-    (case,) = (
-        each for each in json.loads(REPORTS[1].read_text())["cases"] if each["images"] == 16 and "b" in each["dtype"]
-    )
-    assert 0.75 * 50e3 <= case["fused_us"] <= 1.25 * 75e3
-    assert 0.75 * 20e3 <= case["host_us"] <= 1.25 * 35e3
-    by_kernel = Counter()
-    for row in case["launches"]:
-        by_kernel[row["kernel"]] += row["predicted_us"] / 1000
+    facts, rows = results.read(REPORTS[1])
+    (step,) = (each for each in facts["steps"] if each["images"] == 16 and each["dtype"] == "bfloat16")
+    assert 0.75 * 50e3 <= step["fused_us"] <= 1.25 * 75e3
+    assert 0.75 * 20e3 <= step["host_us"] <= 1.25 * 35e3
+    launches = rows[(rows["images"] == 16) & (rows["dtype"] == "bfloat16")]
+    by_kernel = launches.groupby("kernel")["predicted_us"].sum() / 1000
     estimates = dict(adapted_sums=(3.5, 4), student_gradients=(18, 30), weight_gradients=(18, 30))
     estimates |= dict(covariance_tiles=(2, 3), residual_sums=(1.5, 1.7), residual_products=(1.3, 1.3))
     for kernel, (low, high) in estimates.items():
@@ -321,12 +327,9 @@ def test_the_first_prediction_agrees_with_the_estimate_by_hand():
 
 
 def test_tables_show_before_and_after():
-    report = json.loads(REPORTS[0].read_text())
-    before = json.loads(REPORTS[1].read_text())
-    before["cases"][0]["launches"].append(
-        {"kernel": "gone", "floor_us": 1.0, "predicted_us": 5000.0, "busiest": "DRAM"}
-    )
-    before["cases"][0]["host_us"] = 99000.0
-    text = model_tables(report, before)
+    report, before = (results.read(path) for path in REPORTS)
+    gone = before.rows.iloc[:1].assign(kernel="gone", predicted_us=5000.0)
+    before.facts["steps"][0]["host_us"] = 99000.0
+    text = model_tables(report, before._replace(rows=pd.concat([before.rows, gone])))
     assert "| 5.00 → – |" in text and "99.0 → " in text
     assert "→" not in model_tables(report)

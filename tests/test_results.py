@@ -7,26 +7,24 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rich")
-
-from benchmarks import environment  # noqa: E402
+from benchmarks import environment
 
 
 def facts_of(path: Path) -> dict:
-    content = json.loads(path.read_text())
-    return content.get("environment", {}) if isinstance(content, dict) else {}
+    return json.loads(path.read_text()).get("environment", {})
 
 
 FOLDER = environment.ROOT / "benchmarks" / "results"
 RESULTS = [path for path in sorted(FOLDER.glob("**/*.json")) if facts_of(path)]
 
 
-def test_committed_results_are_json_named_by_their_machine():
+def test_committed_results_are_named_by_their_machine():
     done = subprocess.run(["git", "ls-files", "."], cwd=FOLDER, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("no git checkout")
     names = done.stdout.split()
-    assert names and all(name.endswith(".json") for name in names)
+    assert names and {Path(name).suffix for name in names} == {".csv", ".json"}
+    assert all(name.replace(".csv", ".json") in names for name in names)  # rows have their facts beside them
     for path in RESULTS:
         gpu = facts_of(path).get("gpu")
         if gpu:

@@ -1,42 +1,48 @@
 """The suite of small pyramids: what it measures, and the choice of forms held to its committed result."""
 
-import json
-
 import pytest
 import torch
 from op_cases import NO_CPU
 
-from benchmarks import small
+pytest.importorskip("pandas")
+
+from benchmarks import results, small
 from benchmarks.mmrazor import versions
 
 # The rule may pick a form that was up to so much slower than the other one.
 MOST_SLOWER = 1.1
 
 
-def entries() -> list[dict]:
-    return json.loads(small.RESULT.read_text())["entries"]
+ROWS = results.read(small.RESULT).rows
+LEVELS = ROWS[ROWS["row"].isna()]
+
+
+def level_of(values):
+    *sizes, ratio = values
+    return small.Level(*map(int, sizes), ratio)
 
 
 @pytest.mark.parametrize("dtype", small.DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_form_of_a_level_was_not_the_slower_one(threads, dtype):
-    chosen = {}
-    for entry in entries():
-        if "level" in entry and (entry["threads"], entry["dtype"]) == (threads, dtype):
-            form = small.chosen_form(small.Level(*entry["level"]), dtype)
-            other = next(name for name in small.FORMS if name != form)
-            chosen[tuple(entry["level"])] = entry["forms"][form]["median"] / entry["forms"][other]["median"]
-    assert len(chosen) >= 60
-    assert {level: ratio for level, ratio in chosen.items() if ratio > MOST_SLOWER} == {}
+    measured = LEVELS[(LEVELS["threads"] == threads) & (LEVELS["dtype"] == dtype)]
+    times = measured.pivot(index=list(small.Level._fields), columns="peer", values="ms")
+    assert len(times) >= 60 and set(times.columns) == set(small.FORMS)
+    slower = {}
+    for level, row in times.iterrows():
+        form = small.chosen_form(level_of(level), dtype)
+        slower[level] = row[form] / row.drop(form).item()
+    assert {level: ratio for level, ratio in slower.items() if ratio > MOST_SLOWER} == {}
 
 
 def test_the_rule_picks_each_form_somewhere():
-    forms = {small.chosen_form(small.Level(*entry["level"]), "float32") for entry in entries() if "level" in entry}
-    assert forms == set(small.FORMS)
+    levels = LEVELS[list(small.Level._fields)].itertuples(index=False, name=None)
+    assert {small.chosen_form(level_of(level), "float32") for level in levels} == set(small.FORMS)
 
 
 def test_the_result_has_every_row():
-    measured = {(entry["row"], entry["threads"], entry["dtype"]) for entry in entries() if "row" in entry}
+    columns = ["row", "threads", "dtype"]
+    measured = set(ROWS.dropna(subset="row")[columns].itertuples(index=False, name=None))
     assert measured == {(row.name, n, dtype) for row in small.rows() for n in (1, 2) for dtype in small.DTYPES}
 
 
@@ -71,17 +77,25 @@ def test_what_computes_something_else_is_not_timed():
         small.check({"fbkd_ops": lambda: torch.tensor(1.1), "reference": lambda: torch.tensor(1.0)})
 
 
+def test_times_are_beside_the_first_peers_round_by_round(monkeypatch):
+    times = {"fbkd_ops": [1.0, 10.0], "reference": [4.0, 40.0]}
+    monkeypatch.setattr(small.timing, "interleaved", lambda *_: times)
+    found = small.measured({}, 1.0)
+    assert found["reference"]["ms"] == 22.0 and found["reference"]["times_first"] == 0.25
+    assert found["fbkd_ops"]["times_first"] == 1
+
+
 @NO_CPU
-def test_a_brief_run_writes_its_entries(tmp_path, monkeypatch):
+def test_a_brief_run_writes_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(small, "SECONDS", 0.0)
     monkeypatch.setattr(small, "LEVEL_SECONDS", 0.0)
-    path, count = tmp_path / "small.json", torch.get_num_threads()
+    path, count = tmp_path / "small.csv", torch.get_num_threads()
     try:
-        small.main(["--threads", "1", "--dtype", "float32", "--rows", "yolo n/s 160 px x4", "--json", str(path)])
+        small.main(["--threads", "1", "--dtype", "float32", "--rows", "yolo n/s 160 px x4", "--csv", str(path)])
     finally:
         torch.set_num_threads(count)
-    report = json.loads(path.read_text())
-    assert report["environment"]["revision"] and len(report["entries"]) == 1 + 3
-    row, *levels = report["entries"]
-    assert row["peers"]["fbkd_ops"]["ratio"] == 1 and set(row["peers"]) == {"fbkd_ops", "reference"}
-    assert all(set(level["forms"]) == set(small.FORMS) for level in levels)
+    report = results.read(path)
+    assert report.facts["environment"]["revision"] and (report.rows["ms"] > 0).all()
+    pyramid, levels = (report.rows[report.rows["row"].isna() == is_level] for is_level in (False, True))
+    assert list(pyramid["peer"]) == ["fbkd_ops", "reference"] and pyramid["times_first"].iloc[0] == 1
+    assert list(levels["peer"]) == [*small.FORMS] * 3 and list(levels["height"].unique()) == [20, 10, 5]

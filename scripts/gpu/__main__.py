@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -27,11 +28,10 @@ except ModuleNotFoundError:
     sys.exit("PyTorch is not installed for this Python: give another one with PYTHON=")
 
 from benchmarks.environment import environment
+from benchmarks.results import write_json
 from scripts.gpu.processes import Interrupted, interruptible
 from scripts.gpu.stages import PYTHON, ROOT, STAGES, THREADS, TOLD, Context, Outcome, Stage, missing_requirements
 from scripts.gpu.triton_cache import entries, relocate
-
-__all__ = ["Report", "check", "main", "parse", "shown"]
 
 DEADLINE = 700.0  # seconds
 COLUMNS = "{:<10} {:<11} {:>7}  {}"
@@ -50,26 +50,15 @@ class Report:
         self.path, self.names, self.content = path, names, facts | {"complete": False}
         entries = earlier_stages(path, facts) | {name: {"status": "not run"} for name in names}
         self.content["stages"] = {name: entries[name] for name in dict.fromkeys([*STAGES, *entries]) if name in entries}
-        self.write()
+        write_json(path, self.content)
 
-    def begin(self, name: str) -> None:
-        self.content["stages"][name] = {"status": "interrupted"}  # unless end() replaces it
-        self.write()
-
-    def end(self, name: str, outcome: Outcome, seconds: float) -> None:
-        entry = {"status": outcome.status, "seconds": round(seconds, 1), "figures": outcome.figures}
-        self.content["stages"][name] = entry | {"why": outcome.why}
-        self.write()
+    def note(self, name: str, outcome: Outcome, seconds: float) -> None:
+        self.content["stages"][name] = asdict(outcome) | {"seconds": round(seconds, 1)}
+        write_json(self.path, self.content)
 
     def finish(self) -> None:
         self.content["complete"] = True
-        self.write()
-
-    def write(self) -> None:
-        """Replace the file as a whole, so that there is a valid one at any time."""
-        partial = self.path.with_name("summary.partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, self.content)
 
     @property
     def failed(self) -> list[str]:
@@ -96,16 +85,14 @@ def check(
     """Run the stages one after another, each within its limit and what the deadline leaves for it."""
     end = clock() + deadline
     for index, stage in enumerate(stages):
-        reserved = sum(later.least for later in stages[index + 1 :])
-        left = end - clock()
-        if left < stage.least:
-            report.end(stage.name, Outcome("skipped: out of time"), 0.0)
+        begin, reserved = clock(), sum(later.least for later in stages[index + 1 :])
+        if end - begin < stage.least:
+            report.note(stage.name, Outcome("skipped: out of time"), 0.0)
             continue
         print(f"{stage.name} ...", flush=True)
-        report.begin(stage.name)
-        begin = clock()
-        outcome = attempt(stage, context, min(stage.limit, max(stage.least, left - reserved)))
-        report.end(stage.name, outcome, clock() - begin)
+        report.note(stage.name, Outcome("interrupted"), 0.0)  # unless it comes to its end
+        outcome = attempt(stage, context, min(stage.limit, max(stage.least, end - begin - reserved)))
+        report.note(stage.name, outcome, clock() - begin)
         told = [row(stage.name, report.content["stages"][stage.name]), *details(outcome.figures)]
         print("\n".join([*told, *(f"  {line}" for line in outcome.why[:TOLD])]), flush=True)
     report.finish()
@@ -129,16 +116,14 @@ def table(report: Report) -> str:
 
 
 def row(name: str, entry: dict) -> str:
-    """A stage's line of the table."""
+    """A stage's line of the table; figures that are tables of their own are told when it ends."""
     status, _, reason = entry["status"].partition(": ")
-    told = reason or shown(entry.get("figures", {}))
+    told = reason or shown(entry.get("figures", {}))[:SHOWN_FIGURES]
     return COLUMNS.format(name, status, entry.get("seconds", "–"), told).rstrip()
 
 
 def shown(figures: dict) -> str:
-    """The figures that are no tables of their own, as many as fit on a line."""
-    text = ", ".join(f"{name} {value}" for name, value in figures.items() if not isinstance(value, (dict, list)))
-    return text if len(text) <= SHOWN_FIGURES else text[: SHOWN_FIGURES - 1] + "…"
+    return ", ".join(f"{name} {value}" for name, value in figures.items() if not isinstance(value, dict))
 
 
 def details(figures: dict, indent: str = "  ") -> list[str]:
@@ -146,8 +131,7 @@ def details(figures: dict, indent: str = "  ") -> list[str]:
     lines = []
     for name, value in figures.items():
         if isinstance(value, dict) and value:
-            lines.append(f"{indent}{name}: {shown(value)}".rstrip(": "))
-            lines += details(value, indent + "  ")
+            lines += [f"{indent}{name}: {shown(value)}".rstrip(": "), *details(value, indent + "  ")]
     return lines
 
 
@@ -181,14 +165,13 @@ def default_folder(dry_run: bool) -> Path:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu", description=__doc__.splitlines()[0])
-    names = os.environ.get("STAGES", "").split()
-    parser.add_argument("--stages", nargs="+", default=names, metavar="STAGE", help="all by default, or STAGES")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="folder of the results, or OUT")
-    seconds = os.environ.get("DEADLINE") or DEADLINE
-    parser.add_argument("--deadline", type=float, default=seconds, help="seconds for all stages, or DEADLINE")
-    cache, wheels = (os.environ.get(name) or None for name in ("CACHE", "WHEELS"))
-    parser.add_argument("--cache", type=Path, default=cache, help="of `make gpu-cache`, or CACHE; grows with the run")
-    parser.add_argument("--wheels", type=Path, default=wheels, help="folder of packages to use, or WHEELS")
+    told = {name: os.environ.get(name) or None for name in ("STAGES", "OUT", "DEADLINE", "CACHE", "WHEELS")}
+    stages = (told["STAGES"] or " ".join(STAGES)).split()
+    parser.add_argument("--stages", nargs="+", default=stages, metavar="STAGE", help="all by default, or STAGES")
+    parser.add_argument("--out", type=Path, default=told["OUT"], help="folder of the results, or OUT")
+    parser.add_argument("--deadline", type=float, default=told["DEADLINE"] or DEADLINE, help="seconds, or DEADLINE")
+    parser.add_argument("--cache", type=Path, default=told["CACHE"], help="of `make gpu-cache`, or CACHE; it grows")
+    parser.add_argument("--wheels", type=Path, default=told["WHEELS"], help="folder of packages to use, or WHEELS")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, on tiny inputs, building nothing")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.stages if name not in STAGES]
@@ -196,10 +179,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if not options.deadline > 0:
         parser.error(f"--deadline must be > 0 seconds, got {options.deadline:g}")
-    for name in ("cache", "wheels"):
-        folder = getattr(options, name)
-        if folder and not folder.is_dir():
-            parser.error(f"--{name}: there is no folder {folder}")
+    for folder in filter(None, (options.cache, options.wheels)):
+        if not folder.is_dir():
+            parser.error(f"there is no folder {folder}")
     return options
 
 
@@ -220,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(options.out or default_folder(options.dry_run)).resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")  # of the latest run
-    stages = [stage for stage in STAGES.values() if not options.stages or stage.name in options.stages]
+    stages = [stage for stage in STAGES.values() if stage.name in options.stages]
     with interruptible(), tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         packages = unpacked(options.wheels.resolve(), scratch) if options.wheels else None

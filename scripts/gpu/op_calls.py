@@ -25,19 +25,6 @@ from benchmarks.suites import SUITES
 from fbkd_ops import FBKDLoss, NonLocalBlock2d, backends, functional
 from fbkd_ops.ops import registry
 
-__all__ = [
-    "CASES",
-    "SIZES",
-    "called_ops",
-    "cases_of",
-    "large",
-    "loss_step",
-    "main",
-    "registered_ops",
-    "small",
-    "small_features",
-]
-
 # Of P2; what the whole loss gets are P2..P5.
 SIZES = {"large": (4, 256, 200, 336), "loss": (16, 256, 200, 336)}
 SHAPES = [(2, 5, 3, 7), (1, 33, 1, 17), (3, 16, 9, 12)]

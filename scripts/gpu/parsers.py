@@ -1,27 +1,13 @@
-"""What the stages read from the output of pytest, compute-sanitizer, ncu and the package's own tools."""
+"""What the stages read from the files and the output of pytest, compute-sanitizer, ncu and the benchmark."""
 
 import csv
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = [
-    "NCU_METRICS",
-    "Tests",
-    "failed_rows",
-    "kernel_name",
-    "kernel_table",
-    "library_states",
-    "ncu_obstacle",
-    "ncu_rows",
-    "sanitizer_findings",
-    "sanitizer_obstacle",
-    "sanitizer_problems",
-    "step_times",
-    "tests_in",
-]
+from benchmarks.results import OURS
 
 # Column of the table: ncu's metric.
 NCU_METRICS = {
@@ -31,11 +17,8 @@ NCU_METRICS = {
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "us": "gpu__time_duration.sum",
 }
-_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
-_MICROSECONDS |= {"s": 1e6, "second": 1e6}
-
-_SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)", re.MULTILINE)
-_FINDING = re.compile(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)(\S.*)$", re.MULTILINE)
+_OBSTACLES = r"Device not supported|Unable to find injection library|No CUDA-capable device|ERR_NVGPUCTRPERM"
+_OBSTACLES += r"|Failed to initialize the profiler[^\n]*|Profiling is not supported[^\n]*"
 
 
 def library_states(info: str) -> dict[str, str]:
@@ -43,92 +26,53 @@ def library_states(info: str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+) library\s+(.+)$", info, re.MULTILINE))
 
 
-@dataclass
-class Tests:
-    """Results of one or more pytest processes."""
-
-    counts: Counter = field(default_factory=Counter)
-    failures: dict[str, str] = field(default_factory=dict)  # test: message
-    skips: Counter = field(default_factory=Counter)  # reason: how many
-
-    def add(self, other: "Tests") -> None:
-        self.counts += other.counts
-        self.failures |= other.failures
-        self.skips += other.skips
+def obstacle(output: str) -> str:
+    """Why compute-sanitizer or ncu cannot work on this machine; empty if it can."""
+    found = re.search(_OBSTACLES, output)
+    return found.group() if found else ""
 
 
-def tests_in(path: Path) -> Tests | None:
-    """The results in a file of ``--junitxml``; None where pytest has not written a whole one.
+def tests_in(path: Path) -> Counter:
+    """Count the tests in a file of ``--junitxml`` by what came of them; none where pytest has not written it.
 
-    A module that skips itself when it is imported is counted apart: pytest imports it before it selects by mark, so
-    its reason says nothing about the tests that were asked for.
+    A module that skips itself is counted apart: pytest imports it before it selects by mark. A case without a name is a
+    test that did not end.
     """
-    try:
-        cases = list(ElementTree.parse(path).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        return None
-    tests = Tests()
-    for case in cases:
-        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        if problem is None:
-            tests.counts["passed"] += 1
-        elif problem.get("message") == "collection skipped":
-            tests.counts["modules skipped"] += 1
-        elif problem.tag == "skipped":
-            tests.counts["skipped"] += 1
-            tests.skips[problem.get("message", "")] += 1
-        else:
-            tests.counts["failed"] += 1
-            name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            tests.failures[name] = problem.get("message") or (problem.text or "").strip()
-    return tests
+    counts = Counter()
+    for case in ElementTree.parse(path).iter("testcase") if path.exists() else ():
+        result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        if result is not None and result.get("message") == "collection skipped":
+            counts["modules skipped"] += 1
+        elif "name" in case.attrib:
+            counts["passed" if result is None else result.tag] += 1
+    return counts
 
 
-def sanitizer_problems(output: str) -> int | None:
-    """Errors and hazards in the summaries of compute-sanitizer; None where it has written none."""
-    counts = [int(errors or hazards) for errors, hazards in _SUMMARY.findall(output)]
-    return sum(counts) if counts else None
+def is_clean(output: str) -> bool:
+    """Whether compute-sanitizer has come to its end and found nothing."""
+    return bool(re.search(r"^=+ (ERROR|RACECHECK) SUMMARY: 0 ", output, re.MULTILINE))
 
 
-def sanitizer_findings(output: str, count: int = 5) -> list[str]:
-    """The first different headings of what compute-sanitizer reports, each with the place below it."""
-    found = {}
-    for match in _FINDING.finditer(output):
-        place = re.match(r"\n=+\s{2,}(at .+)", output[match.end() :])
-        found[f"{match.group(1)} {place.group(1)}" if place else match.group(1)] = None
-    return list(found)[:count]
-
-
-def sanitizer_obstacle(output: str) -> str:
-    """Why compute-sanitizer cannot check anything on this machine; empty if it can."""
-    found = re.search(r"Device not supported|Unable to find injection library|No CUDA-capable device", output)
-    return found.group() if found else ""
-
-
-def ncu_obstacle(output: str) -> str:
-    """Why ncu cannot measure anything on this machine; empty if it can."""
-    if "ERR_NVGPUCTRPERM" in output:
-        return "performance counters are not permitted to this user (ERR_NVGPUCTRPERM)"
-    found = re.search(r"Failed to initialize the profiler[^\n]*|Profiling is not supported[^\n]*", output)
-    return found.group() if found else ""
+def findings(output: str, count: int = 6) -> list[str]:
+    """The first different lines of compute-sanitizer's report, its heading apart."""
+    lines = (line.strip("= ") for line in output.splitlines() if line.startswith("========="))
+    return [line for line in dict.fromkeys(lines) if line and line != "COMPUTE-SANITIZER"][:count]
 
 
 def ncu_rows(output: str) -> list[dict]:
-    """``kernel``, ``dram_percent``, ``warps_percent`` and ``us`` of each launch in the output of ``ncu --csv``.
+    """``kernel`` and the columns of NCU_METRICS of each launch in the output of ``ncu --csv --print-units base``.
 
     A metric that a GPU does not have is None.
     """
     lines = output.splitlines()
     header = next((index for index, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
-    table = csv.DictReader(line for line in lines[header:] if line.startswith('"'))
-    names = {metric: column for column, metric in NCU_METRICS.items()}
-    launches = {}
-    for row in table:
+    names, launches = {metric: column for column, metric in NCU_METRICS.items()}, {}
+    for row in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
         empty = {"kernel": kernel_name(row["Kernel Name"])} | dict.fromkeys(NCU_METRICS)
-        launch = launches.setdefault(row["ID"], empty)
-        column = names.get(row["Metric Name"])
-        if column:
-            launch[column] = _value(row["Metric Value"], row["Metric Unit"])
+        launch, column = launches.setdefault(row["ID"], empty), names.get(row["Metric Name"])
+        if column and re.match(r"\d", row["Metric Value"]):
+            value = float(row["Metric Value"].replace(",", ""))
+            launch[column] = value / 1e3 if column == "us" else value  # the base unit of time is 1 ns
     return list(launches.values())
 
 
@@ -136,13 +80,6 @@ def kernel_name(name: str) -> str:
     """Without return type, namespaces, template arguments and parameters."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     return re.split(r"[<(]", name)[0].split("::")[-1].strip()
-
-
-def _value(text: str, unit: str) -> float | None:
-    try:
-        return float(text.replace(",", "")) * _MICROSECONDS.get(unit, 1.0)
-    except ValueError:
-        return None
 
 
 def kernel_table(rows: list[dict]) -> dict[str, dict]:
@@ -164,37 +101,26 @@ def _kernel_figures(launches: list[dict]) -> dict:
     return figures
 
 
-def step_times(report: dict, name: str = "fbkd_ops") -> dict[str, dict]:
-    """Of each table of the benchmark's JSON, this implementation's forward and backward."""
-    figures = {}
-    for result in report["results"]:
-        row = result["peers"].get(name, {})
-        if row.get("status") == "ok":
-            step = row["step"]
-            speed = (step.get("speed_vs_eager") or {}).get("median")
-            figures[_title(result)] = {
-                "ms": _rounded(step["ms"]["median"], 4),
-                "gb_s": _rounded(step["gb_s"], 1),
-                "ceiling_percent": _rounded(step["ceiling_percent"], 1),
-                "times_as_fast": _rounded(speed, 2),
-            }
-    return figures
+def step_times(rows: Iterable[dict[str, str]]) -> dict[str, dict]:
+    """Of each table of the benchmark forward and backward of fbkd_ops; a suite without a cost has no rate."""
+    columns = {"ms": "ms", "gb_s": "gb_s", "ceiling_percent": "ceiling_percent", "vs_baseline": "times_as_fast"}
+    return {
+        _title(row): {name: float(f"{float(row[column]):.4g}") for column, name in columns.items() if row[column]}
+        for row in rows
+        if (row["peer"], row["pass"], row["status"]) == (OURS, "step", "ok")
+    }
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    """A suite without a cost has no rate and no ceiling."""
-    return None if value is None else round(value, digits)
-
-
-def failed_rows(report: dict) -> list[str]:
-    """The package's own rows of the benchmark's JSON that have no figures, and why."""
+def failed_rows(rows: Iterable[dict[str, str]]) -> list[str]:
+    """The package's own rows of the benchmark that have no figures, and why."""
     return [
-        f"{_title(result)}, {name}: {row['status']}"
-        for result in report["results"]
-        for name, row in result["peers"].items()
-        if name.startswith("fbkd_ops") and re.match("WRONG|failed|killed|cannot be captured", row["status"])
+        f"{_title(row)}, {row['peer']}: {row['status']}"
+        for row in rows
+        if row["peer"].startswith(OURS)
+        and row["pass"] == "step"
+        and re.match("WRONG|failed|killed|cannot be captured", row["status"])
     ]
 
 
-def _title(result: dict) -> str:
-    return f"{result['suite']}, {result['case']['title']}, {result['state']}"
+def _title(row: dict[str, str]) -> str:
+    return f"{row['suite']}, {row['case']}, {row['state']}"

@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Done", "Interrupted", "interruptible", "run_together"]
-
-GRACE = 5.0  # seconds between asking a process to stop and stopping it: pytest and the benchmark write their results
+# Seconds between asking a process to stop and stopping it. The benchmark writes its results, and pytest after it has
+# waited 10 seconds for its workers.
+GRACE = 15
+LATE = "timeout: sending signal INT to command"  # what `timeout --verbose` adds to the output
 
 
 class Interrupted(BaseException):
@@ -57,58 +57,25 @@ def interruptible():
 
 
 def run_together(commands: list[list[str]], seconds: float, folder: Path, variables: Mapping[str, str]) -> list[Done]:
-    """Start all commands at once and wait for them; those still running after ``seconds`` are stopped."""
-    started = []
-    try:
-        for command in commands:
-            started.append(_Running(command, folder, variables))
-        deadline = time.monotonic() + seconds
-        late = [running.still_runs_at(deadline) for running in started]
-    finally:
-        _stop([running for running in started if running.process])
-    return [running.done(timed_out) for running, timed_out in zip(started, late, strict=True)]
-
-
-class _Running:
-    """A process in a group of its own, so that what it starts ends with it."""
-
-    def __init__(self, command: list[str], folder: Path, variables: Mapping[str, str]):
-        self.command, self.process = command, None
-        self.output = tempfile.TemporaryFile()
-        options = dict(cwd=folder, env=os.environ | dict(variables), stdin=subprocess.DEVNULL, start_new_session=True)
+    """Start all commands at once and wait for them; `timeout` stops those that still run after ``seconds``."""
+    limit = ["timeout", "--verbose", "--signal=INT", f"--kill-after={GRACE}", f"{max(seconds, 0.001):.3f}"]
+    options = dict(cwd=folder, env=os.environ | dict(variables), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    started, done = [], []
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
         try:
-            self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, **options)
-        except OSError as error:
-            self.output.write(f"cannot run {command[0]}: {error.strerror}\n".encode())
-
-    def still_runs_at(self, deadline: float) -> bool:
-        if self.process is None:
-            return False
-        try:
-            self.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return True
-        return False
-
-    def signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def done(self, timed_out: bool) -> Done:
-        self.output.seek(0)
-        text = self.output.read().decode(errors="replace")
-        self.output.close()
-        return Done(self.command, text, 127 if self.process is None else self.process.returncode, timed_out)
-
-
-def _stop(started: list[_Running]) -> None:
-    """End what still runs; whole groups, since a process may leave others behind."""
-    running = [each for each in started if each.process.poll() is None]
-    for each in running:
-        each.signal(signal.SIGINT)
-    deadline = time.monotonic() + GRACE
-    for each in running:
-        each.still_runs_at(deadline)
-    for each in started:
-        each.signal(signal.SIGKILL)
-        each.process.wait()
+            for command, output in zip(commands, outputs, strict=True):
+                process = subprocess.Popen([*limit, *command], stdout=output, start_new_session=True, **options)
+                started.append(process)
+            for process in started:
+                process.wait()
+        finally:
+            for process in started:  # with all that it has left behind
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for command, output, process in zip(commands, outputs, started, strict=True):
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            done.append(Done(command, text, process.returncode, LATE in text))
+    return done

@@ -13,9 +13,10 @@ The file is written anew after each part, so that a run that is cut off has told
 """
 
 import argparse
-import json
 import re
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,30 +28,24 @@ from benchmarks.environment import ROOT
 from benchmarks.inputs import LEVELS, Case
 from benchmarks.loss_suites import STRIDES
 from benchmarks.measurement import Job, mistakes
-from benchmarks.series import OURS
-from benchmarks.timing import CaptureError, calls_of, interleaved, summary
+from benchmarks.results import OURS, text_rows, write_json
+from benchmarks.timing import CaptureError, calls_of, interleaved
 from scripts.gpu.op_calls import SIZES, loss_step
 from scripts.gpu.parsers import kernel_name
 
-__all__ = ["kernel_rows", "main", "own_kernels", "predictions"]
-
 DTYPE = "bfloat16"
-MODEL = ROOT / "benchmarks" / "results" / "gpu-model.json"
+MODEL = ROOT / "benchmarks" / "results" / "gpu-model.csv"
 ROUNDS, SECONDS = 20, 3.0
 NAMED = 12  # of PyTorch's kernels
 
 
 def predictions(images: int, dtype: str, path: Path = MODEL) -> dict[str, float]:
     """Microseconds that `python -m benchmarks.gpu_model` predicts for each kernel of a step; empty without its file."""
-    try:
-        cases = json.loads(path.read_text())["cases"]
-        chosen = [case for case in cases if (case["images"], case["dtype"]) == (images, dtype)]
-        found = {}
-        for launch in chosen[0]["launches"]:
-            found[launch["kernel"]] = found.get(launch["kernel"], 0.0) + launch["predicted_us"]
-        return found
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}
+    found = Counter()
+    for launch in text_rows(path) if path.exists() else ():
+        if (launch["images"], launch["dtype"]) == (str(images), dtype):
+            found[launch["kernel"]] += float(launch["predicted_us"])
+    return dict(found)
 
 
 def own_kernels() -> set[str]:
@@ -97,7 +92,7 @@ def profiled(step, device: str) -> dict[str, dict]:
 
 def median_ms(call, device: str, **how) -> float:
     times = interleaved({"step": call}, ROUNDS if device == "cuda" else 1, device, SECONDS, **how)
-    return round(summary(times["step"])["median"], 3)
+    return round(statistics.median(times["step"]), 3)
 
 
 def graph_figures(step) -> dict:
@@ -106,20 +101,6 @@ def graph_figures(step) -> dict:
         return {"graph_ms": median_ms(calls_of({"step": [step]}, as_graphs=True)["step"], "cuda")}
     except CaptureError as error:
         return {"graph_ms": None, "graph_problem": str(error)}
-
-
-class Findings(dict):
-    """What is known so far, in a file."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    def add(self, **parts) -> None:
-        self.update(parts)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self, indent=1) + "\n")
-        partial.replace(self.path)
 
 
 def checked(device: str, shape: tuple[int, ...]) -> dict[str, str]:
@@ -139,9 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device, shape = options.device, tuple(options.shape)
     torch.backends.cudnn.allow_tf32 = False
-    findings = Findings(options.file)
-    findings.add(mistakes=checked(device, shape if device == "cpu" else LEVELS["P2"]))
-    steps, figures = {}, {}
+    steps, figures, findings = {}, {}, {}
+
+    def add(**parts) -> None:
+        findings.update(parts)
+        write_json(options.file, findings)
+
+    add(mistakes=checked(device, shape if device == "cpu" else LEVELS["P2"]))
     for images in dict.fromkeys((shape[0], 1)):
         step = steps[images] = loss_step((images, *shape[1:]), DTYPE, device)
         for _ in range(3 if device == "cuda" else 1):  # the allocator's blocks are there from the second one on
@@ -152,12 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
             "wall_ms": median_ms(step, device, by_wall_clock=True),
             "predicted_kernels_ms": round(sum(predicted.values()) / 1e3, 3) if predicted else None,
         }
-        findings.add(steps=figures)
+        add(steps=figures)
         if images == shape[0]:
-            findings.add(**beside_the_model(profiled(step, device), predicted))
+            add(**beside_the_model(profiled(step, device), predicted))
     for images, step in steps.items() if device == "cuda" else ():
         figures[images] |= graph_figures(step)
-        findings.add(steps=figures)
+        add(steps=figures)
         if "graph_problem" in figures[images]:
             break
     return 1 if any(findings["mistakes"].values()) else 0

@@ -18,19 +18,18 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import results
 from scripts.gpu import parsers
 from scripts.gpu.processes import Done, run_together
-
-__all__ = ["STAGES", "Context", "Outcome", "Stage", "missing_requirements"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 CASES = [PYTHON, "-m", "scripts.gpu.op_calls"]
 KEPT_OUTPUT = 60_000  # characters of each command in the log
 LOG_SIZE = 8 << 20  # bytes of the log at which it ends
-SHARDS = min(12, os.cpu_count() or 1)
+PROCESSES = min(12, os.cpu_count() or 1)  # of pytest
 THREADS = 2  # of the CPU, in each process
-TOLD = 40  # failing tests that are named
+TOLD, LAST = 40, 20  # lines that explain a status, and the last of pytest's among them
 SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 # compute-sanitizer's tools and the backends they watch, in turn: what says most and takes least comes first.
 SANITIZED = (
@@ -39,6 +38,7 @@ SANITIZED = (
     [("memcheck", "triton")],
     [("racecheck", "triton"), ("initcheck", "triton")],
 )
+DRY_SANITIZED = ([("memcheck", "cpu")], [("racecheck", "cpu"), ("initcheck", "cpu")])
 # The benchmark at the size that the package is made for, and what else it has, the suites that say most first.
 LARGE = ["--suite", "fbkd_loss", "relation", "--shapes", "16,256,200,336", "--dtype", "bfloat16"]
 LARGE += ["--peers", "mmrazor", "reference", "--seconds", "2"]
@@ -77,19 +77,15 @@ class Context:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
-    @property
-    def backends(self) -> list[str]:
-        return ["cpu"] if self.dry else ["cuda", "triton"]
-
     def run(self, commands: list[list[str]], seconds: float, variables: dict | None = None) -> list[Done]:
         """Run commands side by side in the source tree; their output goes to the log."""
         paths = [str(ROOT), *map(str, filter(None, [self.packages, os.environ.get("PYTHONPATH")]))]
         common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join(paths)}
         common |= {"TRITON_CACHE_DIR": str(self.cache)}
-        results = run_together(commands, seconds, ROOT, common | (variables or {}))
-        for done in results:
+        ended = run_together(commands, seconds, ROOT, common | (variables or {}))
+        for done in ended:
             self.log(f"$ {shlex.join(done.command)}\n{done.output[-KEPT_OUTPUT:]}\n[{done.problem or 'done'}]\n\n")
-        return results
+        return ended
 
     def log(self, text: str) -> None:
         path = self.out / "log.txt"
@@ -110,7 +106,7 @@ class Stage:
 
 def missing_requirements() -> list[str]:
     """What the stages need and this Python has not, a line each."""
-    names = ("setuptools", "ninja", "pybind11", "pytest", "hypothesis", "rich", "triton")
+    names = ("setuptools", "ninja", "pybind11", "pytest", "xdist", "hypothesis", "triton")
     lines = [f"{name} is not installed" for name in names if importlib.util.find_spec(name) is None]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("setuptools")
@@ -179,61 +175,27 @@ def smoke(context: Context, seconds: float) -> Outcome:
     return Outcome.of(problems, figures | {"kernels": found.get("kernels", {})})
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Tests that need a GPU, by name, and a few that stand for them in a dry run."""
-
-    paths: tuple[str, ...]
-    names: str
-    dry_names: str
-    shards: int = 1
-    dry_shards: int = 1
-
-    def commands(self, context: Context) -> list[list[str]]:
-        paths, names = (("tests/test_masked_l2.py",), self.dry_names) if context.dry else (self.paths, self.names)
-        mark = "not gpu" if context.dry else "gpu"
-        count = self.dry_shards if context.dry else self.shards
-        command = [PYTHON, "-m", "pytest", "-p", "scripts.gpu.shard", "-p", "no:cacheprovider", "-m", mark, *paths]
-        command += ["-k", names] if names else []
-        return [
-            [*command, f"--shard={number}/{count}", f"--junitxml={self.result(context, number)}"]
-            for number in range(1, count + 1)
-        ]
-
-    def result(self, context: Context, number: int) -> Path:
-        return context.scratch / f"tests-{number}.xml"
-
-
-def tests_of(selection: Selection) -> Callable[[Context, float], Outcome]:
-    """The stage that runs a selection, in shares side by side."""
+def tests_of(names: str, dry_names: str) -> Callable[[Context, float], Outcome]:
+    """The stage that runs the GPU tests of some names, side by side, and in a dry run a few tests of the CPU."""
 
     def run(context: Context, seconds: float) -> Outcome:
-        commands = selection.commands(context)
-        for number in range(1, len(commands) + 1):
-            selection.result(context, number).unlink(missing_ok=True)
-        results = context.run(commands, seconds)
-        found = [parsers.tests_in(selection.result(context, number)) for number in range(1, len(commands) + 1)]
-        return judged(context, results, found)
+        path = context.scratch / "tests.xml"
+        path.unlink(missing_ok=True)
+        command = [PYTHON, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--dist", "worksteal", f"--junitxml={path}"]
+        if context.dry:
+            command += ["-n", "1", "-m", "not gpu", "-k", dry_names, "tests/test_masked_l2.py"]
+        else:
+            command += ["-n", str(PROCESSES), "-m", "gpu", "-k", names, *TESTS]
+        (done,) = context.run([command], seconds)
+        counts, problems = parsers.tests_in(path), []
+        if done.problem or not counts["passed"]:
+            problems = [done.problem or "no test passed", *done.last_lines(LAST)]  # pytest's own summary
+        if counts["skipped"]:  # by itself, though it was selected for the GPU that is here
+            skips = [line for line in done.output.splitlines() if line.startswith("SKIPPED")]
+            problems += [f"{counts['skipped']} tests skipped", *skips]
+        return Outcome.of(problems, dict(counts))
 
     return run
-
-
-def judged(context: Context, results: list[Done], found: list[parsers.Tests | None]) -> Outcome:
-    """A failed test fails the stage, and so does one that skips itself on the GPU that it was selected for."""
-    tests, problems = parsers.Tests(), []
-    for done, part in zip(results, found, strict=True):
-        if part:
-            tests.add(part)
-        # pytest: 1, some tests failed; 5, none in this share.
-        if not part or done.timed_out or done.returncode not in (0, 1, 5):
-            problems += [f"{done.problem or 'no results'}: {done.command[-2]}", *done.last_lines(3)]
-    for name, message in list(tests.failures.items())[:TOLD]:
-        problems.append(f"{name}: {(message.splitlines() or [''])[0][:200]}")
-        context.log(f"FAILED {name}\n{message[:4000]}\n\n")
-    problems += [f"skipped {count}: {reason}" for reason, count in tests.skips.items()]
-    if not tests.counts["passed"]:
-        problems.append("no test passed")
-    return Outcome.of(problems, dict(tests.counts))
 
 
 def sanitizer(context: Context, seconds: float) -> Outcome:
@@ -242,19 +204,21 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
     if program is None:
         return Outcome("skipped: compute-sanitizer is not on PATH")
     end, figures, problems, late, obstacles = time.monotonic() + seconds, {}, [], [], []
-    rounds = [[("memcheck", "cpu")], [("racecheck", "cpu"), ("initcheck", "cpu")]] if context.dry else SANITIZED
-    for names in rounds:
+    for names in DRY_SANITIZED if context.dry else SANITIZED:
         left = end - time.monotonic()
-        results = sanitized(context, program, names, left) if left > 0 else [None] * len(names)
-        for (checker, backend), done in zip(names, results, strict=True):
-            obstacle = parsers.sanitizer_obstacle(done.output) if done else ""
-            if done is None or (done.timed_out and not parsers.sanitizer_problems(done.output)):
-                late.append(f"{checker} of {backend}")
-            elif obstacle:
-                obstacles.append(f"{checker} of {backend}: does not run here ({obstacle})")
+        ended = sanitized(context, program, names, left) if left > 0 else [None] * len(names)
+        for (checker, backend), done in zip(names, ended, strict=True):
+            name = f"{checker} of {backend}"
+            if done is None or (done.timed_out and "SUMMARY" not in done.output):
+                late.append(name)
+            elif found := parsers.obstacle(done.output):
+                obstacles.append(f"{name}: does not run here ({found})")
             else:
-                figures[f"{checker}_{backend}"], found = sanitizer_result(checker, backend, done)
-                problems += found
+                is_clean = parsers.is_clean(done.output) and not done.problem
+                figures[f"{checker}_{backend}"] = "clean" if is_clean else "problems"
+                if not is_clean:
+                    told = parsers.findings(done.output) or done.last_lines()
+                    problems += [f"{name}: {done.problem or 'problems'}", *told]
     if obstacles and not figures:
         return Outcome(f"skipped: compute-sanitizer: {obstacles[0]}")
     if late and not problems + obstacles:
@@ -264,54 +228,43 @@ def sanitizer(context: Context, seconds: float) -> Outcome:
 
 def sanitized(context: Context, program: str, names: list[tuple[str, str]], seconds: float) -> list[Done]:
     """Some tools at once. Without PyTorch's cache each tensor is an allocation, whose bounds and first use they see."""
-    options = ["--target-processes", "application-only", "--print-limit", "20"]
-    commands = [[program, "--tool", checker, *options, *small_cases(context, backend)] for checker, backend in names]
+    options = ["--target-processes", "application-only", "--print-limit", "20", "--error-exitcode", "1"]
+    cases = [*CASES, "small", "--device", context.device, "--backend"]
+    commands = [[program, "--tool", checker, *options, *cases, backend] for checker, backend in names]
     return context.run(commands, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-
-
-def sanitizer_result(checker: str, backend: str, done: Done) -> tuple[int | None, list[str]]:
-    """How many problems a tool has found, and what to say of them."""
-    found = parsers.sanitizer_problems(done.output)
-    if found == 0 and not done.problem:
-        return found, []
-    told = parsers.sanitizer_findings(done.output) if found else done.last_lines()
-    return found, [f"{checker} of {backend}: {done.problem or 'ended'}, problems: {found}", *told]
-
-
-def small_cases(context: Context, backend: str) -> list[str]:
-    return [*CASES, "small", "--device", context.device, "--backend", backend]
 
 
 def bench_of(arguments: list[str]) -> Callable[[Context, float], Outcome]:
     """The stage that adds tables to those of the benchmark; where time runs out, those that are ready."""
 
     def run(context: Context, seconds: float) -> Outcome:
-        path = context.out / "microbench.json"
-        before = tables_in(path)
-        command = [PYTHON, "benchmarks/microbench.py", "--device", context.device, "--json", str(path)]
+        path = context.out / "microbench.csv"
+        before, _ = dated_rows(path)
+        command = [PYTHON, "benchmarks/microbench.py", "--device", context.device, "--csv", str(path)]
         command += DRY if context.dry else arguments
         (done,) = context.run([[*command, "--update"] if before else command], seconds)
-        report = json.loads(path.read_text()) if path.exists() else {"results": [], "complete": False}
-        made = [result for result in report["results"] if result not in before]
+        rows, complete = dated_rows(path)
+        made = [row for date in rows.keys() - before.keys() for row in rows[date]]
         if not made:
             return Outcome("failed", {}, [done.problem or "no figures", *done.last_lines()])
-        report = report | {"results": made}
-        problems = parsers.failed_rows(report)
+        problems = parsers.failed_rows(made)
         if done.problem and not done.timed_out:
             problems += [done.problem, *done.last_lines()]
-        figures = {"tables": len(made), "complete": report["complete"]} | parsers.step_times(report)
-        return Outcome.of(problems, figures)
+        return Outcome.of(problems, {"complete": complete} | parsers.step_times(made))
 
     return run
 
 
-def tables_in(path: Path) -> list[dict]:
-    """The tables that stages before have left in the benchmark's file; one that is no such file is removed."""
+def dated_rows(path: Path) -> tuple[dict[str, list[dict]], bool]:
+    """The benchmark's rows by the date of their run, and whether the last run came to its end; none of another file."""
+    dates = {}
     try:
-        return json.loads(path.read_text())["results"]
-    except (OSError, ValueError, KeyError, TypeError):
-        path.unlink(missing_ok=True)
-        return []
+        complete = results.read_facts(path)["complete"]
+        for row in results.text_rows(path):
+            dates.setdefault(row["date"], []).append(row)
+    except (ValueError, KeyError):
+        return {}, False
+    return dates, complete
 
 
 def ncu_of(profiles: Callable[[Context], dict[str, list[str]]]) -> Callable[[Context, float], Outcome]:
@@ -321,17 +274,17 @@ def ncu_of(profiles: Callable[[Context], dict[str, list[str]]]) -> Callable[[Con
         program = tool("ncu")
         if program is None:
             return Outcome("skipped: ncu is not on PATH")
-        figures, rows, problems, jobs = {}, {}, [], profiles(context)
+        figures, problems, jobs, path = {}, [], profiles(context), context.out / "ncu.json"
+        launches = json.loads(path.read_text()) if path.exists() else {}  # also of another stage
         for name, command in jobs.items():
             (done,) = context.run([[program, *NCU, *command]], seconds / len(jobs))
-            obstacle = parsers.ncu_obstacle(done.output)
-            if obstacle:
-                return Outcome(f"skipped: ncu cannot measure here: {obstacle}")
-            rows[name] = parsers.ncu_rows(done.output)
-            if not rows[name] or done.problem:
+            if found := parsers.obstacle(done.output):
+                return Outcome(f"skipped: ncu cannot measure here: {found}")
+            launches[name] = parsers.ncu_rows(done.output)
+            if not launches[name] or done.problem:
                 problems += [f"{name}: {done.problem or 'no kernel was measured'}", *done.last_lines(3)]
-            figures[name] = parsers.kernel_table(rows[name])
-            add_launches(context.out / "ncu.json", rows)
+            figures[name] = parsers.kernel_table(launches[name])
+            results.write_json(path, launches)
         return Outcome.of(problems, figures)
 
     return run
@@ -341,12 +294,6 @@ def ncu_of(profiles: Callable[[Context], dict[str, list[str]]]) -> Callable[[Con
 NCU = ["--config-file", "off", "--csv", "--print-units", "base", "--print-kernel-base", "function"]
 NCU += ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only"]
 NCU += ["--metrics", ",".join(parsers.NCU_METRICS.values())]
-
-
-def add_launches(path: Path, rows: dict[str, list[dict]]) -> None:
-    """Write the launches of some profiles into a file beside those of others."""
-    before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | rows, indent=1) + "\n")
 
 
 def heaviest(context: Context) -> dict[str, list[str]]:
@@ -380,13 +327,8 @@ def tool(name: str) -> str | None:
 # Nothing in the ignored files needs a GPU, and to collect them every process would import their frameworks.
 WITHOUT_GPU = ("tests/integrations", "tests/test_demo.py", "tests/test_visualize.py")
 TESTS = ("tests", *(f"--ignore={path}" for path in WITHOUT_GPU))
-OTHERS = "not opcheck and not gradcheck and not cuda_graph"
-# The ops without matrix products take little of a step and have most of the tests.
-LIGHT = "(test_attention_pool or test_attention_masks or test_masked_l2)"
-MAIN_TESTS = Selection(TESTS, f"not {LIGHT} and {OTHERS}", "twice and cpu", SHARDS, dry_shards=2)
-MORE_TESTS = Selection(TESTS, f"{LIGHT} and {OTHERS}", "autocast and cpu", SHARDS)
-OP_CHECKS = Selection(TESTS, "(opcheck or gradcheck) and not cuda_graph", "test_opcheck and cpu", SHARDS)
-GRAPHS = Selection(("tests/test_cuda_graph.py",), "", "test_gradcheck and cpu-contiguous")
+# The ops without matrix products take little of a step and have most of the tests; all others run first.
+LATER = "test_attention_pool or test_attention_masks or test_masked_l2 or opcheck or gradcheck or cuda_graph"
 
 # What says most comes first: a run may be cut off at any moment.
 STAGES = {
@@ -395,12 +337,10 @@ STAGES = {
         Stage("build", build, 60, 200),
         Stage("compile", compile_kernels, 20, 120),
         Stage("smoke", smoke, 30, 90),
-        Stage("test", tests_of(MAIN_TESTS), 40, 120),
+        Stage("test", tests_of(f"not ({LATER})", "twice and cpu"), 40, 120),
         Stage("bench", bench_of(LARGE), 60, 150),
         Stage("ncu", ncu_of(heaviest), 30, 60),
-        Stage("more_tests", tests_of(MORE_TESTS), 30, 100),
-        Stage("opcheck", tests_of(OP_CHECKS), 30, 80),
-        Stage("graph", tests_of(GRAPHS), 15, 40),
+        Stage("more_tests", tests_of(LATER, "autocast and cpu"), 75, 220),
         Stage("suites", bench_of(SMALL), 40, 150),
         Stage("kernels", ncu_of(every_op), 30, 80),
         Stage("sanitizer", sanitizer, 30, 150),

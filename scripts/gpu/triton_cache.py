@@ -31,8 +31,6 @@ from unittest import mock
 
 import torch
 
-__all__ = ["compile_all", "entries", "main", "needed", "relocate"]
-
 ARCH = 90
 GROUP = "__grp__"  # how Triton's file begins that lists an entry's other files
 BENCHMARKED = ("fbkd_loss", "relation", "non_local", "adapted_masked_l2", "attention_pool", "masked_l2")
@@ -80,24 +78,6 @@ def trim(folder: Path) -> None:
     for path in folder.glob("*/*.source"):
         path.unlink()
     relocate(folder)
-
-
-def use_target(arch: int) -> None:
-    """Make an absent GPU the target of Triton in this process."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    driver.set_active(Driver())
 
 
 def needed(calls: Iterable[Callable[[], object]], most: int | None = None) -> list[Compilation]:
@@ -229,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Read by Triton at each compilation, and by this package at its import.
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "TRITON_INTERPRET": "0"}
     moved = relocate(folder)
+    from benchmarks.code_report import use_target
+
     use_target(options.arch)
     with on_the_cpu():
         compilations = needed(calls(), options.most)
