@@ -38,7 +38,7 @@ class _Watch:
 class GradientWatch(_Watch):
     """Warns of features that carry a gradient on the wrong side."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned_of_student = self._warned_of_teacher = False
 
     def see(self, students: list[Tensor], teachers: list[Tensor]) -> None:
@@ -61,9 +61,9 @@ class GradientWatch(_Watch):
 class FiniteWatch(_Watch):
     """Warns of levels whose terms are NaN or infinite: on the CPU at once, on a GPU at one of the next calls."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned = False
-        self._pending: tuple[Tensor, torch.cuda.Event, list[str]] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event, list[tuple[int, str]]] | None = None
 
     def see(self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]) -> None:
         """Look at ``terms (K,)`` of the levels and kinds ``names``."""
@@ -116,7 +116,7 @@ def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
 class LayerWatch(_Watch):
     """Refuses, once, layers inside a loss that it could not use as they are."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._passed = False
 
     def see(self, loss: nn.Module) -> None:
@@ -152,7 +152,7 @@ class UpdateWatch(_Watch):
 
     PASSES = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._passes = 0
         self._first: dict[str, tuple[int, Tensor]] = {}
 
@@ -196,7 +196,7 @@ class BackwardWatch(_Watch):
 
     FORWARDS = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned = False
         self._hooks: list[weakref.ref[Callable[[Tensor], None]]] = []  # of the forwards since the last backward pass
 
