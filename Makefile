@@ -1,6 +1,6 @@
 # make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
 # ARGS can be given: make demo ARGS="--steps 50"
-# make lint checks style and format.
+# make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
 # compiled for each vector width.
 # make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
@@ -45,6 +45,7 @@ $(STAMP): $(BUILD_INPUTS)
 lint: $(LINT_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 $(LINT_STAMP): scripts/lint.txt $(STAMP)

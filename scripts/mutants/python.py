@@ -91,7 +91,7 @@ MUTATIONS = [
         "python.norm.unbiased_variance",
         NORM_PY,
         RELATION,
-        "[update.count / (update.count - 1) for update in group]",
+        "[update.values / (update.values - 1) for update in group]",
         "[1.0 for update in group]",
     ),
     Mutation(
@@ -144,8 +144,8 @@ MUTATIONS = [
         "python.collapsed.gradient_of_the_image_means",
         BACKWARD_PY,
         COLLAPSED,
-        "torch.addcmul(mean, variance, own.deviations)",
-        "torch.addcmul(mean, variance, own.deviations, value=-1)",
+        "torch.addcmul(mean, variance, present(own.deviations))",
+        "torch.addcmul(mean, variance, present(own.deviations), value=-1)",
     ),
     Mutation(
         "python.collapsed.images_of_the_output_bias",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .non_local.batch_norm import is_frozen
+from .non_local.batch_norm import Norm, is_frozen
 from .non_local.modes import MODES
 from .types import AttentionPool, NonLocalWeights
 
@@ -251,13 +251,13 @@ def check_tensor(tensor: Any, expected: tuple[int, ...] | None, like: Tensor, na
     check_same_device(tensor, like, name, "the features")
 
 
-def check_norm(norm: Any, like: Tensor, name: str) -> None:
-    """Require a BatchNorm of any kind, or None, that fits features ``like (N, C, H, W)`` and is on their device.
+def check_norm(norm: Any, like: Tensor, name: str) -> Norm | None:
+    """Return a BatchNorm of any kind, or None, that fits features ``like (N, C, H, W)`` and is on their device.
 
     Its tensors are read without a call of the norm, so :func:`check_layer` holds for it too.
     """
     if norm is None:
-        return
+        return None
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         width = norm.num_features
     elif isinstance(norm, nn.Module) and is_frozen(norm):
@@ -273,6 +273,7 @@ def check_norm(norm: Any, like: Tensor, name: str) -> None:
         if getattr(norm, entry) is not None:
             check_same_device(getattr(norm, entry), like, f"{name}.{entry}", "the features")
     check_layer(norm, name)
+    return norm
 
 
 def check_layer(layer: nn.Module, name: str) -> None:

@@ -48,7 +48,7 @@ class _Watch:
 class GradientWatch(_Watch):
     """Warns of features that carry a gradient on the wrong side."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned_of_student = self._warned_of_teacher = False
 
     def see(self, students: list[Tensor], teachers: list[Tensor]) -> None:
@@ -93,7 +93,7 @@ class _Arrival:
 class FiniteWatch(_Watch):
     """Warns of levels whose terms are NaN or infinite: on the CPU at once, on a GPU at one of the next calls."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned, self._arrival = False, _Arrival()
 
     def see(self, terms: Tensor, names: list[tuple[int, str]], students: list[Tensor], teachers: list[Tensor]) -> None:
@@ -136,7 +136,7 @@ def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
 class LayerWatch(_Watch):
     """Refuses, once, layers inside a loss that it could not use as they are."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._passed = False
 
     def see(self, loss: nn.Module) -> None:
@@ -172,7 +172,7 @@ class UpdateWatch(_Watch):
 
     PASSES = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._passes = 0
         self._first: dict[str, tuple[int, Tensor]] = {}
 
@@ -269,7 +269,7 @@ class BackwardWatch(_Watch):
 
     FORWARDS = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._warned = False
         self._hooks: list[weakref.ref[Callable[[Tensor], None]]] = []  # of the forwards since the last backward pass
 

@@ -133,14 +133,15 @@ def relation_squares(terms: list[RelationTerm], memory_efficient: bool) -> list[
 
 
 def _literal_relation_square(term: RelationTerm) -> Tensor:
-    blocks = term.student_block, term.teacher_block
+    student, teacher = term.student_block, term.teacher_block
     return reference.relation_square(
         term.student,
         term.teacher,
-        *(block.weights for block in blocks),
+        student.weights,
+        teacher.weights,
         term.adaptation_weight,
         term.adaptation_bias,
-        student_norm=blocks[0].norm,
-        teacher_norm=blocks[1].norm,
-        **vars(blocks[0].settings),
+        student_norm=student.norm,
+        teacher_norm=teacher.norm,
+        **vars(student.settings),
     )

@@ -366,7 +366,7 @@ def non_local(
     check_feature(x, "x")
     settings = _block_settings(x, mode, stride, pool_order, use_scale)
     check_weights(weights, x, mode, "weights")
-    check_norm(norm, x, "norm")
+    norm = check_norm(norm, x, "norm")
     return dispatch.non_local(x.to(accumulation_dtype(x)), Block(weights, settings, norm))
 
 
@@ -432,8 +432,8 @@ def relation_loss(
     expected = (teacher.shape[1], student.shape[1])
     check_tensor(adaptation_weight, expected, student, "adaptation_weight")
     check_tensor(adaptation_bias, expected[:1], student, "adaptation_bias")
-    check_norm(student_norm, student, "student_norm")
-    check_norm(teacher_norm, teacher, "teacher_norm")
+    student_norm = check_norm(student_norm, student, "student_norm")
+    teacher_norm = check_norm(teacher_norm, teacher, "teacher_norm")
     memory_efficient = check_flag(memory_efficient, "memory_efficient")
     blocks = Block(student_weights, settings, student_norm), Block(teacher_weights, settings, teacher_norm)
     term = RelationTerm(student, teacher.detach(), *blocks, adaptation_weight, adaptation_bias)

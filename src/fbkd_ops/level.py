@@ -1,5 +1,8 @@
 """One level of the loss: its learned layers, and what its terms are computed from."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, overload
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,9 +11,9 @@ from .non_local.block import NonLocalBlock2d
 from .non_local.relation import RelationTerm
 from .ops.attention_masks import MaskRequest
 from .presets import TERMS, LevelSettings
-from .types import AttentionPool
+from .types import AttentionPool, present
 
-__all__ = ["FBKDLevel"]
+__all__ = ["FBKDLevel", "FBKDLevels"]
 
 
 class FBKDLevel(nn.Module):
@@ -80,7 +83,7 @@ class FBKDLevel(nn.Module):
 
     def _adapted_channels(self, channels: Tensor) -> Tensor:
         """Apply the channel term's linear layer to ``(N, Cs)``, giving ``(N, Ct)``."""
-        layer = self.channel_adaptation
+        layer = present(self.channel_adaptation)
         return F.linear(channels, layer.weight.to(channels.dtype), layer.bias.to(channels.dtype))
 
     def pooled(self, pool: AttentionPool, axis: str) -> Tensor:
@@ -91,17 +94,33 @@ class FBKDLevel(nn.Module):
         self, student: Tensor, teacher: Tensor, pool_s: AttentionPool, pool_t: AttentionPool
     ) -> RelationTerm:
         """Return the inputs of the relation term of ``(N, Cs, H, W)`` and ``(N, Ct, H, W)``."""
-        layer = self.relation_adaptation
+        layer = present(self.relation_adaptation)
         return RelationTerm(
             student,
             teacher,
-            self.student_non_local.block(),
-            self.teacher_non_local.block(),
+            present(self.student_non_local).block(),
+            present(self.teacher_non_local).block(),
             layer.weight,
-            layer.bias,
+            present(layer.bias),
             pool_s.channel_mean,
             pool_t.channel_mean,
         )
+
+
+if TYPE_CHECKING:
+
+    class FBKDLevels(nn.ModuleList):
+        """The type of :class:`torch.nn.ModuleList` with levels in it."""
+
+        @overload
+        def __getitem__(self, idx: slice) -> "FBKDLevels": ...
+        @overload
+        def __getitem__(self, idx: int) -> FBKDLevel: ...
+        def __getitem__(self, idx: Any) -> Any: ...
+        def __iter__(self) -> Iterator[FBKDLevel]: ...
+
+else:
+    FBKDLevels = nn.ModuleList
 
 
 def _non_local_block(channels: int, settings: LevelSettings) -> NonLocalBlock2d:

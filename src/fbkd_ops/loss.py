@@ -25,11 +25,11 @@ from ._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_
 from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
 from .autograd.weighted_roots import weighted_roots
-from .level import FBKDLevel
+from .level import FBKDLevel, FBKDLevels
 from .ops.adapted_masked_l2 import AdaptedLevels
 from .ops.spatial_l2 import SpatialLevels
 from .presets import TERMS, default_num_levels, resolve_settings
-from .types import AttentionPool
+from .types import AttentionPool, present
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
@@ -117,7 +117,7 @@ class FBKDLoss(nn.Module):
         self.synchronize = check_flag(synchronize, "synchronize")
         self._gradient_watch, self._finite_watch, self._update_watch = GradientWatch(), FiniteWatch(), UpdateWatch()
         self._layer_watch = LayerWatch()
-        self.levels = nn.ModuleList()
+        self.levels = FBKDLevels()
         for index, (settings, (student, teacher)) in enumerate(
             zip(resolve_settings(preset, num_levels, overrides), widths, strict=True)
         ):
@@ -216,26 +216,31 @@ class FBKDLoss(nn.Module):
         indices = self._levels_with("feature_adaptation")
         with torch.no_grad():
             pools = dispatch.attention_pools([*teachers, *(students[index] for index in indices)])
-        students, pools_s, pools_t = list(students), [None] * len(students), pools[: len(teachers)]
+        students, pools_t = list(students), pools[: len(teachers)]
+        pools_s: dict[int, AttentionPool] = {}
         others = [index for index in range(len(students)) if index not in indices]
         if others:
             found = dispatch.attention_pools([students[index] for index in others])
             for index, pool in zip(others, found, strict=True):
                 pools_s[index] = pool
-        if not indices:
-            return students, pools_s, pools_t, []
-        levels, *sides = self._select(indices, students, teachers, pools_t)
-        outputs, means, squares = _feature_terms(levels, *sides, pools[len(teachers) :], self.memory_efficient)
-        for index, student, pool in zip(indices, outputs, means, strict=True):
-            students[index], pools_s[index] = student, pool
-        return students, pools_s, pools_t, [TermSquares("feature", indices, squares)]
+        found_squares = []
+        if indices:
+            levels, sides, teacher_sides, teacher_pools = self._select(indices, students, teachers, pools_t)
+            outputs, means, squares = _feature_terms(
+                levels, sides, teacher_sides, teacher_pools, pools[len(teachers) :], self.memory_efficient
+            )
+            for index, student, pool in zip(indices, outputs, means, strict=True):
+                students[index], pools_s[index] = student, pool
+            found_squares.append(TermSquares("feature", indices, squares))
+        return students, [pools_s[index] for index in range(len(students))], pools_t, found_squares
 
     def _levels_with(self, layer: str) -> list[int]:
         return [index for index, level in enumerate(self.levels) if getattr(level, layer) is not None]
 
-    def _select(self, indices: list[int], *lists: list) -> list[list]:
+    def _select(self, indices: list[int], *lists: list[Any]) -> list[list[Any]]:
         """Return the levels of these indices, and their entries of each list."""
-        return [[entries[index] for index in indices] for entries in (self.levels, *lists)]
+        entries: list[Any] = [self.levels, *lists]
+        return [[values[index] for index in indices] for values in entries]
 
     def _weighted_terms(
         self, squares: list[TermSquares], students: list[Tensor], teachers: list[Tensor]
@@ -257,16 +262,18 @@ class FBKDLoss(nn.Module):
         self, sums: Tensor, names: list[tuple[int, str]], teachers: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return the sums ``(K,)``, over all processes where asked for, and the factors ``(K,)`` of their roots."""
-        weights, counts = [], []
+        weights: list[float] = []
+        counts: list[float] = []
         for index, term in names:
             weights.append(getattr(self.levels[index].settings, f"{term}_weight"))
-            counts.append(self.levels[index].mean_count(term, teachers[index].shape))
+            images, channels, height, width = teachers[index].shape
+            counts.append(self.levels[index].mean_count(term, (images, channels, height, width)))
         constant = functools.partial(constant_vector, dtype=sums.dtype, device=sums.device, keep=can_watch(sums))
         if not self.synchronize:
             scales = [weight / math.sqrt(max(count, 1)) for weight, count in zip(weights, counts, strict=True)]
             return sums, constant(scales)
-        sums, counts = _over_processes(sums, constant(counts))
-        return sums, constant(weights) * counts.clamp(min=1).rsqrt()
+        sums, total = _over_processes(sums, constant(counts))
+        return sums, constant(weights) * total.clamp(min=1).rsqrt()
 
     def check_levels(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         """Refuse features of other levels, widths or devices than the loss was made for.
@@ -310,13 +317,13 @@ def _feature_terms(
     """
     with torch.no_grad():
         requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t, strict=True)]
-        masks = iter(dispatch.attention_masks([request for level in requests for request in level]))
-    masks = [[next(masks) for _ in level] + [None] for level in requests]
-    layers = [level.feature_adaptation for level in levels]
+        found = iter(dispatch.attention_masks([request for level in requests for request in level]))
+    masks: list[list[Tensor | None]] = [[*(next(found) for _ in level), None] for level in requests]
+    layers = [present(level.feature_adaptation) for level in levels]
     arguments = AdaptedLevels(
         students,
         [layer.weight.flatten(1) for layer in layers],
-        [layer.bias for layer in layers],
+        [present(layer.bias) for layer in layers],
         teachers,
         [mask[0] for mask in masks],
         [mask[1] for mask in masks],
@@ -334,11 +341,12 @@ def _over_processes(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _channel_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
     """Return the channel term squared ``(levels,)`` of levels that all have this term."""
+    layers = [present(level.channel_adaptation) for level in levels]
     return channel_l2_squares(
         ChannelLevels(
             [level.pooled(pool, "channel") for level, pool in zip(levels, pools_s, strict=True)],
-            [level.channel_adaptation.weight for level in levels],
-            [level.channel_adaptation.bias for level in levels],
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
             [level.pooled(pool, "channel") for level, pool in zip(levels, pools_t, strict=True)],
         )
     )
@@ -346,16 +354,17 @@ def _channel_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pool
 
 def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pools_t: list[AttentionPool]) -> Tensor:
     """Return the spatial term squared ``(levels,)`` of levels that all have this term."""
+    layers = [present(level.spatial_adaptation) for level in levels]
     arguments = SpatialLevels(
         [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_s, strict=True)],
-        [level.spatial_adaptation.weight.view(3, 3) for level in levels],
-        [level.spatial_adaptation.bias for level in levels],
+        [layer.weight.view(3, 3) for layer in layers],
+        [present(layer.bias) for layer in layers],
         [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_t, strict=True)],
     )
     return dispatch.spatial_l2_squares(arguments)
 
 
-def _count_levels(student: Channels, teacher: Channels, num_levels: int | None, preset: str) -> int:
+def _count_levels(student: Any, teacher: Any, num_levels: int | None, preset: str) -> int:
     default = default_num_levels(preset)
     lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
     if num_levels is None and lengths:
@@ -369,7 +378,7 @@ def _count_levels(student: Channels, teacher: Channels, num_levels: int | None, 
     return int(num_levels)
 
 
-def _level_widths(channels: Channels, num_levels: int, name: str) -> list[int]:
+def _level_widths(channels: Any, num_levels: int, name: str) -> list[int]:
     if is_list(channels) and len(channels) != num_levels:
         raise ValueError(f"{name} has {len(channels)} entries, expected an int or {num_levels}, one a level")
     widths = values_per_level(channels, num_levels, name)

@@ -103,8 +103,8 @@ def _inner_channels(value: Any) -> int | float:
     """Return an inner width, or its ratio to the features' width."""
     if is_int(value) and value >= 1:
         return int(value)
-    is_ratio = isinstance(value, numbers.Real) and not is_int(value) and not isinstance(value, bool) and 0 < value <= 1
-    if not is_ratio:
+    is_real = isinstance(value, numbers.Real) and not is_int(value) and not isinstance(value, bool)
+    if not is_real or not 0 < value <= 1:
         raise ValueError(f"inter_channels must be an int >= 1 or a ratio in (0.0, 1.0] as a float, got {value!r}")
     return float(value)
 

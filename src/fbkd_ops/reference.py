@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._numerics import accumulation_dtype, root
 from .non_local.batch_norm import uses_batch_statistics
 from .non_local.modes import MODES, Operands
-from .types import AttentionPool, NonLocalWeights
+from .types import AttentionPool, NonLocalWeights, present, weights_of
 
 __all__ = [
     "adapted_masked_l2_loss",
@@ -62,9 +62,9 @@ def attention_mask(
     maps = [attention.detach().flatten(1).to(dtype) for attention in maps]  # each (N, L)
     if mask_rule == "average":
         softened = [torch.softmax(attention / temperature, dim=1) for attention in maps]
-        mask = sum(softened) / len(maps)
+        mask = sum(softened[1:], softened[0]) / len(maps)
     else:
-        mask = torch.softmax(sum(maps) / temperature, dim=1)
+        mask = torch.softmax(sum(maps[1:], maps[0]) / temperature, dim=1)
     return (mask.shape[1] * mask).reshape(teacher.shape)
 
 
@@ -164,19 +164,19 @@ def max_pool(x: Tensor, stride: int, pool_order: str = "single") -> Tensor:
     A stride larger than the map is clamped to it. ``nested`` pools by 2 first and by the rest then:
     the same cells, but among equal values another winner may receive the gradient.
     """
-    for kernel in _pool_kernels(x.shape[-2:], stride, pool_order):
+    for kernel in _pool_kernels(x.shape[-2], x.shape[-1], stride, pool_order):
         x = F.max_pool2d(x, kernel)
     return x
 
 
-def _pool_kernels(size: tuple[int, int], stride: int, pool_order: str) -> list[tuple[int, int]]:
-    """Return the kernels of the pools that together pool ``size (H, W)`` by ``stride``."""
-    total = tuple(min(stride, extent) for extent in size)
+def _pool_kernels(height: int, width: int, stride: int, pool_order: str) -> list[tuple[int, int]]:
+    """Return the kernels of the pools that together pool ``(H, W)`` by ``stride``."""
+    total = min(stride, height), min(stride, width)
     if total == (1, 1):
         return []
     if pool_order == "single":
         return [total]
-    first = tuple(2 if extent % 2 == 0 else 1 for extent in total)
+    first = 2 if total[0] % 2 == 0 else 1, 2 if total[1] % 2 == 0 else 1
     return [first, (total[0] // first[0], total[1] // first[1])]
 
 
@@ -191,11 +191,11 @@ def non_local(
     norm: nn.Module | None = None,
 ) -> Tensor:
     """Return the non-local block ``z = x + Norm(Wz y + bz)``, ``(N, C, H, W)``."""
-    weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in weights))
+    weights = weights_of(w if w is None else w.to(x.dtype) for w in weights)
     g = max_pool(_conv1x1(x, weights.g_weight, weights.g_bias), stride, pool_order).flatten(2)
     if MODES[mode].embeds:
-        theta = _conv1x1(x, weights.theta_weight, weights.theta_bias)
-        phi = max_pool(_conv1x1(x, weights.phi_weight, weights.phi_bias), stride, pool_order)
+        theta = _conv1x1(x, present(weights.theta_weight), weights.theta_bias)
+        phi = max_pool(_conv1x1(x, present(weights.phi_weight), weights.phi_bias), stride, pool_order)
     else:
         theta, phi = x, max_pool(x, stride, pool_order)
     pairs = MODES[mode].pairwise(Operands(theta.flatten(2), phi.flatten(2), weights.pair_weight, use_scale))
@@ -238,7 +238,7 @@ def relation_loss(
 ) -> Tensor:
     """``|| NL_t(T) - B(NL_s(S)) ||`` over the whole batch."""
     sides = student, teacher, student_weights, teacher_weights, adaptation_weight, adaptation_bias
-    block = dict(mode=mode, stride=stride, pool_order=pool_order, use_scale=use_scale)
+    block: dict[str, Any] = dict(mode=mode, stride=stride, pool_order=pool_order, use_scale=use_scale)
     return root(relation_square(*sides, student_norm=student_norm, teacher_norm=teacher_norm, **block))
 
 
@@ -324,11 +324,11 @@ def _masks(pool_s: AttentionPool, pool_t: AttentionPool, level) -> tuple[Tensor,
     )
     if not settings.use_channel_mask:
         return spatial, None
-    attention_s = pool_s.channel_attention
+    attention_s: Tensor | None = pool_s.channel_attention
     if settings.channel_mask_source == "teacher":
         attention_s = None
-    elif attention_s.shape != pool_t.channel_attention.shape:
-        attention_s = _linear(level.channel_adaptation, attention_s)
+    elif pool_s.channel_attention.shape != pool_t.channel_attention.shape:
+        attention_s = _linear(level.channel_adaptation, pool_s.channel_attention)
     channel = attention_mask(
         attention_s,
         pool_t.channel_attention,

@@ -1,10 +1,13 @@
 """The tuples that pass between the layers of the package."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-__all__ = ["AttentionPool", "NonLocalWeights"]
+__all__ = ["AttentionPool", "NonLocalWeights", "present", "weights_of"]
+
+Value = TypeVar("Value")
 
 
 class AttentionPool(NamedTuple):
@@ -36,3 +39,13 @@ class NonLocalWeights(NamedTuple):
     phi_weight: Tensor | None = None  # (c, C)
     phi_bias: Tensor | None = None  # (c,)
     pair_weight: Tensor | None = None  # (2c,), theta's half first
+
+
+def weights_of(tensors: Iterable[Any]) -> NonLocalWeights:
+    """Return the weights of tensors in the order of their fields."""
+    return NonLocalWeights(*tensors)
+
+
+def present(value: Value | None) -> Value:
+    """Return a value whose type allows None, where the caller knows that it is there."""
+    return value  # type: ignore[return-value]  # torch.compile need not trace a check that cannot fail

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import dispatch
 from ._validation import FLOAT_DTYPES, Features, as_list, check_dense, check_text, is_int, is_list, paired_levels
 from .functional import attention_mask, attention_pool
 from .loss import FBKDLoss
-from .ops.attention_masks import attention_masks
 from .presets import PRESETS
 from .types import AttentionPool
 
@@ -51,7 +51,8 @@ class _Picture(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        return tuple(self.pixels.shape[1:])
+        _, height, width = self.pixels.shape
+        return height, width
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def _masks(
     level = loss.levels[position]
     if level.feature_adaptation is None:
         return None, None
-    spatial, *channel = attention_masks(level.mask_requests(student, teacher))
+    spatial, *channel = dispatch.attention_masks(level.mask_requests(student, teacher))
     return spatial, channel[0] if channel else None
 
 

@@ -31,6 +31,7 @@ def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: st
         ValueError: a model that takes no blank image, a module path that does not exist.
         RuntimeError, TypeError: features that are not there after a forward, or are none.
     """
+    tap: FeatureTap | OutputTap
     if is_output(layers):
         tap = OutputTap(layers, name)
     else:

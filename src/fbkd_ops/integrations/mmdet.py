@@ -81,32 +81,32 @@ class FBKDDetector(Distiller, BaseModel):
         **settings: Any,
     ):
         loss = loss_arguments(loss)
-        student, teacher = _built(student, "student"), _built(teacher, "teacher")
+        student_model, teacher_model = _built(student, "student"), _built(teacher, "teacher")
         if teacher_ckpt is not None:
             if not isinstance(teacher_ckpt, (str, os.PathLike)):
                 raise TypeError(f"teacher_ckpt must be a path or an address, got {type(teacher_ckpt).__name__}")
-            load_checkpoint(teacher, str(teacher_ckpt), map_location="cpu", strict=True)
-            teacher._is_init = True
-        elif not _has_weights(teacher):
+            load_checkpoint(teacher_model, str(teacher_ckpt), map_location="cpu", strict=True)
+            teacher_model._is_init = True
+        elif not _has_weights(teacher_model):
             warnings.warn(
                 "the teacher is built from a config without trained weights, so the student would learn from a random "
                 "head: give teacher_ckpt=..., or a teacher that is built and has its weights"
             )
-        teacher.requires_grad_(False)
+        teacher_model.requires_grad_(False)
         settings = {"total": None, "teacher_layers": None, "student_levels": None, "teacher_levels": None} | settings
         if settings["teacher_layers"] is None:
             settings["teacher_layers"] = layers
         if "student_channels" not in loss:
-            loss["student_channels"] = _widths(student, layers, settings["student_levels"], "student")
+            loss["student_channels"] = _widths(student_model, layers, settings["student_levels"], "student")
         if "teacher_channels" not in loss:
             loss["teacher_channels"] = _widths(
-                teacher, settings["teacher_layers"], settings["teacher_levels"], "teacher"
+                teacher_model, settings["teacher_layers"], settings["teacher_levels"], "teacher"
             )
-        super().__init__(student, teacher, FBKDLoss(**loss), student_layers=layers, **settings)
+        super().__init__(student_model, teacher_model, FBKDLoss(**loss), student_layers=layers, **settings)
         if data_preprocessor is not None:
             self.data_preprocessor = _built(data_preprocessor, "data_preprocessor")
-        elif hasattr(student, "data_preprocessor"):
-            self.data_preprocessor = student.data_preprocessor
+        elif hasattr(student_model, "data_preprocessor"):
+            self.data_preprocessor = student_model.data_preprocessor
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
         """Return the student's losses and the terms in ``mode="loss"``, in training; else the student's output.
@@ -123,8 +123,9 @@ class FBKDDetector(Distiller, BaseModel):
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""
         super().init_weights()
-        if not getattr(self.teacher, "_is_init", True):
-            self.teacher.init_weights()
+        teacher: Any = self.teacher
+        if not getattr(teacher, "_is_init", True):
+            teacher.init_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FBKDDetector":
         """Copy all but the teacher, which the copy shares."""
@@ -151,11 +152,12 @@ class StudentLearningRateDecay(LearningRateDecayOptimizerConstructor):
         params.append(dict(params=list(learned.values()), param_names=list(learned)))
 
 
-def _built(model: Model, name: str) -> nn.Module:
+def _built(model: Any, name: str) -> Any:
     """Build a config; mark a built model as having its weights, which ``init_weights`` leaves alone then."""
     if isinstance(model, dict):
         return MODELS.build(model)
-    if not isinstance(model, nn.Module):
+    is_built = isinstance(model, nn.Module)
+    if not is_built:
         raise TypeError(
             f"{name} must be a config of a model (a dict, such as Config.fromfile(...).model) or a built one, "
             f"got {type(model).__name__}"

@@ -15,6 +15,7 @@ from ultralytics.utils import RANK
 from ..loss import FBKDLoss
 from ..training.feature_tap import FeatureTap, Layer, unwrapped
 from ..training.pairing import check_apart
+from ..types import present
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features, image_channels
 
@@ -80,6 +81,10 @@ class FBKDTrainer(DetectionTrainer):
     Seen to train with Ultralytics 8.3.40 to 8.4.190; not yet measured on a GPU.
     """
 
+    model: Any  # Ultralytics' own: a path, and the module in its place once training started
+    teacher: nn.Module
+    fbkd: FBKDLoss
+
     def __init__(self, *args: Any, teacher: Teacher, loss: dict[str, Any] | None = None, **arguments: Any):
         if not isinstance(teacher, (str, Path, nn.Module)):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
@@ -88,8 +93,9 @@ class FBKDTrainer(DetectionTrainer):
                 f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
                 "random one: give a checkpoint, or a model that has its weights"
             )
-        self.teacher, self.loss_arguments = teacher, loss_arguments(loss, preset="one_stage")
-        self._student_tap, self._criterion = None, None
+        self._given_teacher, self.loss_arguments = teacher, loss_arguments(loss, preset="one_stage")
+        self._student_tap: FeatureTap | None = None
+        self._criterion: Any = None
         overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
         _check_arguments(overrides or {})  # here, as Ultralytics refuses several devices and loads data by the task
         super().__init__(*args, **arguments)
@@ -103,7 +109,7 @@ class FBKDTrainer(DetectionTrainer):
 
     def setup_model(self) -> Any:
         checkpoint = super().setup_model()
-        self.teacher = _model_of(self.teacher).float().eval().requires_grad_(False).to(self.device)
+        self.teacher = _model_of(self._given_teacher).float().eval().requires_grad_(False).to(self.device)
         check_apart(unwrapped(self.model), unwrapped(self.teacher))
         self._teacher_channels = _checked_channels(self.teacher, self.model)
         widths = _widths(self.model, self.teacher)
@@ -148,7 +154,7 @@ class FBKDTrainer(DetectionTrainer):
         """Until the batch's losses; models are copied and saved in between batches, without hooks and as they were."""
         if self._student_tap is not None:  # the last batch did not come to its losses
             self._stop_listening()
-        model = unwrapped(self.model)
+        model: Any = unwrapped(self.model)
         self._criterion = getattr(model, "criterion", None) or model.init_criterion()
         model.criterion = self._losses
         self._student_tap = FeatureTap(self.model, HEAD_INPUTS, name="student")
@@ -156,12 +162,13 @@ class FBKDTrainer(DetectionTrainer):
     def _stop_listening(self) -> None:
         if self._student_tap is not None:
             self._student_tap.close()
-            unwrapped(self.model).criterion = self._criterion
+            model: Any = unwrapped(self.model)
+            model.criterion = self._criterion
             self._student_tap = None
 
     def _losses(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
         """Return one training batch's loss, the student's own with the terms, and all of them for the log."""
-        student_features = self._student_tap.features()
+        student_features = present(self._student_tap).features()
         self._stop_listening()
         loss, items = self._criterion(predictions, batch)
         with torch.no_grad(), self._teacher_tap:
@@ -243,8 +250,9 @@ def _widths(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
     }
     sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides.values()]
     if sizes[0] != sizes[1]:
+        whole: Any = unwrapped(teacher)
         raise ValueError(
-            f"the teacher's head ({type(unwrapped(teacher).model[-1]).__name__}) must be given maps of the same sizes "
+            f"the teacher's head ({type(whole.model[-1]).__name__}) must be given maps of the same sizes "
             f"as the student's, {sizes[0]} for a blank image, got {sizes[1]}"
         )
     return {f"{name}_channels": [feature.shape[1] for feature in features] for name, features in sides.items()}

@@ -494,6 +494,7 @@ def _student_level(
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
     matrix_stride = 0 if level.channel_mask is None else level.weight.numel()
     sizes = *level.student_strides, matrix_stride, slot, level.masks_given[0], *given, *tiles
+    pointers: tuple[Tensor, ...]
     pointers = residual, matrix, pair.student, level.masks[0], gradient
     pointers += gradient if grad_student is None else grad_student, *in_place_of_none(pool_grads, gradient, pair.dtype)
     return Level(pair.images * tiles[0] * tiles[1], pointers, StudentSizes(*pair.extents, *sizes), path)

@@ -233,11 +233,11 @@ def attention_pool_forward(xs: list[Tensor]) -> list[Tensor]:
 def _backward_level(x: Tensor, dx: Tensor, grads: list[Tensor | None]) -> Level:
     view = matrix_view(x)
     by_row, by_col = (grads[1::2], grads[::2]) if view.rows_are_channels else (grads[::2], grads[1::2])
-    grads = *by_row, *by_col
+    ordered = [*by_row, *by_col]
     tiles = triton.cdiv(view.rows, BLOCK_ROWS), triton.cdiv(view.cols, BLOCK_COLS)
-    given = (grad is not None for grad in grads)
+    given = (grad is not None for grad in ordered)
     sizes = GradientSizes(view.rows, view.cols, view.image_stride, view.row_stride, *tiles, *given)
-    pointers = x, dx, *in_place_of_none(grads, x, accumulation_dtype(x))
+    pointers = x, dx, *in_place_of_none(ordered, x, accumulation_dtype(x))
     return Level(view.images * tiles[0] * tiles[1], pointers, sizes, _aligned(x, view))
 
 

@@ -174,9 +174,9 @@ def _level(
     tiles = triton.cdiv(view.rows, _BLOCKS[dtype]), triton.cdiv(view.cols, _BLOCKS[dtype])
     given = row_mask is not None, col_mask is not None
     sizes = Sizes(view.rows, view.cols, *strides, *tiles, *given, slot, first)
-    masks = in_place_of_none((row_mask, col_mask), student, dtype)
+    read = in_place_of_none((row_mask, col_mask), student, dtype)
     path = _path(student, view, teacher, teacher_view)
-    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *masks, *outputs), sizes, path)
+    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *read, *outputs), sizes, path)
 
 
 def _launch(kernel, levels: list[Level], shared: Tensor) -> None:

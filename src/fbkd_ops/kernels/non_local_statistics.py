@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._layout import matrix_view
 from .._numerics import accumulation_dtype, without_autocast
+from ..types import present
 from .products import (
     ALIGNED,
     Images,
@@ -51,6 +52,9 @@ from .pyramid import (
 )
 
 __all__ = ["non_local_statistics_backward_", "non_local_statistics_forward"]
+
+_Pool = tuple[int, int, int, int]  # height and width of a cell, and of the first pool's in a nested order
+_Cells = tuple[int, int, int, int, int, int]  # a pool, and rows and columns of its cells
 
 # A level's code path has two bits: the map's pixels lie side by side (else its channels), and maps and matrices are
 # read 16 bytes at a time.
@@ -567,23 +571,23 @@ def _pixels(x: Tensor) -> int:
     return x.shape[2] * x.shape[3]
 
 
-def _map_sizes(x: Tensor) -> tuple[int, ...]:
+def _map_sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     """Return the sizes that all kernels take."""
     view = matrix_view(x)
     return x.shape[1], _pixels(x), x.shape[3], view.image_stride, view.row_stride
 
 
-def _cells(x: Tensor, pool: tuple[int, ...]) -> tuple[int, ...]:
+def _cells(x: Tensor, pool: _Pool) -> _Cells:
     """Return the pool, and rows and columns of its cells."""
     return *pool, x.shape[2] // pool[0], x.shape[3] // pool[1]
 
 
-def _by_level(pools: list[int]) -> list[tuple[int, ...]]:
-    return [tuple(pools[first : first + 4]) for first in range(0, len(pools), 4)]
+def _by_level(pools: list[int]) -> list[_Pool]:
+    return [(pools[at], pools[at + 1], pools[at + 2], pools[at + 3]) for at in range(0, len(pools), 4)]
 
 
 def _launch(kernel, levels: list[Level], table: _Table, operands: list[torch.dtype]) -> None:
-    groups = {}
+    groups: dict[tuple[_Blocks, str], list[Level]] = {}
     for level, operand in zip(levels, operands, strict=True):
         allowed = "tf32" if level.pointers[0].element_size() == 2 else precision()
         groups.setdefault((_blocks(table, operand, level.path), allowed), []).append(level)
@@ -618,26 +622,24 @@ def _pool(
     maps: list[Tensor],
     weights: list[Tensor | None],
     biases: list[Tensor | None],
-    pools: list[tuple[int, ...]],
+    pools: list[_Pool],
 ) -> tuple[list[Tensor], list[Tensor]]:
     pooled, winners, levels = [], [], []
     weights = in_dtypes(weights, [x.dtype for x in maps])
     for x, weight, bias, pool in zip(maps, weights, biases, pools, strict=True):
-        shape = (0,)
+        shape: tuple[int, ...] = (0,)
         if weight is not None:
             *_, rows, cols = cells = _cells(x, pool)
             shape = x.shape[0], weight.shape[0], rows * cols
         pooled.append(x.new_empty(shape, dtype=accumulation_dtype(x)))
         winners.append(x.new_empty(shape, dtype=torch.int32))
         if weight is not None:
-            levels.append(_pool_level(x, weight, bias, pooled[-1], winners[-1], cells))
+            levels.append(_pool_level(x, weight, present(bias), pooled[-1], winners[-1], cells))
     _launch(pool_convolutions, levels, _POOL, [level.pointers[0].dtype for level in levels])
     return pooled, winners
 
 
-def _pool_level(
-    x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, cells: tuple[int, ...]
-) -> Level:
+def _pool_level(x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, cells: _Cells) -> Level:
     _, width, _, _, rows, cols = cells
     cells_of_tile = max(POOL_PIXELS // width, 1)
     path = _path(x, (weight,), x.shape[3], cells_of_tile * width)
@@ -675,8 +677,8 @@ def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Lev
     sizes = CovarianceSizes(*_map_sizes(x), tiles, splits, tiles_of_split)
     parts = Level(images * splits * tiles * tiles, (x, mean, partials), sizes, path)
     output_blocks = triton.cdiv(channels, FINISH_OUTPUTS)
-    sizes = channels, _pixels(x), splits, pitch, output_blocks
-    return parts, Level(images * channels * output_blocks, (covariance, partials), sizes)
+    sums = channels, _pixels(x), splits, pitch, output_blocks
+    return parts, Level(images * channels * output_blocks, (covariance, partials), sums)
 
 
 def non_local_statistics_backward_(
@@ -697,17 +699,20 @@ def non_local_statistics_backward_(
     Where a pooled value came from, add ``weight^T`` times that value's gradient too. Fill the weights' own gradients
     where the pooled values have any.
     """
-    pools = _by_level(pools)
+    by_level = _by_level(pools)
     operands = [_gradient_operand(x) for x in maps]
     if gradients:
         matrices = in_dtypes([_product(p, i) for p, i in zip(projections, inner, strict=True)], operands)
         offsets = _offsets(matrices, means, shifts)
-        columns = gradients, maps, matrices, offsets, in_dtypes(weights, operands), winners, grad_pooled, pools
+        columns = gradients, maps, matrices, offsets, in_dtypes(weights, operands), winners, grad_pooled, by_level
         levels = [_gradient_level(*level) for level in zip(*columns, strict=True)]
         wanted = [index for index, gradient in enumerate(gradients) if gradient.numel()]
         _launch(add_map_gradients, [levels[i] for i in wanted], _GRADIENT, [operands[i] for i in wanted])
-    columns = grad_weights, maps, winners, grad_pooled, pools
-    pooled = [_weight_levels(*level) for level in zip(*columns, strict=True) if level[3] is not None]
+    pooled = [
+        _weight_levels(gradient, x, won, given, pool)
+        for gradient, x, won, given, pool in zip(grad_weights, maps, winners, grad_pooled, by_level, strict=True)
+        if given is not None
+    ]
     operands = [_gradient_operand(partial.pointers[0]) for partial, _ in pooled]
     _launch(pool_weight_gradients, [partial for partial, _ in pooled], _WEIGHT, operands)
     add_up([total for _, total in pooled])
@@ -729,9 +734,10 @@ def _offsets(
     offsets = list(shifts)
     for index, (matrix, mean, shift) in enumerate(zip(matrices, means, shifts, strict=True)):
         if matrix is not None:
-            mean, beta = mean[:, :, None], 0 if shift is None else 1
+            column, beta = present(mean)[:, :, None], 0 if shift is None else 1
+            added = column if shift is None else shift[:, :, None]
             with without_autocast(matrix):
-                centre = torch.baddbmm(mean if shift is None else shift[:, :, None], matrix, mean, beta=beta, alpha=-1)
+                centre = torch.baddbmm(added, matrix, column, beta=beta, alpha=-1)
             offsets[index] = centre[:, :, 0]
     return offsets
 
@@ -744,7 +750,7 @@ def _gradient_level(
     weight: Tensor | None,
     winners: Tensor,
     grad_pooled: Tensor | None,
-    pool: tuple[int, ...],
+    pool: _Pool,
 ) -> Level:
     operand = _gradient_operand(x)
     given = matrix is not None, shift is not None
@@ -761,7 +767,7 @@ def _gradient_level(
 
 
 def _weight_levels(
-    gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: tuple[int, ...]
+    gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: _Pool
 ) -> tuple[Level, Level]:
     """Return the level of the kernel that makes partial sums, and of the one that adds them up."""
     path, (outputs, channels) = _path(x, (), _pixels(x)), gradient.shape

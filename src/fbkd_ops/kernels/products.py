@@ -10,7 +10,8 @@ by a matrix for the student's gradient (:func:`residual_by_matrix`), by a map fo
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -65,6 +66,8 @@ __all__ = [
     "store_partials",
     "sum_of_splits",
 ]
+
+Found = TypeVar("Found", Tensor, Tensor | None)
 
 # The code path of a level with two maps has three bits: the student's pixels lie side by side (else its channels), the
 # teacher's do, and everything is read 16 bytes at a time.
@@ -325,9 +328,10 @@ def fit_for_products(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=matrix_layout(x))
 
 
-def in_dtypes(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tensor | None]:
+def in_dtypes(tensors: Sequence[Found], dtypes: Sequence[torch.dtype | None]) -> list[Found]:
     """Each tensor in its dtype, contiguous if it had another, with one copy for all of these."""
-    results, copies, sources = [], [], []
+    results: list[Found] = []
+    copies, sources = [], []
     for tensor, dtype in zip(tensors, dtypes, strict=True):
         if tensor is not None and tensor.dtype != dtype:
             copies.append(tensor.new_empty(tensor.shape, dtype=dtype))

@@ -58,7 +58,7 @@ def launch(kernel, levels: list[Level], *shared: Tensor, by_path: bool = False, 
     More levels than fit the parameters, at least 15, take another launch. So do, where ``by_path`` says so, levels of
     another code path: a kernel that fills the registers with one path spills with two of them.
     """
-    groups = {}
+    groups: dict[tuple[tuple[torch.dtype, ...], int], list[Level]] = {}
     for level in levels:
         if level.programs:
             dtypes = tuple(tensor.dtype for tensor in level.pointers)

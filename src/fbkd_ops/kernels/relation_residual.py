@@ -294,8 +294,9 @@ def relation_residual_forward(
     residuals = [empty_residual(*features) for features in zip(students, teachers, strict=True)] if keep else []
     levels, first = [], 0
     unused = [pair.teacher for pair in pairs]
-    for pair, *tensors in zip(pairs, student_matrices, products, offsets, residuals or unused, strict=True):
-        levels.append(_sums_level(pair, *tensors, first))
+    columns = zip(pairs, student_matrices, products, offsets, residuals or unused, strict=True)
+    for pair, student_matrix, product, offset, residual in columns:
+        levels.append(_sums_level(pair, student_matrix, product, offset, residual, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
     launch_products(residual_sums, pairs, levels, _SUMS, partials, KEEP=keep)
@@ -320,7 +321,8 @@ def _sums_level(
     blocks = _SUMS[pair.kind(path)]
     _, channels, pixels = pair.extents
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
-    strides = [stride for view in map(matrix_view, pair) for stride in (view.image_stride, view.row_stride)]
+    student, teacher = matrix_view(pair.student), matrix_view(pair.teacher)
+    strides = student.image_stride, student.row_stride, teacher.image_stride, teacher.row_stride
     pointers = pair.student, student_matrix, pair.teacher, teacher_matrix, offset, residual
     sizes = SumSizes(*pair.extents, *strides, first, *tiles)
     return Level(pair.images * tiles[0] * tiles[1], pointers, sizes, path)
@@ -345,8 +347,8 @@ def relation_residual_backward(
     gradients = [empty_gradient(student) for student in students] if student_gradient else []
     _write_student_gradients(pairs, student_matrices, residuals, gradients, grad)
     by_student, by_teacher, by_offset = _parameter_gradients(pairs, student_matrices, offsets, residuals, grad)
-    matrices = zip(by_teacher, teacher_matrices, teacher_projections, strict=True)
-    by_matrix, by_projection = zip(*(_factor_gradients(*level) for level in matrices), strict=True)
+    factors = zip(by_teacher, teacher_matrices, teacher_projections, strict=True)
+    by_matrix, by_projection = zip(*(_factor_gradients(*level) for level in factors), strict=True)
     return [*gradients, *by_student, *by_matrix, *by_projection, *by_offset]
 
 

@@ -4,7 +4,7 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.first_order import first_order, save
+from ..types import present
 
 __all__ = [
     "Fold",
     "FrozenBatchNorm2d",
     "Moments",
+    "Norm",
     "RunningUpdate",
     "SharedMoments",
     "batch_moments",
     "check_count",
+    "fixed_statistics",
     "fold",
     "folded_offsets",
     "is_frozen",
@@ -40,6 +43,12 @@ class FrozenBatchNorm2d(nn.Module):
 
     The keys are all of BatchNorm2d's, ``num_batches_tracked`` included, so that state dicts go both ways.
     """
+
+    weight: Tensor  # (C,) each
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__()
@@ -63,7 +72,11 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-def is_frozen(norm: nn.Module) -> bool:
+# Of frozen ones any class that :func:`is_frozen` knows.
+Norm = _BatchNorm | FrozenBatchNorm2d
+
+
+def is_frozen(norm: nn.Module) -> TypeGuard[FrozenBatchNorm2d]:
     """Whether ``norm`` has BatchNorm's weight, bias and statistics, all of them as buffers."""
     buffers = dict(norm.named_buffers())
     return hasattr(norm, "eps") and {"weight", "bias", "running_mean", "running_var"} <= set(buffers)
@@ -77,12 +90,19 @@ class Moments(NamedTuple):
     pixels: int  # H * W
 
 
-def uses_batch_statistics(norm: nn.Module | None) -> bool:
+def uses_batch_statistics(norm: nn.Module | None) -> TypeGuard[_BatchNorm]:
     """Whether ``norm`` normalises with the batch's own moments: in training, or without running statistics."""
     return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
 
 
-def synchronizes(norm: nn.Module) -> bool:
+def fixed_statistics(norm: Norm | None) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and variance ``(C,)`` that ``norm`` has; None where it is None or takes the batch's own."""
+    if norm is None or uses_batch_statistics(norm):
+        return None
+    return present(norm.running_mean), present(norm.running_var)
+
+
+def synchronizes(norm: nn.Module | None) -> bool:
     """Whether the moments of ``norm`` are those of several processes: a SyncBatchNorm in training."""
     distributed = torch.distributed
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not distributed.is_available():
@@ -91,7 +111,7 @@ def synchronizes(norm: nn.Module) -> bool:
 
 
 def scale_and_shift(
-    norm: nn.Module,
+    norm: Norm,
     moments: Moments | None,
     like: Tensor,
     parameters: tuple[Tensor | None, Tensor | None] | None = None,
@@ -122,11 +142,11 @@ def scale_and_shift(
     return scale, shift
 
 
-def _statistics(norm: nn.Module, moments: Moments | None, like: Tensor, updates: bool) -> tuple[Tensor, Tensor]:
+def _statistics(norm: Norm, moments: Moments | None, like: Tensor, updates: bool) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance ``(C,)`` to normalise with."""
     if not uses_batch_statistics(norm):
-        return norm.running_mean.to(like.dtype), norm.running_var.to(like.dtype)
-    mean, variance, count = _over_images(moments)
+        return present(norm.running_mean).to(like.dtype), present(norm.running_var).to(like.dtype)
+    mean, variance, count = _over_images(present(moments))
     if synchronizes(norm):
         mean, variance, count = _OverProcesses.apply(mean, variance, count, norm.process_group)
         count = int(count)
@@ -177,7 +197,8 @@ class _OverProcesses(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, mean_gradient: Tensor, variance_gradient: Tensor, _):
-        return *shared_moment_gradients(mean_gradient, variance_gradient, *ctx.saved_tensors, ctx.group), None, None
+        deviations, shares = ctx.saved_tensors
+        return *shared_moment_gradients(mean_gradient, variance_gradient, deviations, shares, ctx.group), None, None
 
 
 class SharedMoments(NamedTuple):
@@ -252,10 +273,10 @@ def moment_gradients(
 class RunningUpdate(NamedTuple):
     """What a batch tells a norm in training."""
 
-    norm: nn.Module
+    norm: _BatchNorm
     mean: Tensor  # (C,)
     variance: Tensor  # (C,), biased
-    count: int  # of values a channel
+    values: int  # of a channel
 
 
 def update_running_statistics(updates: list[RunningUpdate]) -> None:
@@ -265,7 +286,8 @@ def update_running_statistics(updates: list[RunningUpdate]) -> None:
     """
     updates = [update for update in updates if _tracks(update.norm)]
     while updates:
-        distinct, repeated = [], []  # a norm that two blocks share is updated twice, one after the other
+        distinct: list[RunningUpdate] = []
+        repeated: list[RunningUpdate] = []  # a norm that two blocks share is updated twice, one after the other
         for update in updates:
             known = any(update.norm is other.norm for other in distinct)
             (repeated if known else distinct).append(update)
@@ -273,7 +295,7 @@ def update_running_statistics(updates: list[RunningUpdate]) -> None:
         updates = repeated
 
 
-def _tracks(norm: nn.Module) -> bool:
+def _tracks(norm: _BatchNorm) -> bool:
     return norm.training and norm.track_running_stats and norm.running_mean is not None
 
 
@@ -281,26 +303,28 @@ def _update_distinct(updates: list[RunningUpdate]) -> None:
     counters = [update.norm.num_batches_tracked for update in updates if update.norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    groups = {}
+    groups: dict[float | None, list[RunningUpdate]] = {}
     for update in updates:
-        if update.count != 0:
+        if update.values != 0:
             groups.setdefault(update.norm.momentum, []).append(update)
     for momentum, group in groups.items():
         unbiased = torch._foreach_mul(
-            [update.variance for update in group], [update.count / (update.count - 1) for update in group]
+            [update.variance for update in group], [update.values / (update.values - 1) for update in group]
         )
-        buffers = [update.norm.running_mean for update in group] + [update.norm.running_var for update in group]
+        buffers = [present(update.norm.running_mean) for update in group]
+        buffers += [present(update.norm.running_var) for update in group]
         values = [update.mean for update in group] + list(unbiased)
         if momentum is None:  # the average over all batches so far
-            weights = [_average_weight(update.norm) for update in group] * 2
+            _move_towards(buffers, values, [_average_weight(update.norm) for update in group] * 2)
         else:
-            weights = momentum
-        _move_towards(buffers, values, weights)
+            _move_towards(buffers, values, momentum)
 
 
-def _average_weight(norm: nn.Module) -> Tensor:
+def _average_weight(norm: _BatchNorm) -> Tensor:
     batches = norm.num_batches_tracked
-    return norm.running_mean.new_zeros((), dtype=torch.float64) if batches is None else batches.double().reciprocal()
+    if batches is None:
+        return present(norm.running_mean).new_zeros((), dtype=torch.float64)
+    return batches.double().reciprocal()
 
 
 def _move_towards(buffers: list[Tensor], values: list[Tensor], weights: float | list[Tensor]) -> None:

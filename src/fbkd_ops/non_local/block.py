@@ -1,5 +1,7 @@
 """The non-local block as a module."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import functional
@@ -17,6 +19,8 @@ __all__ = ["NonLocalBlock2d"]
 # after ``to_empty()``, gets the block's start and not PyTorch's.
 class SmallConv2d(nn.Conv2d):
     """A convolution that starts as mmcv's do: normal with std 0.01, biases 0."""
+
+    bias: Tensor
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
@@ -119,6 +123,7 @@ class NonLocalBlock2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start over at ``z = x``. The block has no parameters of its own: each layer resets its own ones."""
+        layer: Any  # torch's types know no reset_parameters
         for layer in self.children():
             layer.reset_parameters()
 
@@ -142,10 +147,10 @@ class NonLocalBlock2d(nn.Module):
             return None if layer is None else layer.bias
 
         return NonLocalWeights(
-            g_weight=weight(self.g),
-            g_bias=bias(self.g),
-            out_weight=weight(self.out),
-            out_bias=bias(self.out),
+            g_weight=self.g.weight,
+            g_bias=self.g.bias,
+            out_weight=self.out.weight,
+            out_bias=self.out.bias,
             theta_weight=weight(self.theta),
             theta_bias=bias(self.theta),
             phi_weight=weight(self.phi),

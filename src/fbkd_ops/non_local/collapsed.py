@@ -14,7 +14,16 @@ from .._numerics import without_autocast
 from ..autograd.first_order import first_order, save
 from .collapsed_backward import collapsed_gradients, own_map_gradients
 from .collapsed_forward import collapsed_outputs
-from .collapsed_state import BlockTensors, FamilyState, GroupState, LevelOutputs, LevelState, MapState, State
+from .collapsed_state import (
+    BlockTensors,
+    FamilyState,
+    GroupState,
+    LevelGradients,
+    LevelOutputs,
+    LevelState,
+    MapState,
+    State,
+)
 from .plan import Plan, count_blocks
 
 __all__ = ["BlockTensors", "CollapsedRelationFunction", "LevelOutputs"]
@@ -48,9 +57,9 @@ class CollapsedRelationFunction(torch.autograd.Function):
         plan, count = ctx.plan, count_blocks(ctx.plan) // 2
         state = _restored(plan, ctx.saved_tensors)
         end = len(LevelOutputs._fields) * count
-        columns = LevelOutputs(*(list(grads[first : first + count]) for first in range(0, end, count)))
+        columns = LevelGradients(*(list(grads[first : first + count]) for first in range(0, end, count)))
         # Not under the next line: dynamo asks for strides twice, and would leave autocast off in between.
-        maps = own_map_gradients(state, columns.student, ctx.wanted)
+        maps = own_map_gradients(state, columns.students, ctx.wanted)
         with without_autocast(state.maps[0].x):
             gradients = collapsed_gradients(ctx.backend, plan, ctx.process_groups, state, columns, maps)
         needed, found = ctx.needs_input_grad[3:], zip(gradients, ctx.shapes, strict=True)
@@ -79,10 +88,16 @@ def _convolution_shapes(plan: Plan, tensors: tuple) -> list[tuple[int, ...] | No
 
 def _restored(plan: Plan, saved: tuple) -> State:
     """Return the state from its tensors, one after the other."""
-    parts, first = [], 0
     counts = count_blocks(plan), len(plan.groups), len(plan.families), len(plan.levels)
-    for row, count in zip((MapState, GroupState, FamilyState, LevelState), counts, strict=True):
-        width = len(row._fields)
-        parts.append([row(*saved[first + width * index : first + width * (index + 1)]) for index in range(count)])
+    widths = [len(row._fields) for row in (MapState, GroupState, FamilyState, LevelState)]
+    rows, first = [], 0
+    for width, count in zip(widths, counts, strict=True):
+        rows.append([saved[first + width * index : first + width * (index + 1)] for index in range(count)])
         first += width * count
-    return State(*parts)
+    maps, groups, families, levels = rows
+    return State(
+        [MapState(*row) for row in maps],
+        [GroupState(*row) for row in groups],
+        [FamilyState(*row) for row in families],
+        [LevelState(*row) for row in levels],
+    )

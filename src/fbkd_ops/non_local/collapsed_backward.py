@@ -1,24 +1,25 @@
 """Backward pass of the collapsed relation, by hand."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.non_local_statistics import own_memory
 from ..ops.registry import kernel
+from ..types import present
 from . import batch_norm as norms
 from . import collapsed_algebra as algebra
 from .collapsed_state import (
-    BlockTensors,
     FamilyState,
     GroupState,
-    LevelOutputs,
+    LevelGradients,
     LevelState,
     State,
     by_group,
     cells_of,
     fold_of,
+    found_by_group,
     kernel_parameters,
     level_side,
     over_processes,
@@ -54,14 +55,15 @@ class _FamilyGradients(NamedTuple):
 def collapsed_gradients(
     backend: str,
     plan: Plan,
-    process_groups: list,
+    process_groups: list[Any],
     state: State,
-    grads: LevelOutputs,  # of lists
+    grads: LevelGradients,
     maps: list[Tensor | None],  # see own_map_gradients
 ) -> list[Tensor | None]:
     """Gradients in the order of the function's tensors."""
     offsets = by_group(plan, [family.offsets for family in state.families])
-    sides, adaptations = [[] for _ in plan.groups], []
+    sides: list[list[_SideGradients]] = [[] for _ in plan.groups]
+    adaptations = []
     for chosen, level, stacks in zip(plan.levels, state.levels, _stacked_gradients(plan, grads), strict=True):
         student, teacher, weights = _level_gradients(chosen, level, state.groups, offsets, *stacks)
         sides[chosen.student.group].append(student)
@@ -70,17 +72,20 @@ def collapsed_gradients(
     matrices = [stacked([side.matrices for side in of_group]) for of_group in sides]
     families = _family_gradients(plan, process_groups, state, sides, matrices)
     groups = _group_gradients(plan, state, sides, matrices, families)
-    weights = _finish_map_gradients(backend, plan, state, groups, maps)
-    blocks = _block_gradients(plan, groups, families, maps, weights)
-    return [x for block in blocks for x in block] + _adaptation_gradients(plan, adaptations, families)
+    pooled_weights = _finish_map_gradients(backend, plan, state, groups, maps)
+    blocks = _block_gradients(plan, groups, families, maps, pooled_weights)
+    return [*(x for block in blocks for x in block), *_adaptation_gradients(plan, adaptations, families)]
 
 
-def _stacked_gradients(plan: Plan, grads: LevelOutputs) -> list[tuple[Tensor | None, ...]]:
+def _stacked_gradients(plan: Plan, grads: LevelGradients) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
     """Those of P, U, W and v of each group of levels, ``(levels, ...)``, with one copy for all that are not alone."""
-    stacks, slots, values = [], [], []
+    stacks = []
+    slots: list[Tensor] = []
+    values: list[Tensor] = []
     for chosen in plan.levels:
+        columns: list[list[Any]]  # of tensors; the projections may be None
         columns = [[column[level] for level in chosen.levels] for column in grads[1:]]
-        stack = []
+        stack: list[Any] = []
         for column in columns:
             if column[0] is None or len(column) == 1:
                 stack.append(None if column[0] is None else column[0][None])
@@ -88,7 +93,8 @@ def _stacked_gradients(plan: Plan, grads: LevelOutputs) -> list[tuple[Tensor | N
             stack.append(column[0].new_empty(len(column), *column[0].shape))
             slots += stack[-1].unbind()
             values += column
-        stacks.append(tuple(stack))
+        of_student, of_teacher, of_projection, of_offset = stack
+        stacks.append((of_student, of_teacher, of_projection, of_offset))
     if slots:
         torch._foreach_copy_(slots, values)
     return stacks
@@ -117,23 +123,26 @@ def _level_gradients(
         torch.empty_like(o_s).baddbmm_(offset, level.adaptations, beta=0, alpha=-1),
     )
     if chosen.low_rank:
-        return student, _SideGradients(teacher_matrix, projection, offset), weights
+        return student, _SideGradients(teacher_matrix, present(projection), offset), weights
     rows = teacher_matrix.flatten(1, 2)
     matrices = torch.bmm(rows, t.theta.mT).unflatten(1, teacher_matrix.shape[1:3])
     return student, _SideGradients(matrices, torch.bmm(t.matrices.flatten(1, 2).mT, rows), offset), weights
 
 
 def _family_gradients(
-    plan: Plan, process_groups: list, state: State, sides: list[list[_SideGradients]], matrices: list[Tensor]
+    plan: Plan, process_groups: list[Any], state: State, sides: list[list[_SideGradients]], matrices: list[Tensor]
 ) -> list[_FamilyGradients]:
-    rows, shifts, weights, moments = [], [], [], []
+    rows, shifts = [], []
+    weights: list[Tensor | None] = []
+    moments: list[tuple[Tensor, Tensor] | None] = []
     for family, own in zip(plan.families, state.families, strict=True):
         of_blocks = [row for index in family.groups for side in sides[index] for row in side.offsets.unbind()]
         rows.append(side_by_side(of_blocks))  # (N, C)
         shifts.append(rows[-1].sum(dim=0))
         weights.append(None)
         moments.append(None)
-        if family.norm == "none":
+        folded = fold_of(own)
+        if folded is None:
             continue
         # Each image's part of the scales' gradient.
         parts = torch._foreach_mul(
@@ -141,18 +150,16 @@ def _family_gradients(
         )
         of_images = side_by_side([row for part in parts for row in part.sum(dim=3).unbind()])
         scale = torch.addcmul(of_images, rows[-1], own.values).sum(dim=0)
-        weights[-1] = norms.weight_gradient(fold_of(own), scale, shifts[-1])
+        weight = weights[-1] = norms.weight_gradient(folded, scale, shifts[-1])
         if family.norm == "batch":
-            moments[-1] = norms.moment_gradients(fold_of(own), weights[-1], shifts[-1], rows[-1].shape[0])
+            moments[-1] = norms.moment_gradients(folded, weight, shifts[-1], rows[-1].shape[0])
     moments = _shared_gradients(plan, process_groups, state.families, moments)
-    return [
-        _channel_gradients(own, *columns)
-        for own, *columns in zip(state.families, rows, shifts, weights, moments, strict=True)
-    ]
+    columns = zip(state.families, rows, shifts, weights, moments, strict=True)
+    return [_channel_gradients(own, row, shift, weight, moment) for own, row, shift, weight, moment in columns]
 
 
 def _shared_gradients(
-    plan: Plan, process_groups: list, families: list[FamilyState], moments: list[tuple[Tensor, Tensor] | None]
+    plan: Plan, process_groups: list[Any], families: list[FamilyState], moments: list[tuple[Tensor, Tensor] | None]
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Return the gradients of the moments, after those of moments that several processes share have been added up."""
     joint = [family.synchronizes for family in plan.families]
@@ -160,7 +167,9 @@ def _shared_gradients(
         return moments
     images = [max(family.values.shape[0], 1) for family in families]
     vectors = [
-        (own[0] * count, own[1] * (count / 2), family.shared_deviations, family.shares) if shares else None
+        (own[0] * count, own[1] * (count / 2), present(family.shared_deviations), present(family.shares))
+        if own is not None and shares
+        else None
         for own, family, count, shares in zip(moments, families, images, joint, strict=True)
     ]
     found = over_processes(plan, process_groups, vectors, norms.shared_moment_gradients)
@@ -183,7 +192,7 @@ def _channel_gradients(
     if moments is None:
         return _FamilyGradients(out_bias, weight, shift, [values])
     mean, variance = moments
-    images = torch.addcmul(mean, variance, own.deviations)  # (N, C)
+    images = torch.addcmul(mean, variance, present(own.deviations))  # (N, C)
     # A constant is subtracted again by the norm: what is left is what other processes' losses ask for.
     out_bias = torch.add(out_bias, mean, alpha=row.shape[0])
     return _FamilyGradients(out_bias, weight, shift, [values, images], variance)
@@ -196,19 +205,17 @@ def _group_gradients(
     matrices: list[Tensor],
     families: list[_FamilyGradients],
 ) -> list[_GroupGradients]:
-    scales = by_group(plan, [family.scale for family in state.families])
-    variances = by_group(plan, [family.variances for family in families])
-    values = [by_group(plan, [family.values[0] for family in families])]
-    values.append(by_group(plan, [family.values[1] if len(family.values) > 1 else None for family in families]))
-    through = _products([matrix.mT for matrix in matrices], [x if x is None else x[:, None, None] for x in scales])
-    weighted = _products(
-        [None if x is None else group.unscaled for group, x in zip(state.groups, variances, strict=True)],
-        [x if x is None else x[:, None, None] for x in variances],
-    )
+    scales = found_by_group(plan, [family.scale for family in state.families])
+    variances = found_by_group(plan, [family.variances for family in families])
+    constants = by_group(plan, [family.values[0] for family in families])
+    means = found_by_group(plan, [family.values[1] if len(family.values) > 1 else None for family in families])
+    through = _products([matrix.mT for matrix in matrices], scales)
+    weighted = _products([group.unscaled for group in state.groups], variances)
     results = []
     for index, (member, group) in enumerate(zip(plan.groups, state.groups, strict=True)):
-        rows = [column[index][:, :, None] for column in values if column[index] is not None] + [weighted[index]]
-        rows = [row for row in rows if row is not None]
+        rows = [row[:, :, None] for row in (constants[index], means[index]) if row is not None]
+        if variances[index] is not None:
+            rows.append(weighted[index])
         of_theta = algebra.theta_probes(group.probes, member.inner, len(rows) > 1)
         found = algebra.unscaled_gradients(
             through[index], rows, group.unscaled, of_theta, group.pairs, group.out_weights
@@ -216,22 +223,22 @@ def _group_gradients(
         probes, projections = found.probes, stacked([side.theta for side in sides[index]])
         if not member.pools:
             probes = algebra.all_pairs_gradient(probes, found.pairs, group.probes, member.inner)
-        if member.takes_moments:
+        if group.moments is not None:
             projections = algebra.projection_gradients(projections, probes, group.moments)
         pooled = None
-        if member.pools:
+        if group.pooled is not None:
             pooled = algebra.pooled_gradients(found.pairs, group.pooled, cells_of(member, state.maps))
         results.append(_GroupGradients(projections, found.out_weights, probes, pooled))
     return results
 
 
-def _products(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
-    """Elementwise; where a right one is None, the left one."""
-    chosen = [index for index, factor in enumerate(right) if factor is not None]
-    results = list(left)
-    if chosen:
-        found = torch._foreach_mul([left[index] for index in chosen], [right[index] for index in chosen])
-        for index, product in zip(chosen, found, strict=True):
+def _products(stacks: list[Tensor], scales: list[Tensor | None]) -> list[Tensor]:
+    """Scale the channels of each ``(B, N, c, C)`` by ``(B, C)``; where that is None, return it as it is."""
+    factors = {index: scale[:, None, None] for index, scale in enumerate(scales) if scale is not None}
+    results = list(stacks)
+    if factors:
+        found = torch._foreach_mul([stacks[index] for index in factors], list(factors.values()))
+        for index, product in zip(factors, found, strict=True):
             results[index] = product
     return results
 
@@ -250,7 +257,8 @@ def _finish_map_gradients(
     """Add to each map's gradient in place; return that of the pooled weights ``(2c, C)``. One read of each map."""
     maps, means, winners = map(list, zip(*state.maps, strict=True))
     projections, weights, _ = kernel_parameters(plan, state.groups)
-    inner, shifts, pooled = ([None] * count_blocks(plan) for _ in range(3))
+    inner: list[Tensor | None] = [None] * count_blocks(plan)
+    shifts, pooled = list(inner), list(inner)
     for member, group, found in zip(plan.groups, state.groups, groups, strict=True):
         for slot, block in enumerate(member.blocks if member.takes_moments else ()):
             if gradients[block] is not None:
@@ -260,8 +268,9 @@ def _finish_map_gradients(
                     maps[block].shape[2] * maps[block].shape[3],
                     member.projects,
                 )
-        for slot, block in enumerate(member.blocks if member.pools else ()):
-            pooled[block] = found.pooled[slot, :, :, : winners[block].shape[2]].contiguous()
+        if found.pooled is not None:
+            for slot, block in enumerate(member.blocks):
+                pooled[block] = found.pooled[slot, :, :, : winners[block].shape[2]].contiguous()
     if backend == "cpu":  # whose op takes no strides
         inner, shifts = ([x if x is None else x.contiguous() for x in column] for column in (inner, shifts))
     own = [x.new_empty(0) if grad is None else grad for grad, x in zip(gradients, maps, strict=True)]
@@ -281,33 +290,34 @@ def _block_gradients(
     families: list[_FamilyGradients],
     maps: list[Tensor | None],
     weights: list[Tensor],  # of what is pooled (2c, C)
-) -> list[BlockTensors]:
+) -> list[tuple[Tensor | None, ...]]:
+    """Of each block's :class:`collapsed_state.BlockTensors`."""
     biases = _bias_gradients(plan, groups)
     vectors = zip(
-        *(by_group(plan, list(column)) for column in zip(*(family[:3] for family in families), strict=True)),
+        *(found_by_group(plan, list(column)) for column in zip(*(family[:3] for family in families), strict=True)),
         strict=True,
     )
-    blocks = [None] * count_blocks(plan)
+    blocks: dict[int, tuple[Tensor | None, ...]] = {}
     for member, group, columns in zip(plan.groups, groups, vectors, strict=True):
         stacks, outs = group.projections.unbind(), group.out_weights.unbind()
         norms_of_blocks = zip(
             *([None] * len(stacks) if column is None else column.unbind() for column in columns), strict=True
         )
-        pooled = group.pooled.sum((1, 3)).unbind() if member.pools else None  # (2c,) each
+        pooled = None if group.pooled is None else group.pooled.sum((1, 3)).unbind()  # (2c,) each
         for slot, (block, norm) in enumerate(zip(member.blocks, norms_of_blocks, strict=True)):
-            if member.pools:  # theta apart from phi and g
+            if pooled is not None:  # theta apart from phi and g
                 weight = stacks[slot], *weights[block].split(member.inner)
                 bias = biases[block], *pooled[slot].split(member.inner)
             else:
                 weight, bias = stacks[slot].split(member.inner), biases[block].split(member.inner)
             layers = [x for layer in zip(weight, bias, strict=True) for x in layer]
-            blocks[block] = BlockTensors(maps[block], None, *layers, outs[slot], *norm, None, None)
-    return blocks
+            blocks[block] = maps[block], None, *layers, outs[slot], *norm, None, None
+    return [blocks[block] for block in range(count_blocks(plan))]
 
 
 def _bias_gradients(plan: Plan, groups: list[_GroupGradients]) -> list[Tensor]:
     """Of the projections' biases, ``(r,)`` of each block."""
-    biases = [None] * count_blocks(plan)
+    biases: dict[int, Tensor] = {}
     for family in plan.families:
         members = [
             (slot, block, index) for index in family.groups for slot, block in enumerate(plan.groups[index].blocks)
@@ -316,15 +326,15 @@ def _bias_gradients(plan: Plan, groups: list[_GroupGradients]) -> list[Tensor]:
         ranks = [groups[index].probes.shape[3] for _, _, index in members]
         for (_, block, _), bias in zip(members, total.split(ranks), strict=True):
             biases[block] = bias
-    return biases
+    return [biases[block] for block in range(count_blocks(plan))]
 
 
 def _adaptation_gradients(plan: Plan, weights: list[Tensor], families: list[_FamilyGradients]) -> list[Tensor]:
     """Of weight and bias of each level in turn."""
     shifts = by_group(plan, [family.norm_bias.neg() for family in families])
-    gradients = [None] * count_blocks(plan)
+    gradients: dict[int, tuple[Tensor, Tensor]] = {}
     for chosen, weight in zip(plan.levels, weights, strict=True):
         for slot, level in enumerate(chosen.levels):
             bias = shifts[chosen.teacher.group][chosen.teacher.first + slot]
-            gradients[2 * level : 2 * level + 2] = weight[slot], bias
-    return gradients
+            gradients[level] = weight[slot], bias
+    return [x for level in range(count_blocks(plan) // 2) for x in gradients[level]]

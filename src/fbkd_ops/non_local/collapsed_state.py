@@ -4,13 +4,14 @@ Its tensors, what forward leaves for backward, and how blocks of a group and cha
 apart.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import batch_norm as norms
-from .plan import Group, LevelGroup, Place, Plan, count_blocks, moment_rank
+from .plan import Family, Group, LevelGroup, Place, Plan, count_blocks, moment_rank
 
 
 class BlockTensors(NamedTuple):
@@ -33,13 +34,23 @@ class BlockTensors(NamedTuple):
 
 
 class LevelOutputs(NamedTuple):
-    """What a level's residual ``t + U W t - P s + v`` is made of."""
+    """What the levels' residuals ``t + U W t - P s + v`` are made of, in lists of one entry a level."""
 
-    student: Tensor  # S, for whatever else reads it
-    student_matrix: Tensor  # P (N, Ct, Cs)
-    teacher_matrix: Tensor  # U (N, Ct, c), or (N, Ct, Ct)
-    projection: Tensor  # W (c, Ct), or empty
-    offset: Tensor  # v (N, Ct)
+    students: list[Tensor]  # S, for whatever else reads it
+    student_matrices: list[Tensor]  # P (N, Ct, Cs)
+    teacher_matrices: list[Tensor]  # U (N, Ct, c), or (N, Ct, Ct)
+    projections: list[Tensor]  # W (c, Ct), or empty
+    offsets: list[Tensor]  # v (N, Ct)
+
+
+class LevelGradients(NamedTuple):
+    """Of the :class:`LevelOutputs`."""
+
+    students: list[Tensor | None]
+    student_matrices: list[Tensor]
+    teacher_matrices: list[Tensor]
+    projections: list[Tensor | None]  # None for an empty one
+    offsets: list[Tensor]
 
 
 class MapState(NamedTuple):
@@ -50,18 +61,26 @@ class MapState(NamedTuple):
     winners: Tensor  # (N, 2c, K), empty where nothing is pooled
 
 
-class GroupState(NamedTuple):
-    """Tensors of the blocks of a group, along a first dimension."""
+class GroupParameters(NamedTuple):
+    """Parameters of the blocks of a group, along a first dimension."""
 
     projections: Tensor  # (B, 3c, C), of theta, phi and g
     biases: Tensor  # (B, 3c)
     out_weights: Tensor  # (B, C, c)
-    pooled: Tensor | None = None  # (B, N, 2c, K), see algebra.pooled_pairs
-    moments: Tensor | None = None  # (B, N, 2 + r, C)
-    probes: Tensor | None = None  # (B, N, 2 + r, r), or (B, N, 1, c) without moments
-    pairs: Tensor | None = None  # (B, N, c, c)
-    unscaled: Tensor | None = None  # (B, N, c, C)
-    matrices: Tensor | None = None  # V (B, N, C, c)
+
+
+class GroupState(NamedTuple):
+    """Tensors of the blocks of a group, along a first dimension: their :class:`GroupParameters` first."""
+
+    projections: Tensor
+    biases: Tensor
+    out_weights: Tensor
+    pooled: Tensor | None  # (B, N, 2c, K), see algebra.pooled_pairs; None without pools
+    moments: Tensor | None  # (B, N, 2 + r, C); None where they are not needed
+    probes: Tensor  # (B, N, 2 + r, r), or (B, N, 1, c) without moments
+    pairs: Tensor  # (B, N, c, c)
+    unscaled: Tensor  # (B, N, c, C)
+    matrices: Tensor  # V (B, N, C, c)
 
 
 class FamilyState(NamedTuple):
@@ -114,8 +133,10 @@ def theta_of(group: GroupState) -> Tensor:
     return group.projections[:, : group.out_weights.shape[2]]
 
 
-def fold_of(family: FamilyState) -> norms.Fold:
-    """Return the norm of a family."""
+def fold_of(family: FamilyState) -> norms.Fold | None:
+    """Return the norm of a family, if it has one."""
+    if family.mean is None or family.inverse_deviation is None or family.scale is None:
+        return None
     return norms.Fold(family.mean, family.inverse_deviation, family.scale)
 
 
@@ -124,33 +145,45 @@ def cells_of(member: Group, maps: list[MapState]) -> list[int]:
     return [maps[block].winners.shape[2] for block in member.blocks]
 
 
-def kernel_parameters(plan: Plan, groups: list[GroupState]) -> tuple[list[Tensor | None], ...]:
+def kernel_parameters(
+    plan: Plan, groups: Sequence[GroupParameters | GroupState]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Return each block's arguments of the statistics' kernels: covariance's projection, pool's weight and bias."""
-    parameters = [(None, None, None)] * count_blocks(plan)
+    columns: tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]
+    columns = [None] * count_blocks(plan), [None] * count_blocks(plan), [None] * count_blocks(plan)
     for member, group in zip(plan.groups, groups, strict=True):
         absent = [None] * len(member.blocks)
         projections = group.projections[:, : moment_rank(member)].unbind() if member.projects else absent
         weights = group.projections[:, member.inner :].unbind() if member.pools else absent
         biases = group.biases[:, member.inner :].unbind() if member.pools else absent
-        for block, *of_block in zip(member.blocks, projections, weights, biases, strict=True):
-            parameters[block] = of_block
-    return tuple(list(column) for column in zip(*parameters, strict=True))
+        for column, values in zip(columns, (projections, weights, biases), strict=True):
+            for block, value in zip(member.blocks, values, strict=True):
+                column[block] = value
+    return columns
 
 
-def by_group(plan: Plan, vectors: list[Tensor | None]) -> list[Tensor | None]:
+def by_group(plan: Plan, vectors: list[Tensor]) -> list[Tensor]:
     """Cut the families' tensors over all their channels, ``(..., C)``, into each group's, ``(B, ..., C)``."""
-    parts = []
+    return [
+        piece for family, vector in zip(plan.families, vectors, strict=True) for piece in _cut(plan, family, vector)
+    ]
+
+
+def found_by_group(plan: Plan, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return :func:`by_group`, with None for every group of a family that has None."""
+    parts: list[Tensor | None] = []
     for family, vector in zip(plan.families, vectors, strict=True):
-        members = [plan.groups[group] for group in family.groups]
-        if vector is None:
-            parts += [None] * len(members)
-            continue
-        pieces = vector.split([len(member.blocks) * member.channels for member in members], dim=-1)
-        parts += [
-            piece.unflatten(-1, (len(member.blocks), member.channels)).movedim(-2, 0)
-            for piece, member in zip(pieces, members, strict=True)
-        ]
+        parts += [None] * len(family.groups) if vector is None else _cut(plan, family, vector)
     return parts
+
+
+def _cut(plan: Plan, family: Family, vector: Tensor) -> list[Tensor]:
+    members = [plan.groups[group] for group in family.groups]
+    pieces = vector.split([len(member.blocks) * member.channels for member in members], dim=-1)
+    return [
+        piece.unflatten(-1, (len(member.blocks), member.channels)).movedim(-2, 0)
+        for piece, member in zip(pieces, members, strict=True)
+    ]
 
 
 def side_by_side(rows: list[Tensor]) -> Tensor:
@@ -163,12 +196,18 @@ def stacked(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def over_processes(plan: Plan, process_groups: list, vectors: list[tuple[Tensor, ...] | None], function) -> list:
+def over_processes(
+    plan: Plan,
+    process_groups: list[Any],  # of each block
+    vectors: Sequence[tuple[Tensor, ...] | None],
+    function: Callable[..., tuple[Tensor, ...]],
+) -> list[tuple[Tensor, ...] | None]:
     """Apply ``function`` to vectors ``(C,)`` of all blocks of a process group, by family; None where there are none.
 
     The order of the blocks, unlike that of the families, is the same in all processes.
     """
-    parts, results = {}, {}
+    parts: dict[int, list[Tensor]] = {}
+    results: dict[int, list[Tensor]] = {}
     for family, own in zip(plan.families, vectors, strict=True):
         if own is not None:
             pieces = (vector.split(plan.widths(family)) for vector in own)

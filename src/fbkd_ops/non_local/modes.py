@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..types import present
 from .contiguous_gradient import contiguous_gradient
 
 __all__ = ["MODES", "Mode", "Operands"]
@@ -92,7 +93,7 @@ def _as_heads(vectors: Tensor, width: int) -> Tensor:
 
 
 def _concatenation_pairs(operands: Operands) -> Tensor:
-    w_theta, w_phi = operands.pair_weight.chunk(2)
+    w_theta, w_phi = present(operands.pair_weight).chunk(2)
     a = torch.einsum("c,nci->ni", w_theta, operands.theta)
     b = torch.einsum("c,ncj->nj", w_phi, operands.phi)
     return torch.relu(a[:, :, None] + b[:, None, :]) / operands.phi.shape[2]
@@ -106,7 +107,7 @@ def _concatenation(operands: Operands, g: Tensor) -> Tensor:
     """
     theta, phi = operands.theta, operands.phi
     n, inner, cells = g.shape
-    w_theta, w_phi = operands.pair_weight.chunk(2)  # (c,), (c,)
+    w_theta, w_phi = present(operands.pair_weight).chunk(2)  # (c,), (c,)
     # In float64: a_i G_i and B_i cancel, and so do their gradients.
     a = torch.matmul(w_theta, theta).double()  # (N, L)
     b, order = torch.matmul(w_phi, phi).double().sort(dim=1)  # (N, K)

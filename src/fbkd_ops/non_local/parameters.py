@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..types import NonLocalWeights
+from ..types import NonLocalWeights, weights_of
+from .batch_norm import Norm
 
 __all__ = ["Block", "BlockSettings", "as_matrices", "block_tensors", "with_tensors"]
 
@@ -29,7 +30,7 @@ class Block(NamedTuple):
 
     weights: NonLocalWeights
     settings: BlockSettings
-    norm: nn.Module | None = None
+    norm: Norm | None = None
     norm_parameters: tuple[Tensor | None, Tensor | None] | None = None  # weight and bias in place of its own
     updates_statistics: bool = True  # False: those of the norm have seen this batch already
 
@@ -42,9 +43,9 @@ def block_tensors(block: Block) -> list[Tensor | None]:
 def with_tensors(block: Block, tensors: Sequence[Tensor | None], updates_statistics: bool) -> Block:
     """Return the block with other tensors in place of its :func:`block_tensors`."""
     *weights, norm_weight, norm_bias = tensors
-    return Block(NonLocalWeights(*weights), block.settings, block.norm, (norm_weight, norm_bias), updates_statistics)
+    return Block(weights_of(weights), block.settings, block.norm, (norm_weight, norm_bias), updates_statistics)
 
 
 def as_matrices(weights: NonLocalWeights) -> NonLocalWeights:
     """Return the convolutions' weights as matrices."""
-    return NonLocalWeights(*(w.flatten(1) if w is not None and w.dim() == 4 else w for w in weights))
+    return weights_of(w.flatten(1) if w is not None and w.dim() == 4 else w for w in weights)

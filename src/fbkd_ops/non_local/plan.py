@@ -114,13 +114,14 @@ def make_plan(backend: str, maps: list[Tensor], blocks: list[Block], dtypes: lis
     cells = [pool_cells(x, block.settings) for x, block in zip(maps, blocks, strict=True)]
     pools = [pool != _NO_POOL for pool in cells]
     widths = [
-        _Width(_kind_of(x, block, dtype, pooled), x.shape[1], block.weights.theta_weight.shape[0], pooled)
+        _Width(_kind_of(x, block, dtype, pooled), x.shape[1], block.weights.g_weight.shape[0], pooled)
         for x, block, dtype, pooled in zip(maps, blocks, dtypes, pools, strict=True)
     ]
     kinds = _distinct([width.kind for width in widths])
     # Families one after the other, so that their groups are.
     ordered = [width for kind in kinds for width in _distinct(widths) if width.kind == kind]
-    members, levels = [[] for _ in ordered], []
+    members: list[list[int]] = [[] for _ in ordered]
+    levels = []
     pairs = [
         (ordered.index(student), ordered.index(teacher))
         for student, teacher in zip(widths[::2], widths[1::2], strict=True)
@@ -131,7 +132,8 @@ def make_plan(backend: str, maps: list[Tensor], blocks: list[Block], dtypes: lis
         for side, group in enumerate(pair):
             places.append(Place(group, len(members[group])))
             members[group] += [2 * level + side for level in chosen]
-        levels.append(LevelGroup(chosen, *places, _stays_factored(backend, ordered[pair[1]])))
+        student_place, teacher_place = places
+        levels.append(LevelGroup(chosen, student_place, teacher_place, _stays_factored(backend, ordered[pair[1]])))
     return Plan(
         tuple(_group(backend, width, blocks) for width, blocks in zip(ordered, members, strict=True)),
         tuple(_family(kind, ordered) for kind in kinds),

@@ -29,10 +29,11 @@ def _pool_kernels(x: Tensor, settings: BlockSettings) -> list[tuple[int, int]]:
 
     ``nested`` pools by 2 first and by the rest then: the same cells, but among equal values another winner.
     """
-    total = tuple(min(settings.stride, extent) for extent in x.shape[2:])
+    height, width = x.shape[2:]
+    total = min(settings.stride, height), min(settings.stride, width)
     if total == (1, 1):
         return []
     if settings.pool_order == "single":
         return [total]
-    first = tuple(2 if extent % 2 == 0 else 1 for extent in total)
+    first = 2 if total[0] % 2 == 0 else 1, 2 if total[1] % 2 == 0 else 1
     return [first, (total[0] // first[0], total[1] // first[1])]

@@ -1,7 +1,7 @@
 """The relation term ``|| NL_t(T) - B(NL_s(S)) ||`` of a pyramid, without z, the adapted relation or a pair matrix."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from .._numerics import accumulation_dtype
 from ..ops.attention_pool import attention_pools
 from ..ops.cell_relation import CellBlock, CellLevel, cell_relation
 from ..ops.relation_residual import RelationLevels, relation_residual
+from ..types import present
 from . import responses
 from .affine_residual import affine_residual
 from .batch_norm import (
     RunningUpdate,
     check_count,
+    fixed_statistics,
     synchronizes,
     update_running_statistics,
     uses_batch_statistics,
@@ -51,7 +53,7 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
         terms: the levels.
         memory_efficient: keep nothing of a feature map's size for the backward pass, and compute it again there.
     """
-    results = [None] * len(terms)
+    results: dict[int, Tensor] = {}
     forms = [relation_form(backend, term) for term in terms]
     for form, form_squares in (("cells", _cell_squares), ("collapsed", _collapsed_squares)):
         chosen = [index for index, name in enumerate(forms) if name == form]
@@ -62,7 +64,7 @@ def relation_squares(backend: str, terms: list[RelationTerm], memory_efficient: 
     for index, (form, term) in enumerate(zip(forms, terms, strict=True)):
         if form == "responses":
             results[index] = _isolated_response_squares(backend, term, memory_efficient)
-    return results
+    return [results[index] for index in range(len(terms))]
 
 
 def _term_dtype(term: RelationTerm) -> torch.dtype:
@@ -96,10 +98,10 @@ def collapsed_levels(backend: str, terms: list[RelationTerm]) -> RelationLevels:
     end = len(LevelOutputs._fields) * len(terms)
     columns = LevelOutputs(*(list(outputs[first : first + len(terms)]) for first in range(0, end, len(terms))))
     _update_statistics(plan, maps, blocks, outputs[end:])
-    students = [through if x.requires_grad else x for through, x in zip(columns.student, maps[::2], strict=True)]
-    projections = [w if w.numel() else None for w in columns.projection]
+    students = [through if x.requires_grad else x for through, x in zip(columns.students, maps[::2], strict=True)]
+    projections = [w if w.numel() else None for w in columns.projections]
     return RelationLevels(
-        students, columns.student_matrix, maps[1::2], columns.teacher_matrix, projections, columns.offset
+        students, columns.student_matrices, maps[1::2], columns.teacher_matrices, projections, columns.offsets
     )
 
 
@@ -116,7 +118,7 @@ def _values_of(x: Tensor) -> int:
 def _means(backend: str, plan: Plan, maps: list[Tensor], known: list[Tensor | None]) -> list[Tensor | None]:
     """``(N, C)`` over the pixels of each map whose block needs it; one that is known in too few bits is made anew."""
     needed = [block for group in plan.groups if group.takes_moments for block in group.blocks]
-    means = [None] * count_blocks(plan)
+    means: list[Tensor | None] = [None] * count_blocks(plan)
     for block in needed:
         mean = known[block]
         means[block] = mean.detach() if mean is not None and mean.dtype == accumulation_dtype(maps[block]) else None
@@ -130,22 +132,20 @@ def _means(backend: str, plan: Plan, maps: list[Tensor], known: list[Tensor | No
 
 def _block_tensors(x: Tensor, mean: Tensor | None, block: Block) -> BlockTensors:
     weights, norm = block.weights, block.norm
-    fixed = norm is not None and not uses_batch_statistics(norm)
     return BlockTensors(
         x,
         mean,
-        weights.theta_weight,
-        weights.theta_bias,
-        weights.phi_weight,
-        weights.phi_bias,
+        present(weights.theta_weight),  # a mode that collapses has theta and phi
+        present(weights.theta_bias),
+        present(weights.phi_weight),
+        present(weights.phi_bias),
         weights.g_weight,
         weights.g_bias,
         weights.out_weight,
         weights.out_bias,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
-        norm.running_mean if fixed else None,
-        norm.running_var if fixed else None,
+        *(fixed_statistics(norm) or (None, None)),
     )
 
 
@@ -162,23 +162,26 @@ def _update_statistics(plan: Plan, maps: list[Tensor], blocks: list[Block], stat
             counts = [int(count[0]) for count in next(found).split(widths)]
         for block, width, mean, variance, count in zip(order, widths, means, variances, counts, strict=True):
             check_count(count, width)
-            updates[block] = RunningUpdate(blocks[block].norm, mean, variance, count)
+            norm = blocks[block].norm
+            if uses_batch_statistics(norm):  # as all of such a family do
+                updates[block] = RunningUpdate(norm, mean, variance, count)
     # Students before teachers, should they share a norm.
     update_running_statistics([updates[block] for block in sorted(updates, key=lambda block: (block % 2, block))])
 
 
 def _isolated_response_squares(backend: str, term: RelationTerm, memory_efficient: bool) -> Tensor:
     sides = term.student_block, term.teacher_block
-    tensors = [[term.student, term.teacher, term.adaptation_weight, term.adaptation_bias], *map(block_tensors, sides)]
-    ends = list(itertools.accumulate(map(len, tensors)))
+    own: list[Tensor | None] = [term.student, term.teacher, term.adaptation_weight, term.adaptation_bias]
+    tensors = [own, *map(block_tensors, sides)]
+    ends = list(itertools.accumulate(len(group) for group in tensors))
 
     def squares(is_first: bool, *given: Tensor | None) -> Tensor:
-        student, teacher, weight, bias = given[: ends[0]]
-        blocks = (
+        student, teacher, weight, bias = map(present, given[: ends[0]])
+        student_block, teacher_block = (
             with_tensors(side, given[first:end], is_first)
             for side, (first, end) in zip(sides, itertools.pairwise(ends), strict=True)
         )
-        return _response_squares(backend, RelationTerm(student, teacher, *blocks, weight, bias))
+        return _response_squares(backend, RelationTerm(student, teacher, student_block, teacher_block, weight, bias))
 
     return isolated(squares, [x for group in tensors for x in group], memory_efficient)
 
@@ -217,10 +220,11 @@ def relation_form(backend: str, term: RelationTerm) -> str:
 def _sizes(term: RelationTerm) -> RelationSizes:
     images, student_channels, height, width = term.student.shape
     rows, cols, _, _ = pool_cells(term.student, term.student_block.settings)
-    inner = (block.weights.g_bias.shape[0] for block in (term.student_block, term.teacher_block))
+    inner, teacher_inner = (block.weights.g_bias.shape[0] for block in (term.student_block, term.teacher_block))
     cells = (height // rows) * (width // cols)
     repeats = term.student.dtype != _term_dtype(term)
-    return RelationSizes(images, height * width, cells, student_channels, term.teacher.shape[1], *inner, repeats)
+    channels = student_channels, term.teacher.shape[1]
+    return RelationSizes(images, height * width, cells, *channels, inner, teacher_inner, repeats)
 
 
 def _cell_squares(backend: str, terms: list[RelationTerm], memory_efficient: bool) -> Tensor:
@@ -249,7 +253,7 @@ def _cell_level(term: RelationTerm) -> CellLevel:
         _cell_block(dtype, term.student_block),
         _cell_block(dtype, term.teacher_block),
         pool_cells(term.student, term.student_block.settings),
-        tuple(None if norm is None else norm.eps for norm in norms),
+        (None if norms[0] is None else norms[0].eps, None if norms[1] is None else norms[1].eps),
     )
 
 
@@ -257,6 +261,7 @@ def _cell_block(dtype: torch.dtype, block: Block) -> CellBlock:
     weights, norm = block.weights, block.norm
     convolutions = [getattr(weights, name) for name in CellBlock._fields if hasattr(weights, name)]
     learned = (None, None) if norm is None else (norm.weight, norm.bias)
-    fixed = norm is not None and not uses_batch_statistics(norm)
-    statistics = (norm.running_mean, norm.running_var) if fixed else (None, None)
-    return CellBlock(*(x if x is None else x.to(dtype) for x in (*convolutions, *learned, *statistics)))
+    statistics = fixed_statistics(norm) or (None, None)
+    tensors: list[Any]  # of each field's type
+    tensors = [x if x is None else x.to(dtype) for x in (*convolutions, *learned, *statistics)]
+    return CellBlock(*tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.non_local_statistics import StatisticsRequest, non_local_statistics
-from ..types import NonLocalWeights
+from ..types import NonLocalWeights, present, weights_of
 from .batch_norm import Moments, scale_and_shift, uses_batch_statistics
 from .isolated import isolated
 from .modes import MODES, Operands
@@ -65,7 +65,7 @@ def response(backend: str, x: Tensor, weights: NonLocalWeights, settings: BlockS
 
     What flows back into the returned x is added to in place: it must come from an op that keeps no hold of it.
     """
-    weights = NonLocalWeights(*(w if w is None else w.to(x.dtype) for w in as_matrices(weights)))
+    weights = weights_of(w if w is None else w.to(x.dtype) for w in as_matrices(weights))
     n, channels = x.shape[:2]
     bias = weights.out_bias if weights.out_bias is not None else x.new_zeros(channels)
     x, theta, phi, g = _projections(backend, x, weights, settings)  # (N, C, H, W), (N, c, L), (N, c, K), (N, c, K)
@@ -109,7 +109,7 @@ def _convolved_and_pooled(
     """Return x and its pooled convolutions, each ``(N, c, K)``, from one read."""
     weight, bias = stacked(weights, fields, "weight"), stacked(weights, fields, "bias")
     (statistics,) = non_local_statistics(backend, [StatisticsRequest(x, weight=weight, bias=bias, pool=cells)])
-    return statistics.x, *statistics.pooled.chunk(len(fields), dim=1)
+    return statistics.x, *present(statistics.pooled).chunk(len(fields), dim=1)
 
 
 def stacked(weights: NonLocalWeights, fields: tuple[str, ...], part: str) -> Tensor:

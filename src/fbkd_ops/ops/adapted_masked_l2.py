@@ -9,7 +9,7 @@ from torch import Tensor
 from .._layout import empty_gradient, empty_residual, in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype
 from ..autograd.first_order import first_order, save
-from ..types import AttentionPool
+from ..types import AttentionPool, present
 from .attention_pool import pools_of
 from .masked_l2 import Masks, level_masks
 from .registry import kernel, register
@@ -164,7 +164,7 @@ def _groups(tensors: tuple[Tensor | None, ...], count: int) -> list[list[Tensor 
 
 def _packed(grad: Tensor, student: Tensor) -> Tensor:
     """Return a gradient from elsewhere in the dtype and the layout that the student's own gets."""
-    return grad.to(student.dtype).contiguous(memory_format=matrix_layout(student))
+    return grad.to(student.dtype).contiguous(memory_format=present(matrix_layout(student)))
 
 
 def _fake_forward(students, weights, biases, teachers, spatial_masks, channel_masks, keep):

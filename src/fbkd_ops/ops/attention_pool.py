@@ -1,5 +1,7 @@
 """The four means of a pyramid's feature maps and their gradient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def attention_pools(backend: str, features: list[Tensor]) -> list[AttentionPool]
     return pools_of(kernel("attention_pool_forward", backend)([in_place_layout(x) for x in features]))
 
 
-def pools_of(means: tuple[Tensor, ...]) -> list[AttentionPool]:
+def pools_of(means: Sequence[Tensor]) -> list[AttentionPool]:
     """Return the ops' flat lists, four tensors a level."""
     return [AttentionPool(*means[first : first + 4]) for first in range(0, len(means), 4)]
 

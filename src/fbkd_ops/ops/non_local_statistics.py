@@ -8,6 +8,7 @@ from torch import Tensor
 from .._layout import in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype, without_autocast
 from ..autograd.first_order import first_order, save
+from ..types import present
 from .registry import kernel, register
 
 __all__ = [
@@ -57,13 +58,14 @@ def non_local_statistics(backend: str, requests: list[StatisticsRequest]) -> lis
         through if request.x.requires_grad else request.x for through, request in zip(columns[0], requests, strict=True)
     ]
     return [
-        MapStatistics(*(output if present else None for output, present in zip(row, _outputs_of(request), strict=True)))
-        for row, request in zip(zip(*columns, strict=True), requests, strict=True)
+        MapStatistics(
+            x,
+            None if request.mean is None else mean,
+            None if request.mean is None else covariance,
+            None if request.weight is None else pooled,
+        )
+        for request, x, mean, covariance, pooled in zip(requests, *columns, strict=True)
     ]
-
-
-def _outputs_of(request: StatisticsRequest) -> tuple[bool, bool, bool, bool]:
-    return True, request.mean is not None, request.mean is not None, request.weight is not None
 
 
 class NonLocalStatisticsFunction(torch.autograd.Function):
@@ -138,7 +140,7 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
 def _affine(
     x: Tensor,
     projection: Tensor | None,
-    cross: Tensor | None,  # cov(projection x, x) (N, r, C)
+    cross: Tensor | None,  # cov(projection x, x) (N, r, C), where there is a projection
     dcovariance: Tensor | None,
     dmean: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -150,12 +152,12 @@ def _affine(
     symmetric = dcovariance + dcovariance.mT
     inner = symmetric / pixels
     inner = inner if projection is None else torch.matmul(inner, projection)  # (N, r, C)
-    return inner.contiguous(), shift, None if projection is None else torch.bmm(symmetric, cross).sum(0)
+    return inner.contiguous(), shift, None if cross is None else torch.bmm(symmetric, cross).sum(0)
 
 
 def own_memory(grad: Tensor | None, x: Tensor) -> Tensor:
     """Memory in the layout of x's gradient that holds what flows in from elsewhere, and may be changed."""
-    layout = matrix_layout(x)
+    layout = present(matrix_layout(x))
     if grad is None:
         return torch.zeros_like(x, memory_format=layout)
     if torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Squared residuals of the relation term of a pyramid, and all gradients of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,8 +93,11 @@ class RelationResidualFunction(torch.autograd.Function):
         return None, None, None, *_by_argument(ready, count, ctx.student_gradient, ctx.needs_input_grad[3:])
 
 
-def _by_argument(gradients: list[Tensor], count: int, student_gradient: bool, needed: list[bool]) -> list:
+def _by_argument(
+    gradients: list[Tensor], count: int, student_gradient: bool, needed: list[bool]
+) -> list[Tensor | None]:
     """Gradients in the arguments' order: of the students, P, none for the teachers, of U, W and v."""
+    groups: list[Sequence[Tensor | None]]
     groups = [gradients[first : first + count] for first in range(0, len(gradients), count)]
     if not student_gradient:
         groups.insert(0, [None] * count)

@@ -3,13 +3,16 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from .feature_tap import unwrapped
 from .student_losses import own_losses
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["BalanceReport", "BalanceRow", "balance_report", "is_sharded"]
 
@@ -63,7 +66,8 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
 
 
 def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list[Tensor]) -> BalanceReport:
-    total = sum(terms.values())
+    first, *others = terms.values()
+    total = sum(others, first)
     shared = [
         each for each, gradient in zip(parameters, _gradients(total, parameters), strict=True) if gradient is not None
     ]
@@ -75,7 +79,7 @@ def _compared(own: dict[str, Tensor], terms: dict[str, Tensor], parameters: list
     )
 
 
-def is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
     """Whether FSDP2 has made it a DTensor; not every build of PyTorch has the class."""
     return hasattr(parameter, "to_local")
 

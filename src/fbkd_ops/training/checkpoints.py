@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .feature_tap import unwrapped, wrapping_path
 from .pairing import memory
+from .student_attributes import StudentAttributes
 
 __all__ = ["drop_shared_names", "fit_names"]
 
@@ -19,11 +20,11 @@ def drop_shared_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, me
             del state[name]
 
 
-def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def fit_names(wrapper: StudentAttributes, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take shared tensors under any of their names, and a plain student's checkpoint. A hook of ``load_state_dict``.
 
     Args:
-        wrapper: a :class:`fbkd_ops.training.student_attributes.StudentAttributes`, which says where its student is.
+        wrapper: says where its student is.
         state: the checkpoint, changed in place.
         prefix: of the wrapper's own names in it.
 
@@ -39,7 +40,7 @@ def fit_names(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
                 state.setdefault(name, state[present])
 
 
-def _move_to_student(state: dict[str, Any], wrapper: nn.Module, prefix: str) -> None:
+def _move_to_student(state: dict[str, Any], wrapper: StudentAttributes, prefix: str) -> None:
     """Rename the entries of a plain student's checkpoint to the student's names in ``wrapper``."""
     names = [name for name in state if name.startswith(prefix)]
     student = wrapper.get_submodule(wrapper.student_path)

@@ -139,10 +139,11 @@ class Distiller(StudentAttributes, nn.Module):
         self.loss = loss
         # In a tuple, so that nn.Module does not register the teacher.
         self._unregistered_teacher = (teacher,)
-        self._student_tap = _closed_tap(student, student_layers, "student_layers")
+        self._student_tap = _tap(student, student_layers, "student_layers")
         teacher_layers = student_layers if teacher_layers is None else teacher_layers
-        self._teacher_tap = _closed_tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
-        self._teacher_entry, self._entry_tap = teacher_entry, None
+        self._teacher_tap = _tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
+        self._teacher_entry = teacher_entry
+        self._entry_tap: FeatureTap | None = None
         if teacher_entry is None:
             check_same_images(student, teacher)
         else:
@@ -325,6 +326,7 @@ class Distiller(StudentAttributes, nn.Module):
 
     def _idle_terms(self) -> dict[str, Tensor]:
         """Zeros that the loss's parameters are part of, so that data parallelism sees all of them in every step."""
+        names: Sequence[str]
         names = list(self._terms) or getattr(unwrapped(self.loss), "term_names", ("loss_distillation",))
         used = [_local(parameter).sum() for parameter in self.loss.parameters() if parameter.requires_grad]
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
@@ -387,12 +389,12 @@ class Distiller(StudentAttributes, nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _closed_tap(
-    model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False
-) -> FeatureTap | OutputTap:
+def _tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap | OutputTap:
+    return OutputTap(layers, name) if is_output(layers) else _closed_tap(model, layers, name, stop_when_complete)
+
+
+def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap:
     """Return a tap that is on its model during a step only, so that models are copied and saved without it."""
-    if is_output(layers):
-        return OutputTap(layers, name)
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
     tap.close()
     return tap

@@ -311,7 +311,7 @@ class _Recorder:
         return {"count": self.count, "stops": self.stops}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        _Recorder.__init__(self, **state)
         self.is_live = False
 
 
@@ -371,6 +371,7 @@ def _as_features(value: Any, name: str) -> Features:
 
 
 def _checked_layers(layers: Layers, name: str) -> dict[Any, Layer]:
+    places: dict[Any, Any]
     if isinstance(layers, (str, Layer)):
         places = {0: layers}
     elif isinstance(layers, Mapping):
@@ -448,8 +449,8 @@ def _child(module: nn.Module, part: str) -> nn.Module | None:
     children = dict(module.named_children())
     if part in children:
         return children[part]
-    counts_from_end = part.startswith("-") and part[1:].isdigit() and isinstance(module, (nn.Sequential, nn.ModuleList))
-    if counts_from_end and int(part[1:]) <= len(module):
+    counts_from_end = part.startswith("-") and part[1:].isdigit()
+    if counts_from_end and isinstance(module, (nn.Sequential, nn.ModuleList)) and int(part[1:]) <= len(module):
         return module[int(part)]
     inner = getattr(module, "_orig_mod", None)
     return None if inner is None else _child(inner, part)
@@ -479,8 +480,8 @@ def _inner_name(model: nn.Module) -> str | None:
 def _is_inside_compiled(model: nn.Module, path: str, name: str) -> bool:
     """Whether the module at ``path`` runs as part of a compiled graph."""
     wrapped, around = model, []
-    while unwrapped(wrapped) is not wrapped:
+    while (inner := _inner_name(wrapped)) is not None:
         around.append(wrapped)
-        wrapped = getattr(wrapped, _inner_name(wrapped))
+        wrapped = getattr(wrapped, inner)
     around += list(_way(model, path, name))[:-1]
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)

@@ -71,14 +71,14 @@ def check_exported_mode(teacher: nn.Module) -> None:
     """
     for module in teacher.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if isinstance(node.target, torch._ops.OpOverload) and _is_training(node):
+            if isinstance(node.target, torch._ops.OpOverload) and _is_training(node.target, node):
                 raise ValueError(
                     f"the teacher was exported in training mode, where its {node.target} stays: export teacher.eval()"
                 )
 
 
-def _is_training(node: torch.fx.Node) -> bool:
-    names = [argument.name for argument in node.target._schema.arguments]
+def _is_training(op: torch._ops.OpOverload, node: torch.fx.Node) -> bool:
+    names = [argument.name for argument in op._schema.arguments]
     given = dict(zip(names[: len(node.args)], node.args, strict=True)) | dict(node.kwargs)
     return any(given.get(name) is True for name in ("training", "train"))
 
@@ -125,7 +125,7 @@ def _resizing(model: nn.Module) -> nn.Module | None:
     return next((module for module in model.modules() if all(hasattr(module, name) for name in names)), None)
 
 
-def _sizes(resizing: nn.Module) -> list[Any]:
+def _sizes(resizing: Any) -> list[Any]:
     """Every size that a transform may choose, with the largest side that it allows."""
     if resizing.fixed_size is not None:
         return [tuple(resizing.fixed_size)]

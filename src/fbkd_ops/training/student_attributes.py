@@ -1,7 +1,7 @@
 """Pass the names that a wrapper lacks on to its student, for frameworks that look for them on the model."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -27,7 +27,13 @@ _MODULE_STATE = frozenset(
 _MODULE_NAMES = _MODULE_STATE | frozenset(dir(nn.Module())) | frozenset(("_parameters", "_buffers", "_modules"))
 
 
-class StudentAttributes:
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:  # the mixin is no module itself
+    _Module = object
+
+
+class StudentAttributes(_Module):
     """Mixin for modules with a submodule ``student``: what they lack is read, written and deleted on the student.
 
     - A name that the wrapper has is the wrapper's, also where the student has it too.
@@ -105,9 +111,9 @@ def _in_class(module: nn.Module, name: str) -> bool:
     return any(name in vars(base) for base in type(module).__mro__)
 
 
-def _student_in(wrapper: nn.Module) -> nn.Module | None:
+def _student_in(wrapper: StudentAttributes) -> nn.Module | None:
     """Return the student, or None before it is there. Read from the registry: an attribute would ask for it again."""
-    module = wrapper
+    module: Any = wrapper
     for part in type(wrapper).student_path.split("."):
         module = module.__dict__.get("_modules", {}).get(part)
         if module is None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def own_losses(output: Any, total: Total) -> dict[str, Tensor]:
     return {name: loss for name, loss in losses.items() if loss.requires_grad}
 
 
-def is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> TypeGuard[Tensor]:
     """Return whether the value is a tensor without dimensions."""
     return isinstance(value, Tensor) and value.dim() == 0
 
@@ -107,21 +107,27 @@ def _entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _with_entry(output: Any, name: str, value: Tensor) -> Any:
+def _with_entry(output: Any, name: str, value: Tensor | int) -> Any:
     if _is_plain_dict(output) or (isinstance(output, Mapping) and not isinstance(output, MutableMapping)):
         return {**output, name: value}
-    if isinstance(output, Mapping):
+    if isinstance(output, MutableMapping):
         is_new = name not in output
         output[name] = value
         if is_new and isinstance(output, OrderedDict):
             output.move_to_end(name, last=False)  # a ModelOutput's first entry is its loss
         return output
-    if dataclasses.is_dataclass(output) and output.__dataclass_params__.frozen:
+    is_tuple = isinstance(output, tuple)  # a named one: it has the entry
+    if _is_frozen(output):
         return dataclasses.replace(output, **{name: value})
-    if isinstance(output, tuple):
+    if is_tuple:
         return output._replace(**{name: value})
     setattr(output, name, value)
     return output
+
+
+def _is_frozen(output: Any) -> bool:
+    parameters = getattr(output, "__dataclass_params__", None)
+    return dataclasses.is_dataclass(output) and parameters is not None and parameters.frozen
 
 
 def _is_plain_dict(output: Any) -> bool:

@@ -56,7 +56,7 @@ def load_connectors(
     for index, (level, student, teacher) in enumerate(
         zip(loss.levels, student_connectors, teacher_connectors, strict=True)
     ):
-        state = {}
+        state: dict[str, Tensor] = {}
         for side, connector in (("student", student), ("teacher", teacher)):
             connector = _state_of(connector, side, level, f"level {index}, {side} connector")
             state |= {_our_key(key, side): value for key, value in connector.items()}

@@ -53,23 +53,26 @@ def load_non_local(block: NonLocalBlock2d, source: Source) -> None:
     Source: mmcv 2.1.0, ``mmcv/cnn/bricks/non_local.py``; github.com/AlexHex7/Non-local_pytorch, from which the authors'
     block descends.
     """
-    block = unwrapped(block) if isinstance(block, nn.Module) else block
-    if not isinstance(block, NonLocalBlock2d):
-        raise TypeError(f"block must be a NonLocalBlock2d, got {type(block).__name__}")
-    problems, state = [], source
+    ours = unwrapped(block) if isinstance(block, nn.Module) else block
+    if not isinstance(ours, NonLocalBlock2d):
+        raise TypeError(f"block must be a NonLocalBlock2d, got {type(ours).__name__}")
+    problems: list[str] = []
+    state: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
-        source = unwrapped(source)
-        problems, state = differences(module_settings(source), block, "the block"), source.state_dict()
-        problems += differences(_norm_settings(source, block.norm), block.norm, "the block's norm")
-    elif not isinstance(source, Mapping):
+        theirs = unwrapped(source)
+        problems, state = differences(module_settings(theirs), ours, "the block"), theirs.state_dict()
+        problems += differences(_norm_settings(theirs, ours.norm), ours.norm, "the block's norm")
+    elif isinstance(source, Mapping):
+        state = source
+    else:
         raise TypeError(f"source must be a module or a state dict, got {type(source).__name__}")
     twice = [key for key, times in Counter(map(our_key, state)).items() if times > 1]
     problems += [f"{key} is there twice" for key in twice]
     renamed = {our_key(key): value for key, value in state.items()}
-    problems += state_problems(block.state_dict(), renamed)
+    problems += state_problems(ours.state_dict(), renamed)
     if problems:
         raise ValueError(f"source does not fit the block: {'; '.join(problems)}")
-    block.load_state_dict(renamed)
+    ours.load_state_dict(renamed)
 
 
 def our_key(key: str) -> str:
@@ -84,7 +87,7 @@ def our_key(key: str) -> str:
 def module_settings(block: nn.Module) -> dict[str, Any]:
     """Return the settings of another implementation's block, under our names, as far as it tells them."""
     sides = _pool_sides(getattr(block, "g", nn.Identity()))
-    settings = {"stride": math.prod(sides)}
+    settings: dict[str, Any] = {"stride": math.prod(sides)}
     if settings["stride"] > 2:
         settings["pool_order"] = "nested" if len(sides) > 1 else "single"
     if hasattr(block, "mode"):
