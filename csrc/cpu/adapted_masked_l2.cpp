@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "buffer.h"
 #include "memory.h"
 #include "pixel_blocks.h"
 #include "pool_gradient.h"
@@ -60,8 +61,8 @@ FBKD_CLONES void scale_and_add(A* __restrict__ x, A scale, const A* __restrict__
 }
 
 template <typename A>
-std::vector<A> converted(ScalarType type, const void* data, int64_t count) {
-  std::vector<A> result(static_cast<size_t>(count));
+Buffer<A> converted(ScalarType type, const void* data, int64_t count) {
+  Buffer<A> result(static_cast<size_t>(count));
   const A* piece = load_piece(type, data, 0, 1, count, result.data());
   if (piece != result.data()) std::copy(piece, piece + count, result.data());
   return result;
@@ -130,7 +131,7 @@ struct LevelDistance : SumOfSquares {
   std::unique_ptr<Tiles> second_stage() const override;
 
   struct Workspace {
-    std::vector<A> adapted, student, gradient, bias_piece, ones;
+    Buffer<A> adapted, student, gradient, bias_piece, ones;
   };
 
   void run(int64_t group) override {
@@ -224,10 +225,10 @@ struct LevelDistance : SumOfSquares {
   AdaptedLevel level;
   int64_t student_channels, teacher_channels;  // Cs, Ct
   int64_t block_pixels, blocks_per_image, blocks, groups;
-  std::vector<A> weight, bias;
+  Buffer<A> weight, bias;
   A scale;
   std::vector<double> squares;  // (groups)
-  std::vector<A> dweight;       // (groups, Ct, Cs)
+  Buffer<A> dweight;            // (groups, Ct, Cs)
   std::vector<double> dbias;    // (groups, Ct)
   std::optional<Finisher<A>> finisher;
   AdaptedGradients parameter_gradients{};
@@ -244,7 +245,7 @@ struct Parameters : Tiles {
   }
   void run(int64_t row) override {
     const int64_t size = distance.student_channels;
-    std::vector<A> sum(static_cast<size_t>(size));
+    Buffer<A> sum(static_cast<size_t>(size));
     double total = 0;
     for (int64_t group = 0; group < distance.groups; ++group) {
       const int64_t index = group * distance.teacher_channels + row;

@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "../tensors.h"
+#include "buffer.h"
 #include "max_pool.h"
 #include "pixel_blocks.h"
 #include "vector.h"
@@ -37,12 +38,12 @@ Matrix<A> columns(const Matrix<A>& m, int64_t first, int64_t count) {
 template <typename A>
 struct OwnMatrix {
   OwnMatrix() = default;
-  OwnMatrix(int64_t rows, int64_t cols) : storage(new A[static_cast<size_t>(rows * cols)]), rows(rows), cols(cols) {}
+  OwnMatrix(int64_t rows, int64_t cols) : storage(rows * cols), rows(rows), cols(cols) {}
   Matrix<A> view() const { return row_major(storage.get(), rows, cols); }
   A* row(int64_t index) const { return storage.get() + index * cols; }
   void fill(A value) { std::fill(storage.get(), storage.get() + rows * cols, value); }
 
-  std::unique_ptr<A[]> storage;
+  UndefinedBuffer<A> storage;
   int64_t rows = 0, cols = 0;
 };
 
@@ -73,7 +74,7 @@ OwnMatrix<A> packed(ScalarType type, const void* data, const MatrixView& view) {
   const int64_t channels = view.channels(), pixels = view.pixels();
   OwnMatrix<A> matrix(channels, view.images * pixels);
   parallel_each(view.images, view.numel(), [&](int64_t image) {
-    std::vector<A> buffer(static_cast<size_t>(view.cols));
+    Buffer<A> buffer(static_cast<size_t>(view.cols));
     for (int64_t row = 0; row < view.rows; ++row) {
       A* copy = view.rows_are_channels ? matrix.row(row) + image * pixels : buffer.data();
       const A* x = load_piece(type, data, image * view.image_stride + row * view.row_stride, 1, view.cols, copy);
@@ -91,7 +92,7 @@ template <typename A>
 void unpack(const OwnMatrix<A>& matrix, ScalarType type, void* data, const MatrixView& map) {
   const MatrixView view = gradient_view(map);
   parallel_each(view.images, view.numel(), [&](int64_t image) {
-    std::vector<A> buffer(static_cast<size_t>(view.cols));
+    Buffer<A> buffer(static_cast<size_t>(view.cols));
     for (int64_t row = 0; row < view.rows; ++row) {
       const A* piece = matrix.row(row) + image * view.cols;
       if (!view.rows_are_channels) {
@@ -162,14 +163,13 @@ struct PooledConvolution {
     OwnMatrix<A> y(weight.rows, size.all_pixels());
     matmul(y.view(), weight, x.view());
     parallel_each(weight.rows, weight.rows * y.cols, [&](int64_t channel) {
-      std::vector<A> best(static_cast<size_t>(size.width));
+      Buffer<A> best(static_cast<size_t>(size.width));
       std::vector<int32_t> best_row(static_cast<size_t>(size.width));
       for (int64_t image = 0; image < size.images; ++image) pool(y, channel, image, best, best_row);
     });
   }
 
-  void pool(const OwnMatrix<A>& y, int64_t channel, int64_t image, std::vector<A>& best,
-            std::vector<int32_t>& best_row) {
+  void pool(const OwnMatrix<A>& y, int64_t channel, int64_t image, Buffer<A>& best, std::vector<int32_t>& best_row) {
     const Pool& pool = size.pool;
     const int64_t columns = size.cell_cols() * pool.kx, first_pixel = image * size.pixels();
     int64_t at = channel * values.cols + image * size.cells();
@@ -335,7 +335,7 @@ struct CellBlock {
     dmeans.fill(A(0));
     dvariance.assign(static_cast<size_t>(channels), A(0));
     const A images = static_cast<A>(size.images);
-    std::vector<A> dimage(static_cast<size_t>(size.images));
+    Buffer<A> dimage(static_cast<size_t>(size.images));
     for (int64_t c = 0; c < channels; ++c) {
       const A* doffset = doffsets.row(c);
       const A* per_image = image_means.row(c);
@@ -363,7 +363,7 @@ struct CellBlock {
   // Turns the gradient of an image's r' into that of r, and finds that of Phi.
   void respond_backward(int64_t image, const Matrix<A>& response, const Matrix<A>& dresponse, const Matrix<A>& dkeys) {
     const A share = A(1) / static_cast<A>(size.pixels());
-    std::vector<A> shift(static_cast<size_t>(size.cells()));
+    Buffer<A> shift(static_cast<size_t>(size.cells()));
     for (int64_t k = 0; k < size.cells(); ++k)
       shift[k] = share * (dmeans.row(0)[image * size.cells() + k] -
                           sum_of(dresponse.data + k * dresponse.row_stride, size.pixels()));
@@ -417,15 +417,15 @@ struct CellBlock {
   int64_t channels, inner;
   OwnMatrix<A> x;  // (C, N L)
   PooledConvolution<A> phi, g;
-  OwnMatrix<A> keys, values;                        // Phi and V (C, N K)
-  OwnMatrix<A> shifts;                              // d (1, N K)
-  OwnMatrix<A> means;                               // of r (1, N K)
-  OwnMatrix<A> covariances;                         // of r (N K, K)
-  OwnMatrix<A> spread;                              // V Cov(r) (C, N K)
-  OwnMatrix<A> image_means;                         // of u (C, N)
-  std::vector<A> mean, variance, deviation, scale;  // (C)
-  OwnMatrix<A> dmeans;                              // (1, N K)
-  std::vector<A> dvariance;                         // (C), over N
+  OwnMatrix<A> keys, values;                   // Phi and V (C, N K)
+  OwnMatrix<A> shifts;                         // d (1, N K)
+  OwnMatrix<A> means;                          // of r (1, N K)
+  OwnMatrix<A> covariances;                    // of r (N K, K)
+  OwnMatrix<A> spread;                         // V Cov(r) (C, N K)
+  OwnMatrix<A> image_means;                    // of u (C, N)
+  Buffer<A> mean, variance, deviation, scale;  // (C)
+  OwnMatrix<A> dmeans;                         // (1, N K)
+  Buffer<A> dvariance;                         // (C), over N
 };
 
 template <typename A>
@@ -701,7 +701,7 @@ LevelGradients<A> allocate(const CellArguments& arguments, size_t index, ScalarT
 // Mean and biased variance (C) of u where the norm takes the batch's, else empty.
 template <typename A>
 void put_moments(const CellBlock<A>& block, const Tensor& like, ScalarType type, Tensors& outputs) {
-  for (const std::vector<A>* moment : {&block.mean, &block.variance}) {
+  for (const Buffer<A>* moment : {&block.mean, &block.variance}) {
     const int64_t count = block.uses_batch_statistics() ? block.channels : 0;
     outputs.push_back(empty_like_device(like, {count}, type));
     std::copy(moment->begin(), moment->begin() + count, static_cast<A*>(outputs.back().mutable_data_ptr()));

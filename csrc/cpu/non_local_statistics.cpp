@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "buffer.h"
 #include "max_pool.h"
 #include "pixel_blocks.h"
 #include "vector.h"
@@ -94,7 +95,7 @@ struct Statistics : ProductTiles {
   int64_t elements() const override { return level.view.numel() * (level.pooled + level.rank); }
 
   struct Workspace {
-    std::vector<A> x, y, centred, projected, best;
+    Buffer<A> x, y, centred, projected, best;
     std::vector<int32_t> best_row;
   };
 
@@ -183,10 +184,10 @@ struct Statistics : ProductTiles {
 
   StatisticsLevel level;
   Strips strips;
-  A* pooled;                // (images, p, cells)
-  int32_t* winners;         // (images, p, cells)
-  A* cross;                 // (images, r, C)
-  std::vector<A> partials;  // (images, groups, r, C)
+  A* pooled;           // (images, p, cells)
+  int32_t* winners;    // (images, p, cells)
+  A* cross;            // (images, r, C)
+  Buffer<A> partials;  // (images, groups, r, C)
 };
 
 // Second stage: adds the groups' sums in their order and divides them by the number of pixels. A tile is a row of an
@@ -257,7 +258,7 @@ struct StatisticsBackward : ProductTiles {
       std::copy(shift, shift + offsets.size(), offsets.begin());
     }
     if (gradient.inner == nullptr) return;
-    std::vector<A> projected(static_cast<size_t>(level.rank)), centre(static_cast<size_t>(channels));
+    Buffer<A> projected(static_cast<size_t>(level.rank)), centre(static_cast<size_t>(channels));
     for (int64_t image = 0; image < level.view.images; ++image) {
       const Matrix<A> mean = row_major(static_cast<const A*>(level.mean) + image * channels, channels, 1);
       const Matrix<A> z = row_major(projected.data(), level.rank, 1);
@@ -285,7 +286,7 @@ struct StatisticsBackward : ProductTiles {
   int64_t elements() const override { return level.view.numel() * (level.pooled + level.rank); }
 
   struct Workspace {
-    std::vector<A> x, dx, projected, dense, grads;
+    Buffer<A> x, dx, projected, dense, grads;
     std::vector<int32_t> at;
     int64_t cells;
   };
@@ -401,9 +402,9 @@ struct StatisticsBackward : ProductTiles {
   StatisticsGradient gradient;
   Strips strips;
   bool dense;
-  std::vector<A> transposed_weight;  // (C, p)
-  std::vector<A> offsets;            // (images, C), of dx
-  std::vector<A> partials;           // (images, groups, p, C), or (images, groups, C, p) where transposed()
+  Buffer<A> transposed_weight;  // (C, p)
+  Buffer<A> offsets;            // (images, C), of dx
+  Buffer<A> partials;           // (images, groups, p, C), or (images, groups, C, p) where transposed()
 };
 
 // Second stage: adds the groups' gradients of the weight in their order. A tile is a pooled channel.

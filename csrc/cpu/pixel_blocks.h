@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "buffer.h"
 #include "matmul.h"
 #include "pieces.h"
 #include "tiles.h"
@@ -69,15 +70,14 @@ Matrix<A> block_in_place(void* data, const MatrixView& view, const Block& block)
 }
 
 template <typename A>
-A* reserve(std::vector<A>& space, int64_t count) {
+A* reserve(Buffer<A>& space, int64_t count) {
   if (static_cast<int64_t>(space.size()) < count) space.resize(static_cast<size_t>(count));
   return space.data();
 }
 
 // A block (channels, pixels) of a map of any type: where it lies, or a copy in `space`.
 template <typename A>
-Matrix<A> read_block(ScalarType type, const void* data, const MatrixView& view, const Block& block,
-                     std::vector<A>& space) {
+Matrix<A> read_block(ScalarType type, const void* data, const MatrixView& view, const Block& block, Buffer<A>& space) {
   if (is_accumulator<A>(type)) return block_in_place<A>(const_cast<void*>(data), view, block);
   const BlockRows rows = rows_of(block, view);
   A* copy = reserve(space, rows.count * rows.cols);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention_pool_levels.h"
+#include "buffer.h"
 #include "pieces.h"
 
 namespace fbkd {
@@ -39,14 +40,14 @@ struct MeanGradients {
   MeanGradients(const void* abs, const void* plain, int64_t size, int64_t count)
       : abs(scaled(abs, size, count)), plain(scaled(plain, size, count)) {}
 
-  static std::vector<A> scaled(const void* grad, int64_t size, int64_t count) {
-    std::vector<A> result(static_cast<size_t>(size), A(0));
+  static Buffer<A> scaled(const void* grad, int64_t size, int64_t count) {
+    Buffer<A> result(static_cast<size_t>(size), A(0));
     if (grad != nullptr)
       for (int64_t i = 0; i < size; ++i) result[i] = static_cast<const A*>(grad)[i] / static_cast<A>(count);
     return result;
   }
 
-  std::vector<A> abs, plain;
+  Buffer<A> abs, plain;
 };
 
 // Both directions of a level.

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
+#include "buffer.h"
 #include "memory.h"
 #include "pixel_blocks.h"
 #include "vector.h"
@@ -100,7 +101,7 @@ struct LevelResidual : SumOfSquares {
   std::unique_ptr<Tiles> second_stage() const override;
 
   struct Workspace {
-    std::vector<A> residual, response, gradient, student, teacher, sums;
+    Buffer<A> residual, response, gradient, student, teacher, sums;
   };
 
   void run(int64_t tile) override {
@@ -204,13 +205,13 @@ struct LevelResidual : SumOfSquares {
   RelationLevel level;
   int64_t student_channels, teacher_channels;    // Cs, Ct
   int64_t block_pixels, blocks, images, groups;  // blocks and groups of an image
-  std::vector<A> negative;                       // -P
+  Buffer<A> negative;                            // -P
   A scale;
   bool differentiates = false;
   RelationGradients wanted{};
   std::vector<double> squares;  // (images, groups)
   std::vector<double> totals;   // (images, groups, Ct)
-  std::vector<A> partials;      // (images, groups): of -dP (Ct, Cs), dU (Ct, c) and dW (c, Ct)
+  Buffer<A> partials;           // (images, groups): of -dP (Ct, Cs), dU (Ct, c) and dW (c, Ct)
 };
 
 // Second stage: adds the groups' gradients of the parameters, in their order. A tile is a row of P, U and v of an

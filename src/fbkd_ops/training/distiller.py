@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +154,7 @@ class Distiller(StudentAttributes, nn.Module):
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
         self.weight = weight
-        settings = checked_settings(gradient_share, share_every, share_steps)
-        self.share = None if settings is None else GradientShare(settings, _count_of_layers(self._student_tap))
+        self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap)
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
@@ -229,7 +228,7 @@ class Distiller(StudentAttributes, nn.Module):
             output, terms = self._weighted_terms(weight, args, kwargs)
             self._size_watch.see(own_losses(output, self.total), terms)
         else:
-            output, terms = self._shared_terms(weight, args, kwargs)
+            output, terms = self._shared_terms(self.share, weight, args, kwargs)
         self._step += 1
         self._terms = {name: term.detach() for name, term in terms.items()}
         self._backward_watch.see(terms)
@@ -245,14 +244,17 @@ class Distiller(StudentAttributes, nn.Module):
             return output, terms
         return output, {name: weight * term for name, term in terms.items()}
 
-    def _shared_terms(self, weight: float, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
-        """Return the same with the factor that :class:`GradientShare` finds, measured in this step where it is due."""
-        factor = weight * self.share.factor()
-        if not (self.share.settings.is_due(self._step - self.start_step) and torch.is_grad_enabled()):
+    def _shared_terms(
+        self, share: GradientShare, weight: float, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict]:
+        """Return the same with the factor that ``share`` has found, and measure it in this step where that is due."""
+        factor = weight * share.factor()
+        if not (share.settings.is_due(self._step - self.start_step) and torch.is_grad_enabled()):
             return self._weighted_terms(factor, args, kwargs)
-        with self._student_tap.split(self.share.split):
+        tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
+        with tap.split(share.split):
             found = self._weighted_terms(factor, args, kwargs)
-        self.share.begin(factor)
+        share.begin(factor)
         return found
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
@@ -400,14 +402,17 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
     return tap
 
 
-def _count_of_layers(tap: FeatureTap | OutputTap) -> int:
-    """Return how many layers are tapped, for a share that is measured there."""
+def _gradient_share(target: Any, every: Any, steps: Any, tap: FeatureTap | OutputTap) -> GradientShare | None:
+    """Return what measures the share at the tapped layers, None where none is asked for."""
+    settings = checked_settings(target, every, steps)
+    if settings is None:
+        return None
     if isinstance(tap, OutputTap):
         raise ValueError(
             "gradient_share needs student_layers by module path: at the student's output its own losses are computed "
             "already, and their gradient cannot be measured there"
         )
-    return tap.count()
+    return GradientShare(settings, tap.count())
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ Every tapped map leaves its module on two branches, into the loss and back into 
 an identity on each of them tells, in the backward pass, the squares of the gradient that comes back through it.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,13 @@ class GradientShare(nn.Module):
         failed: how many in a row could not be used since.
     """
 
+    share: Tensor
+    log_unit: Tensor
+    measured: Tensor
+    failed: Tensor
+    factor_in_use: Tensor
+    pending: Tensor
+
     def __init__(self, settings: ShareSettings, layers: int):
         super().__init__()
         self.settings, self.layers = settings, layers
@@ -103,8 +112,8 @@ class GradientShare(nn.Module):
         if not maps:
             return value, value
         branches = [iter(BranchSquares.apply(self._sums[branch, layer], *maps)) for branch in (TERMS, OWN)]
-        kept = [_replaced(value, lambda x, branch=branch: next(branch, x)) for branch in branches]
-        return kept[0], kept[1]
+        for_loss, for_detector = (_replaced(value, functools.partial(_next, branch)) for branch in branches)
+        return for_loss, for_detector
 
     def begin(self, factor: Tensor) -> None:
         """Remember the factor of a step that measures."""
@@ -118,7 +127,7 @@ class GradientShare(nn.Module):
             return
         self._awaits_backward = False
         own, terms = self._measurement().unbind()
-        self._sums.grad.zero_()
+        self._found().zero_()
         self.pending.zero_()
         share = (terms / own).sqrt()
         unit = share.log() - self.factor_in_use.float().log()
@@ -140,8 +149,12 @@ class GradientShare(nn.Module):
 
     def _local_squares(self) -> Tensor:
         """Of the maps that the loss reads; NaN where a gradient is."""
-        own, terms = self._sums.grad.flatten(1).unbind()
+        own, terms = self._found().flatten(1).unbind()
         return torch.stack([torch.where(terms == 0, torch.zeros_like(own), own).sum(), terms.sum()])
+
+    def _found(self) -> Tensor:
+        """Return the sums of squares ``(2, layers, MAPS)`` that backward passes left."""
+        return cast(Tensor, self._sums.grad)
 
     def _renew_sums(self) -> None:
         """Make anew the leaf that backward passes fill. It is no parameter: no optimizer and no clipping sees it."""
@@ -167,7 +180,7 @@ class GradientShare(nn.Module):
         """Take a checkpoint of a training without a share too, which has none of these names."""
         if any(name.startswith(prefix) for name in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
-            self._sums.grad.zero_()
+            self._found().zero_()
             self._awaits_backward = bool(self.pending.any())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,13 +194,19 @@ class GradientShare(nn.Module):
         self._renew_sums()
 
 
+def _next(branch: Iterator[Tensor], x: Tensor) -> Tensor:
+    """Return the branch's next map, beyond the last one x itself."""
+    return next(branch, x)
+
+
 def _replaced(value: Any, replace: Callable[[Tensor], Any]) -> Any:
     """Return a tensor, list, tuple or dict with ``replace`` of each map that has a gradient in its place."""
     if isinstance(value, Tensor):
         return replace(value) if value.requires_grad and value.is_floating_point() else value
     if isinstance(value, Mapping):
         parts = {name: _replaced(part, replace) for name, part in value.items()}
-        return type(value)(**parts) if hasattr(value, "__dataclass_fields__") else type(value)(parts)
+        kind: Any = type(value)
+        return kind(**parts) if dataclasses.is_dataclass(value) else kind(parts)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_replaced(part, replace) for part in value))
     if isinstance(value, (list, tuple)):
