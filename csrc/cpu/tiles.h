@@ -32,12 +32,13 @@ template <typename Body>
 void parallel_region(int64_t count, int64_t grain, Body&& body) {
 #if defined(__SANITIZE_THREAD__)
   static char forked, joined;
-  __tsan_release(&forked);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  const auto reported = [&](int64_t begin, int64_t end) {
     __tsan_acquire(&forked);
     body(begin, end);
     __tsan_release(&joined);
-  });
+  };
+  __tsan_release(&forked);
+  torch::stable::parallel_for(0, count, grain, reported);
   __tsan_acquire(&joined);
 #else
   torch::stable::parallel_for(0, count, grain, body);

@@ -69,9 +69,23 @@ def cases(draw: DrawFn, target: str, op: str) -> dict:
     if target == "cuda-source":
         for size in case.get("sizes") or [case["size"]]:
             size[0] = max(size[0], 1)  # a map without images is left out before anything is launched
+    if target == "triton":
+        _avoid_what_only_triton_has(case)
     if draw(st.integers(0, 11)) == 11:
         case["spoiled"] = [draw(st.sampled_from(("student", "teacher"))), draw(st.sampled_from(SPOILED))]
     return case
+
+
+def _avoid_what_only_triton_has(case: dict) -> None:
+    """Give other values to maps of which something is known that is no fault of a kernel.
+
+    Triton's interpreter misreads bfloat16's denormals. Matrices of maps of 1e4 are 1e8, beyond what float16 operands
+    hold (docs/architecture.md, "Known limits").
+    """
+    sides = case.get("maps", [case])
+    for each in [side.get(name, side) for side in sides for name in ("student", "teacher")]:
+        if (each.get("dtype"), each.get("values")) in (("bfloat16", "denormal"), ("float16", "large")):
+            each["values"] = "normal"
 
 
 def _extent(draw: DrawFn, most: int) -> int:
