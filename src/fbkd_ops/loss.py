@@ -318,7 +318,7 @@ def _feature_terms(
     with torch.no_grad():
         requests = [level.mask_requests(*pools) for level, *pools in zip(levels, pools_s, pools_t, strict=True)]
         found = iter(dispatch.attention_masks([request for level in requests for request in level]))
-    masks: list[list[Tensor | None]] = [[*(next(found) for _ in level), None] for level in requests]
+    masks: list[list[Tensor | None]] = [[*[next(found) for _ in level], None] for level in requests]
     layers = [present(level.feature_adaptation) for level in levels]
     arguments = AdaptedLevels(
         students,

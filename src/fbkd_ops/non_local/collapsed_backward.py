@@ -234,11 +234,11 @@ def _group_gradients(
 
 def _products(stacks: list[Tensor], scales: list[Tensor | None]) -> list[Tensor]:
     """Scale the channels of each ``(B, N, c, C)`` by ``(B, C)``; where that is None, return it as it is."""
-    factors = {index: scale[:, None, None] for index, scale in enumerate(scales) if scale is not None}
+    factors = [(index, scale[:, None, None]) for index, scale in enumerate(scales) if scale is not None]
     results = list(stacks)
     if factors:
-        found = torch._foreach_mul([stacks[index] for index in factors], list(factors.values()))
-        for index, product in zip(factors, found, strict=True):
+        found = torch._foreach_mul([stacks[index] for index, _ in factors], [factor for _, factor in factors])
+        for (index, _), product in zip(factors, found, strict=True):
             results[index] = product
     return results
 

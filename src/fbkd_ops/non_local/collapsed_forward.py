@@ -255,8 +255,8 @@ def _normalised(
             mean, variance, deviations = moments
             statistics += [mean, variance]
         else:
-            (mean, variance), deviations, shared_state = joint[:2], moments[2], joint[3:]
-            statistics += joint[:3]
+            mean, variance, deviations, shared_state = joint[0], joint[1], moments[2], joint[3:]
+            statistics += [mean, variance, joint[2]]
         folded = norms.fold(mean, variance, family.eps, own.norm_weight)
         normalised = norms.folded_offsets(folded, own.norm_bias, offsets)
         families.append(FamilyState(offsets, normalised, *folded, deviations, *shared_state))
