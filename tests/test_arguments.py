@@ -215,6 +215,9 @@ CALLABLES = {
         },
     ),
     "NonLocalBlock2d.forward": Public(NonLocalBlock2d(4).forward, dict(x=MAPS), {"x": ALONE}),
+    "FrozenBatchNorm2d": Public(
+        fbkd_ops.FrozenBatchNorm2d, dict(num_features=4), {"num_features": [*INT, None], "eps": POSITIVE}
+    ),
     "FeatureTap": Public(
         FeatureTap,
         dict(model=nn.Sequential(nn.Identity()), layers="0"),
@@ -380,7 +383,7 @@ def test_no_callable_is_left_out():
     public = {prefix + name for prefix, module in modules.items() for name in module.__all__}
     callables = {name for name in public if callable(eval(f"fbkd_ops.{name}"))}
     # Tuples without checks of their own: the functions that take them check each field.
-    assert callables - {"AttentionPool", "Distiller", "NonLocalWeights"} <= set(CALLABLES)
+    assert callables - {"AttentionPool", "BalanceReport", "Distiller", "NonLocalWeights"} <= set(CALLABLES)
 
 
 # Lists of any kind are one value per level, wherever an argument takes that.

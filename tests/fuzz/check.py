@@ -28,8 +28,8 @@ __all__ = ["mismatch_of"]
 # The package adds in another order than the literal formula, in blocks, and has other terms in between.
 FACTOR = 64
 # All pixels of these maps are alike, some of them beside a bias, and so are their rounding errors: they add up where
-# random ones average out.
-ALIKE, ALIKE_FACTOR = ("constant", "constant_channels", "tiny", "denormal", "zeros"), 8
+# random ones average out to the root of their number.
+ALIKE = ("constant", "constant_channels", "tiny", "denormal", "zeros")
 # An update of running statistics has three operations on the old value and the batch's, which may cancel.
 UPDATE_FACTOR = 4
 # The same where operands are rounded to 16 bits, of which there are as many as in the literal formula.
@@ -47,7 +47,7 @@ PRODUCTS = ("adapted_masked_l2_loss", "relation_loss", "FBKDLoss")
 # These modes are PyTorch's fused attention. It subtracts one rounded number, dO O, from all pairs of a pixel, whose
 # errors do not average out either; and of a NaN pixel that is no key only the loss may be NaN, or one channel, and the
 # gradients and running statistics finite.
-FUSED_ATTENTION = ("gaussian", "embedded_gaussian")
+FUSED_ATTENTION, ATTENTION_FACTOR = ("gaussian", "embedded_gaussian"), 8
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -329,11 +329,14 @@ def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Ten
     return eps * sizes
 
 
-def _factor(case: dict) -> int:
+def _factor(case: dict) -> float:
+    factor = FACTOR * (ATTENTION_FACTOR if _is_fused_attention(case) else 1)
     sides = case.get("maps", [case])
     maps = [side[name] for side in sides for name in ("student", "teacher") if name in side]
-    alike = any(each["values"] in ALIKE for each in maps) or _is_fused_attention(case)
-    return FACTOR * (ALIKE_FACTOR if alike else 1)
+    if not any(each["values"] in ALIKE for each in maps):
+        return factor
+    sizes = case.get("sizes") or [case["size"]]
+    return factor * max(n * height * width for n, _, _, height, width in sizes) ** 0.5
 
 
 def _is_fused_attention(case: dict) -> bool:
@@ -348,7 +351,7 @@ def _excess(
     samples: list[Tensor],
     own: Tensor,
     smallest: float,
-    factor: int = FACTOR,
+    factor: float = FACTOR,
     may_lose_nans: bool = False,
 ) -> str | None:
     """How much too far a tensor is from the truth; None where it is not."""

@@ -4,6 +4,8 @@ A norm is one of PyTorch's BatchNorms, ``nn.SyncBatchNorm`` among them, or a fro
 buffers of :class:`FrozenBatchNorm2d`, as torchvision's class of that name.
 """
 
+import numbers
+import sys
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -42,6 +44,25 @@ class FrozenBatchNorm2d(nn.Module):
     """BatchNorm2d whose statistics, weight and bias are buffers: neither an optimizer nor training changes them.
 
     The keys are all of BatchNorm2d's, ``num_batches_tracked`` included, so that state dicts go both ways.
+
+    Args:
+        num_features: C, an int >= 1.
+        eps: added to the variance, > 0.
+
+    Shape:
+        ``(N, C, H, W)`` to ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: a number of features or an eps out of its range.
+
+    Example:
+        >>> frozen = FrozenBatchNorm2d(64)
+        >>> frozen.load_state_dict(torch.nn.BatchNorm2d(64).state_dict())
+        <All keys matched successfully>
+        >>> frozen(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
+
+    Source: the norm of that name in torchvision, with the count of batches beside its buffers.
     """
 
     weight: Tensor  # (C,) each
@@ -52,7 +73,11 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__()
-        self.num_features, self.eps = num_features, eps
+        if not isinstance(num_features, numbers.Integral) or isinstance(num_features, bool) or num_features < 1:
+            raise ValueError(f"num_features must be an int >= 1, got {num_features!r}")
+        if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 < eps <= sys.float_info.max:
+            raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+        self.num_features, self.eps = int(num_features), float(eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, torch.empty(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
