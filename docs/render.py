@@ -24,7 +24,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
-FUZZ, ULTRALYTICS = "cpu-fuzz.json", "cpu-ultralytics-step.json"
+FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
@@ -301,6 +301,19 @@ def fuzz() -> str:
     ]
     where = f"Seed {report['seed']}, revision {report['revision']}, torch {report['torch']}."
     return f"{where}\n\n" + table(["target", "calls", "failed", "minutes"], rows)
+
+
+def mutants() -> str:
+    """How many small faults the tests noticed, run by run."""
+    runs = facts_of(MUTANTS)
+    if runs is None:
+        return NOT_YET
+    rows = []
+    for run in runs:
+        counts = [f"{each['caught']} of {each['faults']}" if each["faults"] else "" for each in run["groups"].values()]
+        survivors = ", ".join(f"`{name}`" for name in run["survivors"]) or "none"
+        rows.append([run["revision"], *counts, survivors, str(run["minutes"])])
+    return table(["revision", *runs[0]["groups"], "survived", "minutes"], rows)
 
 
 def frameworks() -> str:

@@ -1,6 +1,6 @@
 """Checks that the tests notice small faults; see ``make mutants``.
 
-    python -m scripts.mutants [--only NAME ...] [--list]
+    python -m scripts.mutants [--only NAME ...] [--result FILE] [--list]
 
 Works on a copy of the sources in ``build/mutants``. A result is written as soon as it is known, so that an interrupted
 run goes on where it was. Ends with 1 if fewer than 95 % of the mutations are caught, if one survives without a reason
@@ -8,11 +8,13 @@ in the list, or if one could not be tested.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
 from pathlib import Path
 
+from benchmarks import environment
 from scripts.gpu.processes import Done, Interrupted, interruptible
 
 from . import cpp, cuda, python, triton
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     mutations = [mutation for group in GROUPS.values() for mutation in group]
     parser = argparse.ArgumentParser(prog="make mutants", description="Checks that the tests notice small faults.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations to test, by name or beginning of a name")
+    parser.add_argument("--result", type=Path, help="a file to which this run's numbers are added")
     parser.add_argument("--list", action="store_true", help="print the mutations and test nothing")
     options = parser.parse_args(arguments)
     for name in options.only or ():
@@ -56,7 +59,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     lines, good = summary(mutations, found)
     print(*lines, sep="\n")
+    if options.result:
+        add_run(options.result, mutations, found)
     return 0 if good else 1
+
+
+def add_run(path: Path, mutations: list[Mutation], found: dict[str, Result]) -> None:
+    """Add what the documentation shows of a run to those in the file."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    groups = {}
+    for name, group in GROUPS.items():
+        outcomes = [found[each.name].outcome for each in group if each in mutations]
+        groups[name] = {"faults": len(outcomes), "caught": outcomes.count(CAUGHT)}
+    survivors = [each.name for each in mutations if found[each.name].outcome == SURVIVED]
+    minutes = sum(result.seconds for result in found.values()) / 60
+    run = {"revision": environment.revision(), "groups": groups, "survivors": survivors, "minutes": round(minutes)}
+    path.write_text(json.dumps([*runs, run], indent=1) + "\n")
 
 
 def run(mutations: list[Mutation], sources: Sources, results: Results) -> dict[str, Result]:
