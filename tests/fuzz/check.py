@@ -306,8 +306,8 @@ def _first_excess(
             rounding = UPDATE_FACTOR * (rounding + torch.finfo(mine.dtype).eps * before.double().abs())
         # A result in float64 of sums in float32 has their range.
         smallest = torch.finfo(_computed_dtype(mine.dtype, _eps(problem, case))).smallest_normal
-        if name.endswith("mask"):
-            smallest *= mine.numel() / max(len(mine), 1)  # a softmax times the number of its elements, which are 0 below the range
+        if name.endswith("mask"):  # a softmax, whose elements are 0 below the range, times their number
+            smallest *= mine.numel() / max(len(mine), 1)
         excess = _excess(mine, eager[name], truth[name], noise, rounding, smallest, _factor(case), may_lose_nans)
         if excess:
             return f"{name}: {excess}"
