@@ -71,7 +71,7 @@ class GradientWatch(_Watch):
 class _Arrival:
     """Brings a GPU's values to Python some calls later, so that nothing waits for them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event, Any] | None = None
 
     def exchange(self, values: Tensor, note: Any) -> tuple[Tensor, Any] | None:

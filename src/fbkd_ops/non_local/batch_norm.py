@@ -77,7 +77,8 @@ class FrozenBatchNorm2d(nn.Module):
             raise ValueError(f"num_features must be an int >= 1, got {num_features!r}")
         if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 < eps <= sys.float_info.max:
             raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
-        self.num_features, self.eps = int(num_features), float(eps)
+        self.num_features: int = int(num_features)
+        self.eps: float = float(eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, torch.empty(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
