@@ -98,6 +98,18 @@ def run_sharded(rank: int) -> list[dict]:
     return seen
 
 
+def run_share(rank: int) -> list[dict[str, float]]:
+    """The factor and the share after each step, which all processes have to agree on."""
+    distiller = whole(make(norm="frozen", gradient_share=0.2, share_every=2))
+    optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.05), []
+    for step in range(2 * STEPS):
+        optimizer.zero_grad()
+        sum(distiller(batch(rank, step), TARGETS).values()).backward()
+        optimizer.step()
+        seen.append({name: value.item() for name, value in distiller.module.weights().items()})
+    return seen
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -105,6 +117,7 @@ def main(folder: str) -> None:
     seen = {name: run_case(case, rank, whole) for name, case in CASES.items()}
     seen["apart"] = run_case(APART, rank, apart)
     seen["sharded"] = run_sharded(rank)
+    seen["share"] = run_share(rank)
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

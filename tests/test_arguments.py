@@ -229,6 +229,15 @@ CALLABLES = {
         },
     ),
     "Layer": Public(Layer, {}, {"path": TEXT, "inputs": FLAG, "select": [3, "select", []]}),
+    "inherit": Public(
+        fbkd_ops.inherit,
+        dict(student=nn.Linear(2, 2), teacher=nn.Linear(2, 2), modules=""),
+        {
+            "student": [None, *MODULE[:4]],
+            "teacher": [None, *MODULE[:4]],
+            "modules": [None, 3, b"", [], [3], ["x"], {1}],
+        },
+    ),
     "use_backend": Public(
         lambda name: fbkd_ops.use_backend(name).__enter__(),
         dict(name="auto"),

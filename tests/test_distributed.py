@@ -159,3 +159,17 @@ def test_only_the_norms_of_the_loss_are_synchronized(wrap, single_process):
     assert norms
     for name, module in norms.items():
         assert isinstance(module, nn.SyncBatchNorm) == ("_non_local." in name), name
+
+
+def test_all_processes_have_the_same_share(seen):
+    """Of parts of a batch whose own shares differ."""
+    first, second = (rank["share"] for rank in seen)
+    assert first == second
+    assert first[-1]["fbkd_gradient_share"] > 0 and first[-1]["fbkd_weight"] != first[0]["fbkd_weight"]
+    alone = []
+    for rank in range(WORLD):
+        distiller = make(norm="frozen", gradient_share=0.2, share_every=2)
+        for step in (0, 1):
+            sum(distiller(batch(rank, step), TARGETS).values()).backward()
+        alone.append(distiller.weights()["fbkd_gradient_share"].item())
+    assert min(alone) < first[1]["fbkd_gradient_share"] < max(alone)

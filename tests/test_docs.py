@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "functional",
     "loss",
+    "non_local.batch_norm",
     "non_local.block",
     "training.distiller",
     "training.data_parallel",
     "training.feature_tap",
+    "training.inherit",
     "training.student_attributes",
     "backends",
     "visualize",

@@ -13,6 +13,7 @@ from .training import data_parallel as distributed
 from .training.balance import BalanceReport
 from .training.distiller import Distiller
 from .training.feature_tap import FeatureTap, Layer
+from .training.inherit import inherit
 from .types import AttentionPool, NonLocalWeights
 
 register_earlier_paths()
@@ -31,6 +32,7 @@ __all__ = [
     "PRESETS",
     "distributed",
     "functional",
+    "inherit",
     "integrations",
     "reference",
     "use_backend",
