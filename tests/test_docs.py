@@ -140,7 +140,7 @@ def test_the_training_guide_runs(tmp_path, monkeypatch):
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL):
         exec(code, names)
-    assert len(names["features"]) == 3 and names["training.distiller"].step == 1
+    assert len(names["features"]) == 3 and names["distiller"].step == 1
     assert set(torch.load("student.pth")) == set(names["student"].state_dict())
 
 

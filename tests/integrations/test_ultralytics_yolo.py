@@ -462,3 +462,61 @@ def test_a_teacher_of_images_with_other_channels_is_refused(data, grey_data, tmp
     for images in (data, grey_data):
         with pytest.raises(ValueError, match="teacher must take images of [13] channels, as the student does, got 4"):
             train("yolov8n.yaml", images, tmp_path, teacher=teacher)
+
+
+def test_the_measured_gradient_share_is_the_exact_one():
+    """Of YOLO11, whose head is given maps that its neck makes of one another."""
+    from torch import nn
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel
+
+    from fbkd_ops import Distiller, FBKDLoss, Layer
+
+    class Detector(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.yolo = DetectionModel(config, nc=2, verbose=False)
+            self.yolo.args = get_cfg()
+
+        def forward(self, batch):
+            return {"loss": self.yolo(batch)[0].sum()}
+
+    torch.manual_seed(0)
+    loss = FBKDLoss([64, 128, 256], [64, 128, 256], num_levels=3)
+    student, teacher = Detector("yolo11n.yaml"), Detector("yolo11n.yaml")
+    distiller = Distiller(
+        student, teacher, loss, student_layers=Layer("yolo.model.-1", inputs=True), gradient_share=0.2, share_every=1
+    )
+    batch = {
+        "img": torch.rand(2, 3, 64, 64),
+        "cls": torch.tensor([[0.0], [1.0]]),
+        "bboxes": torch.tensor([[0.4, 0.4, 0.3, 0.3], [0.6, 0.5, 0.4, 0.2]]),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+    }
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3)
+    for _ in range(3):
+        expected = exact_share(copy.deepcopy(distiller), batch)
+        optimizer.zero_grad()
+        sum(distiller(batch).values()).backward()
+        optimizer.step()
+        distiller.share.collect()
+        assert float(distiller.share.share) == pytest.approx(expected, rel=0.2)
+
+
+def exact_share(distiller, batch) -> float:
+    """From two backward passes to the maps on both branches behind the neck."""
+    branches = {}
+
+    def views(index, value):
+        (maps,), keywords = value
+        branches["loss"], branches["head"] = ([x.view_as(x) for x in maps] for _ in range(2))
+        return ((branches["loss"],), keywords), ((branches["head"],), keywords)
+
+    with distiller._student_tap.split(views):
+        output, students, teachers = distiller.run(batch)
+    terms = float(distiller.share.factor()) * sum(distiller.loss(students, teachers).values())
+    pulls = [
+        torch.stack([g.square().sum() for g in torch.autograd.grad(value, maps, retain_graph=True)]).sum().sqrt()
+        for value, maps in ((terms, branches["loss"]), (output["loss"], branches["head"]))
+    ]
+    return float(pulls[0] / pulls[1])
