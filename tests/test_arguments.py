@@ -215,6 +215,11 @@ CALLABLES = {
         },
     ),
     "NonLocalBlock2d.forward": Public(NonLocalBlock2d(4).forward, dict(x=MAPS), {"x": ALONE}),
+    "size_free_weights": Public(
+        fbkd_ops.size_free_weights,
+        dict(preset="two_stage", num_levels=3),
+        {"preset": [*CHOICE, ["two_stage"]], "num_levels": [*INT, None], "strength": NUMBER},
+    ),
     "FrozenBatchNorm2d": Public(
         fbkd_ops.FrozenBatchNorm2d, dict(num_features=4), {"num_features": [*INT, None], "eps": POSITIVE}
     ),

@@ -19,7 +19,7 @@ from examples.demo.attention import LEVELS_SHOWN, draw_attention, most_crowded  
 from examples.demo.data import DataError, Images  # noqa: E402
 from examples.demo.detectors import STUDENT, TEACHER, build_detector  # noqa: E402
 from examples.demo.digits import CLASSES, draw_scene, load_digit_scenes  # noqa: E402
-from examples.demo.distillation import build_distiller, features, size_free_weights  # noqa: E402
+from examples.demo.distillation import build_distiller, features  # noqa: E402
 from examples.demo.evaluation import CocoScore, standard_error  # noqa: E402
 from examples.demo.training import Budget, batches, train  # noqa: E402
 from examples.demo.voc import load_voc, read_annotation  # noqa: E402
@@ -279,14 +279,6 @@ def test_same_seed_same_weights_and_order():
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0]) == 15 and sorted(drawn[0][:6]) == sorted(drawn[0][6:12]), "an epoch shows each picture once"
-
-
-def test_weights_without_size_are_the_presets_at_full_size():
-    """At the size the preset was made for, the root of a mean with these weights is the root of the sum."""
-    weights = size_free_weights("two_stage", 4, strength=2.0)
-    assert weights["feature_weight"][0] == pytest.approx(2 * 7e-5 * math.sqrt(2 * 256 * 200 * 336))
-    assert weights["spatial_weight"][3] == pytest.approx(2 * 4e-3 * math.sqrt(2 * 25 * 42))
-    assert weights["channel_weight"] == [pytest.approx(2 * 4e-3 * math.sqrt(2 * 256))] * 4
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "functional",
     "loss",
+    "presets",
     "non_local.batch_norm",
     "non_local.block",
     "training.distiller",

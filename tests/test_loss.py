@@ -515,3 +515,11 @@ def test_a_large_level_without_pooling_trains_in_linear_memory():
     """One 256x200x336 pair; a single (HW, HW) matrix would take 18 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     assert 50e6 < int(done.stdout) < 1e9
+
+
+def test_weights_without_size_are_the_presets_at_full_size():
+    """At the size the preset was made for, the root of a mean with these weights is the root of the sum."""
+    weights = fbkd_ops.size_free_weights("two_stage", 4, strength=2.0)
+    assert weights["feature_weight"][0] == pytest.approx(2 * 7e-5 * math.sqrt(2 * 256 * 200 * 336))
+    assert weights["spatial_weight"][3] == pytest.approx(2 * 4e-3 * math.sqrt(2 * 25 * 42))
+    assert weights["channel_weight"] == [pytest.approx(2 * 4e-3 * math.sqrt(2 * 256))] * 4

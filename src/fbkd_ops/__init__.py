@@ -8,7 +8,7 @@ from .backends import use_backend
 from .loss import FBKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
 from .non_local.block import NonLocalBlock2d
-from .presets import PRESETS, LevelSettings
+from .presets import PRESETS, LevelSettings, size_free_weights
 from .training import data_parallel as distributed
 from .training.balance import BalanceReport
 from .training.distiller import Distiller
@@ -35,6 +35,7 @@ __all__ = [
     "inherit",
     "integrations",
     "reference",
+    "size_free_weights",
     "use_backend",
     "visualize",
 ]

@@ -5,6 +5,7 @@ value per level: with fewer levels than entries the first ones are taken, with m
 """
 
 import dataclasses
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,16 @@ from ._validation import (
 )
 from .non_local import modes
 
-__all__ = ["CHOICES", "MODES", "PRESETS", "TERMS", "LevelSettings", "default_num_levels", "resolve_settings"]
+__all__ = [
+    "CHOICES",
+    "MODES",
+    "PRESETS",
+    "TERMS",
+    "LevelSettings",
+    "default_num_levels",
+    "resolve_settings",
+    "size_free_weights",
+]
 
 TERMS = ("feature", "channel", "spatial", "relation")
 MODES = tuple(modes.MODES)
@@ -209,6 +219,52 @@ def default_num_levels(preset: str) -> int | None:
     """How many levels the preset was written for, None where it fits any number."""
     check_choice(preset, tuple(PRESETS), "preset")
     return _PRESETS[preset].num_levels
+
+
+# What the presets' weights were chosen for, where strides are 4, 8, 16, ...
+_IMAGES, _HEIGHT, _WIDTH, _CHANNELS, _STRIDE = 2, 800, 1344, 256, 4
+
+
+def size_free_weights(preset: str, num_levels: int, strength: float = 1.0) -> dict[str, list[float]]:
+    """Return weights for ``normalize="mean"`` that weigh each term as ``preset`` does on full-sized images.
+
+    Without ``normalize`` a term is the root of a sum, which grows with the root of the number of its elements: on small
+    images or narrow maps a preset's terms weigh less. As means they do not depend on the size, and these weights are
+    the preset's times the roots that it was made for: 2 images of 800x1344 pixels, 256 channels, strides 4, 8, 16, ...
+
+    Args:
+        preset: a key of :data:`PRESETS`.
+        num_levels: number of pyramid levels, an int >= 1.
+        strength: a factor of all weights, >= 0.
+
+    Returns:
+        The weights of all terms, one per level, as overrides of :class:`fbkd_ops.FBKDLoss`.
+
+    Raises:
+        ValueError: an unknown preset, a number of levels or a strength out of its range.
+
+    Example:
+        >>> weights = size_free_weights("two_stage", num_levels=3)
+        >>> loss = fbkd_ops.FBKDLoss(64, num_levels=3, normalize="mean", **weights)
+
+    Source: ``docs/losses.md``, "Normalization".
+    """
+    check_choice(preset, tuple(PRESETS), "preset")
+    if not is_int(num_levels) or num_levels < 1:
+        raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
+    strength = check_number(strength, "a finite number >= 0", lambda value: value >= 0, "strength")
+    strides = [_STRIDE * 2**level for level in range(num_levels)]
+    pixels = [_IMAGES * math.ceil(_HEIGHT / stride) * math.ceil(_WIDTH / stride) for stride in strides]
+    elements = {
+        "feature_weight": [count * _CHANNELS for count in pixels],
+        "channel_weight": [_IMAGES * _CHANNELS] * num_levels,
+        "spatial_weight": pixels,
+        "relation_weight": [count * _CHANNELS for count in pixels],
+    }
+    return {
+        name: [strength * PRESETS[preset][name] * math.sqrt(count) for count in counts]
+        for name, counts in elements.items()
+    }
 
 
 def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) -> list[LevelSettings]:
