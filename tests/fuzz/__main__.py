@@ -92,6 +92,9 @@ def follow(worker: subprocess.Popen, target: str, goal: int, state: dict, path: 
     started = said = time.monotonic()
     done = done_of(state, target)
     for line in worker.stdout:
+        if not line.startswith("{"):  # from a library
+            print(line, end="", flush=True)
+            continue
         now = time.monotonic()
         done["seconds"] += now - started
         started = now
