@@ -27,8 +27,8 @@ __all__ = ["mismatch_of"]
 
 # The package adds in another order than the literal formula, in blocks, and has other terms in between.
 FACTOR = 64
-# All pixels of these maps are alike, some of them beside a bias or around 100, and so are their rounding errors: they add
-# up where random ones average out to the root of their number.
+# All pixels of these maps are alike, some of them beside a bias or around 100, and so are their rounding errors: they
+# add up where random ones average out to the root of their number.
 ALIKE = ("constant", "constant_channels", "tiny", "denormal", "zeros", "offset")
 # An update of running statistics has three operations on the old value and the batch's, which may cancel.
 UPDATE_FACTOR = 4
