@@ -295,12 +295,9 @@ def fuzz() -> str:
     report = facts_of(FUZZ)
     if report is None:
         return NOT_YET
-    rows = [
-        [f"`{target}`", str(done["cases"]), str(done["failures"]), f"{done['minutes']:.0f}"]
-        for target, done in report["targets"].items()
-    ]
-    where = f"Seed {report['seed']}, revision {report['revision']}, torch {report['torch']}."
-    return f"{where}\n\n" + table(["target", "calls", "failed", "minutes"], rows)
+    names = ("cases", "failures", "minutes", "seed", "revision", "torch")
+    rows = [[f"`{target}`", *(str(done[name]) for name in names)] for target, done in report.items()]
+    return table(["target", "calls", "failed", *names[2:]], rows)
 
 
 def mutants() -> str:

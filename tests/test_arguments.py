@@ -218,7 +218,12 @@ CALLABLES = {
     "size_free_weights": Public(
         fbkd_ops.size_free_weights,
         dict(preset="two_stage", num_levels=3),
-        {"preset": [*CHOICE, ["two_stage"]], "num_levels": [*INT, None], "strength": NUMBER},
+        {
+            "preset": [*CHOICE, ["two_stage"]],
+            "num_levels": [*INT, None],
+            "strength": NUMBER,
+            "first_stride": [*INT, None],
+        },
     ),
     "FrozenBatchNorm2d": Public(
         fbkd_ops.FrozenBatchNorm2d, dict(num_features=4), {"num_features": [*INT, None], "eps": POSITIVE}

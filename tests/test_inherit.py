@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import fbkd_ops
 from fbkd_ops import inherit
 
 
@@ -71,5 +70,12 @@ def test_bad_arguments(arguments, kind, message):
         inherit(*arguments)
 
 
-def test_it_is_public():
-    assert fbkd_ops.inherit is inherit
+def test_names_are_those_of_the_state_dict():
+    """Of a path that counts from the end too; what no checkpoint has stays as it is."""
+    student, teacher = Model(), trained()
+    for model in (student, teacher):
+        model.register_buffer("anchors", torch.ones(1) * len(list(model.parameters())), persistent=False)
+    teacher.anchors.zero_()
+    found = inherit(student, teacher, "backbone.-1")
+    assert found.copied == ["backbone.1.weight", "backbone.1.bias"]
+    assert set(inherit(student, teacher, "").copied) == set(student.state_dict()) and student.anchors.all()

@@ -523,3 +523,7 @@ def test_weights_without_size_are_the_presets_at_full_size():
     assert weights["feature_weight"][0] == pytest.approx(2 * 7e-5 * math.sqrt(2 * 256 * 200 * 336))
     assert weights["spatial_weight"][3] == pytest.approx(2 * 4e-3 * math.sqrt(2 * 25 * 42))
     assert weights["channel_weight"] == [pytest.approx(2 * 4e-3 * math.sqrt(2 * 256))] * 4
+    assert (
+        fbkd_ops.size_free_weights("two_stage", 3, 2.0, first_stride=8)["spatial_weight"]
+        == weights["spatial_weight"][1:]
+    )

@@ -1,4 +1,4 @@
-"""Import paths of earlier releases, which documents, configurations and pickled modules name."""
+"""Import paths of earlier releases, which documents, configurations and pickled losses name."""
 
 import importlib
 import sys
@@ -6,6 +6,8 @@ import sys
 __all__ = ["register_earlier_paths"]
 
 _PATHS = {
+    "_batch_norm": "non_local.batch_norm",
+    "balance": "training.balance",
     "checkpoints": "training.checkpoints",
     "distiller": "training.distiller",
     "distributed": "training.data_parallel",

@@ -221,21 +221,25 @@ def default_num_levels(preset: str) -> int | None:
     return _PRESETS[preset].num_levels
 
 
-# What the presets' weights were chosen for, where strides are 4, 8, 16, ...
-_IMAGES, _HEIGHT, _WIDTH, _CHANNELS, _STRIDE = 2, 800, 1344, 256, 4
+# What the presets' weights were chosen for.
+_IMAGES, _HEIGHT, _WIDTH, _CHANNELS = 2, 800, 1344, 256
 
 
-def size_free_weights(preset: str, num_levels: int, strength: float = 1.0) -> dict[str, list[float]]:
+def size_free_weights(
+    preset: str, num_levels: int, strength: float = 1.0, first_stride: int = 4
+) -> dict[str, list[float]]:
     """Return weights for ``normalize="mean"`` that weigh each term as ``preset`` does on full-sized images.
 
     Without ``normalize`` a term is the root of a sum, which grows with the root of the number of its elements: on small
     images or narrow maps a preset's terms weigh less. As means they do not depend on the size, and these weights are
-    the preset's times the roots that it was made for: 2 images of 800x1344 pixels, 256 channels, strides 4, 8, 16, ...
+    the preset's times the roots that it was made for, on 2 images of 800x1344 pixels with 256 channels.
 
     Args:
         preset: a key of :data:`PRESETS`.
         num_levels: number of pyramid levels, an int >= 1.
         strength: a factor of all weights, >= 0.
+        first_stride: of the first level's map, an int >= 1; each further level has twice the stride. 4 for an FPN from
+            P2 on, 8 for detectors that begin at P3 (RetinaNet, FCOS).
 
     Returns:
         The weights of all terms, one per level, as overrides of :class:`fbkd_ops.FBKDLoss`.
@@ -253,7 +257,9 @@ def size_free_weights(preset: str, num_levels: int, strength: float = 1.0) -> di
     if not is_int(num_levels) or num_levels < 1:
         raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
     strength = check_number(strength, "a finite number >= 0", lambda value: value >= 0, "strength")
-    strides = [_STRIDE * 2**level for level in range(num_levels)]
+    if not is_int(first_stride) or first_stride < 1:
+        raise ValueError(f"first_stride must be an int >= 1, got {first_stride!r}")
+    strides = [int(first_stride) * 2**level for level in range(num_levels)]
     pixels = [_IMAGES * math.ceil(_HEIGHT / stride) * math.ceil(_WIDTH / stride) for stride in strides]
     elements = {
         "feature_weight": [count * _CHANNELS for count in pixels],

@@ -268,7 +268,7 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
     Args:
         student: ``(N, Cs, H, W)``.
         teacher: ``(N, Ct, H, W)``.
-        level: an :class:`fbkd_ops.loss.FBKDLevel`, read for its parameters and settings only.
+        level: an :class:`fbkd_ops.level.FBKDLevel`, read for its parameters and settings only.
     """
     settings = level.settings
     dtype = accumulation_dtype(student, teacher)

@@ -116,18 +116,18 @@ def take(state: dict, target: str, report: dict, path: Path) -> None:
 
 
 def write_result(state: dict, path: Path) -> None:
-    """What the documentation shows of a run."""
+    """Put what the documentation shows of a run into the file, beside earlier runs' other targets."""
     import hypothesis
     import torch
 
     from benchmarks import environment
 
-    targets = {
-        target: {"cases": done["cases"], "failures": len(done["failures"]), "minutes": round(done["seconds"] / 60, 1)}
-        for target, done in state["targets"].items()
-    }
-    result = {"seed": state["seed"], "revision": environment.revision(), "targets": targets}
-    result |= {"torch": torch.__version__, "hypothesis": hypothesis.__version__}
+    facts = {"seed": state["seed"], "revision": environment.revision()}
+    facts |= {"torch": torch.__version__, "hypothesis": hypothesis.__version__}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for target, done in state["targets"].items():
+        numbers = {"cases": done["cases"], "failures": len(done["failures"])}
+        result[target] = numbers | {"minutes": round(done["seconds"] / 60, 1)} | facts
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -279,7 +279,8 @@ def _compare_forms(ours: Results, eager: Results) -> None:
 
 def _has_no_loss(truth: Results, case: dict) -> bool:
     outputs = [x for x in truth.outputs.values() if x.dim() == 0 or _is_fused_attention(case)]
-    return any(not bool(x.isfinite().all()) for x in outputs)
+    is_lost = any(x.numel() and not bool(x.isfinite().any()) for x in truth.outputs.values())
+    return is_lost or any(not bool(x.isfinite().all()) for x in outputs)
 
 
 def _overflows(eager: Results, truth: Results) -> bool:
@@ -338,7 +339,9 @@ def _factor(case: dict) -> float:
     if not any(each["values"] in ALIKE for each in maps):
         return factor
     sizes = case.get("sizes") or [case["size"]]
-    return factor * max(n * height * width for n, _, _, height, width in sizes) ** 0.5
+    root = max(n * height * width for n, _, _, height, width in sizes) ** 0.5
+    # Triton's random roundings to 16 bits are large enough as they are.
+    return factor * (min(root, ATTENTION_FACTOR) if case["target"] == "triton" else root)
 
 
 def _is_fused_attention(case: dict) -> bool:

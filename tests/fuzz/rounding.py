@@ -106,9 +106,10 @@ class RandomRounding(TorchDispatchMode):
 
     def _rounded_factor(self, factor: Tensor, x: Tensor) -> Tensor:
         """``1 / sqrt(variance + eps)`` of a variance that is a sum of products as large as the square of x's terms."""
+        eps = min(self.eps, torch.finfo(torch.float32).eps)  # no statistics are made in 16 bits
         sizes = LARGER_TERMS * x.abs().amax((0, 2, 3)) * factor
         noise = 2 * torch.rand(factor.shape, generator=self.generator, dtype=torch.float64) - 1
-        return factor * (1 + (self.eps / 2 * noise * sizes.square()).clamp(-0.5, 0.5))
+        return factor * (1 + (eps / 2 * noise * sizes.square()).clamp(-0.5, 0.5))
 
     def _pooled(self, result: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = result

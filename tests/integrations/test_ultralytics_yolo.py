@@ -514,7 +514,7 @@ def exact_share(distiller, batch) -> float:
 
     with distiller._student_tap.split(views):
         output, students, teachers = distiller.run(batch)
-    terms = float(distiller.share.factor()) * sum(distiller.loss(students, teachers).values())
+    terms = float(distiller.share.factor(1.0)) * sum(distiller.loss(students, teachers).values())
     pulls = [
         torch.stack([g.square().sum() for g in torch.autograd.grad(value, maps, retain_graph=True)]).sum().sqrt()
         for value, maps in ((terms, branches["loss"]), (output["loss"], branches["head"]))

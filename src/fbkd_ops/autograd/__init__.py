@@ -1,1 +1,1 @@
-"""One ``torch.autograd.Function`` for each op that has kernels."""
+"""`torch.autograd.Function`s in plain PyTorch: the channel term, roots, sums over processes, refused derivatives."""

@@ -1,4 +1,4 @@
-"""One file for each op: its schemas, its fakes, its ``torch.autograd.Function``.
+"""One file for each op: its schemas, its fakes and, where it has a gradient, its ``torch.autograd.Function``.
 
 All run on the backend that they are told.
 """

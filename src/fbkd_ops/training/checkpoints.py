@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .feature_tap import unwrapped, wrapping_path
+from .gradient_share import SHARE_STATE
 from .pairing import memory
 from .student_attributes import StudentAttributes
 
@@ -31,6 +32,7 @@ def fit_names(wrapper: StudentAttributes, state: dict[str, Any], prefix: str, *_
     Raises:
         RuntimeError: a checkpoint of which nothing would be loaded into the student, and which has other names.
     """
+    _leave_out_share(state, wrapper, prefix)
     _move_to_student(state, wrapper, prefix)
     for group in _shared_names(wrapper):
         names = [prefix + name for name in group]
@@ -38,6 +40,13 @@ def fit_names(wrapper: StudentAttributes, state: dict[str, Any], prefix: str, *_
         if present is not None:
             for name in names:
                 state.setdefault(name, state[present])
+
+
+def _leave_out_share(state: dict[str, Any], wrapper: nn.Module, prefix: str) -> None:
+    """Remove what ``gradient_share`` kept in a checkpoint, where it is not asked for now."""
+    if getattr(wrapper, "share", None) is None:
+        for name in SHARE_STATE:
+            state.pop(f"{prefix}share.{name}", None)
 
 
 def _move_to_student(state: dict[str, Any], wrapper: StudentAttributes, prefix: str) -> None:

@@ -154,7 +154,8 @@ class Distiller(StudentAttributes, nn.Module):
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
         self.weight = weight
-        self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap)
+        device = next((parameter.device for parameter in student.parameters()), None)
+        self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap, device)
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
@@ -217,7 +218,7 @@ class Distiller(StudentAttributes, nn.Module):
             return self.student(*args, **kwargs)
         self._check_student_mode()
         weight = self.step_weight()
-        if self.share is not None:
+        if self.share is not None and self.share.is_waiting():
             self.share.collect()
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
@@ -226,7 +227,8 @@ class Distiller(StudentAttributes, nn.Module):
                 self._entry_tap.clear()
         elif self.share is None:
             output, terms = self._weighted_terms(weight, args, kwargs)
-            self._size_watch.see(own_losses(output, self.total), terms)
+            if self.combine is None:
+                self._size_watch.see(own_losses(output, self.total), terms)
         else:
             output, terms = self._shared_terms(self.share, weight, args, kwargs)
         self._step += 1
@@ -248,14 +250,13 @@ class Distiller(StudentAttributes, nn.Module):
         self, share: GradientShare, weight: float, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, dict]:
         """Return the same with the factor that ``share`` has found, and measure it in this step where that is due."""
-        factor = weight * share.factor()
-        if not (share.settings.is_due(self._step - self.start_step) and torch.is_grad_enabled()):
+        factor = share.factor(weight)
+        if not share.is_due(self._step - self.start_step):
             return self._weighted_terms(factor, args, kwargs)
+        share.begin(factor)
         tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
         with tap.split(share.split):
-            found = self._weighted_terms(factor, args, kwargs)
-        share.begin(factor)
-        return found
+            return self._weighted_terms(factor, args, kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
         """Return the student's output, and the features of the student and the teacher as they go into the loss.
@@ -353,12 +354,12 @@ class Distiller(StudentAttributes, nn.Module):
 
         Returns:
             ``fbkd_weight``, and with ``gradient_share`` also ``fbkd_gradient_share`` (0 before the first measurement):
-            scalars on the distiller's device, which nothing waits for.
+            scalars on the student's device, which nothing waits for; without a share on the CPU.
         """
-        weight = torch.tensor(self.step_weight())
+        weight = self.step_weight()
         if self.share is None:
-            return {"fbkd_weight": weight}
-        return {"fbkd_weight": weight * self.share.factor(), "fbkd_gradient_share": self.share.share.clone()}
+            return {"fbkd_weight": torch.tensor(weight, device="cpu")}
+        return {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share.clone()}
 
     def balance_report(self, *args: Any, **kwargs: Any) -> BalanceReport:
         """How the terms compare to the detector's own losses on a batch: their sizes, and how hard they pull.
@@ -402,7 +403,9 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
     return tap
 
 
-def _gradient_share(target: Any, every: Any, steps: Any, tap: FeatureTap | OutputTap) -> GradientShare | None:
+def _gradient_share(
+    target: Any, every: Any, steps: Any, tap: FeatureTap | OutputTap, device: torch.device | None
+) -> GradientShare | None:
     """Return what measures the share at the tapped layers, None where none is asked for."""
     settings = checked_settings(target, every, steps)
     if settings is None:
@@ -412,7 +415,7 @@ def _gradient_share(target: Any, every: Any, steps: Any, tap: FeatureTap | Outpu
             "gradient_share needs student_layers by module path: at the student's output its own losses are computed "
             "already, and their gradient cannot be measured there"
         )
-    return GradientShare(settings, tap.count())
+    return GradientShare(settings, tap.count(), device)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""A weight of the terms that sets itself: so that they send a given share of the detector's gradient into the features.
+"""A factor of the terms that sets itself: the gradient at the tapped maps is a given share of the detector's own.
 
 Every tapped map leaves its module on two branches, into the loss and back into the detector. In a step that measures,
 an identity on each of them tells, in the backward pass, the squares of the gradient that comes back through it.
 """
 
-import dataclasses
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .._validation import check_number, is_int
 from .._warnings import ShareWatch
 
-__all__ = ["GradientShare", "ShareSettings", "checked_settings"]
+__all__ = ["SHARE_STATE", "GradientShare", "ShareSettings", "checked_settings"]
 
 MAPS = 64  # of a layer, at most
 # Before the first measurement. The terms' gradient is linear in the factor, so that this little of it tells the rest.
@@ -24,6 +25,11 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e6
 # Of a new measurement in the mean of the logarithms.
 NEWEST = 0.3
 OWN, TERMS = 0, 1  # branches
+# Steps whose backward pass may come after the next one's forward, as for a sum of losses over batches.
+MOST_WAITING = 4
+
+
+SHARE_STATE = ("share", "log_unit", "measured", "failed", "pending")
 
 
 class ShareSettings(NamedTuple):
@@ -31,11 +37,7 @@ class ShareSettings(NamedTuple):
 
     target: float  # > 0
     every: int  # steps from one measurement to the next
-    steps: int | None  # training steps in which the terms count after which the factor stays; None: never
-
-    def is_due(self, step: int) -> bool:
-        """Whether the ``step``-th step with terms, counted from 0, measures."""
-        return step % self.every == 0 and (self.steps is None or step < self.steps)
+    steps: int | None  # training steps, counted from start_step, after which the factor stays; None: never
 
 
 def checked_settings(target: Any, every: Any, steps: Any) -> ShareSettings | None:
@@ -56,19 +58,29 @@ class BranchSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sums, *maps):
         ctx.set_materialize_grads(False)
-        # Nothing is saved: a checkpoint that computes its maps again does so without this node.
-        ctx.dtype, ctx.device = sums.dtype, sums.device
+        # Nothing is saved, because a checkpoint's recomputation runs without this node.
+        ctx.dtype = sums.dtype
         return tuple(x.view_as(x) for x in maps)
 
     @staticmethod
     def backward(ctx, *grads):
-        unused = torch.zeros(MAPS, dtype=ctx.dtype, device=ctx.device)
+        device = next(g.device for g in grads if g is not None)
+        unused = torch.zeros(MAPS, dtype=ctx.dtype, device=device)
         squares = [unused[0] if g is None else g.detach().to(ctx.dtype).square().sum() for g in grads]
         return torch.cat([torch.stack(squares), unused[len(squares) :]]), *grads
 
 
+class _Waiting(NamedTuple):
+    """A step that measures, until its backward pass has come."""
+
+    sums: Tensor  # (2, layers, MAPS), a leaf: own and terms' sums of squares arrive as its gradient
+    factor: Tensor
+
+
 class GradientShare(nn.Module):
     """The factor of the terms, from measurements of both branches' gradients.
+
+    Processes of ``torch.distributed`` exchange their sums in the default group, so all of them have to distil alike.
 
     Args:
         settings: target and schedule.
@@ -79,58 +91,86 @@ class GradientShare(nn.Module):
         log_unit: mean logarithm of the share that a factor of 1 would give.
         measured: how many measurements were used.
         failed: how many in a row could not be used since.
+        pending: of the last measurement at a checkpoint, a copy or a move: sums of squares of own and terms' gradients,
+            and their factor, for the next forward.
     """
 
     share: Tensor
     log_unit: Tensor
     measured: Tensor
     failed: Tensor
-    factor_in_use: Tensor
     pending: Tensor
 
-    def __init__(self, settings: ShareSettings, layers: int):
+    def __init__(self, settings: ShareSettings, layers: int, device: torch.device | None = None):
         super().__init__()
         self.settings, self.layers = settings, layers
-        for name in ("share", "log_unit", "measured", "failed", "factor_in_use"):
-            self.register_buffer(name, torch.zeros(()))
-        # Sums of squares of a backward pass whose checkpoint was written before the next forward: own, terms.
-        self.register_buffer("pending", torch.zeros(2))
-        self._watch, self._awaits_backward = ShareWatch(), False
-        self._renew_sums()
+        for name in SHARE_STATE:
+            self.register_buffer(name, torch.zeros(3 if name == "pending" else (), device=device))
+        self._watch, self._waiting, self._has_pending = ShareWatch(), list[_Waiting](), False
+        self._is_measured = False  # known once the steps are over
+        self._sums: Tensor | None = None  # of the step that measures now
 
-    def factor(self) -> Tensor:
-        """Return what the terms are multiplied with, a scalar on the device."""
+    def factor(self, weight: float) -> Tensor:
+        """Return what the terms are multiplied with, a scalar on the device: the factor times ``weight``.
+
+        Before the first measurement that is little, whatever the weight: the terms' gradient is linear in it.
+        """
         wanted = self.settings.target * torch.exp(-self.log_unit.float())
-        wanted = wanted.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
+        wanted = weight * wanted.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         return torch.where(self.measured > 0, wanted, torch.full_like(wanted, FIRST_FACTOR))
+
+    def is_due(self, step: int) -> bool:
+        """Whether the ``step``-th step with terms, counted from 0, measures; after ``steps`` only until one could."""
+        if step % self.settings.every or not torch.is_grad_enabled():
+            return False
+        if self.settings.steps is None or step < self.settings.steps:
+            return True
+        self._is_measured = self._is_measured or int(self.measured) > 0
+        return not self._is_measured
+
+    @torch.compiler.disable
+    def begin(self, factor: Tensor) -> None:
+        """Make the leaf of a step that measures with this factor."""
+        # No parameter: neither an optimizer nor the clipping of gradients sees it.
+        self._sums = torch.zeros(2, self.layers, MAPS, device=factor.device, requires_grad=True)
+        self._waiting = [*self._waiting[1 - MOST_WAITING :], _Waiting(self._sums, factor.detach())]
 
     def split(self, layer: int, value: Any) -> tuple[Any, Any]:
         """Return what a layer gives twice: as the loss takes it, and as the detector goes on with it."""
         maps: list[Tensor] = []
         _replaced(value, maps.append)
         maps = maps[:MAPS]
-        if not maps:
+        if not maps or self._sums is None:
             return value, value
         branches = [iter(BranchSquares.apply(self._sums[branch, layer], *maps)) for branch in (TERMS, OWN)]
         for_loss, for_detector = (_replaced(value, functools.partial(_next, branch)) for branch in branches)
         return for_loss, for_detector
 
-    def begin(self, factor: Tensor) -> None:
-        """Remember the factor of a step that measures."""
-        self.factor_in_use.copy_(factor.detach())
-        self._awaits_backward = True
+    def is_waiting(self) -> bool:
+        """Whether a measurement may have come."""
+        return bool(self._waiting) or self._has_pending
 
+    @torch.compiler.disable
     @torch.no_grad()
     def collect(self) -> None:
-        """Take the last backward pass' measurement in. All processes have to call it in the same steps."""
-        if not self._awaits_backward:
-            return
-        self._awaits_backward = False
-        own, terms = self._measurement().unbind()
-        self._found().zero_()
-        self.pending.zero_()
+        """Take in what backward passes have measured. All processes have to call it in the same steps."""
+        arrived = [waiting for waiting in self._waiting if waiting.sums.grad is not None]
+        self._waiting = [waiting for waiting in self._waiting if waiting.sums.grad is None]
+        found = [torch.cat([_squares(waiting.sums), waiting.factor[None]]) for waiting in arrived]
+        if self._has_pending:
+            found = [self.pending.clone(), *found]
+            self.pending.zero_()
+            self._has_pending = False
+        for own_terms_factor in found:
+            self._add(*own_terms_factor.float().split([2, 1]))
+
+    def _add(self, squares: Tensor, factor: Tensor) -> None:
+        """Let a measurement move the mean: sums of squares ``(2,)`` of this process, and its factor ``(1,)``."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(squares)
+        own, terms = squares.unbind()
         share = (terms / own).sqrt()
-        unit = share.log() - self.factor_in_use.float().log()
+        unit = share.log() - factor[0].log()
         is_good = unit.isfinite()
         newest = torch.where(self.measured > 0, NEWEST, 1.0)
         mean = self.log_unit + newest * (unit - self.log_unit)
@@ -140,58 +180,49 @@ class GradientShare(nn.Module):
         self.failed.copy_(torch.where(is_good, 0.0, self.failed + 1))
         self._watch.see(self.failed)
 
-    def _measurement(self) -> Tensor:
-        """Return the sums of squares of own and terms' gradients ``(2,)`` of all processes."""
-        squares = self._local_squares() + self.pending
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(squares)
-        return squares
-
-    def _local_squares(self) -> Tensor:
-        """Of the maps that the loss reads; NaN where a gradient is."""
-        own, terms = self._found().flatten(1).unbind()
-        return torch.stack([torch.where(terms == 0, torch.zeros_like(own), own).sum(), terms.sum()])
-
-    def _found(self) -> Tensor:
-        """Return the sums of squares ``(2, layers, MAPS)`` that backward passes left."""
-        return cast(Tensor, self._sums.grad)
-
-    def _renew_sums(self) -> None:
-        """Make anew the leaf that backward passes fill. It is no parameter: no optimizer and no clipping sees it."""
-        self._sums = torch.zeros(2, self.layers, MAPS, device=self.share.device, requires_grad=True)
-        self._sums.grad = torch.zeros_like(self._sums)
+    def _pending(self) -> Tensor:
+        """Return the last measurement that nothing has taken in yet, zeros where there is none."""
+        arrived = [waiting for waiting in self._waiting if waiting.sums.grad is not None]
+        if not arrived:
+            return self.pending
+        return torch.cat([_squares(arrived[-1].sums), arrived[-1].factor[None]])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradientShare":
-        """Move the state, in float32 whatever the detector's dtype becomes."""
-        waiting = self._local_squares() + self.pending
-        kept = {name: buffer.clone() for name, buffer in self.named_buffers()} | {"pending": waiting}
+        """Move the state, in float32 whatever the detector's dtype becomes. What waits for a backward pass is lost."""
+        kept = {name: buffer.clone() for name, buffer in self.named_buffers()} | {"pending": self._pending().clone()}
+        self._has_pending, self._waiting, self._sums = bool(self.is_waiting()), [], None
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
-            setattr(self, name, kept[name].to(buffer.device))
-        self._renew_sums()
+            value = torch.zeros_like(kept[name], device=buffer.device) if kept[name].is_meta else kept[name]
+            setattr(self, name, value.to(buffer.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._awaits_backward:
-            destination[f"{prefix}pending"] = self._local_squares() + self.pending
+        destination[f"{prefix}pending"] = self._pending().clone()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         """Take a checkpoint of a training without a share too, which has none of these names."""
         if any(name.startswith(prefix) for name in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
-            self._found().zero_()
-            self._awaits_backward = bool(self.pending.any())
+            self._waiting, self._sums, self._has_pending = [], None, bool(self.pending.any())
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_sums"]  # a copy of a leaf has no gradient
-        state["_buffers"] = self._buffers | {"pending": self._local_squares() + self.pending}
-        return state
+        pending = self._pending().clone()
+        buffers = self._buffers | {"pending": pending}
+        changes: dict[str, Any] = {
+            "_waiting": [],
+            "_sums": None,
+            "_buffers": buffers,
+            "_has_pending": bool(pending.any()),
+        }
+        return self.__dict__ | changes
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._renew_sums()
+
+def _squares(sums: Tensor) -> Tensor:
+    """Return own and terms' sums of squares ``(2,)`` over the maps that the loss reads; NaN where a gradient is."""
+    own, terms = cast(Tensor, sums.grad).flatten(1).unbind()
+    return torch.stack([torch.where(terms == 0, torch.zeros_like(own), own).sum(), terms.sum()])
 
 
 def _next(branch: Iterator[Tensor], x: Tensor) -> Tensor:
@@ -205,8 +236,13 @@ def _replaced(value: Any, replace: Callable[[Tensor], Any]) -> Any:
         return replace(value) if value.requires_grad and value.is_floating_point() else value
     if isinstance(value, Mapping):
         parts = {name: _replaced(part, replace) for name, part in value.items()}
-        kind: Any = type(value)
-        return kind(**parts) if dataclasses.is_dataclass(value) else kind(parts)
+        if type(value) in (dict, OrderedDict) or not isinstance(value, MutableMapping):
+            kind: Any = type(value)  # dynamo traces no copy.copy
+            return kind(parts)
+        changed = copy.copy(value)
+        for name, part in parts.items():
+            changed[name] = part
+        return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_replaced(part, replace) for part in value))
     if isinstance(value, (list, tuple)):

@@ -50,19 +50,18 @@ def inherit(student: nn.Module, teacher: nn.Module, modules: str | Sequence[str]
     """
     check_module(student, "student")
     check_module(teacher, "teacher")
+    names = {id(tensor): name for name, tensor in _tensors(student).items()}
     copied: list[str] = []
     left: dict[str, str] = {}
     for path in _checked_paths(modules):
-        part_s, part_t = find_module(student, path, "modules"), find_module(teacher, path, "modules")
-        ours, theirs = _tensors(part_s), _tensors(part_t)
-        prefix = f"{path}." if path else ""
+        ours, theirs = (_tensors(find_module(model, path, "modules")) for model in (student, teacher))
         for name, tensor in ours.items():
             why = _obstacle(tensor, theirs.get(name))
             if why:
-                left[prefix + name] = why
+                left[names[id(tensor)]] = why
             else:
                 tensor.copy_(theirs[name])
-                copied.append(prefix + name)
+                copied.append(names[id(tensor)])
     if not copied:
         raise ValueError(
             f"modules: nothing of the teacher's {modules!r} fits the student's, {len(left)} tensors differ in name or "
@@ -81,8 +80,9 @@ def _checked_paths(modules: str | Sequence[str]) -> list[str]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    inner = unwrapped(module)
-    return dict(inner.named_parameters()) | dict(inner.named_buffers())
+    """Return what the module's state dict has, the very tensors."""
+    state = unwrapped(module).state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _obstacle(ours: Tensor, theirs: Tensor | None) -> str:
