@@ -3,8 +3,8 @@
 An ``FBKDLoss`` and a ``Distiller`` warn of features, terms and parameters with which nothing is learned. A loss refuses
 layers that it could not use as they are.
 
-None of it waits for a GPU, but for one look at the sizes in a distiller's first step, and none of it is part of a compiled
-graph. Copies and pickles of a watch start anew.
+None of it waits for a GPU, but for one look at the sizes in a distiller's first step, and none of it is part of a
+compiled graph. Copies and pickles of a watch start anew.
 """
 
 import math
