@@ -157,7 +157,7 @@ def test_any_optimizer_counts_even_if_nothing_changes(make):
 @pytest.mark.parametrize("preset", ["two_stage", "one_stage", "mmrazor"])
 def test_a_fused_optimizer_of_a_new_loss(preset):
     """Behind norms that are 0 at first many gradients are 0, and nothing tells which weights the optimizer has."""
-    loss = FBKDLoss(4, num_levels=2, preset=preset)
+    loss = FBKDLoss(4, num_levels=2, preset=preset, stride=2)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.01, momentum=0.9, fused=True)
     assert messages(lambda: backward_passes(loss, 25, optimizer)) == []
 
