@@ -302,9 +302,10 @@ def fuzz() -> str:
 
 def mutants() -> str:
     """How many small faults the tests noticed, run by run."""
-    runs = facts_of(MUTANTS)
-    if runs is None:
+    report = facts_of(MUTANTS)
+    if report is None:
         return NOT_YET
+    runs = report["runs"]
     rows = []
     for run in runs:
         counts = [f"{each['caught']} of {each['faults']}" if each["faults"] else "" for each in run["groups"].values()]

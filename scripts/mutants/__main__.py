@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def add_run(path: Path, mutations: list[Mutation], found: dict[str, Result]) -> None:
     """Add what the documentation shows of a run to those in the file."""
-    runs = json.loads(path.read_text()) if path.exists() else []
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
     groups = {}
     for name, group in GROUPS.items():
         outcomes = [found[each.name].outcome for each in group if each in mutations]
@@ -74,7 +74,7 @@ def add_run(path: Path, mutations: list[Mutation], found: dict[str, Result]) -> 
     survivors = [each.name for each in mutations if found[each.name].outcome == SURVIVED]
     minutes = sum(result.seconds for result in found.values()) / 60
     run = {"revision": environment.revision(), "groups": groups, "survivors": survivors, "minutes": round(minutes)}
-    path.write_text(json.dumps([*runs, run], indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
 
 
 def run(mutations: list[Mutation], sources: Sources, results: Results) -> dict[str, Result]:
