@@ -451,3 +451,38 @@ def test_forced_reference_runs_the_literal_formula():
     assert torch.equal(forced, reference.non_local(x, block.weights()))
     assert not torch.equal(forced, block(x))
     assert isinstance(functional.attention_pool(x), AttentionPool)
+
+
+def concatenated(a, b, g):
+    """Leaves of one image with inner width 1, and y of the linear form."""
+    leaves = [x.clone().requires_grad_() for x in (a, b, g)]
+    operands = modes.Operands(leaves[0], leaves[1], torch.ones(2, dtype=a.dtype), False)
+    return leaves, operands, modes.MODES["concatenation"].attend(operands, leaves[2])
+
+
+def test_infinities_of_both_signs_are_a_pair_that_counts():
+    """inf - inf is NaN, which passes relu, and so does its gradient."""
+    infinity = torch.full((1, 1, 1), float("inf"))
+    for a, b in ((infinity, -infinity), (-infinity, infinity)):
+        leaves, operands, y = concatenated(a, b, torch.ones(1, 1, 1))
+        literal = modes.MODES["concatenation"].pairwise(operands) @ leaves[2].mT
+        y.sum().backward()
+        ours, leaves[0].grad = leaves[0].grad, None
+        literal.sum().backward()
+        assert y.isnan().all() and literal.isnan().all()
+        assert torch.equal(ours, leaves[0].grad) and ours.item() == 1
+
+
+def test_concatenation_keeps_the_digits_of_terms_that_cancel():
+    """With a = 1e4 + small and b = -1e4 the sums are 1e4 times as large as their difference."""
+    torch.manual_seed(0)
+    a, b, g = 1e4 + torch.rand(1, 1, 64), -1e4 + torch.rand(1, 1, 64), torch.randn(1, 1, 64)
+    grad = torch.randn(1, 1, 64)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves, operands, y = concatenated(*(x.to(dtype) for x in (a, b, g)))
+        literal = modes.MODES["concatenation"].pairwise(operands) @ leaves[2].mT
+        value = y if dtype == torch.float32 else literal.mT
+        found.append([value, *torch.autograd.grad(value, leaves, grad.to(dtype))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-6)

@@ -281,6 +281,15 @@ def test_the_state_is_where_the_student_is():
     assert all(torch.equal(buffer, torch.zeros_like(buffer)) for buffer in distiller.share.buffers())
 
 
+def test_a_move_between_forward_and_backward_is_no_failure():
+    distiller = make(share_every=1)
+    losses = distiller(batch(0))
+    distiller.to("cpu")
+    sum(losses.values()).backward()
+    train(distiller, 2, 1)
+    assert (int(distiller.share.failed), int(distiller.share.measured)) == (0, 1)
+
+
 def test_checkpoints_of_a_training_with_a_share_load_without_one():
     distiller = make(None)
     distiller.load_state_dict(make(seed=1).state_dict())

@@ -244,13 +244,13 @@ class SizeWatch(_Watch):
     RATIO = 30
 
     def __init__(self):
-        self._looked = False
+        self.looked = False
 
     def see(self, own: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
         """Compare the sums, which waits for a GPU once."""
-        if self._looked or not own or not terms or not can_watch(next(iter(terms.values()))):
+        if not own or not terms or not can_watch(next(iter(terms.values()))):
             return
-        self._looked = True
+        self.looked = True
         mine, theirs = (sum(abs(float(loss.detach())) for loss in losses.values()) for losses in (own, terms))
         if theirs > self.RATIO * mine > 0:
             warnings.warn(

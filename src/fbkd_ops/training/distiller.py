@@ -227,7 +227,7 @@ class Distiller(StudentAttributes, nn.Module):
                 self._entry_tap.clear()
         elif self.share is None:
             output, terms = self._weighted_terms(weight, args, kwargs)
-            if self.combine is None:
+            if self.combine is None and not self._size_watch.looked:
                 self._size_watch.see(own_losses(output, self.total), terms)
         else:
             output, terms = self._shared_terms(self.share, weight, args, kwargs)

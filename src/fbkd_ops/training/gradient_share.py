@@ -190,7 +190,8 @@ class GradientShare(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradientShare":
         """Move the state, in float32 whatever the detector's dtype becomes. What waits for a backward pass is lost."""
         kept = {name: buffer.clone() for name, buffer in self.named_buffers()} | {"pending": self._pending().clone()}
-        self._has_pending, self._waiting, self._sums = bool(self.is_waiting()), [], None
+        self._has_pending = self._has_pending or any(waiting.sums.grad is not None for waiting in self._waiting)
+        self._waiting, self._sums = [], None
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
             value = torch.zeros_like(kept[name], device=buffer.device) if kept[name].is_meta else kept[name]
