@@ -26,12 +26,12 @@ def trained(**arguments) -> Model:
 
 def test_modules_are_copied_with_their_buffers_and_the_rest_stays():
     student, teacher = Model(), trained()
-    before = copy.deepcopy(student.state_dict())
+    before, trained_state = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
     found = inherit(student, teacher, ["neck", "head"])
     names = [name for name in before if name.startswith(("neck", "head"))]
     assert sorted(found.copied) == sorted(names) and not found.left
     for name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, teacher.state_dict()[name] if name in names else before[name])
+        assert torch.equal(tensor, trained_state[name] if name in names else before[name])
 
 
 def test_what_differs_is_left_and_told():
