@@ -255,3 +255,14 @@ def test_broken_cuda_library_leaves_the_cpu_alone(package_copy):
     assert "cuda library  broken:" in done.stdout or "cuda library  not usable:" in done.stdout
     assert "cpu library   loaded" in done.stdout
     assert done.returncode == 0
+
+
+def test_earlier_import_paths_are_the_same_modules():
+    from fbkd_ops import _earlier_paths, weights
+
+    for path, current in _earlier_paths._PATHS.items():
+        module = importlib.import_module(f"fbkd_ops.{path}")
+        assert module is importlib.import_module(f"fbkd_ops.{current}")
+    assert fbkd_ops.integrations.mmrazor is weights.mmrazor and fbkd_ops.distributed.data_parallel
+    documented = {"distributed", "integrations.mmrazor", "integrations.non_local", "student_attributes"}
+    assert documented | {"distiller", "feature_tap", "non_local_block"} <= set(_earlier_paths._PATHS)

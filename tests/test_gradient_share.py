@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fbkd_ops import Distiller, FBKDLoss, Layer
-from fbkd_ops.training.gradient_share import FIRST_FACTOR
+from fbkd_ops.training.gradient_share import FIRST_FACTOR, MAPS, BranchSquares
 
 WIDTH, TEACHER_WIDTH, BATCH = 8, 12, 2
 
@@ -370,3 +370,38 @@ def test_compiled(part):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+def test_maps_that_the_loss_does_not_read_do_not_count():
+    torch.manual_seed(0)
+    loss = FBKDLoss([WIDTH], [TEACHER_WIDTH], stride=2)
+    distiller = Distiller(
+        Detector(WIDTH),
+        Detector(TEACHER_WIDTH),
+        loss,
+        student_layers="backbone",
+        gradient_share=0.3,
+        student_levels=["fine"],
+        teacher_levels=["fine"],
+    )
+    expected = exact_share(distiller, batch(0))
+    train(distiller, 1)
+    distiller.share.collect()
+    assert float(distiller.share.share) == pytest.approx(expected, rel=1e-4)
+
+
+def test_squares_of_half_precision_gradients_do_not_overflow():
+    sums = torch.zeros(MAPS, requires_grad=True)
+    (x,) = BranchSquares.apply(sums, torch.zeros(4, dtype=torch.float16, requires_grad=True))
+    (300 * x).sum().backward()
+    assert sums.grad[0] == 4 * 300.0**2 and not sums.grad[1:].any()
+
+
+def test_terms_far_larger_than_the_detectors_losses_are_warned_of_once():
+    large, small = make(None, weight=1e4), make(None, weight=1e-4)
+    with pytest.warns(UserWarning, match="times as large as the detector's own losses.*gradient_share=0.1"):
+        large(batch(0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*as large as the detector's own.*")
+        large(batch(1))
+        small(batch(0))
