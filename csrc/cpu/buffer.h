@@ -27,11 +27,11 @@ struct CacheLineAllocator {
   friend bool operator!=(const CacheLineAllocator&, const CacheLineAllocator&) { return false; }
 };
 
-// Zeros at first, as a vector is.
+// Starts as zeros, like any vector.
 template <typename T>
 using Buffer = std::vector<T, CacheLineAllocator<T>>;
 
-// The same without a value to start with.
+// Uninitialised memory with the same alignment.
 template <typename T>
 class UndefinedBuffer {
  public:

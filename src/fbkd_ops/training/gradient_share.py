@@ -18,17 +18,15 @@ from .._warnings import ShareWatch
 
 __all__ = ["SHARE_STATE", "GradientShare", "ShareSettings", "checked_settings"]
 
-MAPS = 64  # of a layer, at most
-# Before the first measurement. The terms' gradient is linear in the factor, so that this little of it tells the rest.
+MAPS = 64  # most maps per layer
+# Until the first measurement. The terms' gradient is proportional to the factor, so a small one is enough.
 FIRST_FACTOR = 1e-3
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e6
-# Of a new measurement in the mean of the logarithms.
+# Weight of a new measurement in the running mean of logarithms.
 NEWEST = 0.3
 OWN, TERMS = 0, 1  # branches
 # Steps whose backward pass may come after the next one's forward, as for a sum of losses over batches.
 MOST_WAITING = 4
-
-
 SHARE_STATE = ("share", "log_unit", "measured", "failed", "pending")
 
 
@@ -91,8 +89,8 @@ class GradientShare(nn.Module):
         log_unit: mean logarithm of the share that a factor of 1 would give.
         measured: how many measurements were used.
         failed: how many in a row could not be used since.
-        pending: of the last measurement at a checkpoint, a copy or a move: sums of squares of own and terms' gradients,
-            and their factor, for the next forward.
+        pending: the last measurement that no forward has used yet, kept by checkpoints, copies and moves: sums of
+            squares of the own and of the terms' gradient, and the factor.
     """
 
     share: Tensor
@@ -113,7 +111,7 @@ class GradientShare(nn.Module):
     def factor(self, weight: float) -> Tensor:
         """Return what the terms are multiplied with, a scalar on the device: the factor times ``weight``.
 
-        Before the first measurement that is little, whatever the weight: the terms' gradient is linear in it.
+        Until the first measurement it is ``FIRST_FACTOR``, whatever the weight.
         """
         wanted = self.settings.target * torch.exp(-self.log_unit.float())
         wanted = weight * wanted.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
