@@ -77,6 +77,22 @@ def test_every_norm_equals_the_reference(mode, norm):
     assert (results[0][0] - x).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_variance_of_a_channel_far_smaller_than_its_terms(mode):
+    block = randomise(NonLocalBlock2d(5, inter_channels=2, mode=mode))
+    with torch.no_grad():
+        g_weight, g_bias, out_weight = block.g.weight, block.g.bias, block.out.weight
+        g_weight[1], g_bias[1] = g_weight[0] * (1 + 2**-12), g_bias[0]
+        out_weight[:, 1] = -out_weight[:, 0]  # u is 2^-12 as large as its two terms
+        block.norm.eps = 1e-12
+    x = torch.randn(2, 5, 6, 7)
+    exact = copy.deepcopy(block).double()
+    expected = reference.non_local(x.double(), exact.weights(), mode=mode, norm=exact.norm)
+    plain = reference.non_local(x, block.weights(), mode=mode, norm=copy.deepcopy(block.norm))
+    error, allowed = ((z.double() - expected).square().mean().sqrt() for z in (block(x), plain))
+    assert error < 4 * allowed
+
+
 def test_a_map_of_one_pixel():
     block = randomise(NonLocalBlock2d(4, mode="embedded_gaussian", stride=3).double())
     x = torch.randn(3, 4, 1, 1, dtype=torch.float64)

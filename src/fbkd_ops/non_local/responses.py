@@ -129,8 +129,11 @@ def _normalized(found: Response, block: Block) -> AffineNonLocal:
 
 
 def _moments(block: Response) -> Moments:
-    """Mean and biased variance of ``u`` over each image's pixels, from those of the response."""
-    vectors, matrix, bias = block
+    """Mean and biased variance of ``u`` over each image's pixels, from those of the response.
+
+    In float64 where the device has it: a channel of u may be far smaller than the response that it is a sum of.
+    """
+    vectors, matrix, bias = (x if x.device.type == "mps" else x.double() for x in block)
     pixels = vectors.shape[2]
     center = vectors.mean(dim=2, keepdim=True)  # (N, c, 1)
     centered = vectors - center
