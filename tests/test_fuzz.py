@@ -153,6 +153,14 @@ def test_a_gradient_of_the_teacher_is_found(monkeypatch):
     assert check.mismatch_of(MASKED) == "a gradient reaches teacher"
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-170])
+def test_numbers_whose_squares_are_zero_are_judged_like_others(size):
+    truth = size * torch.randn(4, 5, dtype=torch.float64)
+    samples, own = [truth * (1 + 1e-10), truth * (1 - 1e-10)], torch.zeros_like(truth)
+    assert check._excess(truth * (1 + 1e-9), truth, truth, samples, own, 0.0) is None
+    assert check._excess(truth * (1 + 1e-8), truth, truth, samples, own, 0.0) is not None
+
+
 def test_rounding_leaves_an_exact_zero():
     x = torch.randn(3, 4, dtype=torch.float64)
     with rounding.RandomRounding(1e-3, 0, rounding.Trace()):

@@ -394,14 +394,15 @@ def _excess(
     if wrong.any():
         return f"{int(wrong.sum())} values are not finite, expected finite ones"
     errors = torch.stack([ours - truth, eager - truth, own, *noise]).masked_fill(~fits, 0.0)
-    for described, means in _root_mean_squares(errors):
+    unit = float(errors.abs().max()) if errors.count_nonzero() else 1.0  # squares of 1e-162 are 0
+    for described, means in _root_mean_squares(errors / unit):
         mine, theirs, rounding, random = means[0], means[1], means[2], means[3:].square().mean(0).sqrt()
-        allowed = 2 * theirs + rounding + factor * random + 16 * smallest
+        allowed = 2 * theirs + rounding + factor * random + 16 * smallest / unit
         ratio = (mine / allowed).nan_to_num(0.0)
         if ratio.numel() and ratio.max() > 1:
             index = int(ratio.argmax())
-            told = f"error {mine.flatten()[index]:.3g}, allowed {allowed.flatten()[index]:.3g}"
-            return f"{told} {described.format(index)}(plain PyTorch {theirs.flatten()[index]:.3g})"
+            mine, allowed, theirs = (float(x.flatten()[index]) * unit for x in (mine, allowed, theirs))
+            return f"error {mine:.3g}, allowed {allowed:.3g} {described.format(index)}(plain PyTorch {theirs:.3g})"
     return None
 
 
