@@ -324,6 +324,8 @@ def _first_excess(
         smallest = torch.finfo(_computed_dtype(mine.dtype, _eps(problem, case))).smallest_normal
         if name.endswith("mask"):  # a softmax, whose elements are 0 below the range, times their number
             smallest *= mine.numel() / max(len(mine), 1)
+        if "denormal" in _values(case):  # each may be 0 in a product, and their sum over the pixels with them
+            smallest *= _pixels(case)
         excess = _excess(mine, eager[name], truth[name], noise, rounding, smallest, _factor(case), may_lose_nans)
         if excess:
             return f"{name}: {excess}"
@@ -349,14 +351,23 @@ def _own_rounding(problem: Problem, x: Tensor, truth: Tensor, case: dict) -> Ten
 
 def _factor(case: dict) -> float:
     factor = FACTOR * (ATTENTION_FACTOR if _is_fused_attention(case) else 1)
-    sides = case.get("maps", [case])
-    maps = [side[name] for side in sides for name in ("student", "teacher") if name in side]
-    if not any(each["values"] in ALIKE for each in maps):
+    if not _values(case) & set(ALIKE):
         return factor
-    sizes = case.get("sizes") or [case["size"]]
-    root = max(n * height * width for n, _, _, height, width in sizes) ** 0.5
+    root = _pixels(case) ** 0.5
     # Triton's random roundings to 16 bits are large enough as they are.
     return factor * (min(root, ATTENTION_FACTOR) if case["target"] == "triton" else root)
+
+
+def _values(case: dict) -> set[str]:
+    """What the maps are made of."""
+    sides = case.get("maps", [case])
+    return {side[name]["values"] for side in sides for name in ("student", "teacher") if name in side}
+
+
+def _pixels(case: dict) -> int:
+    """The pixels of all images, of the largest level."""
+    sizes = case.get("sizes") or [case["size"]]
+    return max(n * height * width for n, _, _, height, width in sizes)
 
 
 def _is_fused_attention(case: dict) -> bool:

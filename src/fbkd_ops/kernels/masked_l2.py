@@ -20,7 +20,7 @@ from .pyramid import (
     find_level,
     find_tile,
     in_place_of_none,
-    launch,
+    launch_by_constants,
     load_mask,
     pick,
     pick_sizes,
@@ -180,9 +180,8 @@ def _level(
 
 
 def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
-    for dtype, block in _BLOCKS.items():
-        chosen = [level for level in levels if level.pointers[2].dtype == dtype]  # the masks' dtype
-        launch(kernel, chosen, shared, by_path=True, BLOCK=block)
+    # The masks' dtype is that of the sums.
+    launch_by_constants(kernel, levels, [{"BLOCK": _BLOCKS[level.pointers[2].dtype]} for level in levels], shared)
 
 
 def masked_l2_forward(

@@ -42,6 +42,7 @@ from .pyramid import (
     find_tile,
     in_place_of_none,
     launch,
+    launch_by_constants,
     pick,
     pick_all,
     pick_sizes,
@@ -587,12 +588,13 @@ def _by_level(pools: list[int]) -> list[_Pool]:
 
 
 def _launch(kernel, levels: list[Level], table: _Table, operands: list[torch.dtype]) -> None:
-    groups: dict[tuple[_Blocks, str], list[Level]] = {}
-    for level, operand in zip(levels, operands, strict=True):
-        allowed = "tf32" if level.pointers[0].element_size() == 2 else precision()
-        groups.setdefault((_blocks(table, operand, level.path), allowed), []).append(level)
-    for (blocks, allowed), group in groups.items():
-        launch(kernel, group, by_path=True, PRECISION=allowed, **blocks._asdict())
+    constants = [_constants(level, table, operand) for level, operand in zip(levels, operands, strict=True)]
+    launch_by_constants(kernel, levels, constants)
+
+
+def _constants(level: Level, table: _Table, operand: torch.dtype) -> dict:
+    allowed = "tf32" if level.pointers[0].element_size() == 2 else precision()
+    return {"PRECISION": allowed, **_blocks(table, operand, level.path)._asdict()}
 
 
 def non_local_statistics_forward(

@@ -27,6 +27,7 @@ from .pyramid import (
     find_level,
     find_tile,
     launch,
+    launch_by_constants,
     load_mask,
     pick,
     pick_sizes,
@@ -402,9 +403,8 @@ def launch_products(
     kernel, pairs: list[Pair], levels: list[Level], blocks: dict[tuple[int, bool], Blocks], *shared: Tensor, **constants
 ) -> None:
     """Launch the kernel for all levels, each with the blocks of its pair's :meth:`Pair.kind`."""
-    for kind, block in blocks.items():
-        chosen = [level for level, pair in zip(levels, pairs, strict=True) if pair.kind(level.path) == kind]
-        launch(kernel, chosen, *shared, by_path=True, PRECISION=precision(), **constants, **block._asdict())
+    own = [blocks[pair.kind(level.path)]._asdict() for level, pair in zip(levels, pairs, strict=True)]
+    launch_by_constants(kernel, levels, own, *shared, PRECISION=precision(), **constants)
 
 
 class PixelSplits(NamedTuple):

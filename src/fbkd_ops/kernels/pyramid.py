@@ -69,6 +69,15 @@ def launch(kernel, levels: list[Level], *shared: Tensor, by_path: bool = False, 
             _launch_once(kernel, group[first : first + most], shared, constants)
 
 
+def launch_by_constants(kernel, levels: list[Level], constants: list[dict], *shared: Tensor, **common) -> None:
+    """Launch a kernel by code path, and with each level's own constants: levels that agree in both share a launch."""
+    groups: dict[tuple, list[Level]] = {}
+    for level, own in zip(levels, constants, strict=True):
+        groups.setdefault(tuple(own.items()), []).append(level)
+    for agreed, group in groups.items():
+        launch(kernel, group, *shared, by_path=True, **dict(agreed), **common)
+
+
 def _launch_once(kernel, levels: list[Level], shared: tuple[Tensor, ...], constants: dict) -> None:
     programs = [level.programs for level in levels]
     *firsts, total = accumulate(programs, initial=0)
