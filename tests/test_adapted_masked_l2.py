@@ -364,13 +364,13 @@ def test_float16_with_a_factor_beyond_its_range(backend, device):
 @pytest.mark.parametrize("backend, device", [INTERPRETED, ON_TRITON])
 def test_tf32_where_pytorch_may_use_it(backend, device, monkeypatch, allowed):
     products, seen = importlib.import_module("fbkd_ops.kernels.products"), {}
-    launch = products.launch
+    launch = products.launch_by_constants
 
     def recording(kernel, *arguments, **constants):
         seen[kernel.fn.__name__] = constants.get("PRECISION")
         launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(products, "launch", recording)
+    monkeypatch.setattr(products, "launch_by_constants", recording)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import accumulation_dtype, without_autocast
+from .columns import columns
 from .first_order import first_order, save
 
 __all__ = ["ChannelL2Function", "ChannelLevels", "channel_l2_squares"]
@@ -36,7 +37,7 @@ class ChannelL2Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count, *tensors):
-        students, weights, biases, teachers = (tensors[first : first + count] for first in range(0, 4 * count, count))
+        students, weights, biases, teachers = columns(tensors, count)
         groups = _alike(teachers)
         errors, squares = [], [None] * count
         for group in groups:
@@ -53,7 +54,7 @@ class ChannelL2Function(torch.autograd.Function):
     @first_order
     def backward(ctx, grad):
         count, saved = ctx.count, ctx.saved_tensors
-        students, weights, errors = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        (students, weights), errors = columns(saved[: 2 * count], count), saved[2 * count :]
         scales = (2 * grad).unbind()
         student_gradients, weight_gradients, bias_gradients = ([None] * count for _ in range(3))
         for group, error in zip(ctx.groups, errors, strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._layout import empty_gradient, empty_residual, in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, save
 from ..types import AttentionPool, present
 from .attention_pool import pools_of
@@ -90,11 +91,11 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, count, keep, *tensors):
-        students = [in_place_layout(x) for x in tensors[:count]]
-        parameters = [parameter.contiguous() for parameter in tensors[count : 3 * count]]
-        teachers = [in_place_layout(x) for x in tensors[3 * count : 4 * count]]
-        masks, means = tensors[4 * count : 6 * count], tensors[6 * count :]
-        arguments = _groups((*students, *parameters, *teachers, *masks), count)
+        arguments, means = columns(tensors[: 6 * count], count), tensors[6 * count :]
+        for maps in (0, 3):
+            arguments[maps] = [in_place_layout(x) for x in arguments[maps]]
+        for parameters in (1, 2):
+            arguments[parameters] = [x.contiguous() for x in arguments[parameters]]
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.count, ctx.means, ctx.ready = backend, count, len(means), None
         needed, residuals = ctx.needs_input_grad[3:], []
@@ -112,7 +113,7 @@ class AdaptedMaskedL2Function(torch.autograd.Function):
     @first_order
     def backward(ctx, grad, *grads):
         saved, count = ctx.saved_tensors, ctx.count
-        arguments, residuals = _groups(saved[: 6 * count], count), list(saved[6 * count :])
+        arguments, residuals = columns(saved[: 6 * count], count), list(saved[6 * count :])
         students, teachers = arguments[0], arguments[3]
         pool_grads = list(grads[: ctx.means]) or [None] * (4 * count)
         student_grads = list(grads[ctx.means :]) or [None] * count
@@ -150,16 +151,12 @@ def _without_distance(
 ) -> list[Tensor | None]:
     """Gradients of the students where nothing flows back into the distance itself."""
     gradients = list(student_grads)
-    for level, (student, given) in enumerate(zip(students, _groups(tuple(pool_grads), 4), strict=True)):
+    for level, (student, given) in enumerate(zip(students, columns(tuple(pool_grads), 4), strict=True)):
         if any(grad is not None for grad in given):
             given = [grad if grad is None else grad.contiguous() for grad in given]
             (pooled,) = kernel("attention_pool_backward", backend)([student], given)
             gradients[level] = pooled if gradients[level] is None else gradients[level] + pooled
     return gradients
-
-
-def _groups(tensors: tuple[Tensor | None, ...], count: int) -> list[list[Tensor | None]]:
-    return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
 
 def _packed(grad: Tensor, student: Tensor) -> Tensor:

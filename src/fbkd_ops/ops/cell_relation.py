@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, save
 from .registry import kernel, register
 
@@ -81,7 +82,7 @@ class CellRelationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pools, eps, keep, count, *tensors):
-        students, teachers = ([in_place_layout(x) for x in tensors[first : first + count]] for first in (0, count))
+        students, teachers = columns([in_place_layout(x) for x in tensors[: 2 * count]], count)
         parameters = [x if x is None else x.contiguous() for x in tensors[2 * count :]]
         ctx.student_gradient = any(ctx.needs_input_grad[4 : 4 + count])
         ctx.pools, ctx.eps, ctx.count, ctx.ready = pools, eps, count, None
@@ -104,7 +105,7 @@ class CellRelationFunction(torch.autograd.Function):
         count, saved = ctx.count, ctx.saved_tensors
         if grad is None:
             return None, None, None, None, *[None] * len(saved)
-        students, teachers, parameters = list(saved[:count]), list(saved[count : 2 * count]), list(saved[2 * count :])
+        (students, teachers), parameters = columns(saved[: 2 * count], count), list(saved[2 * count :])
         ready, ctx.ready = ctx.ready, None  # good for one pass: its memory becomes the gradients'
         if ready is None:
             gradients = kernel("cell_relation_backward", "cpu")(

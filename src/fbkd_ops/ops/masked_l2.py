@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._layout import empty_gradient, in_place_layout
 from .._numerics import accumulation_dtype
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, save
 from .registry import kernel, register
 
@@ -42,21 +43,17 @@ class MaskedL2Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, *tensors):
         count = len(tensors) // 4
-        maps = [in_place_layout(x) for x in tensors[: 2 * count]]
-        masks = tensors[2 * count :]
+        maps, masks = [in_place_layout(x) for x in tensors[: 2 * count]], tensors[2 * count :]
         save(ctx, [*maps, *masks], tensors)
         ctx.backend = backend
-        return kernel("masked_l2_forward", backend)(
-            maps[:count], maps[count:], list(masks[:count]), list(masks[count:])
-        )
+        return kernel("masked_l2_forward", backend)(*columns([*maps, *masks], count))
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
         saved = ctx.saved_tensors
         count = len(saved) // 4
-        levels = [list(saved[first : first + count]) for first in range(0, 4 * count, count)]
-        gradients = kernel("masked_l2_backward", ctx.backend)(*levels, grad.contiguous())
+        gradients = kernel("masked_l2_backward", ctx.backend)(*columns(saved, count), grad.contiguous())
         return None, *gradients, *[None] * (3 * count)
 
 

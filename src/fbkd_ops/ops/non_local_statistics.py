@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._layout import in_place_layout, matrix_layout
 from .._numerics import accumulation_dtype, without_autocast
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, save
 from ..types import present
 from .registry import kernel, register
@@ -78,14 +79,14 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, pools, *tensors):
         count = len(tensors) // 5
-        maps, means, projections, weights, biases = _columns(tensors, count)
+        maps, means, projections, weights, biases = columns(tensors, count)
         read = [in_place_layout(x) for x in maps]
         projections, weights, biases, means = (
             [x if x is None else x.contiguous() for x in column] for column in (projections, weights, biases, means)
         )
         arguments = read, means, projections, weights, biases, list(pools)
         outputs = kernel("non_local_statistics_forward", backend)(*arguments)
-        pooled, winners, cross = outputs[:count], outputs[count : 2 * count], outputs[2 * count :]
+        pooled, winners, cross = columns(outputs, count)
         with without_autocast(maps[0]):
             covariances = [
                 c if mean is None or w is None else torch.matmul(c, w.mT)
@@ -104,10 +105,10 @@ class NonLocalStatisticsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, *grads):
         count, saved = ctx.count, list(ctx.saved_tensors)
-        maps, means, projections, weights, winners = _columns(saved[: 5 * count], count)
+        maps, means, projections, weights, winners = columns(saved[: 5 * count], count)
         kept = iter(saved[5 * count :])
         cross = [None if w is None else next(kept) for w in projections]
-        incoming, dmeans, dcovariances, dpooled = _columns(grads, count)
+        incoming, dmeans, dcovariances, dpooled = columns(grads, count)
         # A compiled graph hands over zeros where eager hands over nothing, also for outputs that are not there.
         dmeans = [None if m is None else g for m, g in zip(means, dmeans, strict=True)]
         dcovariances = [None if m is None else g for m, g in zip(means, dcovariances, strict=True)]
@@ -163,10 +164,6 @@ def own_memory(grad: Tensor | None, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return grad.to(x.dtype).clone(memory_format=layout)
     return grad.to(x.dtype).contiguous(memory_format=layout)
-
-
-def _columns(tensors, count: int) -> list[list[Tensor | None]]:
-    return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
 
 def _fake_forward(maps, means, projections, weights, biases, pools):

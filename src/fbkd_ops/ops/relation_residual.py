@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._layout import empty_gradient, empty_residual, in_place_layout
 from .._numerics import accumulation_dtype
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, save
 from .registry import kernel, register
 
@@ -62,7 +63,7 @@ class RelationResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, count, keep, *tensors):
-        arguments = [list(tensors[first : first + count]) for first in range(0, 6 * count, count)]
+        arguments = columns(tensors, count)
         for group in (0, 2):
             arguments[group] = [in_place_layout(x) for x in arguments[group]]
         for group in (1, 3, 4, 5):
@@ -84,9 +85,8 @@ class RelationResidualFunction(torch.autograd.Function):
         count, saved = ctx.count, ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None  # good for one pass: the student's gradient becomes its own memory
         if ready is None:
-            arguments = [list(saved[first : first + count]) for first in range(0, 6 * count, count)]
             ready = kernel("relation_residual_backward", ctx.backend)(
-                *arguments, list(saved[6 * count :]), grad.contiguous(), ctx.student_gradient
+                *columns(saved[: 6 * count], count), list(saved[6 * count :]), grad.contiguous(), ctx.student_gradient
             )
         else:
             torch._foreach_mul_(ready, list(grad.unbind()) * (len(ready) // count))

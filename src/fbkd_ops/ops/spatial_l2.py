@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._numerics import accumulation_dtype
+from ..autograd.columns import columns
 from ..autograd.first_order import first_order, is_differentiated, save
 from .registry import kernel, register
 
@@ -32,7 +33,7 @@ def spatial_l2_squares(backend: str, levels: SpatialLevels) -> Tensor:
     tensors = [x.to(dtype).contiguous() for group in levels for x, dtype in zip(group, dtypes, strict=True)]
     if is_differentiated(tensors):
         return SpatialL2Function.apply(backend, len(dtypes), *tensors)
-    (sums,) = kernel("spatial_l2", backend)(*_groups(tensors, len(dtypes)), False)
+    (sums,) = kernel("spatial_l2", backend)(*columns(tensors, len(dtypes)), False)
     return sums[:, 0]
 
 
@@ -44,7 +45,7 @@ class SpatialL2Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, count, *tensors):
-        sums, *student_gradients = kernel("spatial_l2", backend)(*_groups(tensors, count), True)
+        sums, *student_gradients = kernel("spatial_l2", backend)(*columns(tensors, count), True)
         save(ctx, [sums, *student_gradients], tensors)
         ctx.shapes = [x.shape for x in tensors[count : 3 * count]]
         return sums[:, 0].clone()
@@ -61,10 +62,6 @@ class SpatialL2Function(torch.autograd.Function):
         gradients = [row[:9] for row in rows] + [row[9:] for row in rows]
         gradients = [gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes, strict=True)]
         return None, None, *students, *gradients, *[None] * count
-
-
-def _groups(tensors: list[Tensor], count: int) -> list[list[Tensor]]:
-    return [list(tensors[first : first + count]) for first in range(0, len(tensors), count)]
 
 
 def _fake(students, weights, biases, teachers, gradient):
