@@ -1,5 +1,5 @@
-# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | demo | info | docs | clean. VENV, PYTHON, TORCH and
-# ARGS can be given: make demo ARGS="--steps 50"
+# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | study | demo | info | docs | clean. VENV, PYTHON,
+# TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
 # compiled for each vector width.
@@ -8,6 +8,7 @@
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
+# make study trains what is missing of the part STUDY of docs/study.md: quick, digits or bccd.
 # make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE, CACHE, WHEELS and
 # FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
@@ -16,6 +17,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 ARGS ?=
 DEVICE ?= cpu
 BENCH_OUT ?= build/bench
+STUDY ?= digits
 
 GPU_ARCH ?= 90
 
@@ -30,7 +32,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist load
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench gpu gpu-cache demo info docs clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench study gpu gpu-cache demo info docs clean
 
 venv: $(STAMP)
 
@@ -83,6 +85,9 @@ gpu:
 # Needs no GPU, but the Triton and the Python version of the machine that has one, and any PyTorch.
 gpu-cache:
 	$(GPU_PYTHON) -m scripts.gpu.triton_cache $(or $(CACHE),build/triton-cache) --arch $(GPU_ARCH) $(ARGS)
+
+study: venv
+	$(BIN)/python -m benchmarks.study $(STUDY) $(ARGS)
 
 demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)

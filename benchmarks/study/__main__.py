@@ -1,0 +1,74 @@
+"""Train what is missing of the study and write its results, one run at a time; an interrupted study goes on.
+
+python -m benchmarks.study quick
+python -m benchmarks.study bccd --data PATH --seeds 0-5 --jobs 2
+python -m benchmarks.study digits --arms baseline --seeds 1000-1002 --change steps=2000 --output build/pilot.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is loaded
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import results  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
+from benchmarks.study.jobs import KEY, TEACHER, Job, is_done, jobs_of, run  # noqa: E402
+from benchmarks.study.protocol import ARMS, STUDIES  # noqa: E402
+
+RESULTS = Path("benchmarks/results/cpu-study.csv")
+
+
+def finish(jobs: list[Job], processes: int, output: Path) -> None:
+    """Do the jobs that are missing in ``output``, so many at a time, and write every line as soon as there is one."""
+    rows: list[dict[str, Any]] = list(results.text_rows(output)) if output.exists() else []
+    facts = {"command": "python -m benchmarks.study", "environment": environment("cpu", 1)}
+    left = [job for job in jobs if not is_done(job, rows)]
+    teachers, students = ([job for job in left if (job.arm == TEACHER) is wanted] for wanted in (True, False))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for stage in (teachers, students):
+            for done in as_completed([pool.submit(run, job) for job in stage]):
+                row = done.result()
+                rows = [each for each in rows if any(str(each[name]) != str(row[name]) for name in KEY)] + [row]
+                results.write(output, facts, rows)
+                print(", ".join(f"{name} {row[name]}" for name in (*KEY, "steps", "ap", "seconds")), flush=True)
+
+
+def seeds(text: str) -> range:
+    """An argparse type: ``"0-7"`` or ``"3"``."""
+    start, _, stop = text.partition("-")
+    return range(int(start), int(stop or start) + 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("study", choices=STUDIES, help="a part of the study")
+    add("--data", type=Path, metavar="PATH", help="the Pascal VOC folder of the blood cells")
+    add("--arms", nargs="+", choices=ARMS, help="some of the part's")
+    add("--seeds", type=seeds, metavar="FIRST-LAST", help="other seeds")
+    add("--change", nargs="+", metavar="NAME=NUMBER", help="other numbers of the setting, for a pilot")
+    add("--jobs", type=int, default=2, help="trainings at a time, a core each (%(default)s)")
+    add("--output", type=Path, default=RESULTS, metavar="CSV", help="%(default)s")
+    options = parser.parse_args(arguments)
+    study = STUDIES[options.study]
+    if study.setting == "bccd" and options.data is None:
+        parser.error("bccd needs --data, the folder of the set")
+    study = study._replace(
+        arms=tuple(options.arms or study.arms),
+        seeds=options.seeds or study.seeds,
+        changes=" ".join(sorted(options.change)) if options.change else study.changes,
+    )
+    finish(jobs_of(study, options.data), options.jobs, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What is trained: data sets with their budgets, arms that differ in one switch, and seeds. docs/study.md says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TERMS = ("feature", "channel", "spatial", "relation")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set, a pair of detectors and a budget.
+
+    Attributes:
+        detector: a key of :data:`benchmarks.study.detectors.DETECTORS`.
+        image_size: pixels of the longer side.
+        pictures: the number of those that students are trained on.
+        teacher_pictures: the same of the teacher, the student's among them.
+        val_pictures: the number of those that are scored.
+        batch_size: pictures a step.
+        steps: of the student.
+        teacher_steps: of the teacher.
+        time_factor: how many steps a plain student does in the time of one distilled step; measured alone.
+        preset: of the FBKD loss.
+        inheritable: modules of equal shapes in student and teacher.
+    """
+
+    detector: str
+    image_size: int
+    pictures: int
+    teacher_pictures: int
+    val_pictures: int
+    batch_size: int
+    steps: int
+    teacher_steps: int
+    time_factor: float
+    preset: str
+    inheritable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained: every switch that an arm can turn.
+
+    Attributes:
+        is_time_matched: whether the steps are those that a plain student does in the time of a distilled one.
+        pull: how hard the terms pull: None for a plain student, ``"preset"`` for the preset's weights as they are, a
+            number for that ``gradient_share``.
+        terms: the terms whose weights are not 0.
+        inherits: whether the setting's inheritable modules start as copies of the teacher's.
+        stop: the fraction of the steps after which the terms stop; None for none.
+    """
+
+    is_time_matched: bool = False
+    pull: str | float | None = None
+    terms: tuple[str, ...] = TERMS
+    inherits: bool = False
+    stop: float | None = None
+
+
+SETTINGS = {
+    "digits": Setting(
+        detector="faster_rcnn",
+        image_size=64,
+        pictures=200,
+        teacher_pictures=2000,
+        val_pictures=500,
+        batch_size=8,
+        steps=1000,
+        teacher_steps=2000,
+        time_factor=1.4,
+        preset="two_stage",
+        inheritable=("backbone.fpn", "rpn", "roi_heads"),
+    ),
+    "bccd": Setting(
+        detector="faster_rcnn",
+        image_size=160,
+        pictures=205,
+        teacher_pictures=205,
+        val_pictures=87,
+        batch_size=8,
+        steps=600,
+        teacher_steps=1200,
+        time_factor=1.4,
+        preset="two_stage",
+        inheritable=("backbone.fpn", "rpn", "roi_heads"),
+    ),
+}
+
+SHARE = 0.5
+
+# Each arm is another one with a single switch turned.
+ARMS: dict[str, tuple[str | None, dict]] = {
+    "baseline": (None, {}),
+    "time_matched": ("baseline", {"is_time_matched": True}),
+    "preset": ("baseline", {"pull": "preset"}),
+    "share": ("baseline", {"pull": SHARE}),
+    "share_0.1": ("share", {"pull": 0.1}),
+    "feature": ("share", {"terms": ("feature",)}),
+    "masks": ("share", {"terms": ("channel", "spatial")}),
+    "relation": ("share", {"terms": ("relation",)}),
+    "stop": ("share", {"stop": 0.9}),
+    "inherit": ("baseline", {"inherits": True}),
+    "inherit_share": ("share", {"inherits": True}),
+}
+
+
+class Study(NamedTuple):
+    """A part of the study that is run by its name."""
+
+    setting: str
+    arms: tuple[str, ...]
+    seeds: range
+    changes: str = ""  # of the setting, "name=number ..."
+
+
+# Each kind of seed serves one purpose: no run of a pilot or of the choice is in the confirmation.
+STUDIES = {
+    "quick": Study(
+        "digits", ("baseline", "inherit"), range(2000, 2002), "steps=150 teacher_steps=400 val_pictures=200"
+    ),
+    "digits": Study("digits", tuple(ARMS), range(8)),
+    "bccd": Study("bccd", ("baseline", "time_matched", "preset", "share"), range(6)),
+}
+
+
+def recipe(arm: str) -> Recipe:
+    """Return an arm with all its switches."""
+    base, changes = ARMS[arm]
+    return dataclasses.replace(recipe(base) if base else Recipe(), **changes)
+
+
+def steps(setting: Setting, arm: str) -> int:
+    """Return the number of training steps of an arm."""
+    return round(setting.steps * (setting.time_factor if recipe(arm).is_time_matched else 1))
+
+
+def changed(setting: Setting, changes: str) -> Setting:
+    """Return a setting with ``"name=number ..."`` in place of its own numbers.
+
+    Raises:
+        ValueError: a name that no number of a setting has.
+    """
+    own = {name: value for name, value in vars(setting).items() if isinstance(value, int | float)}
+    pairs = dict(change.partition("=")[::2] for change in changes.split())
+    unknown = pairs.keys() - own.keys()
+    if unknown:
+        raise ValueError(f"changes: no number of a setting is called {', '.join(unknown)}; there are {', '.join(own)}")
+    return dataclasses.replace(setting, **{name: type(own[name])(value) for name, value in pairs.items()})

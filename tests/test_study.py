@@ -1,0 +1,177 @@
+"""The study: arms that differ in one switch, paired runs, an interrupted study that goes on, and its statistics."""
+
+import dataclasses
+
+import pytest
+import torch
+
+for module in ("pandas", "pycocotools", "scipy", "sklearn", "torchvision"):
+    pytest.importorskip(module)
+
+import pandas as pd  # noqa: E402
+from scipy import stats  # noqa: E402
+
+from benchmarks import results  # noqa: E402
+from benchmarks.study import __main__ as study  # noqa: E402
+from benchmarks.study import cost, jobs, protocol, runs, tables  # noqa: E402
+from benchmarks.study.protocol import ARMS, SETTINGS, STUDIES, Recipe, changed, recipe  # noqa: E402
+from fbkd_ops import Distiller  # noqa: E402
+
+SMALL = "batch_size=2 pictures=4 steps=4 teacher_pictures=4 teacher_steps=2 val_pictures=3"
+CURVE = ["1", "2", "3", "4"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    setting = changed(SETTINGS["digits"], SMALL)
+    data = runs.load(setting, None)
+    return setting, data, runs.detector(setting, "teacher", data, runs.TEACHER_SEED).eval()
+
+
+@pytest.mark.parametrize("arm", [arm for arm, (base, _) in ARMS.items() if base])
+def test_an_arm_differs_from_its_base_in_one_switch(arm):
+    ours, base = (dataclasses.asdict(recipe(name)) for name in (arm, ARMS[arm][0]))
+    assert sum(ours[switch] != base[switch] for switch in ours) == 1
+
+
+def test_the_first_arm_is_a_plain_student():
+    assert recipe(next(iter(ARMS))) == Recipe()
+
+
+def test_parts_of_the_study_share_no_seed_and_name_what_there_is():
+    seeds = {name: set(part.seeds) for name, part in STUDIES.items() if part.setting == "digits"}
+    assert sum(map(len, seeds.values())) == len(set().union(*seeds.values()))
+    for part in STUDIES.values():
+        assert set(part.arms) <= set(ARMS)
+        changed(SETTINGS[part.setting], part.changes)
+
+
+def test_a_change_that_no_setting_has_is_refused():
+    with pytest.raises(ValueError, match="no number of a setting is called step; there are image_size, .*steps"):
+        changed(SETTINGS["digits"], "step=3")
+
+
+def test_time_matched_students_train_longer():
+    setting = dataclasses.replace(SETTINGS["digits"], steps=100, time_factor=1.37)
+    assert (protocol.steps(setting, "baseline"), protocol.steps(setting, "time_matched")) == (100, 137)
+
+
+def test_arms_of_a_seed_start_from_the_same_weights(small):
+    setting, data, teacher = small
+    plain, trained = runs.student_of(setting, "baseline", 3, data, teacher)
+    assert trained is plain
+    distilled, distiller = runs.student_of(setting, "share", 3, data, teacher)
+    other, _ = runs.student_of(setting, "baseline", 4, data, teacher)
+    assert isinstance(distiller, Distiller) and distiller.student is distilled
+    states = [model.state_dict() for model in (plain, distilled, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_switches_reach_the_distiller(small):
+    setting, data, teacher = small
+    setting = dataclasses.replace(setting, steps=100)
+    made = {arm: runs.student_of(setting, arm, 0, data, teacher)[1] for arm in ARMS if recipe(arm).pull is not None}
+    assert {arm for arm, each in made.items() if each.share is None} == {"preset"}
+    assert {arm: each.share.settings.target for arm, each in made.items() if each.share is not None} == {
+        arm: 0.1 if arm == "share_0.1" else protocol.SHARE for arm in made if arm != "preset"
+    }
+    assert {arm for arm, each in made.items() if each.stop_step is not None} == {"stop"}
+    assert made["stop"].stop_step == 90
+    assert {arm: weighted_terms(each.loss) for arm, each in made.items()} == {arm: recipe(arm).terms for arm in made}
+
+
+def weighted_terms(loss):
+    """The terms that have a weight in every level."""
+    settings = [level.settings for level in loss.levels]
+    return tuple(term for term in protocol.TERMS if all(getattr(each, f"{term}_weight") for each in settings))
+
+
+def test_an_heir_starts_with_the_teachers_modules(small):
+    setting, data, teacher = small
+    heir, _ = runs.student_of(setting, "inherit", 0, data, teacher)
+    for path in ("rpn", "roi_heads", "backbone.fpn.layer_blocks"):
+        ours, theirs = (model.get_submodule(path).state_dict() for model in (heir, teacher))
+        assert ours and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "TEACHERS", tmp_path / "teachers")
+    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    part = protocol.Study("digits", ("baseline", "share"), range(1), SMALL)
+    todo, output = jobs.jobs_of(part, None), tmp_path / "study.csv"
+    study.finish(todo, 1, output)
+    rows = results.read(output).rows
+    assert [*rows["arm"]] == ["teacher", "baseline", "share"]
+    assert [point.split(":")[0] for point in rows["curve"][1].split()] == CURVE
+    assert InThisProcess.submitted == 3
+
+    results.write(output, {}, results.text_rows(output)[:2])
+    study.finish(todo, 1, output)
+    again = results.read(output).rows
+    assert InThisProcess.submitted == 4  # the one that is missing
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
+
+    todo[0].teacher_path.unlink()  # as in a fresh clone: the teacher's line is there, its weights are not
+    study.finish(todo, 1, output)
+    assert InThisProcess.submitted == 5 and len(results.read(output).rows) == 3
+
+
+class InThisProcess:
+    """Runs a job where it is submitted."""
+
+    submitted = 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, job):
+        from concurrent.futures import Future
+
+        InThisProcess.submitted += 1
+        done = Future()
+        done.set_result(function(job))
+        return done
+
+
+def test_a_difference_is_that_of_a_paired_t_test():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 9, generator=generator).tolist()
+    rows = pd.DataFrame({"arm": ["a"] * 9 + ["b"] * 9, "seed": [*range(9), *range(9)], "ap": first + second})
+    found, expected = tables.difference(rows, "a", "b"), stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high)) and found.pairs == 9
+    unpaired = tables.difference(rows[rows["seed"] != 3], "a", "b")
+    assert unpaired.pairs == 8 and unpaired.mean != pytest.approx(found.mean)
+    assert str(tables.difference(rows, "a", "c")) == "-"
+
+
+def test_a_table_of_arms():
+    rows = pd.DataFrame(
+        {
+            "arm": ["share", "baseline", "share", "baseline"],
+            "seed": [0, 0, 1, 1],
+            "steps": 10,
+            "seconds": 1.0,
+            "ap": [0.3, 0.1, 0.4, 0.3],
+        }
+    )
+    *_, baseline, share = tables.arms_table(rows).splitlines()
+    assert baseline.startswith("| `baseline` | 2 | 10 | 1 | 0.200 |") and "+0.150 [-0.485, +0.785]" in share
+
+
+def test_costs_are_of_a_step(monkeypatch):
+    monkeypatch.setattr(cost, "STEPS", 1)
+    found = cost.milliseconds("digits", ["baseline", "share"], rounds=1)
+    assert found.keys() == {"baseline", "share"} and min(found.values()) > 0
+
+
+def test_the_command_names_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["bccd"])
+    assert "bccd needs --data" in capsys.readouterr().err
