@@ -21,6 +21,8 @@ PICTURE_ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jpe", ".jfif"),
     *(".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
 )
+# How files of the usual formats begin: one that cannot be opened in spite of it ends too early, or is damaged.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
 ORIENTATION_TAG = 0x0112
 Edges = tuple[float, float, float, float]
 
@@ -104,7 +106,16 @@ def _open(path: Path) -> Image.Image:
     except PictureError:
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files.
-        raise PictureError("unreadable picture", path, first_line(error)) from error
+        kind = "truncated picture" if _begins_like_a_picture(path) else "unreadable picture"
+        raise PictureError(kind, path, first_line(error)) from error
+
+
+def _begins_like_a_picture(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith(SIGNATURES)
+    except OSError:
+        return False
 
 
 def _decode(picture: Image.Image, path: Path) -> Image.Image:
