@@ -23,7 +23,7 @@ from examples.datasets import (  # noqa: E402
     read_voc,
     read_yolo,
 )
-from examples.datasets.pictures import Frame, PictureIndex  # noqa: E402
+from examples.datasets.pictures import Frame, PictureIndex, read_frame  # noqa: E402
 
 SIZE = (40, 30)  # width, height
 COLOURS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -126,6 +126,7 @@ def test_exif_rotation_turns_picture_and_box_alike(tmp_path, orientation, ending
     options = {"lossless": True} if ending == "webp" else {}
     path = save(tmp_path / f"a.{ending}", black, exif=exif, **options)
     read = open_picture(path)
+    assert read_frame(path, decode=False) == read_frame(path, decode=True) == Frame(SIZE, orientation)
     black.getexif()[0x0112] = orientation
     assert torch.equal(read, torch.from_numpy(np.array(ImageOps.exif_transpose(black))).permute(2, 0, 1))
     rows, columns = torch.nonzero(read[0])[:, 0], torch.nonzero(read[0])[:, 1]
@@ -153,17 +154,19 @@ def test_pictures_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_index_finds_names_by_folders_endings_and_case(tmp_path):
-    for name in ("a/1.JPeG", "b/1.jpg", "b/x.y.png", "b/é.bmp", ".c/1.png", "b/._1.jpg"):
+    for name in ("a/1.JPeG", "b/1.jpg", "b/1.png", "b/x.y.png", "b/é.bmp", ".c/1.png", "b/._1.jpg"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     index = PictureIndex(tmp_path)
-    assert len(index.files) == 4
+    assert len(index.files) == 5
     for wanted, expected in {
         "a/1": "a/1.JPeG",
         "set/b/1.jpg": "b/1.jpg",
         "C:\\set\\b\\1.jpg": "b/1.jpg",
         "1.jpeg": "a/1.JPeG",
+        "b/1": "b/1.jpg",
+        "b/1.PNG": "b/1.png",
         "X.Y.jpg": "b/x.y.png",
         "x.y": "b/x.y.png",
         "e\u0301.bmp": "b/é.bmp",
@@ -213,7 +216,7 @@ def odd_voc(root: Path) -> Path:
         voc_object("cell", 0, 0, 60, 20),
         voc_object("cell", 50, 1, 60, 20),
         voc_object("cell", 9, 9, 9, 20),
-        voc_object("cell", "nan", 1, 5, 5),
+        voc_object("cell", 1, 1, "inf", 5),
         voc_object("cell", "", 1, 5, 5),
         "<object><bndbox/></object>",
         voc_object("stranger", 1, 1, 5, 5),
@@ -315,14 +318,14 @@ def test_a_missing_name_with_a_number_is_no_other_picture(tmp_path):
 
 
 def test_voc_folders_by_option_and_a_fixed_split(tmp_path):
-    for number in range(10):
+    for number in range(11):
         save(tmp_path / "photo" / f"{number}.png")
         write_xml(tmp_path / "marks", f"{number}", CELL)
     save(tmp_path / "photo" / "more.png")
     findings = Findings()
     options = {"annotations": "marks", "images": tmp_path / "photo", "findings": findings}
     parts = [list(content(read_set(tmp_path, split, **options))) for split in ("train", "val")]
-    assert list(map(len, parts)) == [8, 2] and len({*parts[0], *parts[1]}) == 10
+    assert list(map(len, parts)) == [8, 3] and len({*parts[0], *parts[1]}) == 11
     assert parts[0] != sorted(parts[0])
     assert findings.counts() == {"picture without labels file": 1}, "once, though both splits report it"
     assert list(content(read_set(tmp_path, "train", limit=3, **options))) == parts[0][:3]
@@ -486,6 +489,7 @@ def odd_yolo(root: Path) -> Path:
         "0.5 0.5 0.5 1 1",
         "cell 0.5 0.5 1 1",
         "0 0.5 0.5 1",
+        "0 0.25 0.5 0.75 0.5 0.5 1.0 0.3",
         "7 0.5 0.5 1 1",
         "1 0.25 0.5 0.75 0.5 0.5 1.0",
     ]
@@ -510,7 +514,7 @@ def test_yolo_with_every_oddity(tmp_path):
         "labels without a picture": 1,
         "picture without labels file": 1,
         "unreadable labels file": 1,
-        "unreadable line": 4,
+        "unreadable line": 5,
         "box clipped": 1,
         "box outside": 1,
         "degenerate box": 2,
@@ -550,6 +554,15 @@ def test_yolo_without_names_and_splits(tmp_path):
     train, val = (read_set(tmp_path, split, findings=Findings()) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (4, 1, ("class 0", "class 1"))
     assert not set(content(train)) & set(content(val))
+
+
+def test_a_split_that_is_missing_is_not_made_of_another(tmp_path):
+    odd_yolo(tmp_path / "yolo")
+    images, path = odd_coco(tmp_path / "coco")
+    (path.parent / "instances_val2017.json").unlink()
+    for folder in ("yolo", "coco"):
+        with pytest.raises(DataError, match=f"(?s)val.*{folder}"):
+            read_set(tmp_path / folder, "val", findings=Findings())
 
 
 # Findings

@@ -21,6 +21,7 @@ from .layout import (
     files_of,
     fixed_split,
     named_folder,
+    names_any_split,
     names_split,
     split_folder,
     subfolders,
@@ -201,7 +202,8 @@ def find_json(root: Path, split: str, annotations: Path | str | None) -> tuple[P
     if named:
         found = the_only(named, root, f"JSON files of {split}")
         return (found, None) if found else None
-    found = the_only(_boxes_first(files), root, "JSON files")
+    # A file that is named after another split is no set to split: its pictures would be in two splits.
+    found = the_only(_boxes_first([path for path in files if not names_any_split(path.stem)]), root, "JSON files")
     return (found, split) if found else None
 
 

@@ -36,6 +36,11 @@ def names_split(name: str, split: str) -> bool:
     return bool(set(re.split(r"[^a-z]+", name.lower())) & set(split_names(split)))
 
 
+def names_any_split(name: str) -> bool:
+    """True if a word of `name` is that of any split."""
+    return any(names_split(name, split) for split in SPLIT_NAMES)
+
+
 def fixed_split(items: Sequence[Item], split: str, origin: Path) -> list[Item]:
     """Return the training or validation part of `items` under a fixed shuffle: a set without lists."""
     if split not in SPLITS:

@@ -48,7 +48,7 @@ def read_set(
     if chosen == "coco":
         found = find_json(root if root.is_file() else existing_folder(root), split, annotations)
         if found is None:
-            raise DataError(f"no JSON file in {root}, nor in its folder annotations")
+            raise DataError(f"no JSON file of {split} or of all pictures in {root}, nor in its folder annotations")
         path, part = found
         return read_coco(find_images(root, path, split, images), path, split=part, **common)
     if chosen == "yolo":

@@ -19,8 +19,10 @@ from .layout import (
     files_of,
     fixed_split,
     named_folder,
+    names_any_split,
     split_folder,
     split_names,
+    subfolders,
     the_only,
 )
 from .pictures import PictureIndex
@@ -161,6 +163,9 @@ def _pictures_of_folders(base: Path, split: str, findings: Findings) -> list[Pat
     images = named_folder(base, PICTURE_FOLDERS)
     own = (images and split_folder(images, split)) or split_folder(base, split)
     place = own or images or base
+    if not own and any(names_any_split(folder.name) for folder in subfolders(place)):
+        # A shuffle would put pictures of the other split into this one.
+        raise DataError(f"no folder of the split {split!r} in {place}, which has those of others")
     pictures = PictureIndex(place).files
     _report_labels_without_picture(pictures, place, findings)
     chosen = pictures if own else fixed_split(pictures, split, place)
