@@ -554,6 +554,8 @@ def test_yolo_without_names_and_splits(tmp_path):
     train, val = (read_set(tmp_path, split, findings=Findings()) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (4, 1, ("class 0", "class 1"))
     assert not set(content(train)) & set(content(val))
+    with pytest.raises(DataError, match="is read as YOLO"):
+        read_set(tmp_path, "train", images="images", findings=Findings())
 
 
 def test_a_split_that_is_missing_is_not_made_of_another(tmp_path):
