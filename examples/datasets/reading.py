@@ -53,7 +53,7 @@ def read_set(
         return read_coco(find_images(root, path, split, images), path, split=part, **common)
     if chosen == "yolo":
         if annotations is not None or images is not None:
-            raise DataError(f"{root} is read as YOLO, whose folders are named in data.yaml, not by annotations or images")
+            raise DataError(f"{root} is read as YOLO, whose folders are named in data.yaml alone")
         return read_yolo(root, split, **common)
     raise ValueError(f"format should be auto, {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {format!r}")
 
