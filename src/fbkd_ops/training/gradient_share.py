@@ -12,12 +12,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .._validation import check_number, is_int
 from .._warnings import ShareWatch
 
 __all__ = ["SHARE_STATE", "GradientShare", "ShareSettings", "checked_settings"]
 
+# _disable_dynamo is torch.compiler.disable, but loads the compiler with the first call and not with this file, where it
+# was 2 of the 5 seconds of CPU time that `import fbkd_ops` took.
 MAPS = 64  # most maps per layer
 # Until the first measurement. The terms' gradient is proportional to the factor, so a small one is enough.
 FIRST_FACTOR = 1e-3
@@ -126,7 +129,7 @@ class GradientShare(nn.Module):
         self._is_measured = self._is_measured or int(self.measured) > 0
         return not self._is_measured
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def begin(self, factor: Tensor) -> None:
         """Make the leaf of a step that measures with this factor."""
         # No parameter: neither an optimizer nor the clipping of gradients sees it.
@@ -148,7 +151,7 @@ class GradientShare(nn.Module):
         """Whether a measurement may have come."""
         return bool(self._waiting) or self._has_pending
 
-    @torch.compiler.disable
+    @_disable_dynamo
     @torch.no_grad()
     def collect(self) -> None:
         """Take in what backward passes have measured. All processes have to call it in the same steps."""
