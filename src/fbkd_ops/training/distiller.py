@@ -380,6 +380,12 @@ class Distiller(StudentAttributes, nn.Module):
         """
         return balance_report(self, *args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give an object that an earlier release pickled the attributes that were added since."""
+        present = {*state, *state["_modules"]}
+        added = {name: value for name, value in _later_attributes().items() if name not in present}
+        super().__setstate__(state | added)
+
     def get_extra_state(self) -> Tensor:
         """Return the step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
         return torch.tensor(self._step, device="cpu")
@@ -390,6 +396,17 @@ class Distiller(StudentAttributes, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _later_attributes() -> dict[str, Any]:
+    """Return the attributes that pickles of the first release lack, each with the value that changes nothing."""
+    return {
+        "total": TOTALS,
+        "_weight": 1.0,
+        "share": None,
+        "_backward_watch": BackwardWatch(),
+        "_size_watch": SizeWatch(),
+    }
 
 
 def _tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap | OutputTap:
