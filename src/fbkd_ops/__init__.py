@@ -14,6 +14,7 @@ from .training.balance import BalanceReport
 from .training.distiller import Distiller
 from .training.feature_tap import FeatureTap, Layer
 from .training.inherit import inherit
+from .training.teacher_input import Renormalize
 from .types import AttentionPool, NonLocalWeights
 
 register_earlier_paths()
@@ -30,6 +31,7 @@ __all__ = [
     "NonLocalBlock2d",
     "NonLocalWeights",
     "PRESETS",
+    "Renormalize",
     "distributed",
     "functional",
     "inherit",

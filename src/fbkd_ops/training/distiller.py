@@ -35,6 +35,7 @@ from .pairing import (
 )
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
+from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
 
 __all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
@@ -60,6 +61,10 @@ class Distiller(StudentAttributes, nn.Module):
         teacher_entry: path of a module, in both, at which the teacher starts: its module is called with what the
             student's was given. With ``"backbone"`` a torchvision teacher sees the student's images as they were
             resized (at random) and padded.
+        teacher_input: makes the teacher's images of the student's, where the teacher was trained with others: a
+            function, :class:`fbkd_ops.Renormalize`, or a dict of the latter's arguments. It gets the first argument
+            that the teacher (with ``teacher_entry``: its module) would be given, by position or by its name, and
+            returns the one that it is given instead; it runs without gradient and leaves what it gets as it is.
         student_levels: which of the features to use, by index or key, and in what order; all by default.
         teacher_levels: the same for the teacher, to be matched with the student's by position.
         resize: whether the teacher's maps are resized (bilinear) to the student's where their sizes differ, which is
@@ -114,6 +119,7 @@ class Distiller(StudentAttributes, nn.Module):
         student_layers: Layers,
         teacher_layers: Layers | None = None,
         teacher_entry: str | None = None,
+        teacher_input: TeacherInput | None = None,
         student_levels: Levels = None,
         teacher_levels: Levels = None,
         resize: bool = False,
@@ -149,6 +155,8 @@ class Distiller(StudentAttributes, nn.Module):
         else:
             _check_entry(teacher, teacher_entry, teacher_layers)
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
+        # In a tuple, as the teacher: it may be a module. With the name of the argument that it makes.
+        self._unregistered_input = (checked_teacher_input(teacher_input), first_argument(self._teacher_start()))
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
@@ -169,6 +177,10 @@ class Distiller(StudentAttributes, nn.Module):
     @property
     def teacher(self) -> nn.Module:
         return self._unregistered_teacher[0]
+
+    @property
+    def teacher_input(self) -> Callable[[Any], Any] | None:
+        return self._unregistered_input[0]
 
     @property
     def step(self) -> int:
@@ -288,13 +300,20 @@ class Distiller(StudentAttributes, nn.Module):
         with self._student_tap, self._entry_tap or contextlib.nullcontext():
             return self.student(*args, **kwargs)
 
+    def _teacher_start(self) -> nn.Module:
+        """Return the module with which the teacher starts."""
+        if self._teacher_entry is None:
+            return self.teacher
+        return find_module(self.teacher, self._teacher_entry, "teacher_entry")
+
     def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> Features:
-        module = self.teacher
-        if self._teacher_entry is not None:
-            module = find_module(module, self._teacher_entry, "teacher_entry")
+        module = self._teacher_start()
         output, shared = None, self._teacher_in_eval_mode()
         try:
             with torch.no_grad(), self._teacher_tap:
+                change, name = self._unregistered_input
+                if change is not None:
+                    args, kwargs = with_first_argument(change, name, args, kwargs)
                 output = module(*args, **kwargs)
         finally:
             for each in shared:  # the student's backward pass may call them again
@@ -394,7 +413,9 @@ class Distiller(StudentAttributes, nn.Module):
         self.step = int(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        self.teacher._apply(fn, recurse)
+        for module in (self.teacher, self.teacher_input):
+            if isinstance(module, nn.Module):
+                module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
 
@@ -404,6 +425,7 @@ def _later_attributes() -> dict[str, Any]:
         "total": TOTALS,
         "_weight": 1.0,
         "share": None,
+        "_unregistered_input": (None, None),
         "_backward_watch": BackwardWatch(),
         "_size_watch": SizeWatch(),
     }
