@@ -407,6 +407,7 @@ def test_no_callable_is_left_out():
     public = {prefix + name for prefix, module in modules.items() for name in module.__all__}
     callables = {name for name in public if callable(eval(f"fbkd_ops.{name}"))}
     # Tuples without checks of their own: the functions that take them check each field.
+    callables -= {name for name in callables if name.endswith("Warning")}
     assert callables - {"AttentionPool", "BalanceReport", "Distiller", "NonLocalWeights"} <= set(CALLABLES)
 
 

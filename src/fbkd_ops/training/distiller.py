@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._numerics import accumulation_dtype
 from .._validation import Features, as_list, check_callable, check_flag, check_number, check_text, is_int, is_list
-from .._warnings import BackwardWatch, SizeWatch
+from .._warnings import BackwardWatch, SizeWatch, TeacherWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -26,6 +26,7 @@ from .feature_tap import (
     versions,
 )
 from .gradient_share import GradientShare, checked_settings
+from .normalization import difference, find_normalization
 from .pairing import (
     check_apart,
     check_exported_mode,
@@ -166,7 +167,7 @@ class Distiller(StudentAttributes, nn.Module):
         self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap, device)
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
-        self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
+        self._backward_watch, self._size_watch, self._teacher_watch = BackwardWatch(), SizeWatch(), TeacherWatch()
         self._terms: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
@@ -225,10 +226,14 @@ class Distiller(StudentAttributes, nn.Module):
         Warns:
             UserWarning: once each, if somebody put the teacher into training mode or left the student in eval mode, or
                 if no backward pass of the terms came in ten training forwards.
+            TeacherImagesWarning: at the first training step, if the teacher is given images that are normalised
+                otherwise than its own settings say.
         """
         if not self.training:
             return self.student(*args, **kwargs)
         self._check_student_mode()
+        if not self._teacher_watch.looked:
+            self._teacher_watch.see(self._difference_of_images)
         weight = self.step_weight()
         if self.share is not None and self.share.is_waiting():
             self.share.collect()
@@ -343,6 +348,15 @@ class Distiller(StudentAttributes, nn.Module):
             "BatchNorm and dropout are as in evaluation; distiller.train() puts both into training mode (said once)"
         )
 
+    def _difference_of_images(self) -> str | None:
+        """Return how the teacher's images differ from those of its training; a ``teacher_input`` is trusted."""
+        if self.teacher_input is not None:
+            return None
+        # A framework's wrapper may have a preprocessor in place of the student's.
+        student = find_normalization(self.student, getattr(self, "data_preprocessor", None))
+        entry = self._teacher_start() if self._teacher_entry else None
+        return difference(student, find_normalization(self.teacher), entry)
+
     def _student_learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.student.parameters())
 
@@ -428,6 +442,7 @@ def _later_attributes() -> dict[str, Any]:
         "_unregistered_input": (None, None),
         "_backward_watch": BackwardWatch(),
         "_size_watch": SizeWatch(),
+        "_teacher_watch": TeacherWatch(),
     }
 
 
