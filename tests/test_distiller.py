@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fbkd_ops import Distiller, FBKDLoss, Layer
+from fbkd_ops.training.distiller import _later_attributes
 
 IMAGES = 10 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor(1.0)
@@ -416,6 +417,29 @@ def test_copies_and_pickles_are_whole_and_apart():
         assert other.step == 2
     average = copy.deepcopy(distiller.student)
     assert set(average(IMAGES, TARGETS)) == {"loss_box", "loss_cls"}
+
+
+def aged(distiller, names):
+    """As an earlier release has it, without some attributes."""
+    for name in names:
+        del distiller.__dict__[name]
+    return distiller
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda distiller: pickle.loads(pickle.dumps(distiller))])
+def test_copies_and_pickles_of_earlier_releases_have_the_defaults_of_later_attributes(copied):
+    later = _later_attributes()
+    new = without_dropout(make_distiller())
+    old = copied(aged(copy.deepcopy(new), later))
+    assert {name: type(value) for name, value in later.items()} == {name: type(vars(old)[name]) for name in later}
+    expected, losses = new(IMAGES, TARGETS), old(IMAGES, TARGETS)
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+    assert old.weight == 1 and old.weights().keys() == {"fbkd_weight"}
+
+
+def test_a_share_is_no_later_attribute():
+    """It is a submodule, which an attribute would hide."""
+    assert copy.deepcopy(make_distiller(gradient_share=0.1)).share is not None
 
 
 class Recording:

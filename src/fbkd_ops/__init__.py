@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import functional, integrations, reference, visualize
 from ._earlier_paths import register_earlier_paths
+from ._warnings import TeacherImagesWarning
 from .backends import use_backend
 from .loss import FBKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
@@ -14,6 +15,7 @@ from .training.balance import BalanceReport
 from .training.distiller import Distiller
 from .training.feature_tap import FeatureTap, Layer
 from .training.inherit import inherit
+from .training.teacher_input import Renormalize
 from .types import AttentionPool, NonLocalWeights
 
 register_earlier_paths()
@@ -30,6 +32,8 @@ __all__ = [
     "NonLocalBlock2d",
     "NonLocalWeights",
     "PRESETS",
+    "Renormalize",
+    "TeacherImagesWarning",
     "distributed",
     "functional",
     "inherit",

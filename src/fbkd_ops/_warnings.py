@@ -26,9 +26,15 @@ __all__ = [
     "LayerWatch",
     "ShareWatch",
     "SizeWatch",
+    "TeacherImagesWarning",
+    "TeacherWatch",
     "UpdateWatch",
     "can_watch",
 ]
+
+
+class TeacherImagesWarning(UserWarning):
+    """The teacher is given images that are normalised otherwise than those with which it was trained."""
 
 
 def can_watch(tensor: Tensor) -> bool:
@@ -258,6 +264,33 @@ class SizeWatch(_Watch):
                 "with which few trainings go well: a preset's weights are for two images of 800 x 1344 pixels and 256 "
                 "channels. distiller.balance_report(...) says how hard they pull; Distiller(..., gradient_share=0.1) "
                 "weighs them by that, weight= by a number (said once)"
+            )
+
+
+class TeacherWatch(_Watch):
+    """Warns at the first training step of a teacher from which nothing can be learned. Later steps cost nothing."""
+
+    def __init__(self):
+        self.looked = False
+
+    def see(self, find_difference: Callable[[], str | None]) -> None:
+        """Look once, outside of compiled graphs.
+
+        Args:
+            find_difference: returns how the images that the teacher is given and those that it was trained with
+                differ, in words; None where they do not.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.looked = True
+        difference = find_difference()
+        if difference is not None:
+            warnings.warn(
+                f"the teacher is given images {difference}, so its features are not those that it learned: "
+                "Distiller(..., teacher_input=Renormalize(student=(mean, std), teacher=(mean, std))), or a function of "
+                "your own, makes its images; warnings.filterwarnings('ignore', "
+                "category=fbkd_ops.TeacherImagesWarning) if the images are right as they are (said once)",
+                TeacherImagesWarning,
             )
 
 

@@ -45,9 +45,9 @@ class FBKDDetector(Distiller, BaseModel):
             neck's outputs by default.
         data_preprocessor: a config or a built one; the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
-            ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``, ``warmup_steps``,
-            ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine`` and ``total``, None by
-            default: MMEngine adds up every entry with "loss" in its name.
+            ``teacher_input``, ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``,
+            ``warmup_steps``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine`` and
+            ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.

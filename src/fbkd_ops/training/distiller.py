@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._numerics import accumulation_dtype
 from .._validation import Features, as_list, check_callable, check_flag, check_number, check_text, is_int, is_list
-from .._warnings import BackwardWatch, SizeWatch
+from .._warnings import BackwardWatch, SizeWatch, TeacherWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -26,6 +26,7 @@ from .feature_tap import (
     versions,
 )
 from .gradient_share import GradientShare, checked_settings
+from .normalization import difference, find_normalization
 from .pairing import (
     check_apart,
     check_exported_mode,
@@ -35,6 +36,7 @@ from .pairing import (
 )
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
+from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
 
 __all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
 
@@ -60,6 +62,10 @@ class Distiller(StudentAttributes, nn.Module):
         teacher_entry: path of a module, in both, at which the teacher starts: its module is called with what the
             student's was given. With ``"backbone"`` a torchvision teacher sees the student's images as they were
             resized (at random) and padded.
+        teacher_input: makes the teacher's images of the student's, where the teacher was trained with others: a
+            function, :class:`fbkd_ops.Renormalize`, or a dict of the latter's arguments. It gets the first argument
+            that the teacher (with ``teacher_entry``: its module) would be given, by position or by its name, and
+            returns the one that it is given instead; it runs without gradient and leaves what it gets as it is.
         student_levels: which of the features to use, by index or key, and in what order; all by default.
         teacher_levels: the same for the teacher, to be matched with the student's by position.
         resize: whether the teacher's maps are resized (bilinear) to the student's where their sizes differ, which is
@@ -114,6 +120,7 @@ class Distiller(StudentAttributes, nn.Module):
         student_layers: Layers,
         teacher_layers: Layers | None = None,
         teacher_entry: str | None = None,
+        teacher_input: TeacherInput | None = None,
         student_levels: Levels = None,
         teacher_levels: Levels = None,
         resize: bool = False,
@@ -149,6 +156,8 @@ class Distiller(StudentAttributes, nn.Module):
         else:
             _check_entry(teacher, teacher_entry, teacher_layers)
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
+        # In a tuple, as the teacher: it may be a module. With the name of the argument that it makes.
+        self._unregistered_input = (checked_teacher_input(teacher_input), first_argument(self._teacher_start()))
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
@@ -158,7 +167,7 @@ class Distiller(StudentAttributes, nn.Module):
         self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap, device)
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
-        self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
+        self._backward_watch, self._size_watch, self._teacher_watch = BackwardWatch(), SizeWatch(), TeacherWatch()
         self._terms: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
@@ -169,6 +178,10 @@ class Distiller(StudentAttributes, nn.Module):
     @property
     def teacher(self) -> nn.Module:
         return self._unregistered_teacher[0]
+
+    @property
+    def teacher_input(self) -> Callable[[Any], Any] | None:
+        return self._unregistered_input[0]
 
     @property
     def step(self) -> int:
@@ -213,10 +226,14 @@ class Distiller(StudentAttributes, nn.Module):
         Warns:
             UserWarning: once each, if somebody put the teacher into training mode or left the student in eval mode, or
                 if no backward pass of the terms came in ten training forwards.
+            TeacherImagesWarning: at the first training step, if the teacher is given images that are normalised
+                otherwise than its own settings say.
         """
         if not self.training:
             return self.student(*args, **kwargs)
         self._check_student_mode()
+        if not self._teacher_watch.looked:
+            self._teacher_watch.see(self._difference_of_images)
         weight = self.step_weight()
         if self.share is not None and self.share.is_waiting():
             self.share.collect()
@@ -288,13 +305,20 @@ class Distiller(StudentAttributes, nn.Module):
         with self._student_tap, self._entry_tap or contextlib.nullcontext():
             return self.student(*args, **kwargs)
 
+    def _teacher_start(self) -> nn.Module:
+        """Return the module with which the teacher starts."""
+        if self._teacher_entry is None:
+            return self.teacher
+        return find_module(self.teacher, self._teacher_entry, "teacher_entry")
+
     def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> Features:
-        module = self.teacher
-        if self._teacher_entry is not None:
-            module = find_module(module, self._teacher_entry, "teacher_entry")
+        module = self._teacher_start()
         output, shared = None, self._teacher_in_eval_mode()
         try:
             with torch.no_grad(), self._teacher_tap:
+                change, name = self._unregistered_input
+                if change is not None:
+                    args, kwargs = with_first_argument(change, name, args, kwargs)
                 output = module(*args, **kwargs)
         finally:
             for each in shared:  # the student's backward pass may call them again
@@ -323,6 +347,15 @@ class Distiller(StudentAttributes, nn.Module):
             "the student is in eval mode while the distiller is in training mode, so it may return no losses, and its "
             "BatchNorm and dropout are as in evaluation; distiller.train() puts both into training mode (said once)"
         )
+
+    def _difference_of_images(self) -> str | None:
+        """Return how the teacher's images differ from those of its training; a ``teacher_input`` is trusted."""
+        if self.teacher_input is not None:
+            return None
+        # A framework's wrapper may have a preprocessor in place of the student's.
+        student = find_normalization(self.student, getattr(self, "data_preprocessor", None))
+        entry = self._teacher_start() if self._teacher_entry else None
+        return difference(student, find_normalization(self.teacher), entry)
 
     def _student_learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.student.parameters())
@@ -380,6 +413,12 @@ class Distiller(StudentAttributes, nn.Module):
         """
         return balance_report(self, *args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give an object that an earlier release pickled the attributes that were added since."""
+        present = {*state, *state["_modules"]}
+        added = {name: value for name, value in _later_attributes().items() if name not in present}
+        super().__setstate__(state | added)
+
     def get_extra_state(self) -> Tensor:
         """Return the step, as a tensor: safetensors and fvcore (Detectron2) take nothing else into a checkpoint."""
         return torch.tensor(self._step, device="cpu")
@@ -388,8 +427,23 @@ class Distiller(StudentAttributes, nn.Module):
         self.step = int(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        self.teacher._apply(fn, recurse)
+        for module in (self.teacher, self.teacher_input):
+            if isinstance(module, nn.Module):
+                module._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _later_attributes() -> dict[str, Any]:
+    """Return the attributes that pickles of the first release lack, each with the value that changes nothing."""
+    return {
+        "total": TOTALS,
+        "_weight": 1.0,
+        "share": None,
+        "_unregistered_input": (None, None),
+        "_backward_watch": BackwardWatch(),
+        "_size_watch": SizeWatch(),
+        "_teacher_watch": TeacherWatch(),
+    }
 
 
 def _tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap | OutputTap:
