@@ -291,6 +291,9 @@ def _model_faults(config: Config) -> Iterator[str]:
     used = {"teacher": config.teacher} if "teacher" in tasks else {}
     if tasks & {"baseline", "distilled"}:
         used["student"] = config.student
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        if model.detector == "fcos" and model.width % 32:
+            yield f"{name}.width: got {model.width}, expected a multiple of 32: FCOS's heads have norms of 32 groups"
     for name, model in used.items():
         if model.norm == "frozen" and not (model.weights or model.backbone_weights):
             yield (

@@ -32,6 +32,9 @@ from .processes import Processes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Keys whose change leaves a resumed run as it was.
+HARMLESS = ("output:", "tasks:", "data.root:", "data.workers:", "training.keep_checkpoints:", "training.log_every:")
+
 
 class TrainingError(Exception):
     """A training that cannot go on."""
@@ -180,7 +183,8 @@ class Training:
                 f"data has {len(self.classes)} ({', '.join(self.classes[:5])}, ...)"
             )
         for line in differences(state["config"], as_values(self.config)):
-            self.log.say(f"warning: other than in the run so far: {line}")
+            if not line.startswith(HARMLESS):
+                self.log.say(f"warning: other than in the run so far: {line}")
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])

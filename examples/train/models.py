@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,9 @@ STAGES = {
     "mobilenet_v3_small": {"1": 16, "3": 24, "8": 48, "12": 576},
     "mobilenet_v3_large": {"3": 24, "6": 40, "12": 112, "16": 960},
 }
+DETECTORS = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+# Arguments of torchvision's classes that other keys of the configuration set.
+TAKEN = {"self", "backbone", "num_classes", "min_size", "max_size", "rpn_anchor_generator", "anchor_generator"}
 RESNET_STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")
 SCORES = ("roi_heads.box_predictor.cls_score.bias", "head.classification_head.cls_logits.bias")
 COUNTER = ".num_batches_tracked"  # absent where a norm was frozen; it changes nothing where momentum is set
@@ -51,15 +55,24 @@ def build_detector(
     Raises:
         ConfigError: ``arguments`` that torchvision's class does not take, anchor sizes of another number than levels.
     """
-    sizes = dict(min_size=min_size, max_size=max_size, _skip_resize=True)
-    backbone = _build_backbone(model)
-    build = {"faster_rcnn": _faster_rcnn, "retinanet": _retinanet, "fcos": _fcos}[model.detector]
     if model.anchor_sizes is not None and len(model.anchor_sizes) != 5:
         raise ConfigError(f"{name}.anchor_sizes: got {len(model.anchor_sizes)} sizes, expected 5, one for each level")
+    _check_arguments(model, f"{name}.arguments")
+    sizes = dict(min_size=min_size, max_size=max_size, _skip_resize=True)
+    build = {"faster_rcnn": _faster_rcnn, "retinanet": _retinanet, "fcos": _fcos}[model.detector]
     try:
-        return build(backbone, num_classes + 1, model.anchor_sizes, **sizes, **model.arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+        return build(_build_backbone(model), num_classes + 1, model.anchor_sizes, **sizes, **model.arguments)
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}.arguments: got {model.arguments}: {error}") from None
+
+
+def _check_arguments(model: ModelConfig, key: str) -> None:
+    """Refuse what torchvision's class would swallow: it hands unknown names to its transform, which ignores them."""
+    parameters = inspect.signature(DETECTORS[model.detector].__init__).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in TAKEN]
+    unknown = [argument for argument in model.arguments if argument not in known]
+    if unknown:
+        raise ConfigError(f"{key}: got {', '.join(map(repr, unknown))}, expected of {', '.join(known)}")
 
 
 def _build_backbone(model: ModelConfig) -> BackboneWithFPN:
