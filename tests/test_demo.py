@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-for module in ("torchvision", "pycocotools", "sklearn", "matplotlib", "rich", "tensorboard"):
+for module in ("torchvision", "pycocotools", "sklearn", "matplotlib", "rich", "tensorboard", "yaml"):
     pytest.importorskip(module)
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from examples.datasets import Findings  # noqa: E402
 from examples.demo import cli, digits, report  # noqa: E402
 from examples.demo.attention import LEVELS_SHOWN, draw_attention, most_crowded  # noqa: E402
 from examples.demo.data import DataError, Images  # noqa: E402
@@ -22,7 +23,7 @@ from examples.demo.digits import CLASSES, draw_scene, load_digit_scenes  # noqa:
 from examples.demo.distillation import build_distiller, features  # noqa: E402
 from examples.demo.evaluation import CocoScore, standard_error  # noqa: E402
 from examples.demo.training import Budget, batches, train  # noqa: E402
-from examples.demo.voc import load_voc, read_annotation  # noqa: E402
+from examples.demo.voc import load_voc  # noqa: E402
 
 CPU = torch.device("cpu")
 TERMS = {f"loss_fbkd_{term}" for term in ("feature", "channel", "spatial", "relation")}
@@ -129,7 +130,7 @@ def test_voc_counts_skips_and_clips(voc):
     assert data.train.boxes[0].tolist() == [[10, 20, 40, 60], [0, 0, 50, 50]]
     assert [labels.tolist() for labels in data.train.labels] == [[1, 2], [1], []]
     assert data.val.boxes[0].tolist() == [[0, 0, 100, 80]] * 2
-    assert "5 degenerate boxes skipped" in data.summary
+    assert "skipped: degenerate box (4), box outside (1); kept: no box (1), box clipped (1)" in data.summary
     assert "3 training and 1 validation images" in data.summary
 
 
@@ -167,31 +168,88 @@ def truncate(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-BROKEN = {
-    "no picture": (remove("JPEGImages/good.jpg"), "JPEGImages/good.jpg"),
-    "no annotation": (remove("Annotations/mixed.xml"), "Annotations/mixed.xml"),
-    "no list": (remove("ImageSets/Main/val.txt"), "ImageSets/Main/val.txt"),
-    "empty list": (write("ImageSets/Main/val.txt", b"\n"), "no val images"),
-    "list in another encoding": (write("ImageSets/Main/val.txt", b"\xff\xfe\x00"), "ImageSets/Main/val.txt"),
-    "no picture at all": (write("JPEGImages/good.jpg", b"not a picture"), "JPEGImages/good.jpg"),
-    "half a picture": (truncate, "JPEGImages/good.jpg"),
-    "half an annotation": (write("Annotations/good.xml", b"<annotation><object>"), "Annotations/good.xml"),
-    "odd encoding": (write("Annotations/good.xml", b'<?xml version="1.0" encoding="x"?><a/>'), "Annotations/good.xml"),
-    "no name": (write("Annotations/good.xml", b"<a><object><bndbox/></object></a>"), "object 1 has no name"),
-    "no box": (write("Annotations/good.xml", b"<a><object><name>n</name></object></a>"), "object 1 (n) has no bndbox"),
-    "no usable box": (write("Annotations/border.xml", b"<a/>"), "no usable box in the val images"),
+SKIPPED = {
+    "no picture": (remove("JPEGImages/good.jpg"), "JPEGImages/good.jpg", "labels without a picture"),
+    "no annotation": (remove("Annotations/good.xml"), "Annotations/good.xml", "picture without labels file"),
+    "no picture at all": (write("JPEGImages/good.jpg", b"not a picture"), "JPEGImages/good.jpg", "unreadable picture"),
+    "half a picture": (truncate, "JPEGImages/good.jpg", "truncated picture"),
+    "half an annotation": (
+        write("Annotations/good.xml", b"<annotation><object>"),
+        "Annotations/good.xml",
+        "broken XML",
+    ),
+    "odd encoding": (
+        write("Annotations/good.xml", b'<?xml version="1.0" encoding="x"?><a/>'),
+        "Annotations/good.xml",
+        "broken XML",
+    ),
+    "no name": (
+        write("Annotations/good.xml", b"<a><object><bndbox/></object></a>"),
+        "object 1 has no name",
+        "object without a name",
+    ),
+    "no box": (
+        write("Annotations/good.xml", b"<a><object><name>n</name></object></a>"),
+        "object 1 (n) has no bndbox",
+        "object without a box",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_voc_is_one_line_that_names_the_file(voc, case, tmp_path, capsys):
-    breaks, expected = BROKEN[case]
+@pytest.mark.parametrize("case", SKIPPED)
+def test_strict_stops_at_a_broken_file_in_one_line_that_names_it(voc, case, tmp_path, capsys):
+    breaks, expected, kind = SKIPPED[case]
+    for stem in ("mixed", "empty"):
+        write_entry(voc, stem, [GOOD])
+    breaks(voc)
+    status = cli.main(["--data", str(voc), "--output", str(tmp_path / "out"), "--image-size", "64", "--strict"])
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert expected in message and kind in message and str(voc) in message
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_broken_file_is_counted_and_left_out(voc, case):
+    breaks, _, kind = SKIPPED[case]
+    breaks(voc)
+    findings = Findings()
+    data = load_voc(voc, 100, 10, 10, findings=findings)
+    left_out = 0 if "object" in kind else 1  # a picture whose only object is unreadable stays as background
+    assert [len(boxes) for boxes in data.train.boxes] == [0, 1, 0][left_out:]
+    assert findings.counts()[kind] == 1 and f"{kind} (1)" in data.summary
+
+
+FATAL = {
+    "no list": (remove("ImageSets/Main/val.txt"), "ImageSets/Main/val.txt"),
+    "empty list": (write("ImageSets/Main/val.txt", b"\n"), "no val images"),
+    "list in another encoding": (write("ImageSets/Main/val.txt", b"\xff\xfe\x00"), "ImageSets/Main/val.txt"),
+    "no usable box": (write("Annotations/border.xml", b"<a/>"), "no usable box in the val images"),
+    "no picture left": (remove("JPEGImages/border.jpg"), "no usable picture of val"),
+}
+
+
+@pytest.mark.parametrize("case", FATAL)
+def test_nothing_left_is_one_line_that_names_the_set(voc, case, tmp_path, capsys):
+    breaks, expected = FATAL[case]
     breaks(voc)
     status = cli.main(["--data", str(voc), "--output", str(tmp_path / "out"), "--image-size", "64"])
     message = capsys.readouterr().err
     assert status == 2
     assert message.startswith("error: ") and message.count("\n") == 1
     assert expected in message and str(voc) in message
+    assert "degenerate box" in (tmp_path / "out" / "findings.csv").read_text()
+
+
+def test_run_prints_and_writes_the_findings(voc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *arguments: 1 / 0)
+    truncate(voc)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--data", str(voc), "--output", str(tmp_path / "out"), "--image-size", "64"])
+    assert "truncated picture (1)" in capsys.readouterr().out
+    with (tmp_path / "out" / "findings.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "truncated picture"]
+    assert [(row["effect"], row["file"]) for row in rows] == [("skipped", str(voc / "JPEGImages" / "good.jpg"))]
 
 
 def test_missing_voc_folder_is_one_line(tmp_path, capsys):
@@ -199,10 +257,11 @@ def test_missing_voc_folder_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: no such folder: {tmp_path / 'nowhere'}\n"
 
 
-def test_infinite_coordinates_are_degenerate(tmp_path):
-    write_entry(tmp_path, "odd", [("cell", "nan", 1, 5, 5), ("cell", 1, 1, "inf", 5), GOOD])
-    found = read_annotation(tmp_path / "Annotations" / "odd.xml", 100, 80)
-    assert (len(found.boxes), found.skipped) == (1, 2)
+def test_infinite_coordinates_are_degenerate(voc):
+    write_entry(voc, "good", [("cell", "nan", 1, 5, 5), ("cell", 1, 1, "inf", 5), GOOD])
+    findings = Findings()
+    data = load_voc(voc, 100, 1, 1, findings=findings)
+    assert (len(data.train.boxes[0]), findings.counts()["degenerate box"]) == (1, 2)
 
 
 # Evaluation and report
@@ -495,6 +554,7 @@ def test_zero_boxes_can_be_trained_on():
 
 def test_data_errors_are_raised_before_any_training(voc, monkeypatch):
     """A broken last validation file must not cost a training first."""
+    write_lists(voc, train=["good"])
     (voc / "JPEGImages" / "border.jpg").unlink()
     with pytest.raises(DataError, match="border.jpg"):
-        load_voc(voc, 64, 10, 10)
+        load_voc(voc, 64, 10, 10, findings=Findings(strict=True))

@@ -98,7 +98,7 @@ def test_a_run_leaves_its_logs(finished):
     folder = finished / "distilled"
     steps = CsvLog(folder / "steps.csv").rows()
     assert [row["step"] for row in steps] == ["1", "2", "3", "4"]
-    assert TERMS < steps[0].keys() and all(float(row["loss_fbkd_relation"]) > 0 for row in steps)
+    assert steps[0].keys() > TERMS and all(float(row["loss_fbkd_relation"]) > 0 for row in steps)
     total = sum(float(steps[0][name]) for name in steps[0] if name.startswith("loss_"))
     assert total == pytest.approx(float(steps[0]["loss"]), rel=1e-4)
     assert float(steps[0]["learning_rate"]) == pytest.approx(0.005 * 0.001)
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished, capsys):
     output = place / "killed"
     weights = f"teacher.weights={finished / 'teacher' / 'model.pth'}"
     arguments = [str(place / "config.yaml"), f"output={output}", "tasks=[distilled]", "device=cpu", weights]
-    # Four batches are an epoch, two an update: the seventh is in the middle of the second epoch, after its first update.
+    # Four batches are an epoch, two an update: the seventh is after the first update of the second epoch.
     done = subprocess.run(
         [sys.executable, HERE / "train_killed.py", "7", *arguments],
         env=environment(),

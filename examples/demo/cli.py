@@ -16,6 +16,7 @@ from torch import nn
 
 from fbkd_ops import PRESETS
 
+from ..datasets import FORMATS, Findings
 from . import report
 from .attention import draw_attention
 from .data import DataError, DetectionData, Track
@@ -27,6 +28,7 @@ from .training import Budget, TrainingError, train
 from .voc import load_voc
 
 SMALLEST_IMAGE = 64
+FINDINGS = "findings.csv"
 DESCRIPTION = "Train a teacher, a plain student and a distilled student on real pixels, and compare their COCO AP."
 
 
@@ -79,7 +81,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked; wrong ones end the program with status 2."""
     parser = OneLineParser(prog="python -m examples.demo", description=DESCRIPTION)
     add = parser.add_argument
-    add("--data", type=Path, metavar="PATH", help="a Pascal VOC folder instead of the embedded digit scenes")
+    add("--data", type=Path, metavar="PATH", help="a VOC, COCO or YOLO set instead of the embedded digit scenes")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of --data (%(default)s: by what is in it)")
+    add("--annotations", metavar="DIR", help="folder of XML files below --data, where its name is no usual one")
+    add("--images", metavar="DIR", help="folder of pictures below --data, where its name is no usual one")
+    add("--strict", action="store_true", help="stop at the first file of --data that cannot be used")
     add("--train-images", type=at_least(1), default=1000, help="at most so many pictures to train on (%(default)s)")
     add("--val-images", type=at_least(1), default=200, help="at most so many pictures to validate on (%(default)s)")
     add("--image-size", type=at_least(SMALLEST_IMAGE), default=128, help="pixels of the longer side (%(default)s)")
@@ -125,9 +131,19 @@ class Demo:
     def _load_data(self) -> DetectionData:
         options, show = self.options, self._track("reading pictures")
         size = (options.image_size, options.train_images, options.val_images)
-        data = load_voc(options.data, *size, show) if options.data else load_digit_scenes(*size, show)
-        self.console.print(data.summary, highlight=False, soft_wrap=True)
+        data = self._load_files(*size, show) if options.data else load_digit_scenes(*size, show)
+        self.console.print(data.summary, markup=False, highlight=False, soft_wrap=True)
         return data
+
+    def _load_files(self, longest: int, train_images: int, val_images: int, show: Track) -> DetectionData:
+        """Read --data, and write what is wrong with its files also where nothing is left to train on."""
+        options, findings = self.options, Findings(self.options.strict)
+        folders = {"format": options.format, "annotations": options.annotations, "images": options.images}
+        try:
+            return load_voc(options.data, longest, train_images, val_images, show, findings, **folders)
+        finally:
+            findings.write(options.output / FINDINGS)
+            self.console.print(f"wrote {options.output / FINDINGS}", markup=False, highlight=False, soft_wrap=True)
 
     def _track(self, description: str, total: int | None = None) -> Track:
         return lambda items: track(items, f"{description:28}", total, console=self.console)

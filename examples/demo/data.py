@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,17 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Target = dict[str, Tensor]
+from ..datasets import SPLIT_SEED, SPLITS, VAL_FRACTION, DataError, Target, Track
+
+__all__ = ["SPLITS", "SPLIT_SEED", "VAL_FRACTION", "DataError", "DetectionData", "Images", "Sample", "Target", "Track"]
+
 Sample = tuple[Tensor, Target]
-Track = Callable[[Iterable[Any]], Iterable[Any]]
-
-SPLITS = ("train", "val")
-SPLIT_SEED = 2021  # The split is part of the data: --seed does not move it.
-VAL_FRACTION = 0.2
-
-
-class DataError(Exception):
-    """A data set that cannot be used; the message is one line that names the file or folder at fault."""
 
 
 @dataclass

@@ -1,103 +1,17 @@
-"""Pascal VOC folders: ``Annotations/*.xml``, ``JPEGImages/*`` and, where present, lists in ``ImageSets/Main``."""
+"""Folders of pictures with boxes, read by :mod:`examples.datasets` and held in memory at the demo's size."""
 
 from __future__ import annotations
 
-import math
-import random
-import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from .data import SPLIT_SEED, SPLITS, VAL_FRACTION, DataError, DetectionData, Images, Track
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-
-
-@dataclass
-class Annotation:
-    """One picture's boxes that can be used, in pixels from 0, their classes, and how many boxes could not be used."""
-
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    skipped: int = 0
-
-
-def unreadable(path: Path, reason: object) -> DataError:
-    """The error that names `path` and gives the first line of the reason."""
-    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return DataError(f"cannot read {path}: {text.splitlines()[0]}")
-
-
-def read_annotation(path: Path, width: int, height: int) -> Annotation:
-    """Read a VOC file for a picture of ``width × height`` pixels.
-
-    VOC counts pixels from 1 and includes the last one, so only the near edges are shifted. Boxes are clipped to the
-    picture; those without area, before or after, are counted and not kept.
-    """
-    try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-        raise unreadable(path, error) from error
-    found = Annotation()
-    for number, item in enumerate(objects, start=1):
-        name = (item.findtext("name") or "").strip()
-        if not name:
-            raise unreadable(path, f"object {number} has no name")
-        try:
-            edges = [float(item.findtext(f"bndbox/{edge}", "")) for edge in ("xmin", "ymin", "xmax", "ymax")]
-        except ValueError as error:
-            raise unreadable(path, f"object {number} ({name}) has no bndbox of four numbers") from error
-        left, top = max(edges[0] - 1, 0.0), max(edges[1] - 1, 0.0)
-        right, bottom = min(edges[2], float(width)), min(edges[3], float(height))
-        has_area = edges[0] < edges[2] and edges[1] < edges[3] and left < right and top < bottom
-        if has_area and all(map(math.isfinite, edges)):
-            found.boxes.append((left, top, right, bottom))
-            found.names.append(name)
-        else:
-            found.skipped += 1
-    return found
-
-
-def read_picture(folder: Path, stem: str) -> Image.Image:
-    """The picture called `stem`, whatever its format."""
-    candidates = [folder / (stem + suffix) for suffix in IMAGE_SUFFIXES]
-    path = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise unreadable(path, error) from error
-
-
-def read_list(path: Path) -> list[str]:
-    """The first word of each line that has one."""
-    try:
-        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
-def split_stems(root: Path) -> dict[str, list[str]]:
-    """File stems of both splits: the folder's own lists, or a fixed shuffle of all annotations where it has none."""
-    for folder in (root, root / "Annotations", root / "JPEGImages"):
-        if not folder.is_dir():
-            raise DataError(f"no such folder: {folder}")
-    origin = root / "ImageSets" / "Main"
-    if origin.is_dir():
-        stems = {split: read_list(origin / f"{split}.txt") for split in SPLITS}
-    else:
-        origin = root / "Annotations"
-        shuffled = sorted(path.stem for path in origin.glob("*.xml"))
-        random.Random(SPLIT_SEED).shuffle(shuffled)
-        held_out = math.ceil(len(shuffled) * VAL_FRACTION)
-        stems = {"train": shuffled[held_out:], "val": shuffled[:held_out]}
-    for split in SPLITS:
-        if not stems[split]:
-            raise DataError(f"no {split} images are listed in {origin}")
-    return stems
+from ..datasets import DetectionSet, Findings, Picture, PictureError, load_picture, read_set
+from .data import SPLITS, DataError, DetectionData, Images, Track
 
 
 def resized(picture: Image.Image, boxes: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,28 +21,67 @@ def resized(picture: Image.Image, boxes: torch.Tensor, longest: int) -> tuple[to
     return pil_to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR)), boxes * factors
 
 
-def load_voc(root: Path, longest: int, train_images: int, val_images: int, track: Track = iter) -> DetectionData:
+def load_voc(
+    root: Path,
+    longest: int,
+    train_images: int,
+    val_images: int,
+    track: Track = iter,
+    findings: Findings | None = None,
+    format: str = "voc",
+    **folders: Any,
+) -> DetectionData:
     """Read at most so many images of each split, all of them now, so that a broken file shows before any training.
 
-    `track` wraps the loop over files, for a progress bar.
+    Args:
+        track: wraps the loop over files, for a progress bar.
+        findings: what is wrong with the files is added; a file that cannot be used is left out.
+        format: ``"voc"``, or another one of :func:`examples.datasets.read_set`, which also takes `folders`.
     """
-    listed, read = split_stems(root), []
-    stems = {"train": listed["train"][:train_images], "val": listed["val"][:val_images]}
-    for split, stem in track([(each, stem) for each in SPLITS for stem in stems[each]]):
-        picture = read_picture(root / "JPEGImages", stem)
-        found = read_annotation(root / "Annotations" / f"{stem}.xml", *picture.size)
-        boxes = torch.tensor(found.boxes, dtype=torch.float32).reshape(-1, 4)
-        read.append((split, *resized(picture, boxes, longest), found))
-    classes = tuple(sorted({name for *_, found in read for name in found.names}))
-    sets = {split: Images() for split in SPLITS}
-    for split, pixels, boxes, found in read:
-        sets[split].add(pixels, boxes, [classes.index(name) + 1 for name in found.names])
+    findings = Findings() if findings is None else findings
+    sets: dict[str, DetectionSet] = {}
+    for split, limit in zip(SPLITS, (train_images, val_images), strict=True):
+        classes = sets["train"].classes if sets else None
+        # All pixels are read below, once.
+        sets[split] = read_set(
+            root, split, format=format, classes=classes, findings=findings, limit=limit, check=False, **folders
+        )
+    pictures = [(split, picture) for split in SPLITS for picture in sets[split].pictures]
+    read = [(split, *loaded) for split, picture in track(pictures) if (loaded := _load(picture, longest, findings))]
+    return _combined(root, sets, read, findings)
+
+
+def _load(picture: Picture, longest: int, findings: Findings) -> tuple[Picture, torch.Tensor, torch.Tensor] | None:
+    """The picture with its pixels and boxes at the demo's size; None where its file is damaged."""
+    try:
+        return picture, *resized(load_picture(picture.path), picture.boxes, longest)
+    except PictureError as error:
+        findings.skip(error.kind, error.path, error.detail)
+        return None
+
+
+def _combined(
+    root: Path,
+    sets: dict[str, DetectionSet],
+    read: list[tuple[str, Picture, torch.Tensor, torch.Tensor]],
+    findings: Findings,
+) -> DetectionData:
+    """Both splits over the classes that occur in them, by name."""
+    names, found = sets["train"].classes, sets["train"].format
+    # A crowd's box is around many objects; VOC's difficult ones are single objects, and stay.
+    kept = [picture.crowd.logical_not() if found == "coco" else picture.crowd | True for _, picture, *_ in read]
+    labels = [picture.labels[keep].tolist() for (_, picture, *_), keep in zip(read, kept, strict=True)]
+    classes = tuple(sorted({names[label - 1] for label in itertools.chain(*labels)}))
+    images = {split: Images() for split in SPLITS}
+    for (split, picture, pixels, boxes), keep, numbers in zip(read, kept, labels, strict=True):
+        images[split].add(pixels, boxes[keep], [classes.index(names[number - 1]) + 1 for number in numbers])
+        if not keep.all():
+            findings.note("crowd left out", picture.path, f"{keep.logical_not().sum()} boxes")
     for split in SPLITS:
-        if not any(map(len, sets[split].labels)):
-            raise DataError(f"no usable box in the {split} images of {root}")
-    skipped = sum(found.skipped for *_, found in read)
+        if not any(map(len, images[split].labels)):
+            raise DataError(f"no usable box in the {split} images of {root} ({findings.summary()})")
     summary = (
-        f"{root}: {len(sets['train'])} training and {len(sets['val'])} validation images, {len(classes)} classes, "
-        f"{skipped} degenerate {'box' if skipped == 1 else 'boxes'} skipped"
+        f"{root}: {len(images['train'])} training and {len(images['val'])} validation images, {len(classes)} classes, "
+        f"format {found}; {findings.summary()}"
     )
-    return DetectionData(sets["train"], sets["val"], classes, summary)
+    return DetectionData(images["train"], images["val"], classes, summary)

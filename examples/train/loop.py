@@ -128,7 +128,9 @@ class Training:
             self.ema = AveragedModel(self.detector, multi_avg_fn=average, use_buffers=True)
         is_distilled = isinstance(self.module, Distiller)
         # `sync_batch_norm` is about the blocks of the loss; the detector's norms have been converted above.
-        self.parallel = distributed.data_parallel(self.module, sync_batch_norm=training.sync_batch_norm and is_distilled)
+        self.parallel = distributed.data_parallel(
+            self.module, sync_batch_norm=training.sync_batch_norm and is_distilled
+        )
 
     @property
     def scored(self) -> nn.Module:
