@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from . import functional, integrations, reference, visualize
 from ._earlier_paths import register_earlier_paths
-from ._warnings import TeacherImagesWarning
+from ._warnings import TeacherImagesWarning, UntrainedTeacherWarning
 from .backends import use_backend
 from .loss import FBKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
@@ -34,6 +34,7 @@ __all__ = [
     "PRESETS",
     "Renormalize",
     "TeacherImagesWarning",
+    "UntrainedTeacherWarning",
     "distributed",
     "functional",
     "inherit",

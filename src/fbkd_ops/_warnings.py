@@ -3,8 +3,8 @@
 An ``FBKDLoss`` and a ``Distiller`` warn of features, terms and parameters with which nothing is learned. A loss refuses
 layers that it could not use as they are.
 
-None of it waits for a GPU, but for one look at the sizes in a distiller's first step, and none of it is part of a
-compiled graph. Copies and pickles of a watch start anew.
+None of it waits for a GPU, but for looks at the teacher and the sizes in a distiller's first step, and none of it is
+part of a compiled graph. Copies and pickles of a watch start anew.
 """
 
 import math
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ._numerics import is_fake
 from ._validation import check_layer, check_same_device
@@ -28,6 +30,7 @@ __all__ = [
     "SizeWatch",
     "TeacherImagesWarning",
     "TeacherWatch",
+    "UntrainedTeacherWarning",
     "UpdateWatch",
     "can_watch",
 ]
@@ -35,6 +38,10 @@ __all__ = [
 
 class TeacherImagesWarning(UserWarning):
     """The teacher is given images that are normalised otherwise than those with which it was trained."""
+
+
+class UntrainedTeacherWarning(UserWarning):
+    """The teacher's BatchNorms have seen no image, so it was never trained, or its weights were not loaded."""
 
 
 def can_watch(tensor: Tensor) -> bool:
@@ -273,16 +280,24 @@ class TeacherWatch(_Watch):
     def __init__(self):
         self.looked = False
 
-    def see(self, find_difference: Callable[[], str | None]) -> None:
-        """Look once, outside of compiled graphs.
+    def see(self, teacher: nn.Module, find_difference: Callable[[], str | None]) -> None:
+        """Look once, outside of compiled graphs. A GPU is waited for once where the teacher is trained.
 
         Args:
+            teacher: whose BatchNorms are looked at.
             find_difference: returns how the images that the teacher is given and those that it was trained with
                 differ, in words; None where they do not.
         """
         if torch.compiler.is_compiling():
             return
+        norms: list[Any] = [
+            each for each in teacher.modules() if isinstance(each, _BatchNorm) and _has_statistics(each)
+        ]
+        if norms and not can_watch(norms[0].running_mean):
+            return
         self.looked = True
+        if norms and all(map(_is_untouched, norms)):
+            self._warn_of_weights(norms)
         difference = find_difference()
         if difference is not None:
             warnings.warn(
@@ -292,6 +307,36 @@ class TeacherWatch(_Watch):
                 "category=fbkd_ops.TeacherImagesWarning) if the images are right as they are (said once)",
                 TeacherImagesWarning,
             )
+
+    def _warn_of_weights(self, norms: list[Any]) -> None:
+        are_new = all(_has_first_weights(norm) for norm in norms)
+        support = ", and their weights are ones and zeros, as in a new model" if are_new else ""
+        warnings.warn(
+            f"the teacher was never trained: its {len(norms)} BatchNorms have seen no image (running_mean is 0, "
+            f"running_var 1){support}, so the student would learn from random features. Load the teacher's weights "
+            "before it is given away: teacher.load_state_dict(torch.load(...)), and look at what it returns with "
+            "strict=False; warnings.filterwarnings('ignore', category=fbkd_ops.UntrainedTeacherWarning) if that is "
+            "meant (said once)",
+            UntrainedTeacherWarning,
+        )
+
+
+def _has_statistics(norm: Any) -> bool:
+    return norm.running_mean is not None and not is_lazy(norm.running_mean)
+
+
+def _is_untouched(norm: Any) -> bool:
+    """Whether the running statistics are those of a new BatchNorm. Frozen ones of a trained model have others."""
+    seen = norm.num_batches_tracked
+    is_first = (norm.running_mean == 0).all() & (norm.running_var == 1).all()
+    return bool(is_first if seen is None else is_first & (seen == 0).to(is_first.device))
+
+
+def _has_first_weights(norm: Any) -> bool:
+    """Whether weights and biases are such as models are initialised with; the last norms of residual blocks have 0."""
+    if norm.weight is None:
+        return True
+    return bool(((norm.weight == 0) | (norm.weight == 1)).all() & (norm.bias == 0).all())
 
 
 class BackwardWatch(_Watch):

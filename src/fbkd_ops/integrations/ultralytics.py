@@ -12,6 +12,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import RANK
 
+from .._warnings import TeacherWatch
 from ..loss import FBKDLoss
 from ..training.feature_tap import FeatureTap, Layer, unwrapped
 from ..training.pairing import check_apart
@@ -73,6 +74,7 @@ class FBKDTrainer(DetectionTrainer):
 
     Warns:
         UserWarning: a teacher from a YAML, which has no trained weights.
+        UntrainedTeacherWarning: a model none of whose BatchNorms has seen an image.
 
     Example:
         >>> trainer = functools.partial(FBKDTrainer, teacher="yolo11m.pt")
@@ -88,7 +90,7 @@ class FBKDTrainer(DetectionTrainer):
     def __init__(self, *args: Any, teacher: Teacher, loss: dict[str, Any] | None = None, **arguments: Any):
         if not isinstance(teacher, (str, Path, nn.Module)):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
-        if isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".yaml", ".yml"):
+        if _is_yaml(teacher):
             warnings.warn(
                 f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
                 "random one: give a checkpoint, or a model that has its weights"
@@ -111,6 +113,8 @@ class FBKDTrainer(DetectionTrainer):
         checkpoint = super().setup_model()
         self.teacher = _model_of(self._given_teacher).float().eval().requires_grad_(False).to(self.device)
         check_apart(unwrapped(self.model), unwrapped(self.teacher))
+        if not _is_yaml(self._given_teacher):  # which is warned of already
+            TeacherWatch().see(self.teacher, lambda: None)
         self._teacher_channels = _checked_channels(self.teacher, self.model)
         widths = _widths(self.model, self.teacher)
         self.fbkd = FBKDLoss(**(widths | self.loss_arguments)).to(self.device)
@@ -189,6 +193,11 @@ class FBKDTrainer(DetectionTrainer):
                 f"{path} is missing: the loss's weights, which FBKDTrainer saved with the checkpoint"
             )
         self.fbkd.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
+
+
+def _is_yaml(teacher: Teacher) -> bool:
+    """Whether a teacher is built anew, without weights."""
+    return isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".yaml", ".yml")
 
 
 def _short(name: str) -> str:

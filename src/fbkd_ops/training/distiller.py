@@ -226,6 +226,7 @@ class Distiller(StudentAttributes, nn.Module):
         Warns:
             UserWarning: once each, if somebody put the teacher into training mode or left the student in eval mode, or
                 if no backward pass of the terms came in ten training forwards.
+            UntrainedTeacherWarning: at the first training step, if no BatchNorm of the teacher has seen an image.
             TeacherImagesWarning: at the first training step, if the teacher is given images that are normalised
                 otherwise than its own settings say.
         """
@@ -233,7 +234,7 @@ class Distiller(StudentAttributes, nn.Module):
             return self.student(*args, **kwargs)
         self._check_student_mode()
         if not self._teacher_watch.looked:
-            self._teacher_watch.see(self._difference_of_images)
+            self._teacher_watch.see(self.teacher, self._difference_of_images)
         weight = self.step_weight()
         if self.share is not None and self.share.is_waiting():
             self.share.collect()
