@@ -19,12 +19,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_model_tables, plots, results, tables  # noqa: E402
 from benchmarks.results import Report  # noqa: E402
+from benchmarks.study import tables as study_tables  # noqa: E402
 from benchmarks.tables import table  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
+STUDY, PILOT = "cpu-study.csv", "cpu-study-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
@@ -312,6 +314,37 @@ def mutants() -> str:
         survivors = ", ".join(f"`{name}`" for name in run["survivors"]) or "none"
         rows.append([run["revision"], *counts, survivors, str(run["minutes"])])
     return table(["revision", *runs[0]["groups"], "survived", "minutes"], rows)
+
+
+def study_pilot() -> str:
+    """What was tried to find the study's budget."""
+    report = report_of(PILOT)
+    if report is None:
+        return NOT_YET
+    rows = [
+        [
+            "" if row.arm == "teacher" else str(row.changes).split("steps")[0].partition("=")[2].strip(),
+            f"`{row.arm}`",
+            str(row.steps),
+            f"{row.ap:.3f}",
+            f"{row.seconds:.0f}",
+            "" if math.isnan(row.share_p50) else f"{row.share_p50:.2f} ({row.share_p10:.2f} to {row.share_p90:.2f})",
+        ]
+        for row in report.rows.itertuples()
+    ]
+    header = ["pictures", "arm", "steps", "AP", "CPU s", "measured share, second half: median (10 % to 90 %)"]
+    return table(header, rows)
+
+
+def study() -> str:
+    """Every arm beside the baselines, one table a setting."""
+    report = report_of(STUDY)
+    if report is None:
+        return NOT_YET
+    parts = []
+    for name, rows in report.rows.groupby("setting", sort=False):
+        parts.append(f"**{name}**, teacher {study_tables.teacher_score(rows)} AP:\n\n{study_tables.arms_table(rows)}")
+    return "\n\n".join(parts)
 
 
 def frameworks() -> str:
