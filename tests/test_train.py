@@ -153,6 +153,8 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished, capsys):
     assert len(CsvLog(output / "distilled/steps.csv").rows()) == 3
     assert cli.main(arguments) == 2, "not over the run that is there"
     assert "--resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "optimizer.momentum=0.5"]) == 2
+    assert "optimizer.momentum: 0.9 -> 0.5: a resumed run keeps its optimizer" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
     assert "1 of 2 epochs are done" in capsys.readouterr().out
     first, second = (newest(folder / "distilled") for folder in (finished, output))
@@ -179,14 +181,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """The kernel itself refuses to write more than so many bytes to a file."""
     kept = checkpoints.Checkpoints(tmp_path, keep=1)
     kept.save({"epoch": 1, "weights": torch.zeros(10)})
+    model = tmp_path / "model.pth"
+    checkpoints.write_atomically(model, torch.ones(3))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(checkpoints.DiskError, match="epoch-00002.pth"):
             kept.save({"epoch": 2, "weights": torch.zeros(100_000)})
+        with pytest.raises(checkpoints.DiskError, match="model.pth"):
+            checkpoints.write_atomically(model, torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00001.pth", "model.pth"]
+    assert torch.equal(torch.load(model), torch.ones(3))
     assert kept.load()[1]["epoch"] == 1
 
 
@@ -224,6 +231,15 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(place, finished, tmp_pat
     batch = torch.load(folder / "batch.pth", weights_only=True)
     assert len(batch["files"]) == len(batch["images"]) == 4
     assert (folder / f"0-{Path(batch['files'][0]).name}").read_bytes() == Path(batch["files"][0]).read_bytes()
+
+
+def test_what_the_loss_refuses_is_one_line(place, finished, tmp_path, capsys):
+    """A batch norm of one picture whose smallest map is one pixel."""
+    arguments = [str(place / "config.yaml"), f"output={tmp_path}", "tasks=[distilled]", "device=cpu"]
+    weights = f"teacher.weights={finished / 'teacher' / 'model.pth'}"
+    assert cli.main([*arguments, weights, "training.accumulate=4"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: distilled, step 1: student_features['pool']") and message.count("\n") == 1
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="one of the tests of make test-all")

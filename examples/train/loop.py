@@ -35,6 +35,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 # Keys whose change leaves a resumed run as it was.
 HARMLESS = ("output:", "tasks:", "data.root:", "data.workers:", "training.keep_checkpoints:", "training.log_every:")
 
+# What the optimizer's checkpoint brings back, whatever the configuration says.
+FIXED = tuple(f"optimizer.{name}:" for name in ("name", "learning_rate", "momentum", "weight_decay"))
+
 
 class TrainingError(Exception):
     """A training that cannot go on."""
@@ -185,6 +188,8 @@ class Training:
                 f"data has {len(self.classes)} ({', '.join(self.classes[:5])}, ...)"
             )
         for line in differences(state["config"], as_values(self.config)):
+            if line.startswith(FIXED):
+                raise ConfigError(f"{line}: a resumed run keeps its optimizer; start anew in another output=FOLDER")
             if not line.startswith(HARMLESS):
                 self.log.say(f"warning: other than in the run so far: {line}")
         try:
@@ -267,13 +272,19 @@ class Training:
         with waits:
             precision = PRECISIONS[training.precision]
             with torch.autocast(device.type, precision, enabled=training.precision != "float32"):
-                losses = self.parallel(moved.images, moved.targets)
+                losses = self._forward(moved)
                 total = sum(losses.values())
             own = torch.stack([loss.detach().float() for loss in losses.values()])
             values = dict(zip(losses, self.processes.mean(own.clone()).tolist(), strict=True))
             self._check_losses(values, own.tolist(), batch)
             self.scaler.scale(total / training.accumulate).backward()
         return values
+
+    def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        try:
+            return self.parallel(batch.images, batch.targets)
+        except ValueError as error:  # maps that differ in size, a norm of a single value, ...
+            raise TrainingError(f"{self.task}, step {self.update + 1}: {error}") from error
 
     def _check_losses(self, values: Mapping[str, float], own: list[float], batch: Batch) -> None:
         """Stop where a term is not finite on any process; each whose own is not leaves its batch in the folder."""
