@@ -8,6 +8,7 @@ from typing import Any
 
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class FBKDDetector(Distiller, BaseModel):
         data_preprocessor: a config or a built one; the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
             ``teacher_input``, ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``,
-            ``warmup_steps``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine`` and
-            ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
+            ``warmup_steps``, ``decay``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine``,
+            ``total_steps``, by default the runner's ``max_iters`` where a schedule needs it, and ``total``, None by
+            default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
@@ -120,6 +122,12 @@ class FBKDDetector(Distiller, BaseModel):
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
         return super().forward(inputs, data_samples, mode=mode)
+
+    def step_weight(self) -> float:
+        if self._schedule().needs_length:
+            # RuntimeInfoHook, one of the runner's own hooks, leaves it there as a training begins.
+            self.total_steps = MessageHub.get_current_instance().get_info("max_iters")
+        return super().step_weight()
 
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""
