@@ -114,6 +114,9 @@ class FBKDDetector(Distiller, BaseModel):
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
         """Return the student's losses and the terms in ``mode="loss"``, in training; else the student's output.
 
+        With a schedule or ``gradient_share`` the losses come with ``fbkd_weight``, which the terms were multiplied
+        with, and ``fbkd_gradient_share``: MMEngine logs them, and adds up only what has "loss" in its name.
+
         Args:
             inputs: images ``(N, C, H, W)``, preprocessed.
             data_samples: their annotations.
@@ -121,7 +124,12 @@ class FBKDDetector(Distiller, BaseModel):
         """
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
-        return super().forward(inputs, data_samples, mode=mode)
+        if not self.training or (self.share is None and self._schedule().is_constant):
+            return super().forward(inputs, data_samples, mode=mode)
+        self._collect_share()  # before the weight is read: this is the one that the step has
+        weights = self.weights()
+        losses = super().forward(inputs, data_samples, mode=mode)
+        return {**losses, **weights} if isinstance(losses, Mapping) else losses
 
     def step_weight(self) -> float:
         if self._schedule().needs_length:

@@ -260,8 +260,7 @@ class Distiller(StudentAttributes, nn.Module):
         if not self._teacher_watch.looked:
             self._teacher_watch.see(self.teacher, self._difference_of_images)
         weight = self.step_weight()
-        if self.share is not None and self.share.is_waiting():
-            self.share.collect()
+        self._collect_share()
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
             self._student_tap.clear()
@@ -279,6 +278,11 @@ class Distiller(StudentAttributes, nn.Module):
         if self.combine is not None:
             return self.combine(output, terms)
         return add_terms(output, terms, self.total, self._student_learns())
+
+    def _collect_share(self) -> None:
+        """Take in what the last backward pass has measured, once."""
+        if self.share is not None and self.share.is_waiting():
+            self.share.collect()
 
     def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
         """Return the student's output, and the terms times ``weight``."""
