@@ -486,3 +486,63 @@ def test_modes_and_statistics_stay_as_they_are():
     assert {name: module.training for name, module in student.named_modules()} == modes
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
+@pytest.fixture
+def recorded(framework):
+    """The length that a runner would leave for its model."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub.get_current_instance()
+    before = hub.get_info("max_iters")
+    hub.update_info("max_iters", 4)
+    yield hub
+    hub.update_info("max_iters", before)
+
+
+def test_a_schedule_takes_the_runners_length_and_the_weights_are_logged(tmp_path, teacher_ckpt):
+    from mmengine.runner import Runner
+
+    student, teacher = retinanet(18), retinanet(34, 24)
+    model = dict(type="FBKDDetector", student=student, teacher=teacher, teacher_ckpt=teacher_ckpt, loss=LOSS)
+    model |= dict(decay="cosine", stop_step=0.75, gradient_share=0.2, share_every=1)
+    run = Runner(model=model, default_scope="mmdet", **training(tmp_path))
+    run.train()
+    assert (run.model.total_steps, run.model.step) == (4, 4)
+    logged = {
+        name: run.message_hub.get_scalar(f"train/{name}").data[0]
+        for name in ("fbkd_weight", "fbkd_gradient_share", "loss_fbkd_feature")
+    }
+    weights, shares, features = logged.values()
+    assert weights[0] == pytest.approx(1e-3) and shares[0] == 0 and min(shares[1:]) > 0
+    assert weights[1] == pytest.approx(0.75 * 0.2 * 1e-3 / shares[1], rel=1e-3)
+    assert weights[3] == features[3] == 0 < features[0]
+
+
+def test_the_weights_are_in_no_loss(recorded):
+    model = detector(decay="cosine", weight=0.5)
+    losses = model(**batch(model), mode="loss")
+    assert model.total_steps == 4 and losses["fbkd_weight"] == 0.5
+    total, log = model.parse_losses(losses)
+    torch.testing.assert_close(total, model.parse_losses({k: v for k, v in losses.items() if k != "fbkd_weight"})[0])
+    assert log["fbkd_weight"] == 0.5
+
+
+def test_images_of_another_preprocessor_are_warned_of():
+    from fbkd_ops import Renormalize, TeacherImagesWarning
+
+    other = retinanet(34, 24)
+    other["data_preprocessor"] = other["data_preprocessor"] | dict(mean=[0.0] * 3, std=[255.0] * 3)
+    model = detector(teacher=build(other))
+    with pytest.warns(TeacherImagesWarning, match=r"mean \(127, .*trained with mean \(0, .*teacher_input="):
+        model(**batch(model), mode="loss")
+    pairs = dict(student=([127.0] * 3, [64.0] * 3), teacher=([0.0] * 3, [255.0] * 3))
+    silent = [
+        detector(teacher=build(other), data_preprocessor=other["data_preprocessor"]),
+        detector(teacher=build(other), teacher_input=pairs),
+    ]
+    assert isinstance(silent[1].teacher_input, Renormalize)
+    for each in silent:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TeacherImagesWarning)
+            each(**batch(each), mode="loss")

@@ -520,3 +520,132 @@ def exact_share(distiller, batch) -> float:
         for value, maps in ((terms, branches["loss"]), (output["loss"], branches["head"]))
     ]
     return float(pulls[0] / pulls[1])
+
+
+WEIGHTED = dict(gradient_share=0.2, share_every=1, decay="cosine", stop_step=0.75)
+
+
+class Weights:
+    """What a run logs of each batch, and how often the teacher ran."""
+
+    def __init__(self):
+        self.rows, self.totals, self.teacher_calls = [], [], 0
+
+    def callbacks(self, **others) -> dict:
+        return dict(on_train_start=self.start, on_train_batch_end=self.after, **others)
+
+    def start(self, trainer):
+        self.first_step = trainer._step
+        trainer.teacher.register_forward_pre_hook(self.count)
+
+    def count(self, module, args):
+        self.teacher_calls += 1
+
+    def after(self, trainer):
+        row = {name: float(value) for name, value in logged_losses(trainer).items()}
+        self.rows.append(row)
+        own = sum(value for name, value in row.items() if name not in ("weight", "share"))
+        self.totals.append((float(trainer.loss.detach()), own))
+
+
+def weighted_run(folder, data, callbacks, epochs=2, **settings):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    model = YOLO(tiny(folder, "Detect", ["nc"], "student"))
+    for event, callback in callbacks.items():
+        model.add_callback(event, callback)
+    trainer = functools.partial(FBKDTrainer, teacher=YOLO(tiny(folder, "Detect", ["nc"])).model, **settings)
+    arguments = SETTINGS | dict(epochs=epochs, batch=3, nbs=3, project=str(folder), name="run", exist_ok=True)
+    model.train(trainer=trainer, data=data, **arguments)
+    return model.trainer
+
+
+@pytest.fixture(scope="module")
+def weighted(data, tmp_path_factory):
+    """Two epochs of two batches."""
+    torch.manual_seed(0)
+    seen = Weights()
+    return weighted_run(tmp_path_factory.mktemp("weighted"), data, seen.callbacks(), **WEIGHTED), seen
+
+
+def test_the_schedule_ends_with_the_trainers_length(weighted):
+    trainer, seen = weighted
+    assert (trainer.schedule.total_steps, trainer.schedule.end(), trainer._step) == (4, 3, 4)
+    assert seen.teacher_calls == 3
+    assert all(seen.rows[-1][name] == 0 for name in (*TERMS, "weight"))
+    assert all(row[name] > 0 for row in seen.rows[:3] for name in TERMS[:1])
+    for total, own in seen.totals:
+        assert total == pytest.approx(3 * own, rel=1e-4)
+
+
+def test_the_log_has_the_weight_and_the_share(weighted):
+    trainer, seen = weighted
+    assert tuple(trainer.loss_names)[-6:] == (*TERMS, "weight", "share")
+    header = (trainer.save_dir / "results.csv").read_text().splitlines()[0]
+    assert "train/weight" in header and "train/share" in header
+    weights, shares = ([row[name] for row in seen.rows] for name in ("weight", "share"))
+    assert weights[0] == pytest.approx(1e-3) and shares[0] == 0 and min(shares[1:]) > 0
+    # What the first measurement says: the share of a factor of 1e-3, and a cosine of a third of the way.
+    assert weights[1] == pytest.approx(0.75 * 0.2 * 1e-3 / shares[1], rel=1e-4)
+    assert int(trainer.share.measured) == 3  # the last batch takes in what the third measured
+
+
+def test_a_schedule_is_resumed(data, tmp_path):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    kept, seen = {}, Weights()
+
+    def stop(trainer):
+        kept.update(trainer.share.state_dict())
+        if trainer.epoch == 0:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        weighted_run(tmp_path, data, dict(on_fit_epoch_end=stop), **WEIGHTED)
+    saved = torch.load(tmp_path / "run" / "weights" / "fbkd.pt", weights_only=True)
+    assert int(saved["schedule.step"]) == 2
+    model = YOLO(tmp_path / "run" / "weights" / "last.pt")
+
+    def start(trainer):
+        seen.start(trainer)
+        assert all(torch.equal(value, kept[name]) for name, value in trainer.share.state_dict().items())
+
+    for event, callback in (seen.callbacks() | dict(on_train_start=start)).items():
+        model.add_callback(event, callback)
+    teacher = YOLO(tiny(tmp_path, "Detect", ["nc"])).model
+    model.train(resume=True, trainer=functools.partial(FBKDTrainer, teacher=teacher, **WEIGHTED))
+    assert seen.first_step == 2 and model.trainer.schedule.total_steps == 4
+    assert seen.rows[0]["weight"] > 0 and seen.rows[1]["weight"] == 0
+
+
+def test_a_new_model_as_a_teacher_is_warned_of(data, tmp_path):
+    from fbkd_ops import UntrainedTeacherWarning
+
+    class Reached(Exception):
+        pass
+
+    def stop(trainer):
+        raise Reached
+
+    with pytest.warns(UntrainedTeacherWarning, match=r"its \d+ BatchNorms have seen no image"), pytest.raises(Reached):
+        weighted_run(tmp_path, data, dict(on_train_start=stop))
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(weight=-1), "weight must be a finite number >= 0, got -1"),
+        (dict(gradient_share=0), "gradient_share must be a finite number > 0, got 0"),
+        (dict(stop_step=1.5), "stop_step must be None, an int >= start_step"),
+        (dict(decay="step"), "decay must be one of 'cosine', got 'step'"),
+    ],
+)
+def test_a_weight_that_cannot_be_is_named(settings, message):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    with pytest.raises(ValueError, match=message):
+        FBKDTrainer(teacher="yolov8n.pt", overrides=dict(data="none"), **settings)

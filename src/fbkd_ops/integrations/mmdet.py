@@ -8,6 +8,7 @@ from typing import Any
 
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class FBKDDetector(Distiller, BaseModel):
         data_preprocessor: a config or a built one; the student's by default.
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
             ``teacher_input``, ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``,
-            ``warmup_steps``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine`` and
-            ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
+            ``warmup_steps``, ``decay``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``combine``,
+            ``total_steps``, by default the runner's ``max_iters`` where a schedule needs it, and ``total``, None by
+            default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
@@ -112,6 +114,9 @@ class FBKDDetector(Distiller, BaseModel):
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
         """Return the student's losses and the terms in ``mode="loss"``, in training; else the student's output.
 
+        With a schedule or ``gradient_share`` the losses come with ``fbkd_weight``, which the terms were multiplied
+        with, and ``fbkd_gradient_share``: MMEngine logs them, and adds up only what has "loss" in its name.
+
         Args:
             inputs: images ``(N, C, H, W)``, preprocessed.
             data_samples: their annotations.
@@ -119,7 +124,18 @@ class FBKDDetector(Distiller, BaseModel):
         """
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
-        return super().forward(inputs, data_samples, mode=mode)
+        if not self.training or (self.share is None and self._schedule().is_constant):
+            return super().forward(inputs, data_samples, mode=mode)
+        self._collect_share()  # before the weight is read: this is the one that the step has
+        weights = self.weights()
+        losses = super().forward(inputs, data_samples, mode=mode)
+        return {**losses, **weights} if isinstance(losses, Mapping) else losses
+
+    def step_weight(self) -> float:
+        if self._schedule().needs_length:
+            # RuntimeInfoHook, one of the runner's own hooks, leaves it there as a training begins.
+            self.total_steps = MessageHub.get_current_instance().get_info("max_iters")
+        return super().step_weight()
 
     def init_weights(self) -> None:
         """Make the weights of what has none yet, the teacher's too."""

@@ -1,5 +1,6 @@
 """FBKD in Ultralytics' own trainer, for its YOLO detectors."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import RANK
 
+from .._validation import check_number
 from .._warnings import TeacherWatch
 from ..loss import FBKDLoss
 from ..training.feature_tap import FeatureTap, Layer, unwrapped
+from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
+from ..training.schedule import Schedule
 from ..types import present
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features, image_channels
@@ -23,6 +27,7 @@ from ._blank_images import blank_image_features, image_channels
 __all__ = ["FBKDTrainer"]
 
 WEIGHTS = "fbkd.pt"
+STEP, SHARE = "schedule.step", "gradient_share."  # in that file, beside the loss's own names
 STUDENT_HEADS = ("Detect", "v10Detect")  # others have losses, or inputs, that a DetectionTrainer does not know
 
 Teacher = str | Path | nn.Module
@@ -46,7 +51,8 @@ class FBKDTrainer(DetectionTrainer):
     them in the progress line and in ``results.csv`` (where ``val/`` columns of theirs, if the version has such, are 0).
     The learned layers of the loss are in the optimizer but, unlike the student's, not in Ultralytics' gradient
     clipping. They are saved as ``weights/fbkd.pt`` beside the checkpoints, which stay those of the student alone and
-    load without this package; a resumed run reads them, as does Ultralytics' recovery from a loss that is NaN.
+    load without this package, with the step and the measured share where there is a schedule or a share; a resumed run
+    reads them, as does Ultralytics' recovery from a loss that is NaN.
 
     Under ``amp`` the terms are computed in float32. A gradient that overflows makes the trainer's ``GradScaler`` skip
     the step for the student and the loss alike.
@@ -58,6 +64,10 @@ class FBKDTrainer(DetectionTrainer):
             equal channels.
         loss: arguments of :class:`fbkd_ops.FBKDLoss`, ``preset="one_stage"`` by default; the widths are read off a
             blank image.
+        weight, gradient_share, share_every, share_steps: as of :class:`fbkd_ops.Distiller`.
+        start_step, stop_step, warmup_steps, decay, total_steps: the same; a step is a training batch, and
+            ``total_steps`` is by default that of all epochs. With a schedule or a share the columns ``weight`` (what
+            the terms were multiplied with) and ``share`` stand behind those of the terms.
         *args, **arguments: what ``DetectionTrainer`` takes.
 
     Attributes:
@@ -87,7 +97,22 @@ class FBKDTrainer(DetectionTrainer):
     teacher: nn.Module
     fbkd: FBKDLoss
 
-    def __init__(self, *args: Any, teacher: Teacher, loss: dict[str, Any] | None = None, **arguments: Any):
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher,
+        loss: dict[str, Any] | None = None,
+        weight: float = 1.0,
+        gradient_share: float | None = None,
+        share_every: int = 10,
+        share_steps: int | None = None,
+        start_step: int = 0,
+        stop_step: int | float | None = None,
+        warmup_steps: int = 0,
+        decay: str | None = None,
+        total_steps: int | None = None,
+        **arguments: Any,
+    ):
         if not isinstance(teacher, (str, Path, nn.Module)):
             raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
         if _is_yaml(teacher):
@@ -96,7 +121,14 @@ class FBKDTrainer(DetectionTrainer):
                 "random one: give a checkpoint, or a model that has its weights"
             )
         self._given_teacher, self.loss_arguments = teacher, loss_arguments(loss, preset="one_stage")
+        self.weight = check_number(weight, "a finite number >= 0", lambda value: value >= 0, "weight")
+        self.schedule = Schedule(start_step, stop_step, warmup_steps, decay, total_steps).checked()
+        self._share_settings = checked_settings(gradient_share, share_every, share_steps)
+        self.share: GradientShare | None = None
+        self._step: int | None = None  # of the schedule, counted in training batches; unknown before the training
+        self._logged_weights: dict[str, Tensor] = {}
         self._student_tap: FeatureTap | None = None
+        self._listening = contextlib.ExitStack()
         self._criterion: Any = None
         overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
         _check_arguments(overrides or {})  # here, as Ultralytics refuses several devices and loads data by the task
@@ -118,6 +150,8 @@ class FBKDTrainer(DetectionTrainer):
         self._teacher_channels = _checked_channels(self.teacher, self.model)
         widths = _widths(self.model, self.teacher)
         self.fbkd = FBKDLoss(**(widths | self.loss_arguments)).to(self.device)
+        if self._share_settings is not None:
+            self.share = GradientShare(self._share_settings, 1, self.device)
         if self.resume:
             self._load_loss(Path(self.args.model).with_name(WEIGHTS))
         self._teacher_tap = FeatureTap(self.teacher, HEAD_INPUTS, name="teacher", stop_when_complete=True)
@@ -131,8 +165,14 @@ class FBKDTrainer(DetectionTrainer):
         return super().build_optimizer(both, *args, **arguments)
 
     def run_callbacks(self, event: str) -> None:
-        if event == "on_train_start" and self.loss_names:  # else the trainer takes them from the first losses
-            self.loss_names = (*self.loss_names, *map(_short, self.fbkd.term_names))
+        if event == "on_train_start":
+            batches = len(self.train_loader)
+            if self._step is None:
+                self._step = self.start_epoch * batches
+            if self.schedule.needs_length:
+                self.schedule = self.schedule._replace(total_steps=self.epochs * batches).checked()
+            if self.loss_names:  # else the trainer takes them from the first losses
+                self.loss_names = (*self.loss_names, *self._own_columns())
         elif event == "on_train_batch_start":
             self._listen()
         super().run_callbacks(event)
@@ -146,13 +186,48 @@ class FBKDTrainer(DetectionTrainer):
     def validate(self) -> Any:
         # Losses in a tensor are added up in one of the same shape, and a validator has those of the student.
         if isinstance(self.loss_items, Tensor):
-            self.loss_items = self.loss_items[: -len(self.fbkd.term_names)]
+            self.loss_items = self.loss_items[: -len(self._own_columns())]
         return super().validate()
 
     def save_model(self) -> Any:
         saved = super().save_model()
-        torch.save(self.fbkd.state_dict(), self.wdir / WEIGHTS)
+        torch.save(self._loss_state(), self.wdir / WEIGHTS)
         return saved
+
+    def _own_columns(self) -> list[str]:
+        """Return what stands behind the student's losses in the log."""
+        weights = [] if self._is_plain() else ["weight"] if self.share is None else ["weight", "share"]
+        return [*map(_short, self.fbkd.term_names), *weights]
+
+    def _is_plain(self) -> bool:
+        """Whether the terms have one weight throughout."""
+        return self._share_settings is None and self.schedule.is_constant
+
+    def _loss_state(self) -> dict[str, Tensor]:
+        """Return the loss's weights and, where the terms' weight changes, what it depends on."""
+        state = self.fbkd.state_dict()
+        if not self._is_plain():
+            state[STEP] = torch.tensor(self._step)
+        if self.share is not None:
+            state |= self.share.state_dict(prefix=SHARE)
+        return state
+
+    def _step_weight(self, step: int) -> Tensor | float:
+        """Return what the terms of a batch are multiplied with, and let the share be measured where that is due."""
+        weight = self.weight * self.schedule.factor(step)
+        if self.share is None:
+            self._logged_weights = {} if self._is_plain() else {"weight": torch.tensor(weight, device=self.device)}
+            return weight
+        if self.share.is_waiting():
+            self.share.collect()
+        factor = self.share.factor(weight)
+        self._logged_weights = {"weight": factor, "share": self.share.share.clone()}
+        if weight == 0:
+            return weight
+        if self.share.is_due(step - self.schedule.start_step):
+            self.share.begin(factor)
+            self._listening.enter_context(present(self._student_tap).split(self.share.split))
+        return factor
 
     def _listen(self) -> None:
         """Until the batch's losses; models are copied and saved in between batches, without hooks and as they were."""
@@ -162,9 +237,11 @@ class FBKDTrainer(DetectionTrainer):
         self._criterion = getattr(model, "criterion", None) or model.init_criterion()
         model.criterion = self._losses
         self._student_tap = FeatureTap(self.model, HEAD_INPUTS, name="student")
+        self._weight_now = self._step_weight(present(self._step))
 
     def _stop_listening(self) -> None:
         if self._student_tap is not None:
+            self._listening.close()
             self._student_tap.close()
             model: Any = unwrapped(self.model)
             model.criterion = self._criterion
@@ -175,11 +252,23 @@ class FBKDTrainer(DetectionTrainer):
         student_features = present(self._student_tap).features()
         self._stop_listening()
         loss, items = self._criterion(predictions, batch)
-        with torch.no_grad(), self._teacher_tap:
-            self.teacher(batch["img"].expand(-1, self._teacher_channels, -1, -1))
-        terms = self.fbkd(student_features, self._teacher_tap.features())
+        self._step = present(self._step) + 1
+        terms = self._terms(student_features, batch["img"])
         loss = loss.sum() + len(batch["img"]) * sum(terms.values())
-        return loss, _joined(items, {_short(name): term.detach() for name, term in terms.items()})
+        logged = {_short(name): term.detach() for name, term in terms.items()}
+        return loss, _joined(items, logged | self._logged_weights)
+
+    def _terms(self, student_features: Any, images: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms; zeros, without a run of the teacher, in batches outside of the schedule."""
+        weight = self._weight_now
+        if isinstance(weight, float) and weight == 0:
+            return {name: torch.zeros((), device=self.device) for name in self.fbkd.term_names}
+        with torch.no_grad(), self._teacher_tap:
+            self.teacher(images.expand(-1, self._teacher_channels, -1, -1))
+        terms = self.fbkd(student_features, self._teacher_tap.features())
+        if isinstance(weight, float) and weight == 1:
+            return terms
+        return {name: weight * term for name, term in terms.items()}
 
     def _handle_nan_recovery(self, *args: Any) -> bool:
         has_recovered = super()._handle_nan_recovery(*args)
@@ -192,7 +281,14 @@ class FBKDTrainer(DetectionTrainer):
             raise FileNotFoundError(
                 f"{path} is missing: the loss's weights, which FBKDTrainer saved with the checkpoint"
             )
-        self.fbkd.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        share = {name.removeprefix(SHARE): state.pop(name) for name in list(state) if name.startswith(SHARE)}
+        step = state.pop(STEP, None)
+        if step is not None:
+            self._step = int(step)
+        if self.share is not None and share:
+            self.share.load_state_dict(share)
+        self.fbkd.load_state_dict(state)
 
 
 def _is_yaml(teacher: Teacher) -> bool:

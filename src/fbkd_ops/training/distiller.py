@@ -34,6 +34,7 @@ from .pairing import (
     put_teacher_into_eval_mode,
     training_modules,
 )
+from .schedule import Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
 from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
@@ -71,8 +72,13 @@ class Distiller(StudentAttributes, nn.Module):
         resize: whether the teacher's maps are resized (bilinear) to the student's where their sizes differ, which is
             an error otherwise.
         start_step, stop_step: the training steps, counted from 0, from which on and before which the terms are added.
-            Outside of them the teacher does not run and the terms are 0.
+            Outside of them the teacher does not run and the terms are 0. A ``stop_step`` between 0 and 1 is a part of
+            ``total_steps``, rounded to a step.
         warmup_steps: how many steps, from ``start_step`` on, the terms' weight takes to grow linearly to ``weight``.
+        decay: ``"cosine"``: after the warm-up the weight falls along half a cosine, from ``weight`` in its first step
+            to 0 in step ``stop_step``, or ``total_steps`` where there is no ``stop_step``. None: it stays.
+        total_steps: how many training forwards the training has; needed for a ``decay`` without a ``stop_step``, and
+            for a ``stop_step`` that is a part of it. It can be set until the first training step.
         weight: what all terms are multiplied with, >= 0. It is an attribute that can be set at any time.
         gradient_share: instead of guessing ``weight``: the share of the detector's own gradient that the terms together
             send into the tapped maps, > 0: the ratio of the L2 norms over all tapped maps that the loss reads. It is
@@ -125,8 +131,10 @@ class Distiller(StudentAttributes, nn.Module):
         teacher_levels: Levels = None,
         resize: bool = False,
         start_step: int = 0,
-        stop_step: int | None = None,
+        stop_step: int | float | None = None,
         warmup_steps: int = 0,
+        decay: str | None = None,
+        total_steps: int | None = None,
         weight: float = 1.0,
         gradient_share: float | None = None,
         share_every: int = 10,
@@ -138,7 +146,7 @@ class Distiller(StudentAttributes, nn.Module):
         _check_modules(student, teacher, loss)
         check_apart(student, teacher)
         check_exported_mode(teacher)
-        _check_steps(start_step, stop_step, warmup_steps)
+        Schedule(start_step, stop_step, warmup_steps, decay, total_steps).checked()
         if combine is not None:
             check_callable(combine, "combine")
         # The student's place in parameters(). It comes last itself: names that are assigned after it may be its own.
@@ -162,6 +170,7 @@ class Distiller(StudentAttributes, nn.Module):
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
+        self.decay, self._total_steps = decay, total_steps
         self.weight = weight
         device = next((parameter.device for parameter in student.parameters()), None)
         self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap, device)
@@ -189,7 +198,7 @@ class Distiller(StudentAttributes, nn.Module):
 
     @step.setter
     def step(self, step: int) -> None:
-        _check_count(step, "step")
+        check_count(step, "step")
         self._step = int(step)
 
     @property
@@ -201,11 +210,26 @@ class Distiller(StudentAttributes, nn.Module):
     def weight(self, weight: float) -> None:
         self._weight = check_number(weight, "a finite number >= 0", lambda value: value >= 0, "weight")
 
+    @property
+    def total_steps(self) -> int | None:
+        """How many training forwards the training has, None where that is not known."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int | None) -> None:
+        self._schedule()._replace(total_steps=total_steps).checked()
+        self._total_steps = total_steps
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self.start_step, self.stop_step, self.warmup_steps, self.decay, self._total_steps)
+
     def step_weight(self) -> float:
-        """Return ``weight`` times the schedule of the next training step; 0 where no terms are added."""
-        if self._step < self.start_step or (self.stop_step is not None and self._step >= self.stop_step):
-            return 0.0
-        return self._weight * min(1.0, (self._step - self.start_step + 1) / max(self.warmup_steps, 1))
+        """Return ``weight`` times the schedule of the next training step; 0 where no terms are added.
+
+        Raises:
+            ValueError: a schedule that depends on ``total_steps``, which was not given.
+        """
+        return self._weight * self._schedule().factor(self._step)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's losses with the FBKD terms added; in eval mode the student's output as it is.
@@ -236,8 +260,7 @@ class Distiller(StudentAttributes, nn.Module):
         if not self._teacher_watch.looked:
             self._teacher_watch.see(self.teacher, self._difference_of_images)
         weight = self.step_weight()
-        if self.share is not None and self.share.is_waiting():
-            self.share.collect()
+        self._collect_share()
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
             self._student_tap.clear()
@@ -255,6 +278,11 @@ class Distiller(StudentAttributes, nn.Module):
         if self.combine is not None:
             return self.combine(output, terms)
         return add_terms(output, terms, self.total, self._student_learns())
+
+    def _collect_share(self) -> None:
+        """Take in what the last backward pass has measured, once."""
+        if self.share is not None and self.share.is_waiting():
+            self.share.collect()
 
     def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
         """Return the student's output, and the terms times ``weight``."""
@@ -439,6 +467,8 @@ def _later_attributes() -> dict[str, Any]:
     return {
         "total": TOTALS,
         "_weight": 1.0,
+        "decay": None,
+        "_total_steps": None,
         "share": None,
         "_unregistered_input": (None, None),
         "_backward_watch": BackwardWatch(),
@@ -525,18 +555,6 @@ def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
             f"teacher_layers reads the teacher's output, but with teacher_entry {entry!r} only that module runs: give "
             "teacher_layers as paths, or no teacher_entry"
         )
-
-
-def _check_steps(start_step: int, stop_step: int | None, warmup_steps: int) -> None:
-    _check_count(start_step, "start_step")
-    _check_count(warmup_steps, "warmup_steps")
-    if stop_step is not None and (not is_int(stop_step) or stop_step < start_step):
-        raise ValueError(f"stop_step must be None or an int >= start_step ({start_step}), got {stop_step!r}")
-
-
-def _check_count(value: Any, name: str) -> None:
-    if not is_int(value) or value < 0:
-        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
 
 
 def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
