@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import APART, CASES, STEPS, TARGETS, WORLD, batch, gradients, make
+from distributed_worker import APART, CASES, SHARE, STEPS, TARGETS, WORLD, batch, gradients, make
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -168,8 +168,24 @@ def test_all_processes_have_the_same_share(seen):
     assert first[-1]["fbkd_gradient_share"] > 0 and first[-1]["fbkd_weight"] != first[0]["fbkd_weight"]
     alone = []
     for rank in range(WORLD):
-        distiller = make(norm="frozen", gradient_share=0.2, share_every=2)
+        distiller = make(norm="frozen", gradient_share=SHARE, share_every=2)
         for step in (0, 1):
             sum(distiller(batch(rank, step), TARGETS).values()).backward()
         alone.append(distiller.weights()["fbkd_gradient_share"].item())
     assert min(alone) < first[1]["fbkd_gradient_share"] < max(alone)
+
+
+@pytest.mark.parametrize("name", ["held share", "sharded share"])
+def test_the_share_is_held_by_all_processes(name, seen):
+    """Under DistributedDataParallel and FSDP2: of both processes' gradients together."""
+    first, second = (rank[name] for rank in seen)
+    assert first == second
+    shares = torch.tensor([step["fbkd_gradient_share"] for step in first[len(first) // 2 :]])
+    assert shares.median() == pytest.approx(SHARE, rel=0.2)
+    assert ((shares > SHARE / 2) & (shares < 2 * SHARE)).float().mean() >= 0.8
+
+
+def test_sharding_changes_no_share(seen):
+    """But for roundings: the gradients that are measured are the same."""
+    plain, sharded = ([step["fbkd_weight"] for step in seen[0][name]] for name in ("held share", "sharded share"))
+    assert plain[:5] == pytest.approx(sharded[:5], rel=1e-5)
