@@ -117,6 +117,7 @@ def test_schedules_that_cannot_be_are_named(settings, message):
         make_distiller(**settings)
 
 
+@pytest.mark.skipif(not TEST_ALL, reason="seconds: make test-all")
 def test_a_compiled_student_has_the_same_schedule():
     torch._dynamo.reset()
     eager = make_distiller(warmup_steps=2, decay="cosine", stop_step=5)
