@@ -160,7 +160,7 @@ def test_an_entry_that_normalises_by_itself_is_given_raw_images():
 
 def test_the_order_of_channels_and_no_mean_count_in_mmdetection():
     (text,) = found(mmdet(4, IMAGENET), mmdet(6, IMAGENET, flips=True))
-    assert "order of channels turned round" in text
+    assert "channels reversed" in text
     (text,) = found(mmdet(4, IMAGENET), mmdet(6, None))
     assert "data_preprocessor without a mean" in text
     assert found(mmdet(4, None), mmdet(6, None)) == []

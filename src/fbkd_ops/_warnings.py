@@ -314,7 +314,7 @@ class TeacherWatch(_Watch):
         warnings.warn(
             f"the teacher was never trained: its {len(norms)} BatchNorms have seen no image (running_mean is 0, "
             f"running_var 1){support}, so the student would learn from random features. Load the teacher's weights "
-            "before it is given away: teacher.load_state_dict(torch.load(...)), and look at what it returns with "
+            "before the distiller is made: teacher.load_state_dict(torch.load(...)), and look at what it returns with "
             "strict=False; warnings.filterwarnings('ignore', category=fbkd_ops.UntrainedTeacherWarning) if that is "
             "meant (said once)",
             UntrainedTeacherWarning,

@@ -21,11 +21,11 @@ class Normalization(NamedTuple):
     unit: float  # the largest value of a raw pixel: 1 or 255
     source: str  # where it was read, for a message
     inside: nn.Module | None = None  # the module that does it; None: the data pipeline, before the model is called
-    is_flipped: bool = False  # whether the order of the channels is turned round
+    is_flipped: bool = False  # whether the order of the channels is reversed
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        flipped = ", order of channels turned round" if self.is_flipped else ""
+        flipped = ", channels reversed" if self.is_flipped else ""
         return f"mean ({mean}), std ({std}) of pixels in 0..{self.unit:.0f}{flipped} ({self.source})"
 
 
@@ -70,7 +70,7 @@ def _made(mean: Any, std: Any, unit: float, source: str, inside: nn.Module | Non
     """Return the record of numbers in lists or tensors; None where these are no numbers, or have no values (meta)."""
     try:
         means, stds = (torch.as_tensor(each, dtype=torch.float64).flatten().tolist() for each in (mean, std))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError):
         return None
     return Normalization(tuple(means), tuple(stds), unit, source, inside) if len(means) == len(stds) else None
 
