@@ -124,7 +124,7 @@ class FBKDDetector(Distiller, BaseModel):
         """
         if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
-        if not self.training or (self.share is None and self._schedule().is_constant):
+        if not self.training or (self.share is None and self._schedule().is_constant()):
             return super().forward(inputs, data_samples, mode=mode)
         self._collect_share()  # before the weight is read: this is the one that the step has
         weights = self.weights()
@@ -132,7 +132,7 @@ class FBKDDetector(Distiller, BaseModel):
         return {**losses, **weights} if isinstance(losses, Mapping) else losses
 
     def step_weight(self) -> float:
-        if self._schedule().needs_length:
+        if self._schedule().needs_length():
             # RuntimeInfoHook, one of the runner's own hooks, leaves it there as a training begins.
             self.total_steps = MessageHub.get_current_instance().get_info("max_iters")
         return super().step_weight()

@@ -169,7 +169,7 @@ class FBKDTrainer(DetectionTrainer):
             batches = len(self.train_loader)
             if self._step is None:
                 self._step = self.start_epoch * batches
-            if self.schedule.needs_length:
+            if self.schedule.needs_length():
                 self.schedule = self.schedule._replace(total_steps=self.epochs * batches).checked()
             if self.loss_names:  # else the trainer takes them from the first losses
                 self.loss_names = (*self.loss_names, *self._own_columns())
@@ -201,7 +201,7 @@ class FBKDTrainer(DetectionTrainer):
 
     def _is_plain(self) -> bool:
         """Whether the terms have one weight throughout."""
-        return self._share_settings is None and self.schedule.is_constant
+        return self._share_settings is None and self.schedule.is_constant()
 
     def _loss_state(self) -> dict[str, Tensor]:
         """Return the loss's weights and, where the terms' weight changes, what it depends on."""

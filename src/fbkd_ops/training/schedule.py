@@ -22,19 +22,16 @@ class Schedule(NamedTuple):
     decay: str | None = None  # "cosine", from the end of the warm-up to the end
     total_steps: int | None = None  # of the whole training
 
-    @property
     def is_constant(self) -> bool:
-        """Whether the factor is 1 in every step."""
+        """Return whether the factor is 1 in every step."""
         return self.start_step == 0 and self.stop_step is None and self.warmup_steps <= 1 and self.decay is None
 
-    @property
     def needs_length(self) -> bool:
-        """Whether ``total_steps`` is needed and not there."""
-        return self.total_steps is None and (_is_fraction(self.stop_step) or self.is_open)
+        """Return whether ``total_steps`` is needed and not there."""
+        return self.total_steps is None and (_is_fraction(self.stop_step) or self.is_open())
 
-    @property
     def is_open(self) -> bool:
-        """Whether a decay goes on until the training ends."""
+        """Return whether a decay goes on until the training ends."""
         return self.decay is not None and self.stop_step is None
 
     def checked(self) -> "Schedule":
@@ -55,7 +52,7 @@ class Schedule(NamedTuple):
             )
         if self.decay is not None:
             check_choice(self.decay, ("cosine",), "decay")
-        end = None if self.needs_length else self.end()
+        end = None if self.needs_length() else self.end()
         first = self.start_step if self.decay is None else self.start_step + self.warmup_steps + 1
         if end is not None and end < first:
             needed = "start_step" if self.decay is None else "start_step + warmup_steps + 1, to have a step to decay in"
@@ -71,15 +68,15 @@ class Schedule(NamedTuple):
         Raises:
             ValueError: it depends on ``total_steps``, which is not given.
         """
-        if self.needs_length:
-            cause = "decay without a stop_step" if self.is_open else f"stop_step={self.stop_step}"
+        if self.needs_length():
+            cause = "decay without a stop_step" if self.is_open() else f"stop_step={self.stop_step}"
             raise ValueError(
                 f"{cause} needs the length of the training: give total_steps, the number of its training forwards "
                 "(epochs times batches an epoch)"
             )
         if self.total_steps is not None and self.stop_step is not None and _is_fraction(self.stop_step):
             return round(self.stop_step * self.total_steps)
-        return self.total_steps if self.is_open else self.stop_step  # type: ignore[return-value]
+        return self.total_steps if self.is_open() else self.stop_step  # type: ignore[return-value]
 
     def factor(self, step: int) -> float:
         """Return the factor of a step, counted from 0, in [0, 1]."""
