@@ -62,7 +62,7 @@ def train(model: nn.Module, images: Images, budget: Budget, device: torch.device
     Raises:
         TrainingError: the sum of the losses is not finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=budget.steps + 1, pct_start=WARM_UP
     )
