@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu_model_tables, plots, results, tables  # noqa: E402
 from benchmarks.results import Report  # noqa: E402
 from benchmarks.study import tables as study_tables  # noqa: E402
+from benchmarks.study.protocol import STUDIES  # noqa: E402
 from benchmarks.tables import table  # noqa: E402
 from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
@@ -323,28 +324,37 @@ def study_pilot() -> str:
         return NOT_YET
     rows = [
         [
-            "" if row.arm == "teacher" else str(row.changes).split("steps")[0].partition("=")[2].strip(),
             f"`{row.arm}`",
+            "" if pd.isna(row.changes) else str(row.changes),
             str(row.steps),
             f"{row.ap:.3f}",
             f"{row.seconds:.0f}",
-            "" if math.isnan(row.share_p50) else f"{row.share_p50:.2f} ({row.share_p10:.2f} to {row.share_p90:.2f})",
+            "" if math.isnan(row.share_p50) else f"{row.share_p50:.2f}",
         ]
         for row in report.rows.itertuples()
     ]
-    header = ["pictures", "arm", "steps", "AP", "CPU s", "measured share, second half: median (10 % to 90 %)"]
+    header = ["arm", "numbers that differ", "steps", "AP", "CPU s", "median share, second half"]
     return table(header, rows)
 
 
 def study() -> str:
-    """Every arm beside the baselines, one table a setting."""
+    """Every arm beside the baselines, a table for each part of the study that has runs."""
     report = report_of(STUDY)
     if report is None:
         return NOT_YET
     parts = []
-    for name, rows in report.rows.groupby("setting", sort=False):
-        parts.append(f"**{name}**, teacher {study_tables.teacher_score(rows)} AP:\n\n{study_tables.arms_table(rows)}")
+    for name, part in STUDIES.items():
+        rows = study_tables.rows_of(report.rows, part)
+        if len(rows):
+            teacher = study_tables.teacher_score(report.rows, part.setting)
+            parts.append(f"**`{name}`**, teacher {teacher} AP:\n\n{study_tables.arms_table(rows)}")
     return "\n\n".join(parts)
+
+
+def study_shares() -> str:
+    """How the gradient share kept to its target in the study's trainings."""
+    report = report_of(STUDY)
+    return NOT_YET if report is None else study_tables.share_table(report.rows)
 
 
 def frameworks() -> str:

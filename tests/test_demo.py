@@ -311,12 +311,12 @@ def test_verdict_says_what_the_numbers_say(monkeypatch):
     monkeypatch.setattr("examples.demo.evaluation.RESAMPLINGS", 20)
     images = load_digit_scenes(64, 1, 24).val
     good, poor = CocoScore(images, perfect(images), 10), CocoScore(images, halved(images), 10)
-    ahead = " ".join(report.verdict(good, poor, good, 24))
-    assert "ahead" in ahead and "no gain" not in ahead and "One seed is no evidence" in ahead
-    behind = " ".join(report.verdict(good, good, poor, 24))
-    assert "no gain" in behind and "behind" in behind and "not clearly better" in behind
-    equal = " ".join(report.verdict(good, poor, poor, 24))
-    assert "no gain: the difference is within" in equal and "not clearly better" not in equal
+    lead, steps, time, seed = report.verdict(good, poor, good, good, 24)
+    assert lead.startswith("Teacher minus plain student: +0.") and "One seed is no evidence" in seed
+    assert "as many steps: +0." in steps and "ahead" in steps and "no gain" not in steps
+    assert "as much time: +0.000" in time and "no gain: within" in time
+    _, steps, time, doubt, _ = report.verdict(good, good, poor, poor, 24)
+    assert "no gain: behind" in steps and "no gain: within" in time and "not clearly better" in doubt
 
 
 @pytest.mark.parametrize("steps, expected", [(2, [(0, 1), (1, 2)]), (60, [(k, k + 10) for k in range(0, 60, 10)])])
@@ -382,6 +382,8 @@ def tiny_run(tmp_path_factory):
         "--image-size",
         "64",
         "--train-images",
+        "14",
+        "--student-images",
         "12",
         "--val-images",
         "4",
@@ -398,11 +400,11 @@ def rows_of(folder: Path, model: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["model"] == model]
 
 
-def test_run_prints_the_three_models_and_the_verdict(tiny_run):
+def test_run_prints_the_four_models_and_the_verdict(tiny_run):
     status, _, _, printed = tiny_run
     assert status == 0
     table = printed[printed.index("COCO average precision") :]
-    for name in ("teacher", "plain student", "distilled student"):
+    for name in ("teacher", "plain student ", "plain student, same time", "distilled student"):
         assert any(name in line and line.count("0.") >= 3 for line in table.splitlines()), name
     assert "no gain" in printed and "One seed is no evidence" in printed
     for term in TERMS:
@@ -443,11 +445,12 @@ def test_run_draws_a_picture(tiny_run):
 
 
 def test_students_start_from_the_same_weights_and_the_same_first_batch(tiny_run):
-    _, folder, (teacher, plain, distilled), _ = tiny_run
-    assert plain.keys() == distilled.keys() != teacher.keys()
-    assert all(torch.equal(plain[name], distilled[name]) for name in plain)
-    first = [rows_of(folder, model)[0] for model in ("plain", "distilled")]
-    assert first[0]["loss_classifier"] == first[1]["loss_classifier"]
+    _, folder, (teacher, *students), _ = tiny_run
+    plain = students[0]
+    assert len(students) == 3 and all(plain.keys() == each.keys() != teacher.keys() for each in students)
+    assert all(torch.equal(plain[name], each[name]) for name in plain for each in students)
+    first = {rows_of(folder, model)[0]["loss_classifier"] for model in ("plain", "longer", "distilled")}
+    assert len(first) == 1
 
 
 def test_plain_student_repeats_with_its_seed(tiny_run):
@@ -503,7 +506,7 @@ def test_picture_shows_the_loss_own_maps_and_mask():
         (["--batch-size", "two"], "--batch-size"),
         (["--image-size", "63"], "--image-size"),
         (["--seed", "-1"], "--seed"),
-        (["--strength", "nan"], "--strength"),
+        (["--share", "nan"], "--share"),
         (["--preset", "fastest"], "--preset"),
         (["--device", "abacus"], "--device"),
         (["--threads", "0"], "--threads"),

@@ -15,7 +15,7 @@ from benchmarks import results  # noqa: E402
 from benchmarks.study import __main__ as study  # noqa: E402
 from benchmarks.study import cost, jobs, protocol, runs, tables  # noqa: E402
 from benchmarks.study.protocol import ARMS, SETTINGS, STUDIES, Recipe, changed, recipe  # noqa: E402
-from fbkd_ops import Distiller  # noqa: E402
+from fbkd_ops import Distiller, size_free_weights  # noqa: E402
 
 SMALL = "batch_size=2 pictures=4 steps=4 teacher_pictures=4 teacher_steps=2 val_pictures=3"
 CURVE = ["1", "2", "3", "4"]
@@ -74,11 +74,22 @@ def test_switches_reach_the_distiller(small):
     made = {arm: runs.student_of(setting, arm, 0, data, teacher)[1] for arm in ARMS if recipe(arm).pull is not None}
     assert {arm for arm, each in made.items() if each.share is None} == {"preset"}
     assert {arm: each.share.settings.target for arm, each in made.items() if each.share is not None} == {
-        arm: 0.1 if arm == "share_0.1" else protocol.SHARE for arm in made if arm != "preset"
+        arm: 0.1 if arm == "weak" else protocol.SHARE for arm in made if arm != "preset"
     }
     assert {arm for arm, each in made.items() if each.stop_step is not None} == {"stop"}
     assert made["stop"].stop_step == 90
     assert {arm: weighted_terms(each.loss) for arm, each in made.items()} == {arm: recipe(arm).terms for arm in made}
+    means = {arm for arm, each in made.items() if each.loss.levels[0].settings.normalize == "mean"}
+    assert means == {arm for arm in made if recipe(arm).proportions == "size_free"} == made.keys() - {"preset", "share"}
+
+
+def test_the_recipe_weighs_the_terms_as_the_preset_does_on_large_pictures(small):
+    setting, data, teacher = small
+    levels = runs.student_of(setting, protocol.RECIPE, 0, data, teacher)[1].loss.levels
+    expected = size_free_weights(setting.preset, len(levels))
+    for index, level in enumerate(levels):
+        found = [getattr(level.settings, name) for name in expected]
+        assert found == pytest.approx([weights[index] for weights in expected.values()])
 
 
 def weighted_terms(loss):
@@ -152,18 +163,35 @@ def test_a_difference_is_that_of_a_paired_t_test():
     assert str(tables.difference(rows, "a", "c")) == "-"
 
 
+def runs_of(**scores):
+    """Two runs an arm, as rows of the study's results."""
+    rows = [
+        {"setting": "digits", "changes": None, "arm": arm, "seed": seed, "steps": 10, "seconds": 1.0, "ap": ap}
+        for arm, pair in scores.items()
+        for seed, ap in enumerate(pair)
+    ]
+    return pd.DataFrame(rows)
+
+
 def test_a_table_of_arms():
-    rows = pd.DataFrame(
-        {
-            "arm": ["share", "baseline", "share", "baseline"],
-            "seed": [0, 0, 1, 1],
-            "steps": 10,
-            "seconds": 1.0,
-            "ap": [0.3, 0.1, 0.4, 0.3],
-        }
-    )
-    *_, baseline, share = tables.arms_table(rows).splitlines()
-    assert baseline.startswith("| `baseline` | 2 | 10 | 1 | 0.200 |") and "+0.150 [-0.485, +0.785]" in share
+    rows = runs_of(size_free=[0.3, 0.4], share=[0.2, 0.2], baseline=[0.1, 0.3])
+    *_, baseline, share, size_free = tables.arms_table(rows).splitlines()
+    assert baseline.startswith("| `baseline` | 2 | 10 | 1 | 0.200 |") and share.endswith(" |  |")
+    assert "| +0.150 [-0.485, +0.785] | - | `share`: +0.150 [-0.485, +0.785] |" in size_free
+
+
+def test_rows_of_a_part_are_those_of_its_setting_seeds_and_numbers():
+    rows = runs_of(baseline=[0.1, 0.3], teacher=[0.7, 0.7])
+    strange = [rows.assign(setting="bccd"), rows.assign(changes="steps=3"), rows.assign(seed=99)]
+    found = tables.rows_of(pd.concat([*strange, rows]), STUDIES["digits"])
+    pd.testing.assert_frame_equal(found, rows[rows["arm"] == "baseline"])
+
+
+def test_a_table_of_shares():
+    rows = runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3])
+    rows["share_p10"], rows["share_p50"], rows["share_p90"] = [0.3, 0.2, *[None] * 2], [0.5, 0.6, *[None] * 2], 0.9
+    *_, line = tables.share_table(rows).splitlines()
+    assert line == "| digits | `size_free` | 2 | 0.5 | 0.55 (0.50 to 0.60) | 0.20 | 0.90 |"
 
 
 def test_costs_are_of_a_step(monkeypatch):

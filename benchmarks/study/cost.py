@@ -2,7 +2,7 @@
 
     python -m benchmarks.study.cost digits
 
-The protocol's ``time_factor`` is the quotient of the arms ``share`` and ``baseline``. Time is CPU time of one thread.
+The protocol's ``time_factor`` is the quotient of the arms ``size_free`` and ``baseline``. Time is CPU time of one thread.
 The teacher is untrained, which costs the same.
 """
 
@@ -34,7 +34,9 @@ RESULTS = Path("benchmarks/results/cpu-study-cost.csv")
 ROUNDS, STEPS = 12, 10  # a round has one step that measures the gradient share
 FEW = "teacher_pictures=40 pictures=40 val_pictures=1"
 # Arms of the same cost as another one are left out.
-MEASURED = tuple(arm for arm in ARMS if arm not in ("time_matched", "share_0.1", "stop", "inherit", "inherit_share"))
+MEASURED = tuple(
+    arm for arm in ARMS if arm not in ("time_matched", "share", "weak", "stop", "inherit", "inherit_size_free")
+)
 
 
 def milliseconds(name: str, arms: Sequence[str], rounds: int = ROUNDS, folder: Path | None = None) -> dict[str, float]:

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from examples.demo.data import DetectionData
@@ -75,7 +76,8 @@ def _pictures(job: Job) -> DetectionData:
 
 
 def _line(job: Job, count: int, outcome: runs.Outcome) -> dict[str, Any]:
-    second_half = sorted(outcome.shares[len(outcome.shares) // 2 :])
+    second_half = outcome.shares[len(outcome.shares) // 2 :]
+    low, middle, high = np.quantile(second_half, [0.1, 0.5, 0.9]) if second_half else ("", "", "")
     return {
         **dict(zip(KEY, job, strict=False)),
         "steps": count,
@@ -83,13 +85,9 @@ def _line(job: Job, count: int, outcome: runs.Outcome) -> dict[str, Any]:
         "ap50": outcome.ap50,
         "ap75": outcome.ap75,
         "seconds": outcome.seconds,
-        "share_p10": _quantile(second_half, 0.1),
-        "share_p50": _quantile(second_half, 0.5),
-        "share_p90": _quantile(second_half, 0.9),
+        "share_p10": low,
+        "share_p50": middle,
+        "share_p90": high,
         "curve": " ".join(f"{step}:{ap:.4f}" for step, ap in outcome.curve),
         "torch": torch.__version__,
     }
-
-
-def _quantile(ordered: list[float], part: float) -> float | str:
-    return ordered[round(part * (len(ordered) - 1))] if ordered else ""

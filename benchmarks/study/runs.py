@@ -17,7 +17,7 @@ from examples.demo.distillation import features
 from examples.demo.evaluation import CocoScore, predict
 from examples.demo.training import Budget, train
 from examples.demo.voc import load_voc
-from fbkd_ops import Distiller, FBKDLoss, inherit
+from fbkd_ops import Distiller, FBKDLoss, inherit, size_free_weights
 
 from .detectors import DETECTORS
 from .protocol import TERMS, Recipe, Setting, recipe, steps
@@ -48,11 +48,6 @@ def load(setting: Setting, folder: Path | None) -> DetectionData:
     return load_voc(folder, *size) if folder else load_digit_scenes(*size)
 
 
-def first(images: Images, count: int) -> Images:
-    """Return the first ``count`` pictures."""
-    return Images(images.pixels[:count], images.boxes[:count], images.labels[:count])
-
-
 def detector(setting: Setting, role: str, data: DetectionData, seed: int) -> nn.Module:
     """Return an untrained ``"teacher"`` or ``"student"``."""
     return DETECTORS[setting.detector](role, len(data.classes), setting.image_size, seed)
@@ -69,7 +64,7 @@ def train_student(setting: Setting, arm: str, seed: int, data: DetectionData, te
     """Train a student of ``arm``; what is drawn depends on ``seed`` alone, so that arms are paired."""
     student, model = student_of(setting, arm, seed, data, teacher)
     budget = Budget(steps(setting, arm), setting.batch_size, seed)
-    return _trained(model, student, data, first(data.train, setting.pictures), budget, setting)
+    return _trained(model, student, data, data.train.first(setting.pictures), budget, setting)
 
 
 def student_of(
@@ -89,11 +84,13 @@ def distiller(
     setting: Setting, chosen: Recipe, student: nn.Module, teacher: nn.Module, data: DetectionData, total_steps: int
 ) -> Distiller:
     """Return the student with the teacher and the loss between their pyramids, as a recipe says."""
-    weights = {f"{term}_weight": 0.0 for term in TERMS if term not in chosen.terms}
     sample = [data.train[0][0]]
-    loss = FBKDLoss.from_features(
-        features(student, sample), features(teacher, sample), preset=setting.preset, **weights
-    )
+    pyramid_s, pyramid_t = features(student, sample), features(teacher, sample)
+    options: dict[str, Any] = {}
+    if chosen.proportions == "size_free":
+        options = {"normalize": "mean", **size_free_weights(setting.preset, len(pyramid_s))}
+    options.update({f"{term}_weight": 0.0 for term in TERMS if term not in chosen.terms})
+    loss = FBKDLoss.from_features(pyramid_s, pyramid_t, preset=setting.preset, **options)
     stop_step = None if chosen.stop is None else round(chosen.stop * total_steps)
     return Distiller(
         student,

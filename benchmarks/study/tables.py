@@ -10,9 +10,10 @@ from scipy import stats
 
 from benchmarks.tables import table
 
-from .protocol import ARMS
+from .protocol import ARMS, Study, recipe
 
 CONFIDENCE = 0.95
+BASELINES = ("baseline", "time_matched")
 
 
 class Difference(NamedTuple):
@@ -49,23 +50,42 @@ def difference(rows: pd.DataFrame, arm: str, other: str, value: str = "ap") -> D
     return Difference(mean, mean - half, mean + half, pairs)
 
 
+def rows_of(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """Return the runs of a part of the study, without its teacher's."""
+    changes = rows["changes"].fillna("") == study.changes
+    return rows[(rows["setting"] == study.setting) & changes & rows["seed"].isin(study.seeds) & rows["arm"].isin(ARMS)]
+
+
 def arms_table(rows: pd.DataFrame) -> str:
-    """Return every arm of one setting: steps, mean AP, CPU time, and its differences, in the protocol's order."""
-    header = ["arm", "pairs", "steps", "CPU s", "AP", "minus baseline", "minus time-matched"]
+    """Return every arm of a part: steps, CPU time, mean AP, and its paired differences, in the protocol's order."""
+    header = ["arm", "pairs", "steps", "CPU s", "AP", "minus baseline", "minus time-matched", "minus its own base"]
     lines = []
     for arm in ARMS:
         own = rows[rows["arm"] == arm]
         if len(own):
-            against = [difference(rows, arm, other) for other in ("baseline", "time_matched")]
             cells = [f"{own['steps'].iloc[0]}", f"{own['seconds'].median():.0f}", f"{own['ap'].mean():.3f}"]
-            told = [
-                "" if arm == other else str(each)
-                for each, other in zip(against, ("baseline", "time_matched"), strict=True)
-            ]
-            lines.append([f"`{arm}`", str(len(own)), *cells, *told])
+            told = ["" if arm == other else str(difference(rows, arm, other)) for other in BASELINES]
+            lines.append([f"`{arm}`", str(len(own)), *cells, *told, _beside_base(rows, arm)])
     return table(header, lines)
 
 
-def teacher_score(rows: pd.DataFrame) -> str:
-    """Return the teacher's AP."""
-    return f"{rows[rows['arm'] == 'teacher']['ap'].iloc[0]:.3f}"
+def _beside_base(rows: pd.DataFrame, arm: str) -> str:
+    base = ARMS[arm][0]
+    return "" if base is None or base in BASELINES else f"`{base}`: {difference(rows, arm, base)}"
+
+
+def share_table(rows: pd.DataFrame) -> str:
+    """Return how the measured gradient share kept to its target in the second halves of the trainings of each arm."""
+    header = ["setting", "arm", "trainings", "target", "median (smallest to largest)", "10 % at least", "90 % at most"]
+    lines = []
+    for (setting, arm), own in rows.dropna(subset="share_p50").groupby(["setting", "arm"], sort=False):
+        medians = own["share_p50"]
+        spread = f"{medians.median():.2f} ({medians.min():.2f} to {medians.max():.2f})"
+        ends = [f"{own['share_p10'].min():.2f}", f"{own['share_p90'].max():.2f}"]
+        lines.append([setting, f"`{arm}`", str(len(own)), str(recipe(arm).pull), spread, *ends])
+    return table(header, lines)
+
+
+def teacher_score(rows: pd.DataFrame, setting: str) -> str:
+    """Return the AP of a setting's teacher."""
+    return f"{rows[(rows['arm'] == 'teacher') & (rows['setting'] == setting)]['ap'].iloc[0]:.3f}"

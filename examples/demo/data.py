@@ -34,6 +34,10 @@ class Images(Dataset[Sample]):
         target = {"boxes": self.boxes[index].clone(), "labels": self.labels[index].clone()}
         return self.pixels[index].float() / 255, target
 
+    def first(self, count: int) -> Images:
+        """The first `count` pictures, or all."""
+        return Images(self.pixels[:count], self.boxes[:count], self.labels[:count])
+
     def add(self, pixels: Tensor, boxes: Any, labels: list[int]) -> None:
         """Append one picture; no box at all is fine."""
         self.pixels.append(pixels)

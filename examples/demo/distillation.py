@@ -16,10 +16,15 @@ def features(detector: nn.Module, images: list[torch.Tensor]) -> dict[str, torch
 
 
 def build_distiller(
-    student: nn.Module, teacher: nn.Module, images: list[torch.Tensor], preset: str, strength: float
+    student: nn.Module, teacher: nn.Module, images: list[torch.Tensor], preset: str, share: float
 ) -> Distiller:
-    """`student` and `teacher` with the loss between their pyramids; `images` only serve to read the widths off."""
+    """`student` and `teacher` with the loss between their pyramids, by the recipe of docs/study.md.
+
+    Args:
+        images: only serve to read the widths off.
+        share: of the terms' gradient to that of the student's own losses.
+    """
     pyramid_s, pyramid_t = features(student, images), features(teacher, images)
-    weights = size_free_weights(preset, len(pyramid_s), strength)
+    weights = size_free_weights(preset, len(pyramid_s))
     loss = FBKDLoss.from_features(pyramid_s, pyramid_t, preset=preset, normalize="mean", **weights)
-    return Distiller(student, teacher, loss, student_layers="backbone")
+    return Distiller(student, teacher, loss, student_layers="backbone", gradient_share=share)

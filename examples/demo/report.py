@@ -64,28 +64,33 @@ def loss_table(run: Run) -> Table:
     return table
 
 
-def verdict(teacher: CocoScore, plain: CocoScore, distilled: CocoScore, images: int) -> list[str]:
-    """What the three scores do and do not show, in sentences.
+def verdict(teacher: CocoScore, plain: CocoScore, longer: CocoScore, distilled: CocoScore, images: int) -> list[str]:
+    """What the scores do and do not show, in sentences. `longer` is the plain student that was given the same time.
 
     A difference counts when it is more than twice its standard error, which comes from drawing the validation images
     anew; what another seed of the training would change is not in it.
     """
     lead, lead_error = _difference(teacher, plain, images)
-    gain, gain_error = _difference(distilled, plain, images)
     lines = [
         f"Teacher minus plain student: {lead:+.3f} AP (standard error {lead_error:.3f} over the validation images).",
-        f"Distilled minus plain student: {gain:+.3f} AP (standard error {gain_error:.3f}).",
+        _gain(distilled, plain, images, "with as many steps"),
+        _gain(distilled, longer, images, "with as much time"),
     ]
     if lead <= 2 * lead_error:
         lines.append("The teacher is not clearly better than the student: this budget leaves little to distil.")
-    if gain > 2 * gain_error:
-        lines.append("The distilled student is ahead by more than twice the standard error.")
-    elif gain < -2 * gain_error:
-        lines.append("This budget shows no gain: the distilled student is behind by over twice the standard error.")
-    else:
-        lines.append("This budget shows no gain: the difference is within twice its standard error.")
     lines.append("One seed is no evidence either way: repeat with other values of --seed before concluding anything.")
     return lines
+
+
+def _gain(distilled: CocoScore, plain: CocoScore, images: int, budget: str) -> str:
+    gain, error = _difference(distilled, plain, images)
+    if gain > 2 * error:
+        meaning = "ahead by more than twice that error"
+    elif gain < -2 * error:
+        meaning = "no gain: behind by more than twice that error"
+    else:
+        meaning = "no gain: within twice that error"
+    return f"Distilled minus plain student {budget}: {gain:+.3f} AP (standard error {error:.3f}), {meaning}."
 
 
 def _difference(first: CocoScore, second: CocoScore, images: int) -> tuple[float, float]:
