@@ -63,6 +63,11 @@ def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
     return (_kilobytes(_STATUS, "VmHWM") - before) * 1024
 
 
+def peak_bytes() -> int:
+    """Most memory that this process ever had in use. What the process that started it had does not count."""
+    return _kilobytes(_STATUS, "VmHWM") * 1024
+
+
 def page_faults(function: Callable[[], object]) -> int:
     """Pages that the operating system has to supply during a call."""
     import resource  # not on every system

@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.cost digits
 
-The protocol's ``time_factor`` is the quotient of the arms ``size_free`` and ``baseline``. Time is CPU time of one thread.
-The teacher is untrained, which costs the same.
+The protocol's ``time_factor`` is the quotient of the arms ``size_free`` and ``baseline``. Time is CPU time of one
+thread. The teacher is untrained, which costs the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks import results  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
+from benchmarks.memory import peak_bytes  # noqa: E402
 from benchmarks.study import runs  # noqa: E402
 from benchmarks.study.protocol import ARMS, SETTINGS, changed  # noqa: E402
 from examples.demo.training import Budget, train  # noqa: E402
@@ -63,7 +63,7 @@ def peak_mb(name: str, arm: str, folder: Path | None = None) -> float:
 
 def _trained_peak(name: str, arm: str, folder: Path | None) -> float:
     milliseconds(name, [arm], 1, folder)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,8 +48,8 @@ class Recipe:
         is_time_matched: whether the steps are those that a plain student does in the time of a distilled one.
         pull: how hard the terms pull: None for a plain student, ``"preset"`` for the preset's weights as they are, a
             number for that ``gradient_share``.
-        proportions: of the terms' weights among each other: ``"preset"`` for the preset's constants, ``"size_free"`` for
-            those that weigh each term on small pictures as the preset does on large ones.
+        proportions: of the terms' weights: ``"preset"`` for the preset's constants, ``"size_free"`` for those that weigh
+            each term on small pictures as the preset does on large ones.
         terms: the terms whose weights are not 0.
         inherits: whether the setting's inheritable modules start as copies of the teacher's.
         stop: the fraction of the steps after which the terms stop; None for none.
@@ -73,7 +73,7 @@ SETTINGS = {
         batch_size=4,
         steps=4000,
         teacher_steps=4000,
-        time_factor=1.4,
+        time_factor=1.54,
         preset="two_stage",
         inheritable=("backbone.fpn", "rpn", "roi_heads"),
     ),
@@ -86,7 +86,7 @@ SETTINGS = {
         batch_size=4,
         steps=2000,
         teacher_steps=2000,
-        time_factor=1.4,
+        time_factor=1.74,
         preset="two_stage",
         inheritable=("backbone.fpn", "rpn", "roi_heads"),
     ),
