@@ -48,7 +48,7 @@ class Recipe:
         is_time_matched: whether the steps are those that a plain student does in the time of a distilled one.
         pull: how hard the terms pull: None for a plain student, ``"preset"`` for the preset's weights as they are, a
             number for that ``gradient_share``.
-        proportions: of the terms' weights: ``"preset"`` for the preset's constants, ``"size_free"`` for those that weigh
+        proportions: of the terms' weights: ``"preset"`` for the preset's, ``"size_free"`` for those that weigh
             each term on small pictures as the preset does on large ones.
         terms: the terms whose weights are not 0.
         inherits: whether the setting's inheritable modules start as copies of the teacher's.
