@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -55,13 +56,18 @@ def modified() -> bool | None:
 
 def sources(device: str) -> str:
     """A digest of the device's kernels: a result with another one is older than they are."""
-    digest = hashlib.sha256()
-    for pattern in KERNELS[device]:
-        for path in sorted(ROOT.glob(pattern)):
+    return digest(ROOT, KERNELS[device])
+
+
+def digest(root: Path, patterns: Iterable[str]) -> str:
+    """A digest of the sources below a folder that the patterns match, and of those in the folders that they match."""
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
-                    digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+                    found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def driver_version() -> str | None:
