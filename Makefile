@@ -3,7 +3,7 @@
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
 # compiled for each vector width.
-# make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
+# make fuzz compares random calls with the literal formula.
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.

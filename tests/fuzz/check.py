@@ -23,8 +23,6 @@ from fbkd_ops.non_local import relation
 from .problems import Problem, problem_of
 from .rounding import RandomRounding, Trace
 
-__all__ = ["mismatch_of"]
-
 # The package adds in another order than the literal formula, in blocks, and has other terms in between.
 FACTOR = 64
 # All pixels of these maps are alike, some of them beside a bias or around 100, and so are their rounding errors: they

@@ -5,8 +5,6 @@ from hypothesis.strategies import DrawFn
 
 from fbkd_ops.presets import MODES, PRESETS, TERMS
 
-__all__ = ["OPS", "TARGETS", "cases"]
-
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 LAYOUTS = (
     "contiguous",
