@@ -10,13 +10,14 @@ in the list, or if one could not be tested.
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
 from benchmarks import environment
 from benchmarks.results import write_json
-from scripts.gpu.processes import Done, Interrupted, interruptible
+from scripts.gpu.processes import Done
 
 from . import cpp, cuda, python, triton
 from .mutation import Mutation, Selection
@@ -51,11 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sources = Sources(ROOT, ROOT / "build" / "mutants" / "source")
     try:
-        with interruptible():
-            sources.refresh()
-            results = Results(sources.folder.parent / "results.json", sources.digest())
-            found = run(mutations, sources, results)
-    except Interrupted:
+        sources.refresh()
+        found = run(mutations, sources, Results(sources.folder.parent / "results.json", sources.digest()))
+    except KeyboardInterrupt:
         print("mutants: interrupted; the next run goes on from here")
         return 130
     lines, good = summary(mutations, found)
@@ -125,4 +124,5 @@ def verdict(done: Done) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

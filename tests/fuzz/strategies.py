@@ -5,22 +5,9 @@ from hypothesis.strategies import DrawFn
 
 from fbkd_ops.presets import MODES, PRESETS, TERMS
 
+from .data import LAYOUTS
+
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "channel_slice",
-    "channels_last_slice",
-    "batch_slice",
-    "spatial_slice",
-    "permuted",
-    "expanded",
-    "expanded_images",
-    "expanded_channels",
-    "misaligned",
-    "overlapping",
-    "odd_strides",
-)
 VALUES = (
     "normal",
     "integers",  # exact in every dtype, with ties
@@ -109,7 +96,7 @@ def _size(draw: DrawFn, budget: int, pairs: int = 0) -> list[int]:
 def _map(draw: DrawFn) -> dict:
     """How a feature map looks."""
     values = draw(st.sampled_from(("normal", *VALUES)))
-    return {"dtype": draw(st.sampled_from(DTYPES)), "layout": draw(st.sampled_from(LAYOUTS)), "values": values}
+    return {"dtype": draw(st.sampled_from(DTYPES)), "layout": draw(st.sampled_from(tuple(LAYOUTS))), "values": values}
 
 
 def _sides(draw: DrawFn) -> dict:
