@@ -14,7 +14,7 @@ import pytest
 import torch
 from op_cases import INTERPRETER, NO_CPU, NO_CUDA, NO_TRITON
 
-from benchmarks import environment, results
+from benchmarks import results
 from fbkd_ops import backends
 from scripts.gpu import __main__ as gpu_check
 from scripts.gpu import op_calls, parsers, processes, smoke, stages, triton_cache
@@ -776,17 +776,6 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     for name in stages.STAGES:  # each was told as soon as it had ended
         assert lines[lines.index(f"{name} ...") + 1].startswith("{'status': 'ok'")
     assert "pip install" in (tmp_path / "out" / "log.txt").read_text()
-
-
-@pytest.mark.parametrize("answer, version", [("print('580.159.04')", "580.159.04"), ("sys.exit(9)", None)])
-def test_driver_version(tmp_path, monkeypatch, answer, version):
-    path = tmp_path / "nvidia-smi"
-    path.write_text(f"#!{sys.executable}\nimport sys\n{answer}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.driver_version() == version
-    path.unlink()
-    assert environment.driver_version() is None
 
 
 # Processes
