@@ -43,14 +43,14 @@ def environment(device: str, threads: int) -> dict:
 def revision() -> str | None:
     """The commit that the tree is of; None where neither FBKD_OPS_REVISION nor git says."""
     told = os.environ.get(_REVISION_VARIABLE, "").removesuffix(_DIRTY)
-    return told or _git("rev-parse", "--short", "HEAD")
+    return told or _output("git", "rev-parse", "--short", "HEAD")
 
 
 def modified() -> bool | None:
     """Whether the tree differs from that commit, results and documentation apart; None where nobody says."""
     if told := os.environ.get(_REVISION_VARIABLE):
         return told.endswith(_DIRTY)
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+    changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
     return None if changes is None else bool(changes)
 
 
@@ -74,10 +74,6 @@ def driver_version() -> str | None:
     """Of the GPU's driver; None where nvidia-smi does not tell."""
     answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return answer.splitlines()[0] if answer else None
-
-
-def _git(*arguments: str) -> str | None:
-    return _output("git", *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def draw() -> None:
         if plots and (made or before):
-            print("\n".join(plots.draw(results.read(options.csv), options.plot, options.csv.stem)))
+            print("drawn:", *plots.draw(results.read(options.csv), options.plot, options.csv.stem))
 
     save()
     try:

@@ -274,13 +274,12 @@ def dot(marker: str, face: str, label: str) -> Line2D:
 class Kind(NamedTuple):
     data: Callable[[pd.DataFrame], Any]
     draw: Callable[[Report], Figure]
-    needs: str
 
 
 KINDS = {
-    "speedup": Kind(bars, draw_bars, "figures of a peer beside fbkd_ops"),
-    "growth": Kind(growths, draw_growths, "2 sizes of one series"),
-    "roofline": Kind(roof_points, draw_roofline, "a suite with products, and its cost in the result"),
+    "speedup": Kind(bars, draw_bars),
+    "growth": Kind(growths, draw_growths),
+    "roofline": Kind(roof_points, draw_roofline),
 }
 
 
@@ -290,15 +289,14 @@ def pictures(report: Report, name: str, kinds: Iterable[str] = KINDS) -> dict[st
 
 
 def draw(report: Report, folder: Path, name: str, kinds: Iterable[str] = KINDS) -> list[str]:
-    """Draw those of ``kinds`` that the report has figures for; a line on each, drawn or left out."""
+    """Draw those of ``kinds`` that the report has figures for; return their files."""
     files = pictures(report, name, kinds)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, file in files.items():
-        folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]):
             noted = {"Software": None, "Digest": digest(report)}
             KINDS[kind].draw(report).savefig(folder / file, dpi=DPI, metadata=noted)
-    left_out = [f"{name}: no {kind} plot, it needs {KINDS[kind].needs}" for kind in kinds if kind not in files]
-    return [*(f"drawn: {folder / file}" for file in files.values()), *left_out]
+    return list(files.values())
 
 
 def digest(report: Report) -> str:

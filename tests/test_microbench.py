@@ -521,9 +521,8 @@ def test_an_update_that_is_interrupted_at_once_leaves_the_kept_tables(inside, mo
 
 def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    text, _ = run(capsys, tmp_path / "figures.csv", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
+    run(capsys, tmp_path / "figures.csv", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["figures-speedup.png"]
-    assert "no roofline plot" in text
 
 
 def test_levels_of_a_pyramid_are_halves_rounded_up():
