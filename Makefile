@@ -3,14 +3,14 @@
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
 # compiled for each vector width.
-# make fuzz compares random calls with the literal formula, and goes on where it was interrupted.
+# make fuzz compares random calls with the literal formula.
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
 # make study trains what is missing of the part STUDY of docs/study.md: quick, digits or bccd.
-# make gpu builds, tests, measures and profiles on this machine's GPU, as STAGES, OUT, DEADLINE, CACHE, WHEELS and
-# FBKD_OPS_REVISION say: make gpu STAGES="test bench". make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
+# make gpu builds, tests, measures and profiles on this machine's GPU: make gpu ARGS="--stages test bench".
+# make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -79,8 +79,7 @@ bench: venv
 
 # Installs nothing but the package, beside the torch that is there.
 gpu:
-	PYTHON="$(GPU_PYTHON)" STAGES="$(STAGES)" OUT="$(OUT)" DEADLINE="$(DEADLINE)" CACHE="$(CACHE)" \
-		WHEELS="$(WHEELS)" bash scripts/gpu_check.sh $(ARGS)
+	$(GPU_PYTHON) -m scripts.gpu $(ARGS)
 
 # Needs no GPU, but the Triton and the Python version of the machine that has one, and any PyTorch.
 gpu-cache:

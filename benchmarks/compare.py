@@ -36,11 +36,6 @@ def _rates(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.reindex(columns=[*PLACE, *CEILINGS]).groupby(PLACE).first()
 
 
-def machine_rates(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Return by state how many times as fast as before the machine was at each ceiling, the median of all maps."""
-    return (_rates(after) / _rates(before)).groupby("state").median().dropna(how="all")
-
-
 def machine_percents(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     """Return how far the machine's own ratios moved: of each table two of its rates at a time, one over the other."""
     old, new = _rates(before), _rates(after)
@@ -74,9 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     machine = machine_percents(before, after)
     if len(machine):
         print(f"the machine's rates beside each other: {summary(machine, limit)}")
-    for state, rates in machine_rates(before, after).iterrows():
-        named = (f"{CEILINGS[name][0]} × {ratio:.2f}" for name, ratio in rates.dropna().items())
-        print(f"{state} memory: {', '.join(named)}")
     return 1 if len(moved) else 0
 
 

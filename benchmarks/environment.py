@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,36 +43,37 @@ def environment(device: str, threads: int) -> dict:
 def revision() -> str | None:
     """The commit that the tree is of; None where neither FBKD_OPS_REVISION nor git says."""
     told = os.environ.get(_REVISION_VARIABLE, "").removesuffix(_DIRTY)
-    return told or _git("rev-parse", "--short", "HEAD")
+    return told or _output("git", "rev-parse", "--short", "HEAD")
 
 
 def modified() -> bool | None:
     """Whether the tree differs from that commit, results and documentation apart; None where nobody says."""
     if told := os.environ.get(_REVISION_VARIABLE):
         return told.endswith(_DIRTY)
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+    changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
     return None if changes is None else bool(changes)
 
 
 def sources(device: str) -> str:
     """A digest of the device's kernels: a result with another one is older than they are."""
-    digest = hashlib.sha256()
-    for pattern in KERNELS[device]:
-        for path in sorted(ROOT.glob(pattern)):
+    return digest(ROOT, KERNELS[device])
+
+
+def digest(root: Path, patterns: Iterable[str]) -> str:
+    """A digest of the sources below a folder that the patterns match, and of those in the folders that they match."""
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
-                    digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+                    found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def driver_version() -> str | None:
     """Of the GPU's driver; None where nvidia-smi does not tell."""
     answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return answer.splitlines()[0] if answer else None
-
-
-def _git(*arguments: str) -> str | None:
-    return _output("git", *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -293,7 +293,7 @@ def predict(case: Case, kernels: dict[str, Kernel]) -> tuple[dict, list[dict]]:
     return key | counts | {name: round(us, 1) for name, us in times.items()}, rows
 
 
-def report(cases: tuple[tuple[int, str], ...] = CASES) -> tuple[dict, list[dict]]:
+def report() -> tuple[dict, list[dict]]:
     """Return the facts, the figures of each step among them, and the rows of all launches."""
     import torch
     import triton
@@ -302,18 +302,17 @@ def report(cases: tuple[tuple[int, str], ...] = CASES) -> tuple[dict, list[dict]
     shape = LEVELS["P2"][1:]
     facts = {"revision": revision(), "modified": modified(), "torch": torch.__version__, "triton": triton.__version__}
     facts["constants"] = {name: each.value for name, each in CONSTANTS.items()}
-    steps = [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in cases]
+    steps = [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in CASES]
     return facts | {"steps": [figures for figures, _ in steps]}, [row for _, rows in steps for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="write the launches here, and the steps into a .json")
-    parser.add_argument("--images", type=int, nargs="+", default=sorted({images for images, _ in CASES}))
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted and not compiled")
-    facts, rows = report(tuple(case for case in CASES if case[0] in options.images))
+    facts, rows = report()
     if options.csv:
         write(options.csv, facts, rows)
     for step in facts["steps"]:

@@ -70,14 +70,13 @@ class Step:
     nodes: int = 0  # of the autograd graph, but for those that accumulate gradients
 
 
-def captured_step(case: Case, memory_efficient: bool = False, preset: str = "mmrazor") -> Step:
-    """The step of the loss with ``preset`` on ``case``; features have its dtype, parameters are float32."""
+def captured_step(case: Case) -> Step:
+    """The step of the loss on ``case``; features have its dtype, parameters are float32."""
     students, teachers = (
         [torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta") for shape in case.shapes] for _ in range(2)
     )
     step, channels = Step(), case.shape[1]
-    loss = fbkd_ops.FBKDLoss(channels, num_levels=len(students), preset=preset, memory_efficient=memory_efficient)
-    loss.to("meta")
+    loss = fbkd_ops.FBKDLoss(channels, num_levels=len(students), preset="mmrazor").to("meta")
     inputs = [*(x.requires_grad_() for x in students), *loss.parameters()]
     with _as_on_a_gpu(), launches_noted(step.launches), _Noted(step) as noted:
         total = sum(loss(students, teachers).values())

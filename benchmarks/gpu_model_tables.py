@@ -22,15 +22,15 @@ KERNEL_HEADER = ["kernel", "launches", "warps", "registers / shared KB / program
 KERNEL_HEADER += ["L2 GB", "most used", "floor ms", "predicted ms"]
 
 
-def model_tables(report: Report, before: Report | None = None) -> str:
+def model_tables(report: Report, before: Report) -> str:
     """The steps, the kernels of the first one, and the constants; ``before`` is a result of an earlier revision."""
     facts, first = report.facts, report.facts["steps"][0]
     revision = f"{_revision(facts).capitalize()}, Triton {facts['triton']}, torch {facts['torch']}."
     parts = [
-        revision + (f" Before: {_revision(before.facts)}." if before else ""),
+        f"{revision} Before: {_revision(before.facts)}.",
         _steps(report, before),
         f"Kernels, {first['images']} images, {first['dtype']}:",
-        _kernels(_launches(report, first), _launches(before, first) if before else None),
+        _kernels(_launches(report, first), _launches(before, first)),
         "The machine, as the model knows it:",
         _constants(facts["constants"]),
     ]
@@ -41,14 +41,13 @@ def _revision(facts: dict[str, Any]) -> str:
     return f"revision {facts['revision'] or 'unknown'}" + (" with changes" if facts["modified"] else "")
 
 
-def _steps(report: Report, before: Report | None) -> str:
+def _steps(report: Report, before: Report) -> str:
     now, earlier = (
-        pd.DataFrame(each.facts["steps"]).set_index(KEY)[list(STEP_COLUMNS)].apply(_shown) if each else None
-        for each in (report, before)
+        pd.DataFrame(each.facts["steps"]).set_index(KEY)[list(STEP_COLUMNS)].apply(_shown) for each in (report, before)
     )
     rows = []
     for key, cells in now.iterrows():
-        old = earlier.loc[key] if before is not None and key in earlier.index else cells
+        old = earlier.loc[key] if key in earlier.index else cells
         rows.append([*map(str, key), *map(_change, old, cells)])
     return table(["images", "features", *STEP_COLUMNS.values()], rows)
 
@@ -66,16 +65,15 @@ def _launches(report: Report, step: dict[str, Any]) -> pd.DataFrame:
     return rows[(rows["images"] == step["images"]) & (rows["dtype"] == step["dtype"])]
 
 
-def _kernels(now: pd.DataFrame, before: pd.DataFrame | None) -> str:
+def _kernels(now: pd.DataFrame, before: pd.DataFrame) -> str:
     """A row per kernel: sums of its launches, and of the longest one what one launch has."""
-    old = now if before is None else before
-    times = [rows.groupby("kernel", sort=False)["predicted_us"].sum().map(_ms) for rows in (old, now)]
+    times = [rows.groupby("kernel", sort=False)["predicted_us"].sum().map(_ms) for rows in (before, now)]
     lines = []
     for kernel in dict.fromkeys([*times[0].index, *times[1].index]):
         launches = now[now["kernel"] == kernel]
         cells = _kernel_cells(launches) if len(launches) else [ABSENT] * 8
         lines.append([f"`{kernel}`", *cells, _change(*(each.get(kernel, ABSENT) for each in times))])
-    totals = [_ms(rows["predicted_us"].sum()) for rows in (old, now)]
+    totals = [_ms(rows["predicted_us"].sum()) for rows in (before, now)]
     return table(KERNEL_HEADER, [*lines, ["sum", *[""] * 8, _change(*totals)]])
 
 

@@ -20,14 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import results, sweep  # noqa: E402
+from benchmarks import results, sweep, tables  # noqa: E402
 from benchmarks.environment import ROOT, environment, revision  # noqa: E402
 from benchmarks.inputs import DTYPES, LAYOUTS, LEVELS, Case, Suite  # noqa: E402
 from benchmarks.measurement import DOES_NOT_FIT, Job, empty_rows  # noqa: E402
 from benchmarks.memory import STATES, states_of  # noqa: E402
-from benchmarks.results import CEILINGS, OURS, PASSES, PLACE, is_slower, state_text  # noqa: E402
+from benchmarks.results import OURS, PLACE, state_text  # noqa: E402
 from benchmarks.suites import PEERS, SUITES, peers_of  # noqa: E402
 
 POOLINGS = ("preset", "none")
@@ -53,48 +54,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="begin no new round after these; 3 at least are made"
     )
-    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="P2|N,C,H,W")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--shapes", nargs="+", type=shape_of, metavar="P2|N,C,H,W")
+    sizes.add_argument("--sweep", nargs="+", choices=sweep.DIMENSIONS, help="one size at a time away from a base case")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
     parser.add_argument("--pooling", nargs="+", choices=POOLINGS, help="in the suites that have non-local blocks")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="beside fbkd_ops; all that a suite has by default")
     parser.add_argument("--brief", action="store_true", help="fewer of the suites' own maps and peers")
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        choices=sweep.DIMENSIONS,
-        help=f"one size at a time away from a base case, in the suites {' and '.join(sweep.SUITES)}",
-    )
     parser.add_argument("--csv", type=Path, help="write the figures here, after each table, and facts into a .json")
     parser.add_argument("--update", action="store_true", help="keep what FILE has and this run does not measure")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures of --csv here, at the end")
     options = parser.parse_args(arguments)
-    check_cases(parser, options)
+    options.suite = options.suite or list(sweep.SUITES if options.sweep else SUITES)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
-    for name in ("threads", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    return options
-
-
-def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Fill in the suites, and refuse what cannot be asked for together."""
-    options.suite = options.suite or list(sweep.SUITES if options.sweep else SUITES)
-    wrong = [name for name in options.suite if name not in sweep.SUITES]
-    if options.sweep and wrong:
-        parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(wrong)}")
-    if options.sweep and options.shapes:
-        parser.error("--sweep has shapes of its own: expected no --shapes beside it")
     if options.csv and options.csv.suffix != ".csv":
         parser.error(f"--csv: expected a file FILE.csv, got {options.csv}")
     for name in ("update", "plot"):
         if getattr(options, name) and not options.csv:
             parser.error(f"--{name} needs the file of --csv")
-    if options.brief and not own_maps(options):
-        parser.error(
-            "--brief takes the suites' own maps: expected none of --shapes, --dtype, --layout, --pooling, --sweep"
-        )
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
 
 
 def own_maps(options: argparse.Namespace) -> bool:
@@ -173,40 +156,10 @@ def measured_once(job: Job) -> dict:
     return {"rows": empty_rows(job, dict.fromkeys(job.peers, problem))}
 
 
-def spread(row: dict, name: str, digits: int) -> str:
-    """Median and, in brackets, the 20th and the 80th percentile."""
-    median, low, high = (f"{row[key]:.{digits}f}" for key in (name, f"{name}_p20", f"{name}_p80"))
-    return f"{median} ({low}–{high})"
-
-
-def line_of(row: dict) -> str:
-    """What is known of a peer in a pass."""
-    parts = [row["status"]] if row["status"] != "ok" else [f"{spread(row, 'ms', 2)} ms"]
-    if row["vs_baseline"] is not None:
-        parts.append(f"{spread(row, 'vs_baseline', 1)} × {row['baseline']}")
-    rates = {"gb_s": "{:.1f} GB/s", "ceiling_percent": "{:.0f} % of ceiling", "peak_mb": "{:.0f} MB"}
-    parts += [text.format(row[name]) for name, text in rates.items() if row[name] is not None]
-    if is_slower(row["peer"], row["speed"]):
-        parts.append(f"faster than {OURS}")
-    return f"  {row['peer']:26} {row['pass']:8} {', '.join(parts)}"
-
-
 def table_of(rows: list[dict]) -> str:
     """One suite on one map in one state of memory, as text."""
-    known = next((row for row in rows if row["status"] == "ok"), rows[0])
-    title = f"{known['suite']} · {known['case']} · {state_text([known['state']])} · {known['rounds'] or 0} rounds"
-    rates = [f"{name} {known[key]:.1f} {unit}" for key, (name, unit) in CEILINGS.items() if known[key] is not None]
-    return "\n".join([title, *map(line_of, rows), f"  ceilings: {', '.join(rates) or 'none'}\n"])
-
-
-def losses(rows: list[dict]) -> list[str]:
-    """A line per peer: ``slower than eager at: ...``."""
-    places = {}
-    for row in rows:
-        if is_slower(row["peer"], row["speed"]):
-            text = f"{row['suite']} {row['case']}, {state_text([row['state']])}, {PASSES[row['pass']]}"
-            places.setdefault(row["peer"], []).append(f"{text} ({row['speed']:.2f})")
-    return [f"slower than {peer} at: {'; '.join(texts)}" for peer, texts in places.items()]
+    found = pd.DataFrame(rows)
+    return f"{state_text(found['state'].unique())}\n\n{tables.suite_tables(found)}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def draw() -> None:
         if plots and (made or before):
-            print("\n".join(plots.draw(results.read(options.csv), options.plot, options.csv.stem)))
+            print("drawn:", *plots.draw(results.read(options.csv), options.plot, options.csv.stem))
 
     save()
     try:
@@ -242,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         facts["environment"]["modified"] = True  # of a mixture
     save()
     draw()
-    print("\n".join(losses(made)))
+    if made:
+        print(tables.slower_table(pd.DataFrame(made)))
 
 
 if __name__ == "__main__":

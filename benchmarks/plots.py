@@ -1,4 +1,4 @@
-"""Pictures of a result of benchmarks/microbench.py: roofline, speed-up bars, growth with the size.
+"""Pictures of a result: roofline, speed-up bars and growth with the size of benchmarks/microbench.py, learning curves.
 
 A picture is made of the result alone and notes its digest: of the same result comes the same file, and ``is_stale``
 finds one of another result.
@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks.results import OURS, PASSES, Report, state_text, states_in
 from benchmarks.series import DIMENSIONS, PYRAMID, exponent, series, title_of
+from benchmarks.study.protocol import HEADLINE, SETTINGS, recipe
 from benchmarks.tables import one_pass
 
 COLOURS = {
@@ -36,6 +37,7 @@ COLOURS = {
     "fbkd_ops:cuda": "#009e73",
     "fbkd_ops:triton": "#000000",
 }
+ARM_COLOURS = dict(zip(HEADLINE, ("#666666", "#000000", "#d55e00", "#56b4e9", "#0072b2"), strict=True))
 MARKERS = "osD^vP*X"  # of suites
 ALPHAS = {"fresh": 0.45, "eager": 0.45}  # of the bars, by state; 1 in any other
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fbkd_ops"}
@@ -274,31 +276,67 @@ def dot(marker: str, face: str, label: str) -> Line2D:
 class Kind(NamedTuple):
     data: Callable[[pd.DataFrame], Any]
     draw: Callable[[Report], Figure]
-    needs: str
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each point of the learning curves of the study's main arms: ``time`` in a plain student's steps."""
+    points = []
+    for run in rows[rows["changes"].isna() & rows["arm"].isin(HEADLINE)].itertuples():
+        setting = SETTINGS[run.setting]
+        factor = 1 if recipe(run.arm).pull is None else setting.time_factor
+        for place, point in enumerate(run.curve.split()):
+            step, ap = map(float, point.split(":"))
+            points.append({"setting": run.setting, "arm": run.arm, "place": place, "time": step * factor, "ap": ap})
+    return pd.DataFrame(points)
+
+
+def draw_curves(report: Report) -> Figure:
+    """A panel a data set: the mean over the seeds, and one standard error of it to both sides."""
+    points = curves(report.rows)
+    settings = points["setting"].unique()
+    figure, axes = panels(1, len(settings), 1.0 + ROW_HEIGHT)
+    for ax, setting in zip(axes[0], settings, strict=True):
+        for arm in HEADLINE:
+            found = points[(points["setting"] == setting) & (points["arm"] == arm)]
+            if len(found):
+                summary = found.groupby("place").agg({"time": "first", "ap": ["mean", "sem"]})
+                time, mean, error = (summary[column] for column in summary)
+                (line,) = ax.plot(time, mean, marker="o", markersize=3, color=ARM_COLOURS[arm], label=arm)
+                ax.fill_between(time, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.set_title(setting, loc="left", fontweight="bold")
+        ax.set_xlabel("time of training, in steps of a student alone")
+        ax.set_ylabel("COCO AP")
+        ax.legend(frameon=False)
+    seeds = report.rows.groupby("setting", sort=False)["seed"].nunique() - 1  # the teacher has one of its own
+    note = "Learning rates end with each training. Seeds: " + ", ".join(
+        f"{count} of {name}" for name, count in seeds.items()
+    )
+    return captioned(figure, f"{note}.")
 
 
 KINDS = {
-    "speedup": Kind(bars, draw_bars, "figures of a peer beside fbkd_ops"),
-    "growth": Kind(growths, draw_growths, "2 sizes of one series"),
-    "roofline": Kind(roof_points, draw_roofline, "a suite with products, and its cost in the result"),
+    "speedup": Kind(bars, draw_bars),
+    "growth": Kind(growths, draw_growths),
+    "roofline": Kind(roof_points, draw_roofline),
+    "curves": Kind(curves, draw_curves),
 }
+BENCHMARK = ("speedup", "growth", "roofline")
 
 
-def pictures(report: Report, name: str, kinds: Iterable[str] = KINDS) -> dict[str, str]:
+def pictures(report: Report, name: str, kinds: Iterable[str] = BENCHMARK) -> dict[str, str]:
     """The files that ``draw`` makes of a report, by kind."""
     return {kind: f"{name}-{kind}.png" for kind in kinds if len(KINDS[kind].data(report.rows))}
 
 
-def draw(report: Report, folder: Path, name: str, kinds: Iterable[str] = KINDS) -> list[str]:
-    """Draw those of ``kinds`` that the report has figures for; a line on each, drawn or left out."""
+def draw(report: Report, folder: Path, name: str, kinds: Iterable[str] = BENCHMARK) -> list[str]:
+    """Draw those of ``kinds`` that the report has figures for; return their files."""
     files = pictures(report, name, kinds)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, file in files.items():
-        folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]):
             noted = {"Software": None, "Digest": digest(report)}
             KINDS[kind].draw(report).savefig(folder / file, dpi=DPI, metadata=noted)
-    left_out = [f"{name}: no {kind} plot, it needs {KINDS[kind].needs}" for kind in kinds if kind not in files]
-    return [*(f"drawn: {folder / file}" for file in files.values()), *left_out]
+    return list(files.values())
 
 
 def digest(report: Report) -> str:

@@ -1,6 +1,6 @@
 """Results as files: figures as rows of CSV, and where they were measured as JSON of the same name beside it.
 
-pandas is imported by what reads them: a machine that measures needs none.
+pandas is imported by what reads them: `make oldest`, which compiles kernels with this package's tools, has none.
 """
 
 import csv

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -221,14 +222,6 @@ def measure(options: argparse.Namespace) -> Iterator[list[dict]]:
             yield [state | {"peer": peer} | figures for peer, figures in found.items()]
 
 
-def shown(found: list[dict]) -> str:
-    """What was measured of a pyramid or a level, on a line."""
-    first = found[0]
-    what = first["row"] or str(tuple(first[name] for name in Level._fields))
-    peers = ", ".join(f"{row['peer']} {row['ms']:.1f} ms ({1 / row['times_first']:.2f}x)" for row in found)
-    return f"{what}, {first['threads']} threads, {first['dtype']}: {peers}"
-
-
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -242,7 +235,7 @@ def main(words: list[str] | None = None) -> None:
     options = parse(words)
     facts, made = {"environment": environment("cpu", max(options.threads))}, []
     for found in measure(options):
-        print(shown(found), flush=True)
+        print(pd.DataFrame(found).dropna(axis=1).to_string(index=False), flush=True)
         made += found
         if options.csv:
             results.write(options.csv, facts, made)

@@ -112,13 +112,11 @@ def _op_suite(
     op: str,
     inputs: Callable[[Case], list[Tensor]],
     eager: Implementation,
-    literal: Implementation,
-    ours: Implementation,
     cost: Callable[[Case], Cost],
     brief_level: str = "P2",
 ) -> Suite:
-    """A suite of functions that are the same for every case."""
-    functions = {"eager": eager, "reference": literal, "fbkd_ops": ours}
+    """A suite of functions that are the same for every case; those of the package have the op's name."""
+    functions = {"eager": eager, "reference": getattr(reference, op), "fbkd_ops": getattr(functional, op)}
     makers = {name: lambda case, function=function: function for name, function in functions.items()}
     return Suite(op, inputs, makers, cost, OP_CASES, brief=(Case(LEVELS[brief_level]),), not_in_brief=("reference",))
 
@@ -130,31 +128,10 @@ OP_CASES = (
     Case(LEVELS["P3"]),
 )
 SUITES = {
-    "attention_pool": _op_suite(
-        "attention_pool",
-        _pool_inputs,
-        _pool_eager,
-        reference.attention_pool,
-        functional.attention_pool,
-        _pool_cost,
-    ),
-    "masked_l2": _op_suite(
-        "masked_l2_loss",
-        _distance_inputs,
-        _distance_eager,
-        reference.masked_l2_loss,
-        functional.masked_l2_loss,
-        _distance_cost,
-    ),
-    "adapted_masked_l2": _op_suite(
-        "adapted_masked_l2_loss",
-        _adapted_inputs,
-        _adapted_eager,
-        reference.adapted_masked_l2_loss,
-        functional.adapted_masked_l2_loss,
-        _adapted_cost,
-        brief_level="P3",  # on P2 a round takes a second: too few for a median
-    ),
+    "attention_pool": _op_suite("attention_pool", _pool_inputs, _pool_eager, _pool_cost),
+    "masked_l2": _op_suite("masked_l2_loss", _distance_inputs, _distance_eager, _distance_cost),
+    # Brief on P3: on P2 a round takes a second, too few for a median.
+    "adapted_masked_l2": _op_suite("adapted_masked_l2_loss", _adapted_inputs, _adapted_eager, _adapted_cost, "P3"),
     "non_local": NON_LOCAL,
     "relation": RELATION,
     "fbkd_loss": FBKD_LOSS,

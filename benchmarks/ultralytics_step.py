@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,38 +26,27 @@ WAYS = ("alone", "built-in", "fbkd_ops")
 
 
 class Turns:
-    """Lets one thread after the other pass, in a fixed order."""
+    """Lets one thread after the other run a step, in a fixed order, and times the steps."""
 
     def __init__(self, names: tuple[str, ...]):
         self.waiting, self.condition = list(names), threading.Condition()
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def begin(self, name: str) -> None:
         with self.condition:
             self.condition.wait_for(lambda: self.waiting[0] == name)
-
-    def end(self, name: str, leave: bool = False) -> None:
-        with self.condition:
-            self.waiting.remove(name)
-            self.waiting += [] if leave else [name]
-            self.condition.notify_all()
-
-
-class Stopwatch:
-    """Callbacks of one trainer: seconds of each of its steps."""
-
-    def __init__(self, name: str, turns: Turns):
-        self.name, self.turns, self.seconds = name, turns, []
-
-    def callbacks(self) -> dict:
-        return {"on_train_batch_start": self.start, "on_train_batch_end": self.stop}
-
-    def start(self, _: Any) -> None:
-        self.turns.begin(self.name)
         self.began = time.perf_counter()
 
-    def stop(self, _: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
-        self.turns.end(self.name)
+    def end(self, name: str) -> None:
+        self.seconds[name].append(time.perf_counter() - self.began)
+        with self.condition:
+            self.waiting.append(name)
+            self.leave(name)
+
+    def leave(self, name: str) -> None:
+        with self.condition:
+            self.waiting.remove(name)
+            self.condition.notify_all()
 
 
 def make_data(folder: Path, images: int, size: int) -> str:
@@ -89,7 +77,7 @@ def saved_teacher(teacher: str, folder: Path) -> str:
     return str(path)
 
 
-def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, folder: Path, watch: Stopwatch) -> None:
+def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, folder: Path, turns: Turns) -> None:
     from ultralytics import YOLO
 
     from fbkd_ops.integrations.ultralytics import FBKDTrainer
@@ -116,13 +104,12 @@ def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, fold
     elif way == "fbkd_ops":
         settings["trainer"] = functools.partial(FBKDTrainer, teacher=teacher)
     model = YOLO(arguments.student)
-    for event, callback in watch.callbacks().items():
-        model.add_callback(event, callback)
+    model.add_callback("on_train_batch_start", lambda _: turns.begin(way))
+    model.add_callback("on_train_batch_end", lambda _: turns.end(way))
     try:
         model.train(**settings)
     finally:
-        watch.turns.begin(way)
-        watch.turns.end(way, leave=True)
+        turns.leave(way)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
@@ -131,15 +118,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float
     data = make_data(folder / "data", steps * arguments.batch, arguments.imgsz)
     teacher = saved_teacher(arguments.teacher, folder)
     turns = Turns(WAYS)
-    watches = {way: Stopwatch(way, turns) for way in WAYS}
-    threads = [
-        threading.Thread(target=train, args=(way, arguments, data, teacher, folder, watches[way])) for way in WAYS
-    ]
+    threads = [threading.Thread(target=train, args=(way, arguments, data, teacher, folder, turns)) for way in WAYS]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {way: watch.seconds[arguments.warmup :] for way, watch in watches.items()}
+    return {way: seconds[arguments.warmup :] for way, seconds in turns.seconds.items()}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

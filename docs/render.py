@@ -27,7 +27,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
-STUDY, PILOT = "cpu-study.csv", "cpu-study-pilot.csv"
+STUDY, STUDY_COST, PILOT = "cpu-study.csv", "cpu-study-cost.csv", "cpu-study-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
@@ -69,45 +69,37 @@ def normalization() -> str:
 
 def commands() -> str:
     result = facts_of("cpu-commands.json")
-    if result is None:
-        return NOT_YET
     rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
     where = f"{result['where']} Revision {result['revision']}: later ones have more tests."
     return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
-def facts_of(file: str) -> dict | None:
-    path = RESULTS / file
-    return json.loads(path.read_text()) if path.exists() else None
+def facts_of(file: str) -> dict:
+    return json.loads((RESULTS / file).read_text())
 
 
-def report_of(file: str) -> Report | None:
-    path = RESULTS / file
-    return results.read(path) if path.exists() else None
+def report_of(file: str) -> Report:
+    return results.read(RESULTS / file)
 
 
-def rows_of(*suites: str) -> pd.DataFrame | None:
-    """The rows of some suites on a CPU; None where there are none."""
-    report = report_of(MICROBENCH)
-    rows = report and report.rows[report.rows["suite"].isin(suites)]
-    return rows if rows is not None and len(rows) else None
+def rows_of(*suites: str) -> pd.DataFrame:
+    """The rows of some suites on a CPU."""
+    rows = report_of(MICROBENCH).rows
+    return rows[rows["suite"].isin(suites)]
 
 
 def microbench() -> str:
-    report = report_of(MICROBENCH)
-    return tables.provenance(report.facts) if report else NOT_YET
+    return tables.provenance(report_of(MICROBENCH).facts)
 
 
 def suites(*names: str) -> str:
-    rows = rows_of(*names)
-    return NOT_YET if rows is None else tables.suite_tables(rows)
+    return tables.suite_tables(rows_of(*names))
 
 
 def comparisons(*suites: str) -> str:
     """What fbkd_ops is beside the others, one line a map."""
-    rows = rows_of(*suites)
-    return NOT_YET if rows is None else tables.comparisons(rows)
+    return tables.comparisons(rows_of(*suites))
 
 
 # Rows of README's table: what is measured, its suite, how the map's title begins, the peer, and what that is.
@@ -131,56 +123,49 @@ SMALL_COSTS = (
 
 def costs() -> str:
     """README's table: what the loss and a step cost beside what one would run in their place."""
-    rows = [*_suite_costs(), *_small_costs(), *_trainer_costs()]
-    if not rows:
-        return NOT_YET
     files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
-    places = dict.fromkeys(tables.machine(facts["environment"]) for facts in map(facts_of, files) if facts)
+    places = dict.fromkeys(tables.machine(facts_of(file)["environment"]) for file in files)
     header = ["forward and backward of", "beside", "times as fast", "memory"]
+    rows = [*_suite_costs(), *_small_costs(), _trainer_costs()]
     return table(header, rows) + "\n\nMeasured on " + "; ".join(places) + "."
 
 
 def _suite_costs() -> Iterator[list[str]]:
     for what, suite, case, peer, name in COSTS:
         rows = rows_of(suite)
-        step = None if rows is None else tables.one_pass(rows[rows["case"].str.startswith(case)])
-        if step is not None and len(step):
-            yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
+        step = tables.one_pass(rows[rows["case"].str.startswith(case)])
+        yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
 
 
 def _small_costs() -> Iterator[list[str]]:
-    report = report_of(SMALL)
-    for what, row, peer, peer_name in SMALL_COSTS if report else ():
-        found = report.rows[report.rows["dtype"] == "float32"].set_index(["row", "peer"]).loc[(row, peer)]
+    rows = report_of(SMALL).rows
+    for what, row, peer, peer_name in SMALL_COSTS:
+        found = rows[rows["dtype"] == "float32"].set_index(["row", "peer"]).loc[(row, peer)]
         speeds = " / ".join(f"{1 / ratio:.1f}" for ratio in found.sort_values("threads")["times_first"])
         yield [f"{what}, one / two threads", peer_name, speeds, ""]
 
 
-def _trainer_costs() -> Iterator[list[str]]:
+def _trainer_costs() -> list[str]:
     report = facts_of(ULTRALYTICS)
-    if report:
-        size, times = report["size"], report["milliseconds"]
-        names = [size[side].removesuffix(".yaml").replace("yolo", "YOLO") for side in ("student", "teacher")]
-        what = f"a step of Ultralytics' trainer, {' from '.join(names)}, {size['batch']} images of {size['imgsz']} px"
-        yield [what, "Ultralytics' own distillation", f"{times['built-in'] / times['fbkd_ops']:.2f}", ""]
+    size, times = report["size"], report["milliseconds"]
+    names = [size[side].removesuffix(".yaml").replace("yolo", "YOLO") for side in ("student", "teacher")]
+    what = f"a step of Ultralytics' trainer, {' from '.join(names)}, {size['batch']} images of {size['imgsz']} px"
+    return [what, "Ultralytics' own distillation", f"{times['built-in'] / times['fbkd_ops']:.2f}", ""]
 
 
 def scaling() -> str:
     """How time grows with the map, without pooling."""
-    report = report_of(MICROBENCH)
-    return (tables.growth_table(report.rows) if report else "") or NOT_YET
+    return tables.growth_table(report_of(MICROBENCH).rows)
 
 
 def sweep() -> str:
     report = report_of(SWEEP)
-    return f"{tables.provenance(report.facts)}\n\n{tables.sweep_table(report.rows)}" if report else NOT_YET
+    return f"{tables.provenance(report.facts)}\n\n{tables.sweep_table(report.rows)}"
 
 
 def small() -> str:
     """The grid of small pyramids: how many times as fast as each peer, and milliseconds."""
     report = report_of(SMALL)
-    if report is None:
-        return NOT_YET
     rows = report.rows.dropna(subset="row")
     states = list(rows.groupby(["threads", "dtype"], sort=False).groups)
     cells = rows.groupby(["row", "threads", "dtype"]).apply(small_cell)
@@ -200,8 +185,6 @@ def small_cell(found: pd.DataFrame) -> str:
 
 def ultralytics_step() -> str:
     report = facts_of(ULTRALYTICS)
-    if report is None:
-        return NOT_YET
     times, size = report["milliseconds"], report["size"]
     rows = [[name, f"{value:.0f}", f"{value / times['built-in']:.2f}"] for name, value in times.items()]
     what = f"{size['student']} from {size['teacher']}, {size['batch']} images of {size['imgsz']} px"
@@ -210,8 +193,7 @@ def ultralytics_step() -> str:
 
 def slower() -> str:
     """Where fbkd_ops loses to a peer, in all results of the CPU."""
-    reports = [report for report in map(report_of, (MICROBENCH, SWEEP)) if report]
-    return tables.slower_table(pd.concat([report.rows for report in reports])) if reports else NOT_YET
+    return tables.slower_table(pd.concat([report_of(file).rows for file in (MICROBENCH, SWEEP)]))
 
 
 def gpu_folder(file: str) -> str:
@@ -235,9 +217,10 @@ def gpu() -> str:
 
 
 def gpu_headline() -> str:
-    report = report_of(f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}")
-    if report is None:
+    folder = gpu_folder(GPU_BENCH)
+    if not folder:
         return NOT_YET_ON_A_GPU
+    report = report_of(f"{folder}/{GPU_BENCH}")
     return f"{tables.machine(report.facts['environment'])}:\n\n{tables.comparisons(report.rows)}"
 
 
@@ -246,15 +229,15 @@ def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
 
     Of a sweep that is the growth alone: a bar or a point for each of its sizes would be too many.
     """
-    files = {MICROBENCH: plots.KINDS, SWEEP: ["growth"], f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}": plots.KINDS}
-    reports = {Path(file): (report_of(file), kinds) for file, kinds in files.items()}
-    return {path.parent.name or path.stem: drawn for path, drawn in reports.items() if drawn[0]}
+    files = {MICROBENCH: plots.BENCHMARK, SWEEP: ["growth"]}
+    files[f"{gpu_folder(GPU_BENCH)}/{GPU_BENCH}"] = plots.BENCHMARK
+    files[STUDY] = ["curves"]
+    found = [(Path(file), kinds) for file, kinds in files.items() if (RESULTS / file).exists()]
+    return {path.parent.name or path.stem: (report_of(path), kinds) for path, kinds in found}
 
 
 def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
     """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
-    if name not in drawn_reports():
-        return NOT_YET
     report, drawn = drawn_reports()[name]
     files = plots.pictures(report, name, kinds or drawn)
     return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
@@ -270,22 +253,17 @@ def stale_pictures() -> list[str]:
 
 
 def compiled_code() -> str:
-    report = report_of("code.csv")
-    return tables.code_tables(*report) if report else "Not yet compiled."
+    return tables.code_tables(*report_of("code.csv"))
 
 
 def predicted() -> str:
     """What benchmarks.gpu_model predicts now, and predicted first."""
-    report, before = report_of("gpu-model.csv"), report_of("gpu-model-before.csv")
-    return gpu_model_tables.model_tables(report, before) if report else "Not yet predicted."
+    return gpu_model_tables.model_tables(report_of("gpu-model.csv"), report_of("gpu-model-before.csv"))
 
 
 def passes() -> str:
-    found = facts_of("passes.json")
-    if found is None:
-        return NOT_YET
     rows = []
-    for terms, backends in found.items():
+    for terms, backends in facts_of("passes.json").items():
         ours, literal = backends["auto"], backends["reference"]
         ops = ", ".join(f"`{op.split('.')[-2]}`" for op in (*ours["forward"], *ours["backward"]))
         rows.append([terms, str(len(ours["forward"])), str(len(ours["backward"])), ops, str(len(literal["backward"]))])
@@ -295,21 +273,14 @@ def passes() -> str:
 
 def fuzz() -> str:
     """How many random calls were compared, and how many failed."""
-    report = facts_of(FUZZ)
-    if report is None:
-        return NOT_YET
     names = ("cases", "failures", "minutes", "seed", "revision", "torch")
-    rows = [[f"`{target}`", *(str(done[name]) for name in names)] for target, done in report.items()]
+    rows = [[f"`{target}`", *(str(done[name]) for name in names)] for target, done in facts_of(FUZZ).items()]
     return table(["target", "calls", "failed", *names[2:]], rows)
 
 
 def mutants() -> str:
     """How many small faults the tests noticed, run by run."""
-    report = facts_of(MUTANTS)
-    if report is None:
-        return NOT_YET
-    runs = report["runs"]
-    rows = []
+    runs, rows = facts_of(MUTANTS)["runs"], []
     for run in runs:
         counts = [f"{each['caught']} of {each['faults']}" if each["faults"] else "" for each in run["groups"].values()]
         survivors = ", ".join(f"`{name}`" for name in run["survivors"]) or "none"
@@ -319,9 +290,6 @@ def mutants() -> str:
 
 def study_pilot() -> str:
     """What was tried to find the study's budget."""
-    report = report_of(PILOT)
-    if report is None:
-        return NOT_YET
     rows = [
         [
             f"`{row.arm}`",
@@ -331,7 +299,7 @@ def study_pilot() -> str:
             f"{row.seconds:.0f}",
             "" if math.isnan(row.share_p50) else f"{row.share_p50:.2f}",
         ]
-        for row in report.rows.itertuples()
+        for row in report_of(PILOT).rows.itertuples()
     ]
     header = ["arm", "numbers that differ", "steps", "AP", "CPU s", "median share, second half"]
     return table(header, rows)
@@ -339,22 +307,25 @@ def study_pilot() -> str:
 
 def study() -> str:
     """Every arm beside the baselines, a table for each part of the study that has runs."""
-    report = report_of(STUDY)
-    if report is None:
+    if not (RESULTS / STUDY).exists():
         return NOT_YET
-    parts = []
+    runs, costs, parts = report_of(STUDY).rows, report_of(STUDY_COST).rows, []
     for name, part in STUDIES.items():
-        rows = study_tables.rows_of(report.rows, part)
+        rows = study_tables.rows_of(runs, part)
         if len(rows):
-            teacher = study_tables.teacher_score(report.rows, part.setting)
-            parts.append(f"**`{name}`**, teacher {teacher} AP:\n\n{study_tables.arms_table(rows)}")
+            teacher = study_tables.teacher_score(runs, part.setting)
+            parts.append(f"**`{name}`**, teacher {teacher} AP:\n\n{study_tables.arms_table(rows, costs)}")
     return "\n\n".join(parts)
 
 
 def study_shares() -> str:
     """How the gradient share kept to its target in the study's trainings."""
-    report = report_of(STUDY)
-    return NOT_YET if report is None else study_tables.share_table(report.rows)
+    return study_tables.share_table(report_of(STUDY).rows) if (RESULTS / STUDY).exists() else NOT_YET
+
+
+def study_headline() -> str:
+    """The recipe beside both baselines, a line for each part of the study."""
+    return study_tables.headline(report_of(STUDY).rows) if (RESULTS / STUDY).exists() else NOT_YET
 
 
 def frameworks() -> str:

@@ -115,14 +115,10 @@ EXAMPLES = sorted(path for path in (ROOT / "examples" / "frameworks").glob("*.py
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_framework_examples_are_short_tested_and_in_the_readme(path):
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 30
-    test = f"tests/integrations/test_{path.name}"
-    assert path.stem in (ROOT / test).read_text()
-    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if f"(examples/frameworks/{path.name})" in row]
-    assert len(rows) == 1
-    assert f"| {len(lines)} |" in rows[0] and f"({test})" in rows[0]
+def test_framework_examples_are_short_and_tested(path):
+    """The README's rows are generated of them."""
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 30
+    assert path.stem in (ROOT / "tests" / "integrations" / f"test_{path.name}").read_text()
 
 
 def test_the_readmes_training_loop_runs(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -215,54 +216,23 @@ def test_a_failing_case_is_made_smaller(monkeypatch):
     assert report["failure"]["case"]["size"] == [2, 4, 4, 1, 1] and report["failure"]["found"] == "too wide"
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    path, goals = tmp_path / "state.json", {"cpu": 100}
-    state = fuzz.load_state(path, 7, goals)
-    failure = {"case": POOLS, "found": "wrong"}
-    fuzz.take(state, "cpu", {"cases": 30, "failure": failure}, path)
-    for seed in (None, 7):
-        assert fuzz.load_state(path, seed, goals)["targets"]["cpu"]["failures"] == [failure]
-    assert fuzz.load_state(path, 8, goals)["targets"] == {}
-    assert fuzz.load_state(path, None, {"cpu": 30})["targets"] == {}  # finished: the next run is a new one
-    monkeypatch.setattr(fuzz, "digest_of_code", lambda: "changed")
-    assert fuzz.load_state(path, 7, goals)["targets"] == {}
+def test_a_crash_is_a_failure_of_the_case_that_it_was_at(monkeypatch, capsys):
+    def crashing(target, seed, cases, current):
+        Path(current).write_text(json.dumps(POOLS))
+        raise fuzz.BrokenProcessPool
 
-
-CRASHING_WORKER = """
-import argparse, json, os, pathlib
-parser = argparse.ArgumentParser()
-parser.add_argument("target")
-for name in ("seed", "first", "cases", "current"):
-    parser.add_argument("--" + name)
-arguments = parser.parse_args()
-pathlib.Path(arguments.current).write_text(json.dumps({case}))
-if arguments.first == "0":
-    os.abort()
-print(json.dumps(dict(cases=int(arguments.cases), failure=None)))
-"""
-
-
-def test_a_crash_is_a_failure_of_the_case_that_it_was_at(tmp_path, monkeypatch, capsys):
-    """And the run goes on with the next batch."""
-    script = tmp_path / "fuzz" / "worker.py"
-    script.parent.mkdir()
-    script.write_text(CRASHING_WORKER.format(case=POOLS))
-    monkeypatch.setattr(fuzz, "ROOT", tmp_path)
-    path = tmp_path / "state.json"
-    state = {"seed": 1, "code": "", "targets": {}}
-    fuzz.fuzz_target("cpu", 20, state, path)
-    done = json.loads(path.read_text())["targets"]["cpu"]
-    assert done["cases"] == 20 and done["batches"] == 2
-    assert done["failures"] == [{"case": POOLS, "found": "the process ends with status -6"}]
+    monkeypatch.setattr(fuzz, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(fuzz, "find_failures", crashing)
+    assert fuzz.fuzz_target("cpu", 1, 20) is None
     assert fuzz.reproduction(POOLS) in capsys.readouterr().out
 
 
 @NO_CPU
 @pytest.mark.skipif(not TEST_ALL, reason="one of the tests of make test-all")
-def test_the_command_runs_and_replays_a_case(tmp_path):
+def test_the_command_runs_and_replays_a_case():
     environment = os.environ | {"PYTHONPATH": "tests"}
-    command = [sys.executable, "-m", "fuzz", "--targets", "cpu", "--cases", "60", "--seed", "1", "--folder", tmp_path]
+    command = [sys.executable, "-m", "fuzz", "--targets", "cpu", "--cases", "60", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert "seed 1" in done.stdout and "(seed 1)" in done.stdout.splitlines()[-1], done.stderr
+    assert done.stdout.startswith("seed 1\n") and done.stdout.endswith("0 failed\n"), done.stdout + done.stderr
     done = subprocess.run(fuzz.reproduction(MASKED), cwd=ROOT, shell=True, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr

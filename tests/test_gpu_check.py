@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from op_cases import INTERPRETER, NO_CPU, NO_CUDA, NO_TRITON
 
-from benchmarks import environment, results
+from benchmarks import results
 from fbkd_ops import backends
 from scripts.gpu import __main__ as gpu_check
 from scripts.gpu import op_calls, parsers, processes, smoke, stages, triton_cache
@@ -436,7 +435,7 @@ def test_smoke_tells_times_kernels_and_mistakes(on_gpu, answer, found, ended, wh
     if not why:
         assert outcome.figures["N=16 wall_ms"] == 31.0 and outcome.figures["N=1 wall_ms"] == 29.0
         assert outcome.figures["others_launches"] == 1500
-        assert "    residual_sums: launches 3, us 1500.0, predicted_us 1600.0" in gpu_check.details(outcome.figures)
+        assert outcome.figures["kernels"] == SMOKE["kernels"]
 
 
 def event(key, count, us, kind):
@@ -476,15 +475,6 @@ def test_compilation_is_told(on_gpu, answer, monkeypatch):
     assert stages.compile_kernels(on_gpu, 60).why == ["exit status 1", "sum_tiles: PTXASError: no"]
     answer(lambda command: done("", -9, True))
     assert stages.compile_kernels(on_gpu, 60).status == "incomplete: out of time"
-
-
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name == "ninja" else name)
-    monkeypatch.setattr(stages.importlib.metadata, "version", lambda name: "70.2")
-    lines = stages.missing_requirements()
-    assert lines[0] == "ninja is not installed" and lines[1].startswith("setuptools 70.2 is too old")
-    monkeypatch.setattr(stages.importlib.metadata, "version", lambda name: "77.0.1")
-    assert stages.missing_requirements() == ["ninja is not installed"]
 
 
 # Triton's cache
@@ -605,9 +595,8 @@ def test_a_launch_hits_what_was_compiled_without_a_gpu(tmp_path, triton_process)
 
 
 def run_stages(tmp_path, chosen, deadline, clock):
-    report = gpu_check.Report(tmp_path / "summary.json", {}, [stage.name for stage in chosen])
-    gpu_check.check(chosen, context_in(tmp_path, dry=True), report, deadline, clock)
-    return report, json.loads((tmp_path / "summary.json").read_text())
+    gpu_check.check(chosen, context_in(tmp_path, dry=True), {"stages": {}}, deadline, clock)
+    return json.loads((tmp_path / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -631,14 +620,14 @@ def test_the_deadline_is_shared_out(tmp_path, deadline, lasting, least, given):
         return Stage(name, run, least, 100)
 
     chosen = [stage(*each) for each in zip("abc", lasting, least, strict=False)]
-    report, summary = run_stages(tmp_path, chosen, deadline, lambda: now[0])
+    summary = run_stages(tmp_path, chosen, deadline, lambda: now[0])
     assert [seen.get(each.name) for each in chosen] == given
     status = {name: entry["status"] for name, entry in summary["stages"].items()}
     assert [status[each.name] for each in chosen] == ["ok" if limit else "skipped: out of time" for limit in given]
     assert [summary["stages"][name]["seconds"] for name in seen] == [
         min(lasting["abc".index(n)], seen[n]) for n in seen
     ]
-    assert summary["complete"] and not report.failed
+    assert summary["complete"]
 
 
 @pytest.fixture
@@ -671,25 +660,19 @@ def test_a_failed_stage_does_not_end_the_run(tmp_path, two_stages, capsys, run, 
     assert summary["stages"]["first"]["status"] == "failed" and summary["stages"]["first"]["why"] == [why]
     assert summary["stages"]["second"]["status"] == "ok"
     output = capsys.readouterr().out
-    assert f"  {why}\n" in output
-    assert re.search(r"^first +failed .*\nsecond +ok ", output, re.MULTILINE)
+    assert why in output and re.search(r"^first +failed\nsecond +ok$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_a_valid_summary(tmp_path, two_stages, capsys, number):
-    two_stages(lambda *_: os.kill(os.getpid(), number))
-    before = signal.getsignal(number)
+def test_an_interruption_leaves_a_valid_summary(tmp_path, two_stages):
+    two_stages(lambda *_: os.kill(os.getpid(), signal.SIGINT))
     code, summary = main(tmp_path)
-    assert code == 130 and not summary["complete"] and signal.getsignal(number) == before
+    assert code == 130 and not summary["complete"]
     assert [entry["status"] for entry in summary["stages"].values()] == ["interrupted", "not run"]
-    assert f"interrupted by {number.name}" in capsys.readouterr().out
 
 
-def test_stages_can_be_chosen(tmp_path, two_stages, monkeypatch):
+def test_stages_can_be_chosen(tmp_path, two_stages):
     two_stages(broken)
     assert list(main(tmp_path, "--stages", "second")[1]["stages"]) == ["second"]
-    monkeypatch.setenv("STAGES", "second")
-    assert list(main(tmp_path)[1]["stages"]) == ["second"]
 
 
 def test_other_stages_stay_as_an_earlier_run_left_them(tmp_path, two_stages, monkeypatch):
@@ -714,10 +697,10 @@ def test_kernels_that_later_stages_compile_are_told(tmp_path, capsys):
         return Outcome()
 
     chosen = [Stage(name, run, 1, 10) for name in ("compile", "smoke", "test")]
-    _, summary = run_stages(tmp_path, chosen, 100, lambda: 0.0)
+    summary = run_stages(tmp_path, chosen, 100, lambda: 0.0)
     counts = {name: entry["figures"].get("kernels_not_in_cache") for name, entry in summary["stages"].items()}
     assert counts == {"compile": None, "smoke": 1, "test": 1}
-    assert "kernels_not_in_cache 1" in capsys.readouterr().out
+    assert "'kernels_not_in_cache': 1" in capsys.readouterr().out
 
 
 def test_a_cache_that_is_given_is_used_where_it_is(tmp_path, two_stages, capsys):
@@ -731,43 +714,10 @@ def test_a_cache_that_is_given_is_used_where_it_is(tmp_path, two_stages, capsys)
         main(tmp_path, "--cache", str(tmp_path / "none"))
 
 
-def wheel(folder, name, version):
-    """A package of one file, as pip takes it."""
-    facts = f"{name}-{version}.dist-info"
-    files = {f"{name}.py": f"__version__ = {version!r}\n"}
-    files |= {f"{facts}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"}
-    files |= {f"{facts}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for path, text in files.items():
-            archive.writestr(path, text)
-        archive.writestr(f"{facts}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{facts}/RECORD"]))
-
-
-def test_packages_that_are_given_are_on_the_path(tmp_path, two_stages, monkeypatch):
-    """Also of the processes of the stages; what they need besides is not asked for."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(context, seconds):
-        (done,) = context.run([python("import fbkd_given; print(fbkd_given.__version__)")], 60)
-        return Outcome("ok", {"output": done.output})
-
-    two_stages(run)
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    with pytest.raises(SystemExit, match="there is no .*whl"):
-        main(tmp_path, "--wheels", str(wheels))
-    wheel(wheels, "fbkd_given", "3.1")
-    code, summary = main(tmp_path, "--wheels", str(wheels))
-    assert code == 0 and summary["stages"]["first"]["figures"]["output"] == "3.1\n"
-    (wheels / "broken-1.0-py3-none-any.whl").write_text("")
-    with pytest.raises(SystemExit, match="WHEELS: "):
-        main(tmp_path, "--wheels", str(wheels))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stages", "test", "tset"], f"unknown stage tset; there are {', '.join(stages.STAGES)}"),
+        (["--stages", "test", "tset"], "invalid choice: 'tset'"),
         (["--deadline", "0"], "--deadline must be > 0"),
         (["--deadline", "nan"], "--deadline must be > 0"),
     ],
@@ -779,8 +729,8 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
-    done = subprocess.run([ROOT / "scripts" / "gpu_check.sh"], env=variables, capture_output=True, text=True)
+    variables, command = os.environ | {"CUDA_VISIBLE_DEVICES": ""}, [sys.executable, "-m", "scripts.gpu", "--out"]
+    done = subprocess.run([*command, tmp_path / "out"], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "no CUDA device\n", done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -824,19 +774,8 @@ def test_dry_run_takes_every_stage(tmp_path, monkeypatch, capsys):
     *lines, _ = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-len(stages.STAGES) :]] == [[name, "ok"] for name in stages.STAGES]
     for name in stages.STAGES:  # each was told as soon as it had ended
-        assert lines[lines.index(f"{name} ...") + 1].split()[:2] == [name, "ok"]
+        assert lines[lines.index(f"{name} ...") + 1].startswith("{'status': 'ok'")
     assert "pip install" in (tmp_path / "out" / "log.txt").read_text()
-
-
-@pytest.mark.parametrize("answer, version", [("print('580.159.04')", "580.159.04"), ("sys.exit(9)", None)])
-def test_driver_version(tmp_path, monkeypatch, answer, version):
-    path = tmp_path / "nvidia-smi"
-    path.write_text(f"#!{sys.executable}\nimport sys\n{answer}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.driver_version() == version
-    path.unlink()
-    assert environment.driver_version() is None
 
 
 # Processes
@@ -911,8 +850,8 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
 
 @ON_LINUX
 def test_an_interruption_ends_what_runs(tmp_path):
-    command = python(STUBBORN + f"os.kill({os.getpid()}, signal.SIGTERM)\ntime.sleep(600)")
-    with pytest.raises(processes.Interrupted, match="SIGTERM"), processes.interruptible():
+    command = python(STUBBORN + f"os.kill({os.getpid()}, signal.SIGINT)\ntime.sleep(600)")
+    with pytest.raises(KeyboardInterrupt):
         processes.run_together([command], 600, tmp_path, {})
     assert_all_end(tmp_path / "ready")
 

@@ -83,7 +83,7 @@ def test_the_tool_measures_in_processes_of_its_own(tmp_path):
     assert places(report) == [("masked_l2", state) for state in memory.states_of("cpu")]
     assert set(report.rows["status"]) == {"ok"}
     for state in memory.states_of("cpu"):
-        assert f"masked_l2 · 2x4x6x5 float32 contiguous · {state} memory · 1 rounds" in done.stdout
+        assert f"{state} memory\n\n### masked_l2" in done.stdout
 
 
 def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
@@ -132,7 +132,8 @@ def test_ratios_are_the_right_way_up_and_of_the_same_rounds(inside, monkeypatch,
     cost = suites.SUITES["masked_l2"].cost(inputs.Case((2, 4, 6, 5)))
     assert one(report, which="forward")["bytes"] == cost.forward_bytes
     assert ours["bytes"] == cost.forward_bytes + cost.backward_bytes
-    assert ours["gb_s"] == pytest.approx(ours["bytes"] / 1e6 / 11.0) and "slower" not in text
+    assert ours["gb_s"] == pytest.approx(ours["bytes"] / 1e6 / 11.0)
+    assert text.endswith("None: `fbkd_ops` is the fastest in every row.\n")
 
 
 def test_a_whole_steps_loss_is_checked_as_the_loss(monkeypatch):
@@ -292,11 +293,11 @@ def test_what_is_not_installed_is_said_and_the_rest_goes_on(versions, inside, mo
     """The reference is the baseline then."""
     without_mmrazor(monkeypatch, versions)
     arguments = ["--suite", "relation", "--peers", "mmrazor", "compile", "reference"]
-    text, report = run(capsys, tmp_path / "figures.csv", *arguments)
+    _, report = run(capsys, tmp_path / "figures.csv", *arguments)
     for peer in ("mmrazor", "compile"):
         assert one(report, peer)["status"] == "not installed: pip install mmrazor==1.0.0 mmcv-lite==2.1.0"
     assert one(report, "reference")["vs_baseline"] == 1 and one(report)["vs_baseline"] > 0
-    assert set(report.rows["baseline"].dropna()) == {"reference"} and "× reference" in text
+    assert set(report.rows["baseline"].dropna()) == {"reference"}
 
 
 def masked_l2(*tensors):
@@ -435,8 +436,9 @@ def test_a_run_says_where_a_peer_is_faster(inside, monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(measurement, "interleaved", twice_as_slow)
     text, _ = run(capsys, tmp_path / "figures.csv", "--suite", "masked_l2")
-    assert text.count(", faster than fbkd_ops") == 2 * 2 * len(memory.states_of("cpu"))
-    assert "slower than eager at: masked_l2 2x4x6x5" in text and "slower than fbkd_ops" not in text
+    states = len(memory.states_of("cpu"))
+    assert text.count(" * |") == 2 * 2 * states and text.count("| `eager` | masked_l2 |") == 2 * states
+    assert "| `fbkd_ops` | masked_l2 |" not in text
 
 
 @pytest.mark.parametrize(
@@ -519,9 +521,8 @@ def test_an_update_that_is_interrupted_at_once_leaves_the_kept_tables(inside, mo
 
 def test_plots_are_drawn_of_what_was_measured(inside, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    text, _ = run(capsys, tmp_path / "figures.csv", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
+    run(capsys, tmp_path / "figures.csv", "--suite", "masked_l2", "--plot", str(tmp_path / "plots"))
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["figures-speedup.png"]
-    assert "no roofline plot" in text
 
 
 def test_levels_of_a_pyramid_are_halves_rounded_up():
@@ -661,9 +662,7 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
         (["--rounds", "0"], ["--rounds must be at least 1"]),
         (["--update"], ["--update needs the file of --csv"]),
         (["--csv", "figures.json"], ["expected a file FILE.csv"]),
-        (["--sweep", "N", "--suite", "masked_l2"], ["expected suites among relation, fbkd_loss, got masked_l2"]),
-        (["--sweep", "N", "--shapes", "P2"], ["expected no --shapes"]),
-        (["--brief", "--dtype", "float32"], ["expected none of --shapes, --dtype"]),
+        (["--sweep", "N", "--shapes", "P2"], ["not allowed with argument"]),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(arguments, listed, capsys):

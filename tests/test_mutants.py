@@ -73,7 +73,8 @@ def tree(tmp_path):
 def run(tree, mutations, **options):
     """Results by name, and what each run of the tests found in the mutated file."""
     sources = FakeSources(tree, tree / "build/source", **options)
-    found = mutants.run(mutations, sources, Results(tree / "build/results.json", sources.folder))
+    sources.refresh()
+    found = mutants.run(mutations, sources, Results(tree / "build/results.json", sources.digest()))
     assert (tree / FAULT.file).read_text().startswith("answer = ")
     return found, sources.runs
 
@@ -89,21 +90,17 @@ def test_results_and_mutated_copies(tree):
 def test_an_interrupted_run_goes_on(tree):
     run(tree, [FAULT])
     found, runs = run(tree, [FAULT, OTHER])
-    assert runs == ["answer = - 42\n"] and len(found) == 2
+    assert runs == ["answer = - 42\n"] and {"fault", "other"} <= set(found)
 
 
-@pytest.mark.parametrize("changed", ["replacement", "file", "tests"])
-def test_what_was_changed_is_tested_again(tree, changed):
+@pytest.mark.parametrize("file", [FAULT.file, "tests/test_answer.py"])
+def test_what_was_changed_is_tested_again(tree, file):
     run(tree, [FAULT])
-    mutation = FAULT
-    if changed == "replacement":
-        mutation = Mutation(FAULT.name, FAULT.file, TESTS, "42", "410")
-    else:
-        with (tree / (FAULT.file if changed == "file" else "tests/test_answer.py")).open("a") as file:
-            file.write("# changed\n")
-    _, runs = run(tree, [mutation])
+    with (tree / file).open("a") as changed:
+        changed.write("# changed\n")
+    _, runs = run(tree, [FAULT])
     assert "41" in runs[-1]
-    assert run(tree, [mutation])[1] == []
+    assert run(tree, [FAULT])[1] == []
 
 
 def test_a_mutation_without_tests_that_pass_is_broken(tree):
@@ -137,10 +134,6 @@ def test_tests_without_an_end_catch_a_fault():
     assert mutants.verdict(Done([], "", -9, timed_out=True)) == ("caught", "the tests do not end")
 
 
-def results_of(*outcomes):
-    return {f"m{index}": Result(outcome, "", 0.0) for index, outcome in enumerate(outcomes)}
-
-
 @pytest.mark.parametrize(
     "caught, survived, broken, reasons, good",
     [
@@ -149,7 +142,6 @@ def results_of(*outcomes):
         (19, 1, 0, {}, False),
         (18, 2, 0, {18: "equal numbers", 19: "slower only"}, False),
         (19, 0, 1, {}, False),
-        (19, 0, 0, {}, False),  # one is not run
     ],
 )
 def test_summary(caught, survived, broken, reasons, good):
@@ -157,7 +149,7 @@ def test_summary(caught, survived, broken, reasons, good):
     outcomes = ["caught"] * caught + ["survived"] * survived + ["broken"] * broken
     lines, is_good = summary(mutations, {f"m{index}": Result(each, "", 0.0) for index, each in enumerate(outcomes)})
     assert is_good == good
-    counts = f"{survived} survived, {broken} broken, {20 - len(outcomes)} not run"
+    counts = f"{survived} survived, {broken} broken"
     assert lines[-1] == f"mutants: {caught} of 20 caught ({5 * caught:.1f} %), {counts}"
     assert all(any(reason in line for line in lines) for reason in reasons.values())
 

@@ -12,6 +12,7 @@ import pandas as pd  # noqa: E402
 from scipy import stats  # noqa: E402
 
 from benchmarks import results  # noqa: E402
+from benchmarks.plots import curves, draw  # noqa: E402
 from benchmarks.study import __main__ as study  # noqa: E402
 from benchmarks.study import cost, jobs, protocol, runs, tables  # noqa: E402
 from benchmarks.study.protocol import ARMS, SETTINGS, STUDIES, Recipe, changed, recipe  # noqa: E402
@@ -163,10 +164,21 @@ def test_a_difference_is_that_of_a_paired_t_test():
     assert str(tables.difference(rows, "a", "c")) == "-"
 
 
+COSTS = pd.DataFrame({"setting": "digits", "arm": ["baseline", "size_free"], "ms": [70, 105], "peak_mb": [800, 850]})
+
+
 def runs_of(**scores):
     """Two runs an arm, as rows of the study's results."""
     rows = [
-        {"setting": "digits", "changes": None, "arm": arm, "seed": seed, "steps": 10, "seconds": 1.0, "ap": ap}
+        {
+            "setting": "digits",
+            "changes": None,
+            "arm": arm,
+            "seed": seed,
+            "steps": 10,
+            "ap": ap,
+            "curve": f"5:0.1 10:{ap}",
+        }
         for arm, pair in scores.items()
         for seed, ap in enumerate(pair)
     ]
@@ -175,8 +187,9 @@ def runs_of(**scores):
 
 def test_a_table_of_arms():
     rows = runs_of(size_free=[0.3, 0.4], share=[0.2, 0.2], baseline=[0.1, 0.3])
-    *_, baseline, share, size_free = tables.arms_table(rows).splitlines()
-    assert baseline.startswith("| `baseline` | 2 | 10 | 1 | 0.200 |") and share.endswith(" |  |")
+    *_, baseline, share, size_free = tables.arms_table(rows, COSTS).splitlines()
+    assert baseline.startswith("| `baseline` | 2 | 10 | 70 | 800 | 0.200 |") and share.endswith(" |  |")
+    assert "| 105 | 850 |" in share and "| 105 | 850 |" in size_free
     assert "| +0.150 [-0.485, +0.785] | - | `share`: +0.150 [-0.485, +0.785] |" in size_free
 
 
@@ -192,6 +205,33 @@ def test_a_table_of_shares():
     rows["share_p10"], rows["share_p50"], rows["share_p90"] = [0.3, 0.2, *[None] * 2], [0.5, 0.6, *[None] * 2], 0.9
     *_, line = tables.share_table(rows).splitlines()
     assert line == "| digits | `size_free` | 2 | 0.5 | 0.55 (0.50 to 0.60) | 0.20 | 0.90 |"
+
+
+def test_the_claim_is_a_line_beside_both_baselines():
+    rows = runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3], time_matched=[0.2, 0.3], inherit=[0.9, 0.9])
+    told = (
+        "0.350 AP, +0.150 [-0.485, +0.785] to `baseline` (0.200) and +0.100 [+0.100, +0.100] to `time_matched` (0.250)"
+    )
+    assert tables.headline(rows) == f"- digits: {told}, 2 pairs"
+    assert tables.headline(runs_of(baseline=[0.1, 0.3])) == ""
+
+
+def test_curves_are_over_the_time_of_a_plain_student():
+    found = curves(runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3], weak=[0.2, 0.2])).set_index(["arm", "place"])
+    factor = SETTINGS["digits"].time_factor
+    assert found.loc[("baseline", 1), "time"].tolist() == [10, 10]
+    assert found.loc[("size_free", 1), "time"].tolist() == [10 * factor] * 2
+    assert found.loc[("size_free", 1), "ap"].tolist() == [0.3, 0.4] and "weak" not in found.index
+
+
+def test_a_picture_of_the_curves(tmp_path):
+    rows = runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3], teacher=[0.7, 0.7])
+    assert draw(results.Report({}, rows), tmp_path, "study", ["curves"]) == ["study-curves.png"]
+
+
+def test_arms_without_a_cost_of_their_own_have_that_of_another_one():
+    assert set(cost.MEASURED) | set(protocol.COSTS_LIKE) == set(ARMS)
+    assert set(protocol.COSTS_LIKE.values()) <= set(cost.MEASURED)
 
 
 def test_costs_are_of_a_step(monkeypatch):

@@ -156,11 +156,7 @@ def render(tmp_path, monkeypatch):
 
 
 def test_what_is_not_measured_says_so(render):
-    blocks = (render.commands, render.costs, render.microbench, render.scaling, render.sweep, render.small)
-    blocks += (render.ultralytics_step, render.slower, render.passes, render.fuzz)
-    assert {block() for block in blocks} == {"Not yet measured."}
-    assert render.suites("relation") == render.comparisons("relation") == "Not yet measured."
-    assert render.pictures("cpu-sweep") == "Not yet measured." and render.stale_pictures() == []
+    assert render.study() == "Not yet measured." and render.stale_pictures() == []
     assert render.gpu() == render.gpu_headline() == "Not yet measured on a GPU."
 
 
@@ -204,12 +200,9 @@ def test_a_check_changes_nothing_and_fails_where_something_is_out_of_date(render
 def test_costs_are_a_row_for_each_peer(render, tmp_path):
     loss = [row for rows in BOTH for row in rows]
     step = result({"no_distillation": 5.0, "fbkd_ops": 10.0}, suite="train_step", state="default")
-    rows = [row | {"suite": "fbkd_loss"} for row in loss] + step + result(PAIR, strides=(2,))
+    rows = [row | {"suite": "fbkd_loss"} for row in loss] + step
+    rows += [row | {"case": "P3 without pooling"} for row in result(PAIR)]
     results.write(tmp_path / render.MICROBENCH, facts(), rows)
-    _, mmrazor, compiled, whole = cells_of(render.costs().partition("\n\n")[0])
-    assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0 of the memory"]
-    assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2 of the memory"]
-    assert whole[2:] == ["0.5", ""]
     places = [(row, peer, threads) for _, row, peer, _ in render.SMALL_COSTS for threads in (2, 1)]
     small = [
         {"row": row, "threads": threads, "dtype": "float32", "peer": peer, "times_first": 1 / (2 * threads)}
@@ -220,6 +213,9 @@ def test_costs_are_a_row_for_each_peer(render, tmp_path):
     size = {"student": "yolo11n.yaml", "teacher": "yolo11s.yaml", "batch": 4, "imgsz": 160}
     trainer = {"environment": MACHINE, "milliseconds": times, "size": size}
     (tmp_path / render.ULTRALYTICS).write_text(json.dumps(trainer))
-    *_, yolo, retinanet, trainer = cells_of(render.costs().partition("\n\n")[0])
+    _, mmrazor, compiled, relation, whole, yolo, retinanet, trainer = cells_of(render.costs().partition("\n\n")[0])
+    assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0 of the memory"]
+    assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2 of the memory"]
+    assert relation[2:] == ["3.0", ""] and whole[2:] == ["0.5", ""]
     assert yolo[1:3] == ["the literal formulas", "2.0 / 4.0"] and retinanet[1:3] == ["MMRazor", "2.0 / 4.0"]
     assert "YOLO11n from YOLO11s" in trainer[0] and trainer[2] == "1.50"

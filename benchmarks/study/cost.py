@@ -27,16 +27,13 @@ from benchmarks import results  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.memory import peak_bytes  # noqa: E402
 from benchmarks.study import runs  # noqa: E402
-from benchmarks.study.protocol import ARMS, SETTINGS, changed  # noqa: E402
+from benchmarks.study.protocol import ARMS, COSTS_LIKE, SETTINGS, changed  # noqa: E402
 from examples.demo.training import Budget, train  # noqa: E402
 
 RESULTS = Path("benchmarks/results/cpu-study-cost.csv")
 ROUNDS, STEPS = 12, 10  # a round has one step that measures the gradient share
 FEW = "teacher_pictures=40 pictures=40 val_pictures=1"
-# Arms of the same cost as another one are left out.
-MEASURED = tuple(
-    arm for arm in ARMS if arm not in ("time_matched", "share", "weak", "stop", "inherit", "inherit_size_free")
-)
+MEASURED = tuple(arm for arm in ARMS if arm not in COSTS_LIKE)
 
 
 def milliseconds(name: str, arms: Sequence[str], rounds: int = ROUNDS, folder: Path | None = None) -> dict[str, float]:

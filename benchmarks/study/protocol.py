@@ -109,6 +109,15 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "inherit": ("baseline", {"inherits": True}),
     "inherit_size_free": ("size_free", {"inherits": True}),
 }
+# Arms whose step costs the same as another one's.
+COSTS_LIKE = {
+    "time_matched": "baseline",
+    "inherit": "baseline",
+    "share": "size_free",
+    "weak": "size_free",
+    "stop": "size_free",
+    "inherit_size_free": "size_free",
+}
 RECIPE = "size_free"  # the default that the study confirms
 HEADLINE = ("baseline", "time_matched", RECIPE, "inherit", "inherit_size_free")
 

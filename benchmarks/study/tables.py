@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.tables import table
 
-from .protocol import ARMS, Study, recipe
+from .protocol import ARMS, COSTS_LIKE, RECIPE, STUDIES, Study, recipe
 
 CONFIDENCE = 0.95
 BASELINES = ("baseline", "time_matched")
@@ -56,17 +56,29 @@ def rows_of(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
     return rows[(rows["setting"] == study.setting) & changes & rows["seed"].isin(study.seeds) & rows["arm"].isin(ARMS)]
 
 
-def arms_table(rows: pd.DataFrame) -> str:
-    """Return every arm of a part: steps, CPU time, mean AP, and its paired differences, in the protocol's order."""
-    header = ["arm", "pairs", "steps", "CPU s", "AP", "minus baseline", "minus time-matched", "minus its own base"]
+def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
+    """Return every arm of a part: steps, cost, mean AP, and its paired differences, in the protocol's order.
+
+    Args:
+        rows: the runs of one part.
+        costs: a row for each setting and arm, with ``ms`` a step and ``peak_mb`` of the whole process.
+    """
+    header = ["arm", "pairs", "steps", "ms a step", "peak MB", "AP", *(f"minus {name}" for name in BASELINES)]
+    by_arm = costs[costs["setting"] == rows["setting"].iloc[0]].set_index("arm")
     lines = []
     for arm in ARMS:
         own = rows[rows["arm"] == arm]
         if len(own):
-            cells = [f"{own['steps'].iloc[0]}", f"{own['seconds'].median():.0f}", f"{own['ap'].mean():.3f}"]
+            cost = by_arm.loc[COSTS_LIKE.get(arm, arm)]
+            cells = [
+                f"{own['steps'].iloc[0]}",
+                f"{cost['ms']:.0f}",
+                f"{cost['peak_mb']:.0f}",
+                f"{own['ap'].mean():.3f}",
+            ]
             told = ["" if arm == other else str(difference(rows, arm, other)) for other in BASELINES]
             lines.append([f"`{arm}`", str(len(own)), *cells, *told, _beside_base(rows, arm)])
-    return table(header, lines)
+    return table([*header, "minus its own base"], lines)
 
 
 def _beside_base(rows: pd.DataFrame, arm: str) -> str:
@@ -84,6 +96,18 @@ def share_table(rows: pd.DataFrame) -> str:
         ends = [f"{own['share_p10'].min():.2f}", f"{own['share_p90'].max():.2f}"]
         lines.append([setting, f"`{arm}`", str(len(own)), str(recipe(arm).pull), spread, *ends])
     return table(header, lines)
+
+
+def headline(rows: pd.DataFrame) -> str:
+    """Return a line for each part that claims something: the recipe beside both baselines."""
+    lines = []
+    for name, part in STUDIES.items():
+        own = rows_of(rows, part)
+        means = own.groupby("arm")["ap"].mean()
+        if name != "quick" and {RECIPE, *BASELINES} <= set(means.index):
+            beside = [f"{difference(own, RECIPE, other)} to `{other}` ({means[other]:.3f})" for other in BASELINES]
+            lines.append(f"- {name}: {means[RECIPE]:.3f} AP, {' and '.join(beside)}, {own['seed'].nunique()} pairs")
+    return "\n".join(lines)
 
 
 def teacher_score(rows: pd.DataFrame, setting: str) -> str:

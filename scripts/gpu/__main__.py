@@ -1,26 +1,23 @@
-"""Builds, tests, measures and profiles the package on a GPU in one call; see ``make gpu``.
+"""Builds, tests, measures and profiles the package on a GPU in one call: ``make gpu``.
 
-    python -m scripts.gpu [--stages test bench] [--out FOLDER] [--deadline SECONDS] [--cache FOLDER] [--wheels FOLDER]
-        [--dry-run]
+    python -m scripts.gpu [--stages test bench] [--out FOLDER] [--deadline SECONDS] [--cache FOLDER] [--dry-run]
 
-The defaults come from the variables STAGES, OUT, DEADLINE, CACHE and WHEELS. Ends with 0 if no stage failed, 1 if one
-did, 2 without a CUDA device and for a wrong argument, 130 if interrupted. What is known is printed and stands in the
-folder's ``summary.json`` after each stage.
+Ends with 0 if no stage failed, 1 if one did, 2 without a CUDA device and for a wrong argument, 130 if interrupted. What
+is known is printed and stands in the folder's ``summary.json`` after each stage.
 """
 
 import argparse
 import datetime
-import importlib
 import json
-import os
 import re
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from pprint import pprint
 
 try:
     import torch
@@ -29,40 +26,22 @@ except ModuleNotFoundError:
 
 from benchmarks.environment import environment
 from benchmarks.results import write_json
-from scripts.gpu.processes import Interrupted, interruptible
-from scripts.gpu.stages import PYTHON, ROOT, STAGES, THREADS, TOLD, Context, Outcome, Stage, missing_requirements
+from scripts.gpu.stages import ROOT, STAGES, THREADS, Context, Outcome, Stage
 from scripts.gpu.triton_cache import entries, relocate
 
 DEADLINE = 700.0  # seconds
-COLUMNS = "{:<10} {:<11} {:>7}  {}"
-SHOWN_FIGURES = 120  # characters
 COMPILE = "compile"  # the stage whose own figures say what it compiled
 SAME = ("revision", "modified", "sources", "gpu", "torch")  # of the environments of runs that belong together
 
 
-class Report:
-    """The summary of a run, written anew after every change.
+def summary_of(path: Path, facts: dict, names: list[str]) -> dict:
+    """The summary of a run that begins.
 
     Stages that the run does not have stay as an earlier run left them in the same file, if the sources are the same.
     """
-
-    def __init__(self, path: Path, facts: dict, names: list[str]):
-        self.path, self.names, self.content = path, names, facts | {"complete": False}
-        entries = earlier_stages(path, facts) | {name: {"status": "not run"} for name in names}
-        self.content["stages"] = {name: entries[name] for name in dict.fromkeys([*STAGES, *entries]) if name in entries}
-        write_json(path, self.content)
-
-    def note(self, name: str, outcome: Outcome, seconds: float) -> None:
-        self.content["stages"][name] = asdict(outcome) | {"seconds": round(seconds, 1)}
-        write_json(self.path, self.content)
-
-    def finish(self) -> None:
-        self.content["complete"] = True
-        write_json(self.path, self.content)
-
-    @property
-    def failed(self) -> list[str]:
-        return [name for name in self.names if self.content["stages"][name]["status"] == "failed"]
+    found = earlier_stages(path, facts) | {name: {"status": "not run"} for name in names}
+    in_order = {name: found[name] for name in dict.fromkeys([*STAGES, *found]) if name in found}
+    return facts | {"complete": False, "stages": in_order}
 
 
 def earlier_stages(path: Path, facts: dict) -> dict[str, dict]:
@@ -78,24 +57,30 @@ def earlier_stages(path: Path, facts: dict) -> dict[str, dict]:
 def check(
     stages: list[Stage],
     context: Context,
-    report: Report,
+    summary: dict,
     deadline: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Run the stages one after another, each within its limit and what the deadline leaves for it."""
+
+    def note(stage: Stage, outcome: Outcome, seconds: float) -> None:
+        summary["stages"][stage.name] = asdict(outcome) | {"seconds": round(seconds, 1)}
+        write_json(context.summary, summary)
+
     end = clock() + deadline
     for index, stage in enumerate(stages):
         begin, reserved = clock(), sum(later.least for later in stages[index + 1 :])
         if end - begin < stage.least:
-            report.note(stage.name, Outcome("skipped: out of time"), 0.0)
+            note(stage, Outcome("skipped: out of time"), 0.0)
             continue
         print(f"{stage.name} ...", flush=True)
-        report.note(stage.name, Outcome("interrupted"), 0.0)  # unless it comes to its end
+        note(stage, Outcome("interrupted"), 0.0)  # unless it comes to its end
         outcome = attempt(stage, context, min(stage.limit, max(stage.least, end - begin - reserved)))
-        report.note(stage.name, outcome, clock() - begin)
-        told = [row(stage.name, report.content["stages"][stage.name]), *details(outcome.figures)]
-        print("\n".join([*told, *(f"  {line}" for line in outcome.why[:TOLD])]), flush=True)
-    report.finish()
+        note(stage, outcome, clock() - begin)
+        pprint(summary["stages"][stage.name], width=160, sort_dicts=False)
+        sys.stdout.flush()
+    summary["complete"] = True
+    write_json(context.summary, summary)
 
 
 def attempt(stage: Stage, context: Context, seconds: float) -> Outcome:
@@ -110,50 +95,6 @@ def attempt(stage: Stage, context: Context, seconds: float) -> Outcome:
     return outcome
 
 
-def table(report: Report) -> str:
-    rows = [row(name, entry) for name, entry in report.content["stages"].items()]
-    return "\n".join([COLUMNS.format("stage", "status", "seconds", "figures"), *rows])
-
-
-def row(name: str, entry: dict) -> str:
-    """A stage's line of the table; figures that are tables of their own are told when it ends."""
-    status, _, reason = entry["status"].partition(": ")
-    told = reason or shown(entry.get("figures", {}))[:SHOWN_FIGURES]
-    return COLUMNS.format(name, status, entry.get("seconds", "–"), told).rstrip()
-
-
-def shown(figures: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in figures.items() if not isinstance(value, dict))
-
-
-def details(figures: dict, indent: str = "  ") -> list[str]:
-    """The tables among a stage's figures, a line each row."""
-    lines = []
-    for name, value in figures.items():
-        if isinstance(value, dict) and value:
-            lines += [f"{indent}{name}: {shown(value)}".rstrip(": "), *details(value, indent + "  ")]
-    return lines
-
-
-def unpacked(wheels: Path, scratch: Path) -> Path:
-    """A folder for PYTHONPATH with the packages of the wheels in a folder; nothing else is installed or asked for.
-
-    Raises:
-        SystemExit: there are none, or pip cannot install them.
-    """
-    files = sorted(map(str, wheels.glob("*.whl")))
-    if not files:
-        sys.exit(f"WHEELS: there is no *.whl in {wheels}")
-    target = scratch / "packages"
-    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
-    done = subprocess.run([*command, "--target", str(target), *files], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"WHEELS: {done.stderr.strip()}")
-    sys.path.insert(0, str(target))  # the summary names their versions
-    importlib.invalidate_caches()
-    return target
-
-
 def default_folder(dry_run: bool) -> Path:
     """Committed are results of a GPU alone."""
     if dry_run:
@@ -165,23 +106,16 @@ def default_folder(dry_run: bool) -> Path:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu", description=__doc__.splitlines()[0])
-    told = {name: os.environ.get(name) or None for name in ("STAGES", "OUT", "DEADLINE", "CACHE", "WHEELS")}
-    stages = (told["STAGES"] or " ".join(STAGES)).split()
-    parser.add_argument("--stages", nargs="+", default=stages, metavar="STAGE", help="all by default, or STAGES")
-    parser.add_argument("--out", type=Path, default=told["OUT"], help="folder of the results, or OUT")
-    parser.add_argument("--deadline", type=float, default=told["DEADLINE"] or DEADLINE, help="seconds, or DEADLINE")
-    parser.add_argument("--cache", type=Path, default=told["CACHE"], help="of `make gpu-cache`, or CACHE; it grows")
-    parser.add_argument("--wheels", type=Path, default=told["WHEELS"], help="folder of packages to use, or WHEELS")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for all stages together")
+    parser.add_argument("--cache", type=Path, help="of `make gpu-cache`; it grows")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, on tiny inputs, building nothing")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.stages if name not in STAGES]
-    if unknown:
-        parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if not options.deadline > 0:
         parser.error(f"--deadline must be > 0 seconds, got {options.deadline:g}")
-    for folder in filter(None, (options.cache, options.wheels)):
-        if not folder.is_dir():
-            parser.error(f"there is no folder {folder}")
+    if options.cache and not options.cache.is_dir():
+        parser.error(f"there is no folder {options.cache}")
     return options
 
 
@@ -203,25 +137,23 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")  # of the latest run
     stages = [stage for stage in STAGES.values() if stage.name in options.stages]
-    with interruptible(), tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        packages = unpacked(options.wheels.resolve(), scratch) if options.wheels else None
-        context = Context(out, scratch, options.dry_run, cache_of(options, scratch), packages)
-        missing = missing_requirements()
-        for line in missing:
-            print(line, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        context = Context(out, Path(folder), options.dry_run, cache_of(options, Path(folder)))
         facts = {"environment": environment(context.device, THREADS), "dry_run": options.dry_run}
-        facts |= {"missing": missing, "cache": {"given": bool(options.cache), "kernels": len(entries(context.cache))}}
-        report = Report(out / "summary.json", facts, [stage.name for stage in stages])
+        facts["cache"] = {"given": bool(options.cache), "kernels": len(entries(context.cache))}
+        summary = summary_of(context.summary, facts, [stage.name for stage in stages])
         try:
-            check(stages, context, report, options.deadline)
-            code = 1 if report.failed else 0
-        except Interrupted as interruption:
-            print(f"interrupted by {interruption}")
+            check(stages, context, summary, options.deadline)
+            code = int(any(summary["stages"][stage.name]["status"] == "failed" for stage in stages))
+        except KeyboardInterrupt:
+            print("interrupted")
             code = 130
-    print(f"\n{table(report)}\nwritten to {out}", flush=True)
+    for name, entry in summary["stages"].items():
+        print(f"{name:10} {entry['status']}")
+    print(f"written to {out}", flush=True)
     return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -15,10 +15,6 @@ GRACE = 15
 LATE = "timeout: sending signal INT to command"  # what `timeout --verbose` adds to the output
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM."""
-
-
 @dataclass(frozen=True)
 class Done:
     """A command that has ended or was stopped."""
@@ -37,23 +33,6 @@ class Done:
 
     def last_lines(self, count: int = 5) -> list[str]:
         return [line for line in self.output.splitlines() if line.strip()][-count:]
-
-
-@contextlib.contextmanager
-def interruptible():
-    """The first SIGINT or SIGTERM in the block raises :class:`Interrupted`; more of them do not disturb the ending."""
-
-    def stop(number, frame):
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_together(commands: list[list[str]], seconds: float, folder: Path, variables: Mapping[str, str]) -> list[Done]:

@@ -3,9 +3,6 @@
 In a dry run, which needs no GPU, every stage takes the same way with commands for the CPU on tiny inputs.
 """
 
-import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -26,11 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 CASES = [PYTHON, "-m", "scripts.gpu.op_calls"]
 KEPT_OUTPUT = 60_000  # characters of each command in the log
-LOG_SIZE = 8 << 20  # bytes of the log at which it ends
 PROCESSES = min(12, os.cpu_count() or 1)  # of pytest
 THREADS = 2  # of the CPU, in each process
 TOLD, LAST = 40, 20  # lines that explain a status, and the last of pytest's among them
-SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 # compute-sanitizer's tools and the backends they watch, in turn: what says most and takes least comes first.
 SANITIZED = (
     [("memcheck", "cuda")],
@@ -65,13 +60,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a run takes place and where its files go. ``cache`` is Triton's; ``packages`` has what WHEELS brought."""
+    """Where a run takes place and where its files go. ``cache`` is Triton's."""
 
     out: Path
     scratch: Path
     dry: bool
     cache: Path
-    packages: Path | None = None
+
+    @property
+    def summary(self) -> Path:
+        return self.out / "summary.json"
 
     @property
     def device(self) -> str:
@@ -79,8 +77,8 @@ class Context:
 
     def run(self, commands: list[list[str]], seconds: float, variables: dict | None = None) -> list[Done]:
         """Run commands side by side in the source tree; their output goes to the log."""
-        paths = [str(ROOT), *map(str, filter(None, [self.packages, os.environ.get("PYTHONPATH")]))]
-        common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join(paths)}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        common = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": paths}
         common |= {"TRITON_CACHE_DIR": str(self.cache)}
         ended = run_together(commands, seconds, ROOT, common | (variables or {}))
         for done in ended:
@@ -88,10 +86,8 @@ class Context:
         return ended
 
     def log(self, text: str) -> None:
-        path = self.out / "log.txt"
-        if not path.exists() or path.stat().st_size < LOG_SIZE:
-            with path.open("a") as file:
-                file.write(text)
+        with (self.out / "log.txt").open("a") as file:
+            file.write(text)
 
 
 @dataclass(frozen=True)
@@ -102,17 +98,6 @@ class Stage:
     run: Callable[[Context, float], Outcome]
     least: float
     limit: float
-
-
-def missing_requirements() -> list[str]:
-    """What the stages need and this Python has not, a line each."""
-    names = ("setuptools", "ninja", "pybind11", "pytest", "xdist", "hypothesis", "triton")
-    lines = [f"{name} is not installed" for name in names if importlib.util.find_spec(name) is None]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version("setuptools")
-        if int(version.split(".")[0]) < SETUPTOOLS:
-            lines.append(f"setuptools {version} is too old to build: expected {SETUPTOOLS} or newer, maybe as a wheel")
-    return lines
 
 
 def build(context: Context, seconds: float) -> Outcome:

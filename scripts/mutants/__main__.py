@@ -10,19 +10,19 @@ in the list, or if one could not be tested.
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
 from benchmarks import environment
-from scripts.gpu.processes import Done, Interrupted, interruptible
+from benchmarks.results import write_json
+from scripts.gpu.processes import Done
 
 from . import cpp, cuda, python, triton
 from .mutation import Mutation, Selection
 from .results import BROKEN, CAUGHT, SURVIVED, Result, Results, summary
 from .sources import Sources
-
-__all__ = ["GROUPS", "ROOT", "main", "run", "verdict"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Python first: what needs no compiler.
@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sources = Sources(ROOT, ROOT / "build" / "mutants" / "source")
     try:
-        with interruptible():
-            found = run(mutations, sources, Results(sources.folder.parent / "results.json", sources.folder))
-    except Interrupted:
+        sources.refresh()
+        found = run(mutations, sources, Results(sources.folder.parent / "results.json", sources.digest()))
+    except KeyboardInterrupt:
         print("mutants: interrupted; the next run goes on from here")
         return 130
     lines, good = summary(mutations, found)
@@ -72,34 +72,31 @@ def add_run(path: Path, mutations: list[Mutation], found: dict[str, Result]) -> 
         outcomes = [found[each.name].outcome for each in group if each in mutations]
         groups[name] = {"faults": len(outcomes), "caught": outcomes.count(CAUGHT)}
     survivors = [each.name for each in mutations if found[each.name].outcome == SURVIVED]
-    minutes = sum(result.seconds for result in found.values()) / 60
+    minutes = sum(found[each.name].seconds for each in mutations) / 60
     run = {"revision": environment.revision(), "groups": groups, "survivors": survivors, "minutes": round(minutes)}
-    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+    write_json(path, {"runs": [*runs, run]})
 
 
 def run(mutations: list[Mutation], sources: Sources, results: Results) -> dict[str, Result]:
     """Test the mutations that have no result yet; return all results by name."""
-    sources.refresh()
-    found = {mutation.name: results.find(mutation) for mutation in mutations}
     for number, mutation in enumerate(mutations, 1):
-        if found[mutation.name] is None:
-            found[mutation.name] = _result(mutation, sources, results)
-            results.store(mutation, found[mutation.name])
-        result = found[mutation.name]
-        print(f"[{number}/{len(mutations)}] {mutation.name}: {result.outcome} {result.seconds:.0f} s {result.detail}")
-        sys.stdout.flush()
-    return found
+        if mutation.name not in results.by_name:
+            results.store(mutation.name, _result(mutation, sources, results))
+        result = results.by_name[mutation.name]
+        done = f"[{number}/{len(mutations)}] {mutation.name}"
+        print(f"{done}: {result.outcome} {result.seconds:.0f} s {result.detail}", flush=True)
+    return results.by_name
 
 
 def _result(mutation: Mutation, sources: Sources, results: Results) -> Result:
-    unchanged = results.find(mutation.tests)
-    if unchanged is None:
-        unchanged = _tested(mutation.tests, sources)
-        results.store(mutation.tests, unchanged)
+    tests = mutation.tests
+    if tests.name not in results.by_name:
+        results.store(tests.name, _tested(tests, sources))
+    unchanged = results.by_name[tests.name]
     if unchanged.outcome != SURVIVED:
         return Result(BROKEN, f"without the mutation: {unchanged.detail}", 0.0)
     with sources.mutated(mutation):
-        return _tested(mutation.tests, sources)
+        return _tested(tests, sources)
 
 
 def _tested(tests: Selection, sources: Sources) -> Result:
@@ -127,4 +124,5 @@ def verdict(done: Done) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

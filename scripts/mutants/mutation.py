@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Mutation", "Selection"]
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -12,6 +10,11 @@ class Selection:
 
     files: tuple[str, ...]
     keyword: str
+
+    @property
+    def name(self) -> str:
+        """Of the result of these tests on the sources as they are."""
+        return f"unchanged: {' '.join(self.files)} -k {self.keyword}"
 
     def paths(self) -> list[str]:
         return [f"tests/{file}" for file in self.files]
@@ -39,3 +42,8 @@ class Mutation:
         if (found := source.count(self.text)) != 1:
             raise ValueError(f"{self.name}: {self.file} must have {self.text!r} once, but has it {found} times")
         path.write_text(source.replace(self.text, self.replacement))
+
+
+def faults(prefix: str, file: str, tests: Selection, **texts: tuple[str, ...]) -> list[Mutation]:
+    """Return the mutations of one file, by the last part of their names: text, replacement and maybe the reason."""
+    return [Mutation(f"{prefix}.{name}", file, tests, *each) for name, each in texts.items()]

@@ -1,8 +1,6 @@
 """Mutations of the hand-written gradients and of the algebra around the kernels."""
 
-from .mutation import Mutation, Selection
-
-__all__ = ["MUTATIONS"]
+from .mutation import Selection, faults
 
 ROOTS = Selection(("test_weighted_roots.py",), "roots or gradcheck or zero")
 CHANNEL = Selection(("test_channel_l2.py",), "pyramids or gradcheck")
@@ -19,189 +17,132 @@ COLLAPSED = Selection(
 SHARED_NORM = Selection(("test_collapsed_relation.py", "test_cell_relation.py"), "both_sides or running_statistics")
 LOSS = Selection(("test_loss.py",), "presets_equal or written_out or invariant or no_image")
 
-ROOTS_PY = "src/fbkd_ops/autograd/weighted_roots.py"
-CHANNEL_PY = "src/fbkd_ops/autograd/channel_l2.py"
-RESPONSES_PY = "src/fbkd_ops/non_local/affine_residual.py"
-PROJECTION_PY = "src/fbkd_ops/non_local/projection.py"
-BACKWARD_PY = "src/fbkd_ops/non_local/collapsed_backward.py"
-NORM_PY = "src/fbkd_ops/non_local/batch_norm.py"
-ALGEBRA_PY = "src/fbkd_ops/non_local/collapsed_algebra.py"
-PLAN_PY = "src/fbkd_ops/non_local/plan.py"
-RELATION_PY = "src/fbkd_ops/non_local/relation.py"
-MODES_PY = "src/fbkd_ops/non_local/modes.py"
-LOSS_PY = "src/fbkd_ops/loss.py"
-LEVEL_PY = "src/fbkd_ops/level.py"
-
 MUTATIONS = [
-    Mutation("python.roots.half", ROOTS_PY, ROOTS, "grad * scale / (2 * roots)", "grad * scale / roots"),
-    Mutation("python.roots.zero", ROOTS_PY, ROOTS, 'float("inf")', "1.0"),
-    Mutation("python.roots.scale", ROOTS_PY, ROOTS, "return grad * scale / (2", "return grad / (2"),
-    Mutation("python.channel.scale", CHANNEL_PY, CHANNEL, "scales = (2 * grad).unbind()", "scales = grad.unbind()"),
-    Mutation(
-        "python.channel.sign_of_the_teacher",
-        CHANNEL_PY,
-        CHANNEL,
-        "_stacked(adapted) - _stacked(",
-        "_stacked(adapted) + _stacked(",
+    *faults(
+        "python.roots",
+        "src/fbkd_ops/autograd/weighted_roots.py",
+        ROOTS,
+        half=("grad * scale / (2 * roots)", "grad * scale / roots"),
+        zero=('float("inf")', "1.0"),
+        scale=("return grad * scale / (2", "return grad / (2"),
     ),
-    Mutation(
-        "python.spatial.gradient_of_the_bias",
+    *faults(
+        "python.channel",
+        "src/fbkd_ops/autograd/channel_l2.py",
+        CHANNEL,
+        scale=("scales = (2 * grad).unbind()", "scales = grad.unbind()"),
+        sign_of_the_teacher=("_stacked(adapted) - _stacked(", "_stacked(adapted) + _stacked("),
+    ),
+    *faults(
+        "python.spatial",
         "src/fbkd_ops/ops/spatial_l2.py",
         SPATIAL,
-        "sums[:, 1:] * grad[:, None]",
-        "sums[:, 1:] * grad[:1, None]",
+        gradient_of_the_bias=("sums[:, 1:] * grad[:, None]", "sums[:, 1:] * grad[:1, None]"),
     ),
-    Mutation(
-        "python.adapted.gradient_of_the_means",
+    *faults(
+        "python.adapted",
         "src/fbkd_ops/ops/adapted_masked_l2.py",
         POOLS,
-        "else gradients[level] + pooled",
-        "else pooled",
+        gradient_of_the_means=("else gradients[level] + pooled", "else pooled"),
     ),
-    Mutation(
-        "python.responses.sign_of_the_student",
-        RESPONSES_PY,
+    *faults(
+        "python.responses",
+        "src/fbkd_ops/non_local/affine_residual.py",
         RELATION,
-        "bmm_in_layout((-twice * adaptation)",
-        "bmm_in_layout((twice * adaptation)",
+        sign_of_the_student=("bmm_in_layout((-twice * adaptation)", "bmm_in_layout((twice * adaptation)"),
+        sign_of_the_teacher_matrix=("teacher_vectors.mT).mul_(twice)", "teacher_vectors.mT).mul_(-twice)"),
     ),
-    Mutation(
-        "python.responses.sign_of_the_teacher_matrix",
-        RESPONSES_PY,
+    *faults(
+        "python.projection",
+        "src/fbkd_ops/non_local/projection.py",
         RELATION,
-        "teacher_vectors.mT).mul_(twice)",
-        "teacher_vectors.mT).mul_(-twice)",
+        images_of_the_weight=("torch.bmm(grad, x.mT).sum(0), grad", "torch.bmm(grad, x.mT).mean(0), grad"),
     ),
-    Mutation(
-        "python.projection.images_of_the_weight",
-        PROJECTION_PY,
+    *faults(
+        "python.norm",
+        "src/fbkd_ops/non_local/batch_norm.py",
         RELATION,
-        "torch.bmm(grad, x.mT).sum(0), grad",
-        "torch.bmm(grad, x.mT).mean(0), grad",
+        sign_of_the_shift=("shift = -scale * mean", "shift = scale * mean"),
+        variance_between_images=(
+            "torch.addcmul(variances, deviations, deviations).mean(dim=0)",
+            "variances.mean(dim=0)",
+        ),
+        unbiased_variance=("[update.values / (update.values - 1) for update in group]", "[1.0 for update in group]"),
+        average_of_batches=("batches.double().reciprocal()", "(batches + 1).double().reciprocal()"),
     ),
-    Mutation("python.norm.sign_of_the_shift", NORM_PY, RELATION, "shift = -scale * mean", "shift = scale * mean"),
-    Mutation(
-        "python.norm.variance_between_images",
-        NORM_PY,
+    *faults(
+        "python.norm",
+        "src/fbkd_ops/non_local/batch_norm.py",
+        COLLAPSED,
+        sign_of_the_moments=("folded.scale * (-1 / max(images, 1))", "folded.scale * (1 / max(images, 1))"),
+        sign_of_the_mean=("shift_gradient, folded.mean, value=-1)", "shift_gradient, folded.mean)"),
+    ),
+    *faults(
+        "python.collapsed",
+        "src/fbkd_ops/non_local/collapsed_algebra.py",
+        COLLAPSED,
+        swapped_pairs=("to_g.baddbmm_(pairs.mT,", "to_g.baddbmm_(pairs,"),
+        sign_of_theta=("gradient[:, :inner].add_(theta_gradient)", "gradient[:, :inner].sub_(theta_gradient)"),
+        pixels_of_a_map=("alpha=1 / pixels)", "alpha=1)"),
+        transposed_covariance=("filled.transposed.copy_(pairs_gradient.mT)", "filled.transposed.copy_(pairs_gradient)"),
+        cells_of_each_block=("[1 / count for count in cells]", "[1 / cells[0] for count in cells]"),
+    ),
+    *faults(
+        "python.collapsed",
+        "src/fbkd_ops/non_local/collapsed_backward.py",
+        COLLAPSED,
+        gradient_of_the_image_means=(
+            "torch.addcmul(mean, variance, present(own.deviations))",
+            "torch.addcmul(mean, variance, present(own.deviations), value=-1)",
+        ),
+        images_of_the_output_bias=("torch.add(out_bias, mean, alpha=row.shape[0])", "torch.add(out_bias, mean)"),
+        sign_of_the_adaptation=(
+            "weights.baddbmm_(offset.mT, o_s, alpha=-1)",
+            "weights.baddbmm_(offset.mT, o_s, alpha=1)",
+        ),
+    ),
+    *faults(
+        "python.plan",
+        "src/fbkd_ops/non_local/plan.py",
+        COLLAPSED,
+        first_block_of_the_teachers=("Place(group, len(members[group]))", "Place(group, 0)"),
+        moments_of_pools=("return group.inner if group.pools else 3 * group.inner", "return group.inner"),
+    ),
+    *faults(
+        "python.relation",
+        "src/fbkd_ops/non_local/relation.py",
         RELATION,
-        "torch.addcmul(variances, deviations, deviations).mean(dim=0)",
-        "variances.mean(dim=0)",
+        sign_of_the_bias=("adaptation.mT) - bias,", "adaptation.mT) + bias,"),
     ),
-    Mutation(
-        "python.norm.unbiased_variance",
-        NORM_PY,
-        RELATION,
-        "[update.values / (update.values - 1) for update in group]",
-        "[1.0 for update in group]",
-    ),
-    Mutation(
-        "python.norm.sign_of_the_moments",
-        NORM_PY,
-        COLLAPSED,
-        "folded.scale * (-1 / max(images, 1))",
-        "folded.scale * (1 / max(images, 1))",
-    ),
-    Mutation(
-        "python.norm.sign_of_the_mean",
-        NORM_PY,
-        COLLAPSED,
-        "shift_gradient, folded.mean, value=-1)",
-        "shift_gradient, folded.mean)",
-    ),
-    Mutation(
-        "python.norm.average_of_batches",
-        NORM_PY,
-        RELATION,
-        "batches.double().reciprocal()",
-        "(batches + 1).double().reciprocal()",
-    ),
-    Mutation(
-        "python.collapsed.swapped_pairs", ALGEBRA_PY, COLLAPSED, "to_g.baddbmm_(pairs.mT,", "to_g.baddbmm_(pairs,"
-    ),
-    Mutation(
-        "python.collapsed.sign_of_theta",
-        ALGEBRA_PY,
-        COLLAPSED,
-        "gradient[:, :inner].add_(theta_gradient)",
-        "gradient[:, :inner].sub_(theta_gradient)",
-    ),
-    Mutation("python.collapsed.pixels_of_a_map", ALGEBRA_PY, COLLAPSED, "alpha=1 / pixels)", "alpha=1)"),
-    Mutation(
-        "python.collapsed.transposed_covariance",
-        ALGEBRA_PY,
-        COLLAPSED,
-        "filled.transposed.copy_(pairs_gradient.mT)",
-        "filled.transposed.copy_(pairs_gradient)",
-    ),
-    Mutation(
-        "python.collapsed.cells_of_each_block",
-        ALGEBRA_PY,
-        COLLAPSED,
-        "[1 / count for count in cells]",
-        "[1 / cells[0] for count in cells]",
-    ),
-    Mutation(
-        "python.collapsed.gradient_of_the_image_means",
-        BACKWARD_PY,
-        COLLAPSED,
-        "torch.addcmul(mean, variance, present(own.deviations))",
-        "torch.addcmul(mean, variance, present(own.deviations), value=-1)",
-    ),
-    Mutation(
-        "python.collapsed.images_of_the_output_bias",
-        BACKWARD_PY,
-        COLLAPSED,
-        "torch.add(out_bias, mean, alpha=row.shape[0])",
-        "torch.add(out_bias, mean)",
-    ),
-    Mutation(
-        "python.collapsed.sign_of_the_adaptation",
-        BACKWARD_PY,
-        COLLAPSED,
-        "weights.baddbmm_(offset.mT, o_s, alpha=-1)",
-        "weights.baddbmm_(offset.mT, o_s, alpha=1)",
-    ),
-    Mutation(
-        "python.plan.first_block_of_the_teachers",
-        PLAN_PY,
-        COLLAPSED,
-        "Place(group, len(members[group]))",
-        "Place(group, 0)",
-    ),
-    Mutation(
-        "python.plan.moments_of_pools",
-        PLAN_PY,
-        COLLAPSED,
-        "return group.inner if group.pools else 3 * group.inner",
-        "return group.inner",
-    ),
-    Mutation(
-        "python.relation.sign_of_the_bias", RELATION_PY, RELATION, "adaptation.mT) - bias,", "adaptation.mT) + bias,"
-    ),
-    Mutation(
-        "python.relation.order_of_the_sides",
-        RELATION_PY,
+    *faults(
+        "python.relation",
+        "src/fbkd_ops/non_local/relation.py",
         SHARED_NORM,
-        "updates[::2] + updates[1::2]",
-        "updates[1::2] + updates[::2]",
+        order_of_the_sides=("updates[::2] + updates[1::2]", "updates[1::2] + updates[::2]"),
     ),
-    Mutation(
-        "python.modes.shift_of_the_norm",
+    *faults(
+        "python.modes",
         "src/fbkd_ops/non_local/responses.py",
         RELATION,
-        "(scale * bias + shift)",
-        "(bias + shift)",
+        shift_of_the_norm=("(scale * bias + shift)", "(bias + shift)"),
     ),
-    Mutation("python.modes.pairs_at_the_threshold", MODES_PY, RELATION, "right=True", "right=False"),
-    Mutation("python.modes.mean_of_the_cells", MODES_PY, RELATION, "+ bg_sums) / cells)", "+ bg_sums))"),
-    Mutation(
-        "python.loss.root_of_the_count", LOSS_PY, LOSS, "weight / math.sqrt(max(count, 1))", "weight / max(count, 1)"
+    *faults(
+        "python.modes",
+        "src/fbkd_ops/non_local/modes.py",
+        RELATION,
+        pairs_at_the_threshold=("right=True", "right=False"),
+        mean_of_the_cells=("+ bg_sums) / cells)", "+ bg_sums))"),
     ),
-    Mutation(
-        "python.loss.count_of_the_spatial_term",
-        LEVEL_PY,
+    *faults(
+        "python.loss",
+        "src/fbkd_ops/loss.py",
         LOSS,
-        '"spatial": n * height * width',
-        '"spatial": n * height',
+        root_of_the_count=("weight / math.sqrt(max(count, 1))", "weight / max(count, 1)"),
+    ),
+    *faults(
+        "python.loss",
+        "src/fbkd_ops/level.py",
+        LOSS,
+        count_of_the_spatial_term=('"spatial": n * height * width', '"spatial": n * height'),
     ),
 ]

@@ -1,18 +1,16 @@
 """A copy of the source tree that is mutated in place of the tree itself, and its compiled library."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.environment import digest
 from scripts.gpu.processes import Done, run_together
 
 from .mutation import Mutation, Selection
-
-__all__ = ["Sources"]
 
 FOLDERS = ("benchmarks", "csrc", "examples", "scripts", "src", "tests")
 FILES = ("README.md", "pyproject.toml", "setup.py")
@@ -48,7 +46,7 @@ class Sources:
 
     def build(self) -> str:
         """Compile what the library was not made of; return why that failed, or an empty string."""
-        wanted = self._compiled_sources()
+        wanted = digest(self.folder, ("setup.py", "csrc/*.h", "csrc/*.cpp", "csrc/cpu"))  # without CUDA
         if self.built.exists() and self.built.read_text() == wanted:
             return ""
         self.built.unlink(missing_ok=True)
@@ -68,13 +66,9 @@ class Sources:
         (done,) = run_together([command], TEST_SECONDS, self.folder, variables)
         return done
 
-    def _compiled_sources(self) -> str:
-        """A digest of the setup script and of all C++, which leaves out CUDA."""
-        digest = hashlib.sha256((self.folder / "setup.py").read_bytes())
-        for path in sorted((self.folder / "csrc").rglob("*")):
-            if path.is_file() and path.parent.name != "cuda":
-                digest.update(str(path.relative_to(self.folder)).encode() + b"\0" + path.read_bytes())
-        return digest.hexdigest()
+    def digest(self) -> str:
+        """Return a digest of all that a result depends on."""
+        return digest(self.folder, ("csrc", "src", "tests", "scripts/mutants"))
 
 
 def _files(root: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from op_cases import threads
@@ -22,8 +23,6 @@ from fbkd_ops.non_local import relation
 
 from .problems import Problem, problem_of
 from .rounding import RandomRounding, Trace
-
-__all__ = ["mismatch_of"]
 
 # The package adds in another order than the literal formula, in blocks, and has other terms in between.
 FACTOR = 64
@@ -187,42 +186,12 @@ def _run_package(case: dict) -> Results:
     problem = problem_of(case)
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads(case["threads"]))
-        stack.enter_context(_poison())
-        stack.enter_context(_form(case.get("form")))
-        stack.enter_context(fbkd_ops.use_backend({"cpu": "cpu", "triton": "triton"}[case["target"]]))
+        torch.use_deterministic_algorithms(True)  # NaN in every new tensor: an element that nothing writes shows
+        stack.callback(torch.use_deterministic_algorithms, False)
+        if "form" in case:  # of every relation term, whatever its sizes
+            stack.enter_context(mock.patch.object(relation, "cheaper_form", lambda sizes: case["form"]))
+        stack.enter_context(fbkd_ops.use_backend(case["target"]))
         return _run(problem, case["wanted"], case["autocast"], teacher_wants=case["seed"] % 2 == 1)
-
-
-@contextlib.contextmanager
-def _autocast(dtype: str | None, enabled: bool) -> Iterator[None]:
-    if dtype is None or not enabled:
-        yield
-    else:
-        with torch.autocast("cpu", dtype=getattr(torch, dtype)):
-            yield
-
-
-@contextlib.contextmanager
-def _poison() -> Iterator[None]:
-    """NaN in every new tensor: an element that nothing writes shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def _form(name: str | None) -> Iterator[None]:
-    """Every relation term in one form, whatever its sizes."""
-    if name is None:
-        yield
-        return
-    before, relation.cheaper_form = relation.cheaper_form, lambda sizes: name
-    try:
-        yield
-    finally:
-        relation.cheaper_form = before
 
 
 def _run(problem: Problem, wanted: int, autocast: list | None = None, teacher_wants: bool = False) -> Results:
@@ -234,7 +203,7 @@ def _run(problem: Problem, wanted: int, autocast: list | None = None, teacher_wa
         autocast: a dtype, and whether the backward pass runs under autocast too.
         teacher_wants: whether the tensors that never receive a gradient ask for one.
     """
-    dtype, in_backward = autocast or (None, False)
+    dtype, in_backward = autocast or ("bfloat16", False)
     leaves = {name: x.detach() for name, x in problem.students.items()}
     constants = {name: x.detach().requires_grad_(teacher_wants) for name, x in problem.constants.items()}
     if problem.module is not None:
@@ -242,9 +211,9 @@ def _run(problem: Problem, wanted: int, autocast: list | None = None, teacher_wa
     for index, leaf in enumerate(leaves.values()):
         leaf.requires_grad_(bool(wanted >> index % 8 & 1))
     tensors = {name: leaves[name] for name in problem.students}
-    with _autocast(dtype, True):
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=autocast is not None):
         outputs = problem.function(tensors | constants, problem.module)
-    with _autocast(dtype, in_backward):
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=in_backward):
         gradients = _gradients(outputs, leaves | constants)
     for name in constants:
         if gradients.pop(name, None) is not None:

@@ -10,8 +10,6 @@ from fbkd_ops._numerics import accumulation_dtype, root
 
 from .problems import Problem
 
-__all__ = ["run"]
-
 ONE_ORDER = {"orders": (1,)}
 
 

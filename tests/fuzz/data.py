@@ -15,8 +15,6 @@ from op_cases import (
 )
 from torch import Tensor
 
-__all__ = ["Source", "dtype_of", "strided"]
-
 
 def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)

@@ -11,8 +11,6 @@ from fbkd_ops import AttentionPool, FBKDLoss, NonLocalBlock2d, functional
 
 from .data import Source, dtype_of, strided
 
-__all__ = ["Problem", "problem_of"]
-
 Outputs = dict[str, Tensor]
 
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["RandomRounding", "Trace"]
-
 aten = torch.ops.aten
 
 # Each result element is a sum over operands: rounding enters with every one of them.

@@ -5,24 +5,9 @@ from hypothesis.strategies import DrawFn
 
 from fbkd_ops.presets import MODES, PRESETS, TERMS
 
-__all__ = ["OPS", "TARGETS", "cases"]
+from .data import LAYOUTS
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "channel_slice",
-    "channels_last_slice",
-    "batch_slice",
-    "spatial_slice",
-    "permuted",
-    "expanded",
-    "expanded_images",
-    "expanded_channels",
-    "misaligned",
-    "overlapping",
-    "odd_strides",
-)
 VALUES = (
     "normal",
     "integers",  # exact in every dtype, with ties
@@ -40,6 +25,10 @@ MASKS = ("absent", "uniform", "peaked", "zeros")
 SPOILED = ("nan", "inf", "-inf")
 NORMS = ("batch", "sync", "frozen", "none")
 EXTENTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+TEMPERATURE = st.sampled_from((0.5, 0.1, 1.0, 1 / 3, 5.0))
+MASK_RULE = st.sampled_from(("average", "joint"))
+INNER = st.sampled_from((1, 2, 3, 4, 8, 9, 17))
+FORM = st.sampled_from(("cells", "collapsed"))
 LONG = (1023, 1025, 4095, 4097, 8191, 8193)
 
 # Elements of the largest map, and of the largest matrix of pixel pairs: an emulated element takes 1000 times as long.
@@ -111,7 +100,7 @@ def _size(draw: DrawFn, budget: int, pairs: int = 0) -> list[int]:
 def _map(draw: DrawFn) -> dict:
     """How a feature map looks."""
     values = draw(st.sampled_from(("normal", *VALUES)))
-    return {"dtype": draw(st.sampled_from(DTYPES)), "layout": draw(st.sampled_from(LAYOUTS)), "values": values}
+    return {"dtype": draw(st.sampled_from(DTYPES)), "layout": draw(st.sampled_from(tuple(LAYOUTS))), "values": values}
 
 
 def _sides(draw: DrawFn) -> dict:
@@ -142,22 +131,14 @@ def _attention_pools(draw: DrawFn, target: str) -> dict:
     return {"sizes": sizes, "maps": maps}
 
 
-def _temperature(draw: DrawFn) -> float:
-    return draw(st.sampled_from((0.5, 0.1, 1.0, 1 / 3, 5.0)))
-
-
-def _mask_rule(draw: DrawFn) -> str:
-    return draw(st.sampled_from(("average", "joint")))
-
-
 def _attention_mask(draw: DrawFn, target: str) -> dict:
-    case = {"size": _size(draw, BUDGETS[target][0]), "mask_rule": _mask_rule(draw), "temperature": _temperature(draw)}
+    case = {"size": _size(draw, BUDGETS[target][0]), "mask_rule": draw(MASK_RULE), "temperature": draw(TEMPERATURE)}
     return case | _sides(draw) | {"of_teacher_alone": draw(st.booleans())}
 
 
 def _attention_masks(draw: DrawFn, target: str) -> dict:
-    case = {"size": _size(draw, BUDGETS[target][0]), "mask_rule": _mask_rule(draw)}
-    return case | _sides(draw) | {"temperature": _temperature(draw), "channel_temperature": _temperature(draw)}
+    case = {"size": _size(draw, BUDGETS[target][0]), "mask_rule": draw(MASK_RULE)}
+    return case | _sides(draw) | {"temperature": draw(TEMPERATURE), "channel_temperature": draw(TEMPERATURE)}
 
 
 def _masks(draw: DrawFn) -> dict:
@@ -191,19 +172,15 @@ def _norm(draw: DrawFn) -> dict:
     return {"norm": draw(st.sampled_from(NORMS)), "train": draw(st.booleans()), "out_bias": draw(st.booleans())}
 
 
-def _inner(draw: DrawFn) -> int:
-    return draw(st.sampled_from((1, 2, 3, 4, 8, 9, 17)))
-
-
 def _non_local(draw: DrawFn, target: str) -> dict:
     case = {"size": _size(draw, *BUDGETS[target]), "student": _map(draw), "parameters": _parameters(draw)}
-    return case | _block(draw) | _norm(draw) | {"inner": _inner(draw), "module": draw(st.booleans())}
+    return case | _block(draw) | _norm(draw) | {"inner": draw(INNER), "module": draw(st.booleans())}
 
 
 def _relation_loss(draw: DrawFn, target: str) -> dict:
-    case = {"size": _size(draw, *BUDGETS[target]), "parameters": _parameters(draw), "inner": _inner(draw)}
+    case = {"size": _size(draw, *BUDGETS[target]), "parameters": _parameters(draw), "inner": draw(INNER)}
     case |= _sides(draw) | _block(draw) | _norm(draw)
-    return case | {"memory_efficient": draw(st.booleans()), "form": draw(st.sampled_from(("cells", "collapsed")))}
+    return case | {"memory_efficient": draw(st.booleans()), "form": draw(FORM)}
 
 
 def _fbkd_loss(draw: DrawFn, target: str) -> dict:
@@ -214,7 +191,7 @@ def _fbkd_loss(draw: DrawFn, target: str) -> dict:
         size[0] = sizes[0][0]
     case = {"sizes": sizes, "maps": [_sides(draw) for _ in sizes], "parameters": _parameters(draw)}
     case |= {"preset": draw(st.sampled_from(tuple(PRESETS))), "train": draw(st.booleans())}
-    case |= {"memory_efficient": draw(st.booleans()), "form": draw(st.sampled_from(("cells", "collapsed")))}
+    case |= {"memory_efficient": draw(st.booleans()), "form": draw(FORM)}
     overrides = {
         "mode": st.sampled_from(MODES),
         "stride": st.sampled_from((1, 2, 3, 5)),
@@ -224,7 +201,7 @@ def _fbkd_loss(draw: DrawFn, target: str) -> dict:
         "pooled_terms": st.sampled_from(("mean", "attention")),
         "use_channel_mask": st.booleans(),
         "channel_mask_source": st.sampled_from(("both", "teacher")),
-        "mask_rule": st.sampled_from(("average", "joint")),
+        "mask_rule": MASK_RULE,
         "conv_out_bias": st.booleans(),
         "inter_channels": st.sampled_from((0.25, 0.5, 1.0)),
     }

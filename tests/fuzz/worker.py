@@ -1,19 +1,16 @@
-"""Draws cases of one target batch by batch, and tells what each batch has found, a line of JSON a batch.
+"""Draws cases of one target batch by batch, and tells what each batch has found."""
 
-python -m fuzz.worker cpu --seed 1 --first 0 --cases 1000 --current build/fuzz/current-cpu.json
-"""
-
-import argparse
 import faulthandler
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["batches", "prepare"]
-
 BATCH = 50
 SHRINKING = 100  # cases that are tried to make a failing one smaller
+SECONDS_BETWEEN_LINES = 10
 HANGS = 600  # seconds after which a case counts as one that never ends
 
 
@@ -45,7 +42,7 @@ def batches(
         size: cases a batch at most.
 
     Yields:
-        ``{"batch", "op", "cases", "failure"}`` after each batch; ``failure`` is None or ``{"case", "found"}``.
+        ``{"cases", "failure"}`` after each batch; ``failure`` is None or ``{"case", "found"}``.
     """
     from .strategies import OPS
 
@@ -55,7 +52,7 @@ def batches(
         results: dict[str, str | None] = {}
         failure = _failure(target, op, seed * 1_000_003 + number, results, before or (lambda case: None), size)
         tried += len(results)
-        yield {"batch": number, "op": op, "cases": len(results), "failure": failure}
+        yield {"cases": len(results), "failure": failure}
         number += 1
 
 
@@ -100,26 +97,44 @@ def _failure(
     return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--first", type=int, default=0, help="number of the first batch")
-    parser.add_argument("--cases", type=int, required=True)
-    parser.add_argument("--current", type=Path, required=True, help="receives each case before it is tried")
-    arguments = parser.parse_args()
-    prepare(arguments.target)
+def find_failures(target: str, seed: int, cases: int, current: str) -> dict:
+    """Try cases of a target, printing those that fail; return how many there were, and the minutes.
+
+    The file ``current`` receives each case before it is tried.
+    """
+    prepare(target)
     import torch
 
     torch.set_num_threads(1)  # of the literal formula; a case has its own number
 
     def before(case: dict) -> None:
-        arguments.current.write_text(json.dumps(case))
+        Path(current).write_text(json.dumps(case))
         faulthandler.dump_traceback_later(HANGS, exit=True)
 
-    for report in batches(arguments.target, arguments.seed, arguments.first, arguments.cases, before):
-        print(json.dumps(report), flush=True)
+    begin = said = time.monotonic()
+    tried, failures = 0, 0
+    for report in batches(target, seed, 0, cases, before):
+        tried += report["cases"]
+        if failure := report["failure"]:
+            failures += 1
+            print(f"{target}: {failure['found']}\n  {reproduction(failure['case'])}", flush=True)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES or tried >= cases:
+            said = time.monotonic()
+            print(f"{target}: {tried} of {cases} cases, {failures} failed", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    return {"cases": tried, "failures": failures, "minutes": round((time.monotonic() - begin) / 60, 1)}
 
 
-if __name__ == "__main__":
-    main()
+def run_case(case: dict) -> int:
+    """Run one case; 1 where it fails."""
+    prepare(case["target"])
+    from .check import mismatch_of
+
+    found = mismatch_of(case)
+    print(found or "right")
+    return int(found is not None)
+
+
+def reproduction(case: dict) -> str:
+    """The command that runs one case alone."""
+    return f"PYTHONPATH=tests {os.path.relpath(sys.executable)} -m fuzz --case '{json.dumps(case)}'"
