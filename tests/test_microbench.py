@@ -140,10 +140,16 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
 
 
 def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys, tmp_path):
-    """With smaller ResNets, whose pyramids are as wide."""
+    """With smaller ResNets, whose pyramids are as wide, and few proposals."""
     pytest.importorskip("torchvision")
-    detector, smaller = train_step._detector, {50: 18, 101: 34}
-    monkeypatch.setattr(train_step, "_detector", lambda case, depth: detector(case, smaller[depth]))
+    large = train_step._detector
+
+    def small_detector(case, depth):
+        detector = large(case, {50: 18, 101: 34}[depth])
+        detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = {"training": 20, "testing": 20}
+        return detector
+
+    monkeypatch.setattr(train_step, "_detector", small_detector)
     monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
     peers = ["no_distillation", "fbkd_ops"]
     arguments = ["--suite", "train_step", "--shapes", "1,256,16,16", "--peers", *peers]
