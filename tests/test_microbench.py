@@ -1,6 +1,7 @@
 """The measuring tools: what is checked, reported and survived. No test depends on a time."""
 
 import dataclasses
+import functools
 import io
 import json
 import subprocess
@@ -141,15 +142,14 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
 
 def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys, tmp_path):
     """With smaller ResNets, whose pyramids are as wide, and few proposals."""
-    pytest.importorskip("torchvision")
-    large = train_step._detector
-
-    def small_detector(case, depth):
-        detector = large(case, {50: 18, 101: 34}[depth])
-        detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = {"training": 20, "testing": 20}
-        return detector
-
-    monkeypatch.setattr(train_step, "_detector", small_detector)
+    detection = pytest.importorskip("torchvision.models.detection")
+    pool = pytest.importorskip("torchvision.ops").MultiScaleRoIAlign(
+        ["0", "1", "2", "3"], output_size=2, sampling_ratio=2
+    )
+    few = dict(rpn_pre_nms_top_n_train=20, rpn_pre_nms_top_n_test=20, box_batch_size_per_image=16, box_roi_pool=pool)
+    monkeypatch.setattr(detection, "FasterRCNN", functools.partial(detection.FasterRCNN, **few))
+    detector, smaller = train_step._detector, {50: 18, 101: 34}
+    monkeypatch.setattr(train_step, "_detector", lambda case, depth: detector(case, smaller[depth]))
     monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
     peers = ["no_distillation", "fbkd_ops"]
     arguments = ["--suite", "train_step", "--shapes", "1,256,16,16", "--peers", *peers]
