@@ -335,10 +335,11 @@ def disassembled(codes: list[bytes], arch: int) -> list[str]:
         file.flush()
         command = [tool, "-b", target, file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = (line for line in listing.splitlines() if line.endswith(";"))
-    bodies = ["\n".join(itertools.islice(lines, len(code) // INSTRUCTION)) for code in codes]
-    assert next(lines, None) is None, "nvdisasm has shown more instructions than there are"
-    return bodies
+    lines = [line for line in listing.splitlines() if line.endswith(";")]
+    if len(lines) != sum(map(len, codes)) // INSTRUCTION:
+        raise RuntimeError(f"nvdisasm shows {len(lines)} lines, expected one each {INSTRUCTION} bytes of machine code")
+    rest = iter(lines)
+    return ["\n".join(itertools.islice(rest, len(code) // INSTRUCTION)) for code in codes]
 
 
 def _text_section(cubin: bytes, name: str) -> bytes:
