@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 
 # Files that take a minute or more: they come first, so that parallel processes end together.
-LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_compile.py", "test_build.py", "test_microbench.py")
+LONGEST = ("test_triton_compile.py", "test_gpu_check.py", "test_compile.py", "test_microbench.py")
 LONGEST += ("test_cuda_kernels.py", "test_adapted_masked_l2.py")
 
 

@@ -74,42 +74,82 @@ def fake_toolkit(folder, release):
     return str(nvcc.parents[1])
 
 
+CPP_EXTENSION = """
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext as BuildExtension
+
+def CppExtension(name, sources, **options):
+    return Extension(name, sources)
+
+CUDAExtension = CppExtension
+"""
+
+
+def stub_torch(folder, version="2.10.0", headers=(), cuda=None):
+    """A torch of that version for that release of CUDA, with empty headers; the path to import it from.
+
+    It answers what setup.py asks before anything is compiled, and its import takes none of PyTorch's 2.5 seconds.
+    """
+    package = folder / "stub" / "torch"
+    (package / "utils").mkdir(parents=True)
+    (package / "__init__.py").write_text(f"class version: cuda = {cuda!r}\n__version__ = {version!r}\n")
+    (package / "utils" / "cpp_extension.py").write_text(CPP_EXTENSION)
+    for header in headers:
+        (package / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+        (package / "include" / header).touch()
+    return str(package.parent)
+
+
+def torch_headers():
+    """Those that the sources include."""
+    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
+    return {header for text in texts for header in re.findall(r"#include <(torch/[^>]+)>", text)}
+
+
+def stub_for_cuda(folder):
+    """A torch for CUDA 13.0 that has every header."""
+    return stub_torch(folder, headers=torch_headers(), cuda="13.0")
+
+
 @pytest.mark.parametrize("value", ["2", "yes", ""])
 def test_unknown_choice_is_an_error(source, tmp_path, value):
-    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path, "2.10.0"), FBKD_OPS_CUDA=value)
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), FBKD_OPS_CUDA=value)
     assert done.returncode != 0
     assert f"FBKD_OPS_CUDA must be 0, 1 or unset, got {value!r}" in done.stderr
 
 
-def test_forced_cuda_without_nvcc_is_an_error(source):
-    done = setup_py(source, FBKD_OPS_CUDA="1", CUDA_HOME="/nonexistent")
+@NO_COMPILER
+@pytest.mark.parametrize(
+    "cuda, expected", [("13.0", "no working nvcc in /nonexistent/bin"), (None, "torch 2.10.0 is built without CUDA")]
+)
+def test_forced_cuda_without_nvcc_is_an_error(source, tmp_path, cuda, expected):
+    path = stub_torch(tmp_path, cuda=cuda)
+    done = setup_py(source, PYTHONPATH=path, FBKD_OPS_CUDA="1", CUDA_HOME="/nonexistent")
     assert done.returncode != 0
-    expected = "no working nvcc in /nonexistent/bin" if torch.version.cuda else "is built without CUDA"
-    assert "FBKD_OPS_CUDA=1 but the CUDA part cannot be built" in done.stderr and expected in done.stderr
+    assert f"FBKD_OPS_CUDA=1 but the CUDA part cannot be built: {expected}" in done.stderr
 
 
+@NO_COMPILER
 def test_nvcc_of_another_major_version_is_left_out(source, tmp_path):
-    toolkit = fake_toolkit(tmp_path, "9.2")
-    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
-    expected = "nvcc is 9.2 but torch" if torch.version.cuda else "is built without CUDA"
-    assert done.returncode == 0 and "leaving out the cuda part" in done.stderr and expected in done.stderr
-    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
+    toolkit, path = fake_toolkit(tmp_path, "9.2"), stub_for_cuda(tmp_path)
+    done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
+    expected = "nvcc is 9.2 but torch 2.10.0 is built with CUDA 13.0"
+    assert done.returncode == 0 and f"leaving out the cuda part: {expected}" in done.stderr, done.stderr
+    done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
     assert done.returncode != 0 and expected in done.stderr
 
 
+@NO_COMPILER
 def test_wrapper_scripts_are_seen_through(source, tmp_path):
     """nvcc on PATH may be a script somewhere else; its dry run names the real folder."""
-    if torch.version.cuda is None:
-        pytest.skip("this torch needs no toolkit")
     wrapper = tmp_path / "bin" / "nvcc"
     wrapper.parent.mkdir()
-    real = fake_toolkit(tmp_path, torch.version.cuda)
+    real = fake_toolkit(tmp_path, "13.0")
     dryrun = f'case "$*" in *--dryrun*) echo \'#$ _HERE_={real}/bin\' >&2;; *) exec {real}/bin/nvcc "$@";; esac'
     wrapper.write_text(f"#!/bin/sh\n{dryrun}\n")
     wrapper.chmod(0o755)
-    done = setup_py(
-        source, PATH=f"{wrapper.parent}:{os.environ['PATH']}", CUDA_HOME=None, CUDA_PATH=None, FBKD_OPS_CUDA=None
-    )
+    names = dict(PATH=f"{wrapper.parent}:{os.environ['PATH']}", CUDA_HOME=None, CUDA_PATH=None, FBKD_OPS_CUDA=None)
+    done = setup_py(source, PYTHONPATH=stub_for_cuda(tmp_path), **names)
     assert f"in {real}," in done.stderr, done.stderr
 
 
@@ -131,23 +171,6 @@ def test_a_torch_that_is_too_old_is_named(source, tmp_path):
     assert done.stderr == "fbkd_ops needs torch 2.10 or later, but torch 2.9.1+cpu is installed.\n"
 
 
-def stub_torch(folder, version, headers=()):
-    """A torch of that version, with empty headers and without CUDA; the path to import it from."""
-    package = folder / "stub" / "torch"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"class version: cuda = None\n__version__ = {version!r}\n")
-    for header in headers:
-        (package / "include" / header).parent.mkdir(parents=True, exist_ok=True)
-        (package / "include" / header).touch()
-    return str(package.parent)
-
-
-def torch_headers():
-    """Those that the sources include."""
-    texts = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
-    return {header for text in texts for header in re.findall(r"#include <(torch/[^>]+)>", text)}
-
-
 @NO_COMPILER
 def test_a_torch_without_a_header_is_named_before_anything_is_compiled(source, tmp_path):
     """A release candidate of the oldest torch passes as that release, but may not have all of its headers."""
@@ -161,7 +184,7 @@ def test_a_torch_without_a_header_is_named_before_anything_is_compiled(source, t
 
 
 def test_a_torch_without_headers_is_fine_where_nothing_is_compiled(source, tmp_path):
-    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path, "2.10.0"), CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
     assert done.returncode == 0 and "leaving out the cpu part: no C++ compiler" in done.stderr
 
 
@@ -187,25 +210,24 @@ def test_without_pythons_headers_the_c_part_is_left_out(source, tmp_path):
     code = "import sysconfig\nget_path = sysconfig.get_path\n"
     code += "sysconfig.get_path = lambda name, *rest: '/nonexistent' if name == 'include' else get_path(name, *rest)\n"
     (tmp_path / "sitecustomize.py").write_text(code)
-    done = setup_py(source, PYTHONPATH=str(tmp_path), FBKD_OPS_CUDA=None)
+    done = setup_py(source, PYTHONPATH=f"{tmp_path}{os.pathsep}{stub_torch(tmp_path)}", FBKD_OPS_CUDA=None)
     assert done.returncode == 0, done.stderr
     assert "leaving out the cpu part: no Python.h in /nonexistent (install Python's headers" in done.stderr
 
 
+@NO_COMPILER
 def test_a_toolkit_without_headers_is_left_out(source, tmp_path):
-    if torch.version.cuda is None:
-        pytest.skip("this torch needs no toolkit")
-    toolkit = fake_toolkit(tmp_path, torch.version.cuda)
+    toolkit, path = fake_toolkit(tmp_path, "13.0"), stub_for_cuda(tmp_path)
     (tmp_path / "toolkit" / "include" / "cuda_bf16.h").unlink()
-    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
+    done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
     expected = f"no cuda_bf16.h in {toolkit}/include"
     assert done.returncode == 0 and f"leaving out the cuda part: {expected}" in done.stderr
-    done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
+    done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
     assert done.returncode != 0 and expected in done.stderr
 
 
-def test_without_a_compiler_the_package_is_pure_python(source):
-    path, names, report = wheel(source, CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
+def test_without_a_compiler_the_package_is_pure_python(source, tmp_path):
+    path, names, report = wheel(source, PYTHONPATH=stub_torch(tmp_path), CXX="/nonexistent/c++", FBKD_OPS_CUDA=None)
     assert not [name for name in names if name.endswith(".so")]
     assert report["built"] == []
     assert "/nonexistent/c++" in report["left_out"]["cpu"]
@@ -267,6 +289,6 @@ def nvcc_version() -> str:
 
 
 def test_a_compiler_that_does_not_run_is_left_out(source, tmp_path):
-    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path, "2.10.0"), CXX="false", FBKD_OPS_CUDA=None)
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), CXX="false", FBKD_OPS_CUDA=None)
     assert done.returncode == 0, done.stderr
     assert "no working C++ compiler ('false' --version fails" in done.stderr

@@ -18,6 +18,7 @@ from op_cases import (
     contiguous,
     draw,
     name_of,
+    threads,
 )
 from simt.build import build
 
@@ -416,3 +417,11 @@ def test_masks_of_nan_and_infinity(dtype):
         expected = expected_mask(student, t, 0.5, kind == "joint")
         torch.testing.assert_close(mask, expected, equal_nan=True)
         assert not mask[7].isnan().any() and mask[6].isnan().all() and mask[2].isnan().all()
+
+
+def test_random_cases():
+    """Of `make fuzz`, which calls these kernels through this file."""
+    from random_cases import assert_random_cases_are_right
+
+    with threads(1):  # the literal formula of small maps is fastest so
+        assert_random_cases_are_right("cuda-source")

@@ -14,15 +14,11 @@ from fuzz import __main__ as fuzz
 from fuzz import check, data, problems, rounding, worker
 from helpers import TEST_ALL
 from op_cases import INTERPRETER, NO_CPU, NO_TRITON
+from random_cases import assert_random_cases_are_right
 
 from fbkd_ops import functional
 
 ROOT = Path(__file__).resolve().parents[1]
-# Cases of each op; `make test-all` tries more.
-CASES = {"cpu": 5, "triton": 2, "cuda-source": 4}
-if TEST_ALL:
-    CASES = {"cpu": 25, "triton": 3, "cuda-source": 10}
-
 MAP = {"dtype": "float32", "layout": "contiguous", "values": "normal"}
 PLAIN = {"target": "cpu", "seed": 1, "threads": 1, "wanted": -1, "autocast": None}
 POOLS = PLAIN | {"op": "attention_pools", "sizes": [[2, 5, 5, 3, 7]], "maps": [MAP]}
@@ -43,22 +39,11 @@ def one_thread():
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("cpu", marks=NO_CPU),
-        pytest.param("triton", marks=[NO_TRITON, INTERPRETER]),
-        "cuda-source",
-    ],
+    "target", [pytest.param("cpu", marks=NO_CPU), pytest.param("triton", marks=[NO_TRITON, INTERPRETER])]
 )
 def test_random_cases(target):
-    from fuzz.strategies import OPS
-
-    failures = []
-    for number, _ in enumerate(OPS[target]):
-        (report,) = worker.batches(target, seed=0, first=number, cases=1, size=CASES[target])
-        if report["failure"]:
-            failures.append(f"{report['failure']['found']}\n{fuzz.reproduction(report['failure']['case'])}")
-    assert not failures, "\n".join(failures)
+    """Those of the CUDA kernels are in test_cuda_kernels.py: one process compiles their source once for both files."""
+    assert_random_cases_are_right(target)
 
 
 @NO_CPU

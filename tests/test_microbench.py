@@ -1,6 +1,7 @@
 """The measuring tools: what is checked, reported and survived. No test depends on a time."""
 
 import dataclasses
+import functools
 import io
 import json
 import subprocess
@@ -25,6 +26,7 @@ from benchmarks import (
     suites,
     sweep,
     timing,
+    train_step,
 )
 
 TOOL = Path(microbench.__file__)
@@ -39,6 +41,23 @@ ARGUMENTS = ["--shapes", "2,4,6,5", "--rounds", "1", "--threads", "1", "--peers"
 def inside(monkeypatch):
     """Measures in this process, where a test can change the suites."""
     monkeypatch.setattr(microbench, "measured", measurement.measure)
+
+
+@pytest.fixture
+def handed_over(monkeypatch, capsys):
+    """Measures in this process what it reads as JSON, as a process of its own does; returns the jobs."""
+
+    def measured_once(job):
+        asked.append(job)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(dataclasses.asdict(job))))
+        measurement.main()
+        return json.loads(capsys.readouterr().out)
+
+    asked, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(microbench, "measured_once", measured_once)
+    monkeypatch.setattr(memory, "limit_to_available", lambda: None)
+    yield asked
+    torch.set_num_threads(threads)
 
 
 def replace(monkeypatch, name, **functions):
@@ -69,21 +88,38 @@ def one(report, peer="fbkd_ops", which="step"):
     return report.rows[(report.rows["peer"] == peer) & (report.rows["pass"] == which)].iloc[0]
 
 
-def test_the_tool_measures_in_processes_of_its_own(tmp_path):
-    path = tmp_path / "figures.csv"
-    command = [sys.executable, TOOL, *ARGUMENTS, "--suite", "masked_l2", "--csv", path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def tool_run(tmp_path_factory):
+    """What the tool prints, started in another folder on a map of two terabytes and on a small one, and its result."""
+    folder = tmp_path_factory.mktemp("tool")
+    arguments = ["--shapes", "1,2000000,500,500", *ARGUMENTS[1:], "--suite", "masked_l2"]
+    command = [sys.executable, TOOL, *arguments, "--csv", "figures.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    report = results.read(path)
+    return done.stdout, results.read(folder / "figures.csv")
+
+
+def test_the_tool_measures_in_processes_of_its_own(tool_run):
+    text, report = tool_run
     assert report.facts["complete"]
-    assert report.facts["command"].startswith("python benchmarks/microbench.py --shapes 2,4,6,5")
+    command = "python benchmarks/microbench.py --shapes 1,2000000,500,500 2,4,6,5 --rounds 1"
+    assert report.facts["command"].startswith(command)
     assert {"cpu", "cores", "threads", "torch", "revision", "modified", "huge_pages"} <= set(
         report.facts["environment"]
     )
     assert places(report) == [("masked_l2", state) for state in memory.states_of("cpu")]
-    assert set(report.rows["status"]) == {"ok"}
+    assert set(report.rows.query("channels == 4")["status"]) == {"ok"}
     for state in memory.states_of("cpu"):
-        assert f"{state} memory\n\n### masked_l2" in done.stdout
+        assert f"{state} memory\n\n### masked_l2" in text
+
+
+def test_a_map_that_does_not_fit_is_said_and_the_rest_goes_on(tool_run):
+    """Two terabytes."""
+    text, report = tool_run
+    status = report.rows.query("peer == 'eager' and `pass` == 'step'")["status"]
+    states = len(memory.states_of("cpu"))
+    assert list(status) == ["does not fit in memory"] * states + ["ok"] * states
+    assert "does not fit in memory" in text
 
 
 def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
@@ -105,7 +141,15 @@ def test_every_suite_has_figures_for_every_peer(inside, capsys, tmp_path):
 
 
 def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys, tmp_path):
-    pytest.importorskip("torchvision")
+    """With smaller ResNets, whose pyramids are as wide, and few proposals."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    pool = pytest.importorskip("torchvision.ops").MultiScaleRoIAlign(
+        ["0", "1", "2", "3"], output_size=2, sampling_ratio=2
+    )
+    few = dict(rpn_pre_nms_top_n_train=20, rpn_pre_nms_top_n_test=20, box_batch_size_per_image=16, box_roi_pool=pool)
+    monkeypatch.setattr(detection, "FasterRCNN", functools.partial(detection.FasterRCNN, **few))
+    detector, smaller = train_step._detector, {50: 18, 101: 34}
+    monkeypatch.setattr(train_step, "_detector", lambda case, depth: detector(case, smaller[depth]))
     monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
     peers = ["no_distillation", "fbkd_ops"]
     arguments = ["--suite", "train_step", "--shapes", "1,256,16,16", "--peers", *peers]
@@ -367,20 +411,7 @@ def test_a_failing_peer_does_not_stop_the_others(place, error, status, inside, m
     assert report.rows["vs_baseline"].isna().all()
 
 
-def test_a_map_that_does_not_fit_is_said_and_the_rest_goes_on(tmp_path):
-    """Two terabytes."""
-    path = tmp_path / "figures.csv"
-    arguments = ["--suite", "masked_l2", "--shapes", "1,2000000,500,500", "1,4,3,5", "--rounds", "1"]
-    command = [sys.executable, TOOL, *arguments, "--peers", "eager", "--csv", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    status = results.read(path).rows.query("peer == 'eager' and `pass` == 'step'")["status"]
-    states = len(memory.states_of("cpu"))
-    assert list(status) == ["does not fit in memory"] * states + ["ok"] * states
-    assert "does not fit in memory" in done.stdout
-
-
-def test_a_job_of_a_pyramid_reaches_its_process(monkeypatch):
+def test_a_job_of_a_pyramid_reaches_its_process(handed_over):
     arguments = ["--suite", "fbkd_loss", "--shapes", "2,4,40,53", "--rounds", "1", "--threads", "1"]
     (job, *_) = microbench.jobs_of(microbench.parse([*arguments, "--peers", "fbkd_ops"]))
     row = microbench.measured(job)["rows"][0]
@@ -602,10 +633,9 @@ def test_a_peer_that_cannot_be_captured_is_named(one_waits):
     assert stopped.value.peer == "b"
 
 
-def test_after_a_failed_capture_the_others_get_a_new_process(monkeypatch, capsys):
+def test_after_a_failed_capture_the_others_get_a_new_process(monkeypatch, handed_over):
     """The allocator's state is unknown after it, so nothing may be measured in the process in which it failed."""
     (job, *_) = microbench.jobs_of(microbench.parse([*ARGUMENTS, "--suite", "masked_l2"]))
-    asked = []
 
     def calls_of(calls, as_graphs):
         waiting = [name for name in ("eager", "reference") if name in calls]
@@ -613,18 +643,10 @@ def test_after_a_failed_capture_the_others_get_a_new_process(monkeypatch, capsys
             raise timing.CaptureError(waiting[0], RuntimeError("it waits"))
         return timing.calls_of(calls, as_graphs=False)
 
-    def measured_once(job):
-        asked.append(list(job.uncaptured))
-        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(dataclasses.asdict(job))))
-        measurement.main()
-        return json.loads(capsys.readouterr().out)
-
     monkeypatch.setattr(measurement, "calls_of", calls_of)
-    monkeypatch.setattr(microbench, "measured_once", measured_once)
-    monkeypatch.setattr(memory, "limit_to_available", lambda: None)
     rows = microbench.measured(dataclasses.replace(job, state="graphs"))["rows"]
     status = {row["peer"]: row["status"] for row in rows}
-    assert asked == [[], ["eager"], ["eager", "reference"]]
+    assert [list(job.uncaptured) for job in handed_over] == [[], ["eager"], ["eager", "reference"]]
     assert status == dict.fromkeys(PLAIN[:2], "cannot be captured: RuntimeError: it waits") | {"fbkd_ops": "ok"}
 
 
