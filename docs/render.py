@@ -292,6 +292,7 @@ def study_pilot() -> str:
     """What was tried to find the study's budget."""
     rows = [
         [
+            row.setting,
             f"`{row.arm}`",
             "" if pd.isna(row.changes) else str(row.changes),
             str(row.steps),
@@ -301,7 +302,7 @@ def study_pilot() -> str:
         ]
         for row in report_of(PILOT).rows.itertuples()
     ]
-    header = ["arm", "numbers that differ", "steps", "AP", "CPU s", "median share, second half"]
+    header = ["data", "arm", "numbers that differ", "steps", "AP", "CPU s", "median share, second half"]
     return table(header, rows)
 
 

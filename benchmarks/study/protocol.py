@@ -45,7 +45,8 @@ class Recipe:
     """How a student is trained: every switch that an arm can turn.
 
     Attributes:
-        is_time_matched: whether the steps are those that a plain student does in the time of a distilled one.
+        length: of the training, in the setting's steps; ``"matched"`` for the steps that a plain student does in the
+            time of a distilled one.
         pull: how hard the terms pull: None for a plain student, ``"preset"`` for the preset's weights as they are, a
             number for that ``gradient_share``.
         proportions: of the terms' weights: ``"preset"`` for the preset's, ``"size_free"`` for those that weigh
@@ -55,7 +56,7 @@ class Recipe:
         stop: the fraction of the steps after which the terms stop; None for none.
     """
 
-    is_time_matched: bool = False
+    length: int | str = 1
     pull: str | float | None = None
     proportions: str = "preset"
     terms: tuple[str, ...] = TERMS
@@ -97,7 +98,8 @@ SHARE = 0.5
 # Each arm is another one with a single switch turned.
 ARMS: dict[str, tuple[str | None, dict]] = {
     "baseline": (None, {}),
-    "time_matched": ("baseline", {"is_time_matched": True}),
+    "time_matched": ("baseline", {"length": "matched"}),
+    "doubled": ("baseline", {"length": 2}),
     "preset": ("baseline", {"pull": "preset"}),
     "share": ("baseline", {"pull": SHARE}),
     "size_free": ("share", {"proportions": "size_free"}),
@@ -112,6 +114,7 @@ ARMS: dict[str, tuple[str | None, dict]] = {
 # Arms whose step costs the same as another one's.
 COSTS_LIKE = {
     "time_matched": "baseline",
+    "doubled": "baseline",
     "inherit": "baseline",
     "share": "size_free",
     "weak": "size_free",
@@ -147,7 +150,8 @@ def recipe(arm: str) -> Recipe:
 
 def steps(setting: Setting, arm: str) -> int:
     """Return the number of training steps of an arm."""
-    return round(setting.steps * (setting.time_factor if recipe(arm).is_time_matched else 1))
+    length = recipe(arm).length
+    return round(setting.steps * (setting.time_factor if length == "matched" else length))
 
 
 def changed(setting: Setting, changes: str) -> Setting:
