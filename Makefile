@@ -8,7 +8,7 @@
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
-# make study trains what is missing of the part STUDY of docs/study.md: quick, digits or bccd.
+# make study trains what is missing of the part STUDY of docs/study.md: quick, digits, retinanet or bccd.
 # make gpu builds, tests, measures and profiles on this machine's GPU: make gpu ARGS="--stages test bench".
 # make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3

@@ -19,7 +19,7 @@ from benchmarks.results import write_json
 COMMANDS = {
     "make venv": "environment, PyTorch, build (the first of the commands does this)",
     "make test": "every test that needs no GPU",
-    "make demo": "teacher, plain and distilled student, report",
+    "make demo": "teacher, distilled and plain students, report",
 }
 
 

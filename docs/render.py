@@ -313,7 +313,7 @@ def study() -> str:
     runs, costs, parts = report_of(STUDY).rows, report_of(STUDY_COST).rows, []
     for name, part in STUDIES.items():
         rows = study_tables.rows_of(runs, part)
-        if len(rows):
+        if len(rows) and "baseline" in part.arms:
             teacher = study_tables.teacher_score(runs, part.setting)
             parts.append(f"**`{name}`**, teacher {teacher} AP:\n\n{study_tables.arms_table(rows, costs)}")
     return "\n\n".join(parts)

@@ -205,7 +205,7 @@ def test_a_table_of_shares():
     rows = runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3])
     rows["share_p10"], rows["share_p50"], rows["share_p90"] = [0.3, 0.2, *[None] * 2], [0.5, 0.6, *[None] * 2], 0.9
     *_, line = tables.share_table(rows).splitlines()
-    assert line == "| digits | `size_free` | 2 | 0.5 | 0.55 (0.50 to 0.60) | 0.20 | 0.90 |"
+    assert line == "| digits | 64 | `size_free` | 2 | 0.5 | 0.55 (0.50 to 0.60) | 0.20 | 0.90 |"
 
 
 def test_the_claim_is_a_line_beside_both_baselines():

@@ -93,6 +93,18 @@ SETTINGS = {
     ),
 }
 
+# Another detector, trained for a short time: does the share keep to its target there, too?
+SETTINGS["retinanet"] = dataclasses.replace(
+    SETTINGS["digits"],
+    detector="retinanet",
+    preset="one_stage",
+    teacher_pictures=500,
+    val_pictures=100,
+    steps=1000,
+    teacher_steps=500,
+    inheritable=(),
+)
+
 SHARE = 0.5
 
 # Each arm is another one with a single switch turned.
@@ -136,8 +148,15 @@ class Study(NamedTuple):
 
 # Each kind of seed serves one purpose: no run of a pilot or of the choice is in the confirmation.
 STUDIES = {
-    "quick": Study("digits", ("baseline", RECIPE), range(2000, 2002), "steps=150 teacher_steps=400 val_pictures=200"),
+    "quick": Study(
+        "digits",
+        ("baseline", "inherit_size_free"),
+        range(2000, 2002),
+        "steps=500 teacher_pictures=1000 teacher_steps=1500 val_pictures=200",
+    ),
     "digits": Study("digits", tuple(ARMS), range(8)),
+    "retinanet": Study("retinanet", (RECIPE,), range(3000, 3002)),
+    "retinanet_96": Study("retinanet", (RECIPE,), range(3000, 3002), "image_size=96"),
     "bccd": Study("bccd", ("baseline", "time_matched", "preset", RECIPE), range(6)),
 }
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.tables import table
 
-from .protocol import ARMS, COSTS_LIKE, RECIPE, STUDIES, Study, recipe
+from .protocol import ARMS, COSTS_LIKE, RECIPE, SETTINGS, STUDIES, Study, changed, recipe
 
 CONFIDENCE = 0.95
 BASELINES = ("baseline", "time_matched")
@@ -88,13 +88,16 @@ def _beside_base(rows: pd.DataFrame, arm: str) -> str:
 
 def share_table(rows: pd.DataFrame) -> str:
     """Return how the measured gradient share kept to its target in the second halves of the trainings of each arm."""
-    header = ["setting", "arm", "trainings", "target", "median (smallest to largest)", "10 % at least", "90 % at most"]
+    header = ["data", "pixels", "arm", "trainings", "target"]
+    header += ["median (smallest to largest)", "10 % at least", "90 % at most"]
     lines = []
-    for (setting, arm), own in rows.dropna(subset="share_p50").groupby(["setting", "arm"], sort=False):
+    told = rows.fillna({"changes": ""}).dropna(subset="share_p50")
+    for (setting, changes, arm), own in told.groupby(["setting", "changes", "arm"], sort=False):
+        size = changed(SETTINGS[setting], changes).image_size
         medians = own["share_p50"]
         spread = f"{medians.median():.2f} ({medians.min():.2f} to {medians.max():.2f})"
         ends = [f"{own['share_p10'].min():.2f}", f"{own['share_p90'].max():.2f}"]
-        lines.append([setting, f"`{arm}`", str(len(own)), str(recipe(arm).pull), spread, *ends])
+        lines.append([setting, str(size), f"`{arm}`", str(len(own)), str(recipe(arm).pull), spread, *ends])
     return table(header, lines)
 
 
