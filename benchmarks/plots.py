@@ -23,7 +23,8 @@ from PIL import Image
 
 from benchmarks.results import OURS, PASSES, Report, state_text, states_in
 from benchmarks.series import DIMENSIONS, PYRAMID, exponent, series, title_of
-from benchmarks.study.protocol import HEADLINE, SETTINGS, recipe
+from benchmarks.study.protocol import HEADLINE, SETTINGS, STUDIES, recipe
+from benchmarks.study.tables import rows_of
 from benchmarks.tables import one_pass
 
 COLOURS = {
@@ -37,7 +38,7 @@ COLOURS = {
     "fbkd_ops:cuda": "#009e73",
     "fbkd_ops:triton": "#000000",
 }
-ARM_COLOURS = dict(zip(HEADLINE, ("#666666", "#000000", "#d55e00", "#56b4e9", "#0072b2"), strict=True))
+ARM_COLOURS = dict(zip(HEADLINE, ("#bbbbbb", "#777777", "#000000", "#d55e00", "#56b4e9", "#0072b2"), strict=True))
 MARKERS = "osD^vP*X"  # of suites
 ALPHAS = {"fresh": 0.45, "eager": 0.45}  # of the bars, by state; 1 in any other
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fbkd_ops"}
@@ -281,12 +282,14 @@ class Kind(NamedTuple):
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each point of the learning curves of the study's main arms: ``time`` in a plain student's steps."""
     points = []
-    for run in rows[rows["changes"].isna() & rows["arm"].isin(HEADLINE)].itertuples():
+    parts = pd.concat([rows_of(rows, part) for part in STUDIES.values() if "baseline" in part.arms])
+    for run in parts[parts["arm"].isin(HEADLINE)].itertuples():
         setting = SETTINGS[run.setting]
         factor = 1 if recipe(run.arm).pull is None else setting.time_factor
         for place, point in enumerate(run.curve.split()):
             step, ap = map(float, point.split(":"))
-            points.append({"setting": run.setting, "arm": run.arm, "place": place, "time": step * factor, "ap": ap})
+            place_and_time = {"place": place, "time": step * factor}
+            points.append({"setting": run.setting, "arm": run.arm, "seed": run.seed, **place_and_time, "ap": ap})
     return pd.DataFrame(points)
 
 
@@ -307,11 +310,9 @@ def draw_curves(report: Report) -> Figure:
         ax.set_xlabel("time of training, in steps of a student alone")
         ax.set_ylabel("COCO AP")
         ax.legend(frameon=False)
-    seeds = report.rows.groupby("setting", sort=False)["seed"].nunique() - 1  # the teacher has one of its own
-    note = "Learning rates end with each training. Seeds: " + ", ".join(
-        f"{count} of {name}" for name, count in seeds.items()
-    )
-    return captioned(figure, f"{note}.")
+    seeds = ", ".join(f"{count} of {name}" for name, count in points.groupby("setting")["seed"].nunique().items())
+    note = f"Mean over the seeds ({seeds}) and its standard error, which is not that of the difference of a pair."
+    return captioned(figure, note)
 
 
 KINDS = {

@@ -238,6 +238,8 @@ def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
 
 def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
     """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
+    if name not in drawn_reports():
+        return NOT_YET
     report, drawn = drawn_reports()[name]
     files = plots.pictures(report, name, kinds or drawn)
     return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
@@ -294,7 +296,8 @@ def study_pilot() -> str:
         [
             row.setting,
             f"`{row.arm}`",
-            "" if pd.isna(row.changes) else str(row.changes),
+            str(row.seed),
+            row.changes,
             str(row.steps),
             f"{row.ap:.3f}",
             f"{row.seconds:.0f}",
@@ -302,7 +305,7 @@ def study_pilot() -> str:
         ]
         for row in report_of(PILOT).rows.itertuples()
     ]
-    header = ["data", "arm", "numbers that differ", "steps", "AP", "CPU s", "median share, second half"]
+    header = ["data", "arm", "seed", "numbers", "steps", "AP", "CPU s", "median share, second half"]
     return table(header, rows)
 
 
@@ -314,7 +317,7 @@ def study() -> str:
     for name, part in STUDIES.items():
         rows = study_tables.rows_of(runs, part)
         if len(rows) and "baseline" in part.arms:
-            teacher = study_tables.teacher_score(runs, part.setting)
+            teacher = study_tables.teacher_score(runs, part)
             parts.append(f"**`{name}`**, teacher {teacher} AP:\n\n{study_tables.arms_table(rows, costs)}")
     return "\n\n".join(parts)
 

@@ -16,6 +16,7 @@ from benchmarks.plots import curves, draw  # noqa: E402
 from benchmarks.study import __main__ as study  # noqa: E402
 from benchmarks.study import cost, jobs, protocol, runs, tables  # noqa: E402
 from benchmarks.study.protocol import ARMS, SETTINGS, STUDIES, Recipe, changed, recipe  # noqa: E402
+from examples.demo.training import TrainingError  # noqa: E402
 from fbkd_ops import Distiller, size_free_weights  # noqa: E402
 
 SMALL = "batch_size=2 pictures=4 steps=4 teacher_pictures=4 teacher_steps=2 val_pictures=3"
@@ -29,10 +30,35 @@ def small():
     return setting, data, runs.detector(setting, "teacher", data, runs.TEACHER_SEED).eval()
 
 
-@pytest.mark.parametrize("arm", [arm for arm, (base, _) in ARMS.items() if base])
+WITH_A_BASE = [arm for arm, (base, _) in ARMS.items() if base]
+
+
+@pytest.mark.parametrize("arm", WITH_A_BASE)
 def test_an_arm_differs_from_its_base_in_one_switch(arm):
     ours, base = (dataclasses.asdict(recipe(name)) for name in (arm, ARMS[arm][0]))
     assert sum(ours[switch] != base[switch] for switch in ours) == 1
+
+
+@pytest.mark.parametrize("arm", WITH_A_BASE)
+def test_what_is_built_for_an_arm_differs_from_its_base_in_one_thing(small, arm):
+    ours, base = (built(small, name) for name in (arm, ARMS[arm][0]))
+    assert sum(ours[thing] != base[thing] for thing in ours.keys() & base.keys()) == 1
+
+
+def built(small, arm):
+    """What a training is made of, read off the models; the proportions of the terms where all have a weight."""
+    setting, data, teacher = small
+    setting = dataclasses.replace(setting, steps=100)
+    student, trained = runs.student_of(setting, arm, 0, data, teacher)
+    start = {name: value.tolist() for name, value in student.state_dict().items()}
+    found = {"steps": protocol.steps(setting, arm), "start": start, "pull": None}
+    if trained is student:
+        return found
+    levels, terms = [level.settings for level in trained.loss.levels], weighted_terms(trained.loss)
+    weights = [(each.normalize, *(getattr(each, f"{term}_weight") for term in terms)) for each in levels]
+    pull = "preset" if trained.share is None else trained.share.settings.target
+    proportions = {"proportions": weights} if terms == protocol.TERMS else {}
+    return found | {"pull": pull, "stop": trained.stop_step, "terms": terms, **proportions}
 
 
 def test_the_first_arm_is_a_plain_student():
@@ -181,7 +207,7 @@ def runs_of(**scores):
             "curve": f"5:0.1 10:{ap}",
         }
         for arm, pair in scores.items()
-        for seed, ap in enumerate(pair)
+        for seed, ap in enumerate(pair, start=100)
     ]
     return pd.DataFrame(rows)
 
@@ -191,7 +217,7 @@ def test_a_table_of_arms():
     *_, baseline, share, size_free = tables.arms_table(rows, COSTS).splitlines()
     assert baseline.startswith("| `baseline` | 2 | 10 | 70 | 800 | 0.200 |") and share.endswith(" |  |")
     assert "| 105 | 850 |" in share and "| 105 | 850 |" in size_free
-    assert "| +0.150 [-0.485, +0.785] | - | `share`: +0.150 [-0.485, +0.785] |" in size_free
+    assert "| +0.150 [-0.485, +0.785] | - | - | `share`: +0.150 [-0.485, +0.785] |" in size_free
 
 
 def test_rows_of_a_part_are_those_of_its_setting_seeds_and_numbers():
@@ -208,13 +234,20 @@ def test_a_table_of_shares():
     assert line == "| digits | 64 | `size_free` | 2 | 0.5 | 0.55 (0.50 to 0.60) | 0.20 | 0.90 |"
 
 
-def test_the_claim_is_a_line_beside_both_baselines():
+def test_the_claim_is_a_row_beside_the_baselines():
     rows = runs_of(size_free=[0.3, 0.4], baseline=[0.1, 0.3], time_matched=[0.2, 0.3], inherit=[0.9, 0.9])
-    told = (
-        "0.350 AP, +0.150 [-0.485, +0.785] to `baseline` (0.200) and +0.100 [+0.100, +0.100] to `time_matched` (0.250)"
-    )
-    assert tables.headline(rows) == f"- digits: {told}, 2 pairs"
-    assert tables.headline(runs_of(baseline=[0.1, 0.3])) == ""
+    *_, line = tables.headline(rows).splitlines()
+    assert line == "| digits | 2 of 8 so far | 0.350 | +0.150 [-0.485, +0.785] | +0.100 [+0.100, +0.100] |  |"
+    assert "digits" not in tables.headline(runs_of(baseline=[0.1, 0.3]))
+    whole = tables.headline(runs_of(size_free=[0.3, 0.4] * 4, baseline=[0.1, 0.3] * 4))
+    assert "| digits | 8 | 0.350 | +0.150 [" in whole
+
+
+def test_the_teacher_of_a_part_is_the_one_of_its_numbers():
+    rows = runs_of(teacher=[0.7])
+    strange = runs_of(teacher=[0.2]).assign(changes=STUDIES["quick"].changes)
+    scores = [tables.teacher_score(pd.concat([strange, rows]), STUDIES[name]) for name in ("digits", "quick")]
+    assert scores == ["0.700", "0.200"]
 
 
 def test_curves_are_over_the_time_of_a_plain_student():
@@ -241,7 +274,35 @@ def test_costs_are_of_a_step(monkeypatch):
     assert found.keys() == {"baseline", "share"} and min(found.values()) > 0
 
 
-def test_the_command_names_what_is_missing(capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bccd"], "bccd needs --data"),
+        (["digits", "--data", "folder"], "the other parts take none"),
+        (["digits", "--seeds", "7-3"], "expected FIRST-LAST with FIRST <= LAST, got '7-3'"),
+    ],
+)
+def test_wrong_arguments_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        study.main(["bccd"])
-    assert "bccd needs --data" in capsys.readouterr().err
+        study.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_counts_with_nothing(monkeypatch):
+    def diverge(*_):
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(runs, "train_student", diverge)
+    job = jobs.Job("digits", SMALL, "share", 0, None)
+    assert jobs._outcome(job, None, None).ap == 0
+
+
+def test_students_of_two_teachers_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "TEACHERS", tmp_path)
+    job = jobs.Job("digits", SMALL, jobs.TEACHER, 0, None)
+    torch.save({"weight": torch.ones(2)}, job.teacher_path)
+    row = {"setting": "digits", "changes": SMALL, "teacher": jobs.digest_of(job.teacher_path)}
+    jobs.check_teacher(job, [row, {**row, "changes": "", "teacher": "another"}])
+    torch.save({"weight": torch.zeros(2)}, job.teacher_path)
+    with pytest.raises(ValueError, match="the table has runs with"):
+        jobs.check_teacher(job, [row])

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import results  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
-from benchmarks.study.jobs import KEY, TEACHER, Job, is_done, jobs_of, run  # noqa: E402
+from benchmarks.study import tables  # noqa: E402
+from benchmarks.study.jobs import KEY, TEACHER, Job, check_teacher, is_done, jobs_of, run  # noqa: E402
 from benchmarks.study.protocol import ARMS, STUDIES  # noqa: E402
 
-RESULTS = Path("benchmarks/results/cpu-study.csv")
+RESULTS, QUICK_RESULTS = Path("benchmarks/results/cpu-study.csv"), Path("build/study/quick.csv")
 
 
 def finish(jobs: list[Job], processes: int, output: Path) -> None:
-    """Do the jobs that are missing in ``output``, so many at a time, and write every line as soon as there is one."""
+    """Do the jobs that are missing in ``output``, ``processes`` at a time; write every line as soon as there is one."""
     rows: list[dict[str, Any]] = list(results.text_rows(output)) if output.exists() else []
     facts = {"command": "python -m benchmarks.study", "environment": environment("cpu", 1)}
     left = [job for job in jobs if not is_done(job, rows)]
     teachers, students = ([job for job in left if (job.arm == TEACHER) is wanted] for wanted in (True, False))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for stage in (teachers, students):
+            if stage is students:
+                check_teacher(jobs[0], rows)
             for done in as_completed([pool.submit(run, job) for job in stage]):
-                row = done.result()
+                row = _result(done, pool)
                 rows = [each for each in rows if any(str(each[name]) != str(row[name]) for name in KEY)] + [row]
                 results.write(output, facts, rows)
                 print(", ".join(f"{name} {row[name]}" for name in (*KEY, "steps", "ap", "seconds")), flush=True)
 
 
+def _result(done: Future, pool: Executor) -> dict[str, Any]:
+    """Return a job's line; where it failed, what is left is not begun."""
+    try:
+        return done.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
 def seeds(text: str) -> range:
     """An argparse type: ``"0-7"`` or ``"3"``."""
     start, _, stop = text.partition("-")
-    return range(int(start), int(stop or start) + 1)
+    found = range(int(start), int(stop or start) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected FIRST-LAST with FIRST <= LAST, got {text!r}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,17 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=seeds, metavar="FIRST-LAST", help="other seeds")
     add("--change", nargs="+", metavar="NAME=NUMBER", help="other numbers of the setting, for a pilot")
     add("--jobs", type=int, default=2, help="trainings at a time, a core each (%(default)s)")
-    add("--output", type=Path, default=RESULTS, metavar="CSV", help="%(default)s")
+    add("--output", type=Path, metavar="CSV", help=f"({RESULTS}, of the quick part {QUICK_RESULTS})")
     options = parser.parse_args(arguments)
     study = STUDIES[options.study]
-    if study.setting == "bccd" and options.data is None:
-        parser.error("bccd needs --data, the folder of the set")
+    if (study.setting == "bccd") != (options.data is not None):
+        parser.error("bccd needs --data, the folder of the set; the other parts take none")
+    output = options.output or (QUICK_RESULTS if options.study == "quick" else RESULTS)
     study = study._replace(
         arms=tuple(options.arms or study.arms),
         seeds=options.seeds or study.seeds,
         changes=" ".join(sorted(options.change)) if options.change else study.changes,
     )
-    finish(jobs_of(study, options.data), options.jobs, options.output)
+    finish(jobs_of(study, options.data), options.jobs, output)
+    rows = tables.rows_of(results.read(output).rows, study)
+    for arm in study.arms:
+        print(f"{arm} minus baseline: {tables.difference(rows, arm, 'baseline')} AP")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from benchmarks import results  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.memory import peak_bytes  # noqa: E402
 from benchmarks.study import runs  # noqa: E402
-from benchmarks.study.protocol import ARMS, COSTS_LIKE, SETTINGS, changed  # noqa: E402
+from benchmarks.study.protocol import ARMS, COSTS_LIKE, SETTINGS, changed, recipe  # noqa: E402
 from examples.demo.training import Budget, train  # noqa: E402
 
 RESULTS = Path("benchmarks/results/cpu-study-cost.csv")
@@ -41,7 +41,9 @@ def milliseconds(name: str, arms: Sequence[str], rounds: int = ROUNDS, folder: P
     torch.set_num_threads(1)
     setting = changed(SETTINGS[name], FEW)
     data = runs.load(setting, folder)
-    teacher = runs.detector(setting, "teacher", data, runs.TEACHER_SEED).eval()
+    teacher = None  # a plain student's training has none in its memory
+    if any(recipe(arm).pull is not None for arm in arms):
+        teacher = runs.detector(setting, "teacher", data, runs.TEACHER_SEED).eval()
     models = {arm: runs.student_of(setting, arm, 0, data, teacher)[1] for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds + 1):
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="PATH", help="the Pascal VOC folder of the blood cells")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="CSV", help="%(default)s")
     options = parser.parse_args(arguments)
+    if (options.setting == "bccd") != (options.data is not None):
+        parser.error("bccd needs --data, the folder of the set; the other settings take none")
     name, folder = options.setting, options.data
     rows = (
         [row for row in results.text_rows(options.output) if row["setting"] != name] if options.output.exists() else []

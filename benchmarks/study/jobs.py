@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from benchmarks.environment import revision
 from examples.demo.data import DetectionData
+from examples.demo.training import TrainingError
 
 from . import runs
 from .protocol import SETTINGS, Setting, Study, changed, steps
@@ -34,7 +38,7 @@ class Job(NamedTuple):
 
     @property
     def teacher_path(self) -> Path:
-        """Where the trained teacher is kept: the name has all that it depends on."""
+        """Where the trained teacher is kept. Its line in the table has a digest of it, and so have its students'."""
         own = self.numbers
         numbers = own.image_size, own.teacher_pictures, own.batch_size, own.teacher_steps
         return TEACHERS / f"{self.setting}-{own.detector}-{'-'.join(map(str, numbers))}.pt"
@@ -67,7 +71,39 @@ def run(job: Job) -> dict[str, Any]:
         return _line(job, setting.teacher_steps, outcome)
     teacher = runs.detector(setting, "teacher", data, runs.TEACHER_SEED)
     teacher.load_state_dict(torch.load(job.teacher_path, weights_only=True))
-    return _line(job, steps(setting, job.arm), runs.train_student(setting, job.arm, job.seed, data, teacher.eval()))
+    return _line(job, steps(setting, job.arm), _outcome(job, data, teacher.eval()))
+
+
+def _outcome(job: Job, data: DetectionData, teacher: nn.Module) -> runs.Outcome:
+    """Train a student. One whose loss is not finite has an AP of 0, as the protocol says."""
+    try:
+        return runs.train_student(job.numbers, job.arm, job.seed, data, teacher)
+    except TrainingError:
+        return runs.Outcome(0.0, 0.0, 0.0, 0.0)
+
+
+def check_teacher(job: Job, rows: list[dict[str, Any]]) -> None:
+    """Refuse to mix students of two teachers in one table.
+
+    Raises:
+        ValueError: the teacher that is kept is not the one of the students that have their lines.
+    """
+    digest = digest_of(job.teacher_path)
+    others = {row["teacher"] for row in rows if all(row[name] == getattr(job, name) for name in ("setting", "changes"))}
+    if others - {digest}:
+        raise ValueError(
+            f"{job.teacher_path} is {digest}, but the table has runs with {', '.join(sorted(others - {digest}))}: give "
+            "another --output, or the weights that those had"
+        )
+
+
+def digest_of(path: Path) -> str:
+    """Return a few letters that tell one file of weights from another."""
+    state = torch.load(path, weights_only=True)
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @cache
@@ -89,5 +125,7 @@ def _line(job: Job, count: int, outcome: runs.Outcome) -> dict[str, Any]:
         "share_p50": middle,
         "share_p90": high,
         "curve": " ".join(f"{step}:{ap:.4f}" for step, ap in outcome.curve),
+        "teacher": digest_of(job.teacher_path),
+        "revision": revision(),
         "torch": torch.__version__,
     }

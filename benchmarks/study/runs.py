@@ -68,11 +68,17 @@ def train_student(setting: Setting, arm: str, seed: int, data: DetectionData, te
 
 
 def student_of(
-    setting: Setting, arm: str, seed: int, data: DetectionData, teacher: nn.Module
+    setting: Setting, arm: str, seed: int, data: DetectionData, teacher: nn.Module | None
 ) -> tuple[nn.Module, nn.Module]:
-    """Return an arm's student, and what is trained: itself, or the distiller around it."""
+    """Return an arm's student, and what is trained: itself, or the distiller around it.
+
+    Args:
+        teacher: a trained one; None where the arm needs none.
+    """
     chosen = recipe(arm)
     student = detector(setting, "student", data, seed)
+    if teacher is None:
+        return student, student
     if chosen.inherits:
         inherit(student, teacher, setting.inheritable)
     if chosen.pull is None:

@@ -10,10 +10,9 @@ from scipy import stats
 
 from benchmarks.tables import table
 
-from .protocol import ARMS, COSTS_LIKE, RECIPE, SETTINGS, STUDIES, Study, changed, recipe
+from .protocol import ARMS, BASELINES, COSTS_LIKE, RECIPE, SETTINGS, STUDIES, Study, changed, recipe
 
 CONFIDENCE = 0.95
-BASELINES = ("baseline", "time_matched")
 
 
 class Difference(NamedTuple):
@@ -52,8 +51,13 @@ def difference(rows: pd.DataFrame, arm: str, other: str, value: str = "ap") -> D
 
 def rows_of(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
     """Return the runs of a part of the study, without its teacher's."""
-    changes = rows["changes"].fillna("") == study.changes
-    return rows[(rows["setting"] == study.setting) & changes & rows["seed"].isin(study.seeds) & rows["arm"].isin(ARMS)]
+    own = _of_numbers(rows, study)
+    return own[own["seed"].isin(study.seeds) & own["arm"].isin(ARMS)]
+
+
+def _of_numbers(rows: pd.DataFrame, study: Study) -> pd.DataFrame:
+    changes = rows["changes"] == study.changes if study.changes else rows["changes"].isna()
+    return rows[(rows["setting"] == study.setting) & changes]
 
 
 def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
@@ -87,9 +91,13 @@ def _beside_base(rows: pd.DataFrame, arm: str) -> str:
 
 
 def share_table(rows: pd.DataFrame) -> str:
-    """Return how the measured gradient share kept to its target in the second halves of the trainings of each arm."""
+    """Return how the measured gradient share kept to its target in the second halves of the trainings of each arm.
+
+    Args:
+        rows: runs of any parts.
+    """
     header = ["data", "pixels", "arm", "trainings", "target"]
-    header += ["median (smallest to largest)", "10 % at least", "90 % at most"]
+    header += ["median (smallest to largest)", "80 % from", "80 % to"]
     lines = []
     told = rows.fillna({"changes": ""}).dropna(subset="share_p50")
     for (setting, changes, arm), own in told.groupby(["setting", "changes", "arm"], sort=False):
@@ -102,17 +110,20 @@ def share_table(rows: pd.DataFrame) -> str:
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """Return a line for each part that claims something: the recipe beside both baselines."""
+    """Return the recipe beside the baselines, a row for each part that has both."""
     lines = []
     for name, part in STUDIES.items():
         own = rows_of(rows, part)
-        means = own.groupby("arm")["ap"].mean()
-        if name != "quick" and {RECIPE, *BASELINES} <= set(means.index):
-            beside = [f"{difference(own, RECIPE, other)} to `{other}` ({means[other]:.3f})" for other in BASELINES]
-            lines.append(f"- {name}: {means[RECIPE]:.3f} AP, {' and '.join(beside)}, {own['seed'].nunique()} pairs")
-    return "\n".join(lines)
+        found = [difference(own, RECIPE, other) for other in BASELINES if other in set(own["arm"])]
+        if found and RECIPE in set(own["arm"]):
+            pairs = min(each.pairs for each in found)
+            count = str(pairs) if pairs == len(part.seeds) else f"{pairs} of {len(part.seeds)} so far"
+            ap = own[own["arm"] == RECIPE]["ap"].mean()
+            lines.append([name, count, f"{ap:.3f}", *map(str, found), *[""] * (len(BASELINES) - len(found))])
+    return table(["data", "pairs", "AP with the recipe", *(f"minus {name}" for name in BASELINES)], lines)
 
 
-def teacher_score(rows: pd.DataFrame, setting: str) -> str:
-    """Return the AP of a setting's teacher."""
-    return f"{rows[(rows['arm'] == 'teacher') & (rows['setting'] == setting)]['ap'].iloc[0]:.3f}"
+def teacher_score(rows: pd.DataFrame, study: Study) -> str:
+    """Return the AP of the teacher of a part."""
+    own = _of_numbers(rows, study)
+    return f"{own[own['arm'] == 'teacher']['ap'].iloc[0]:.3f}"
