@@ -311,11 +311,11 @@ def test_verdict_says_what_the_numbers_say(monkeypatch):
     monkeypatch.setattr("examples.demo.evaluation.RESAMPLINGS", 20)
     images = load_digit_scenes(64, 1, 24).val
     good, poor = CocoScore(images, perfect(images), 10), CocoScore(images, halved(images), 10)
-    lead, steps, time, seed = report.verdict(good, poor, good, good, 24)
+    lead, steps, time, seed = report.verdict(teacher=good, plain=poor, longer=good, distilled=good, images=24)
     assert lead.startswith("Teacher minus plain student: +0.") and "One seed is no evidence" in seed
     assert "as many steps: +0." in steps and "ahead" in steps and "no gain" not in steps
     assert "as much time: +0.000" in time and "no gain: within" in time
-    _, steps, time, doubt, _ = report.verdict(good, good, poor, poor, 24)
+    _, steps, time, doubt, _ = report.verdict(teacher=good, plain=good, longer=poor, distilled=poor, images=24)
     assert "no gain: behind" in steps and "no gain: within" in time and "not clearly better" in doubt
 
 
@@ -411,6 +411,27 @@ def test_run_prints_the_four_models_and_the_verdict(tiny_run):
         assert term in printed
 
 
+@pytest.mark.parametrize("seconds, expected", [(3.0, 6), (2.9, 6), (0.1, 1)])
+def test_a_time_is_enough_for_steps(seconds, expected):
+    assert cli.steps_in(seconds, report.History([{}] * 4, 2.0)) == expected
+
+
+def test_the_table_says_on_how_many_pictures(tiny_run):
+    table = tiny_run[3][tiny_run[3].index("COCO average precision") :]
+    rows = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if line.count("│") > 4]
+    pictures = {row[1]: row[3] for row in rows}
+    assert pictures["teacher"] == "14"
+    assert {pictures[name] for name in ("plain student", "plain student, same time", "distilled student")} == {"12"}
+
+
+def test_students_without_a_box_to_train_on_are_an_error(tmp_path, monkeypatch, capsys):
+    data = load_digit_scenes(64, 2, 1)
+    data.train.boxes[0] = data.train.boxes[0][:0]
+    monkeypatch.setattr(cli, "load_digit_scenes", lambda *_: data)
+    assert cli.main(["--student-images", "1", "--output", str(tmp_path), "--device", "cpu"]) == 2
+    assert "the first 1 pictures have no box" in capsys.readouterr().err
+
+
 def test_run_logs_every_loss_of_every_step(tiny_run):
     _, folder, _, _ = tiny_run
     for model, steps in (("teacher", 2), ("plain", 3), ("distilled", 3)):
@@ -433,7 +454,7 @@ def test_a_second_run_replaces_the_first_in_tensorboard(tmp_path):
     images = load_digit_scenes(64, 1, 3).val
     score = CocoScore(images, perfect(images), 10)
     for losses in ([{"loss_a": 1.0}] * 3, [{"loss_a": 2.0}] * 2):
-        report.write_tensorboard(tmp_path, [report.Run("plain", "plain student", 1, report.History(losses), score)])
+        report.write_tensorboard(tmp_path, [report.Run("plain", "plain student", 1, 3, report.History(losses), score)])
     events = EventAccumulator(str(tmp_path / "plain")).Reload()
     assert [event.value for event in events.Scalars("loss/a")] == [2, 2]
 

@@ -24,15 +24,13 @@ from .detectors import STUDENT, TEACHER, DetectorConfig, build_detector, count_p
 from .digits import load_digit_scenes
 from .distillation import build_distiller
 from .evaluation import CocoScore, predict
-from .training import Budget, TrainingError, train
+from .training import Budget, History, TrainingError, train
 from .voc import load_voc
 
 SMALLEST_IMAGE = 64
 FINDINGS = "findings.csv"
 DIGIT_IMAGES = 200  # for the students; the teacher has all
-DESCRIPTION = (
-    "Train a teacher, a student with it and two without, one as many steps and one as long, and compare their COCO AP."
-)
+DESCRIPTION = "Train a teacher, a distilled student and two plain students on real pixels, and compare their COCO AP."
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -90,8 +88,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--images", metavar="DIR", help="folder of pictures below --data, where its name is no usual one")
     add("--strict", action="store_true", help="stop at the first file of --data that cannot be used")
     add("--train-images", type=at_least(1), default=2000, help="at most so many pictures to train on (%(default)s)")
-    digits = f"the first so many of them for the students (all of --data, {DIGIT_IMAGES} of the digit scenes)"
-    add("--student-images", type=at_least(1), help=digits)
+    few = f"at most so many of them to train the students on (all of --data, {DIGIT_IMAGES} of the digit scenes)"
+    add("--student-images", type=at_least(1), help=few)
     add("--val-images", type=at_least(1), default=200, help="at most so many pictures to validate on (%(default)s)")
     add("--image-size", type=at_least(SMALLEST_IMAGE), default=64, help="pixels of the longer side (%(default)s)")
     add("--steps", type=at_least(1), default=1500, help="training steps of a student (%(default)s)")
@@ -112,6 +110,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def steps_in(seconds: float, history: History) -> int:
+    """How many steps like those of `history` the time is enough for, at least one."""
+    return max(1, round(seconds * len(history.losses) / history.seconds))
+
+
 class Demo:
     """One run: the data, the options and the terminal it speaks to."""
 
@@ -123,17 +126,25 @@ class Demo:
         """Train the four models in turn, then report."""
         teacher, plain, longer, distilled = (self._build(config) for config in (TEACHER, *[STUDENT] * 3))
         options, data = self.options, self.data
-        samples, few = [data.train[0][0].to(options.device)], data.train.first(options.student_images)
-        taught = self._finish("teacher", "teacher", teacher, teacher, data.train, options.teacher_steps)
-        alone = self._finish("plain", "plain student", plain, plain, few, options.steps)
+        samples, images = [data.train[0][0].to(options.device)], self._student_images()
+        teacher_run = self._finish("teacher", "teacher", teacher, teacher, data.train, options.teacher_steps)
+        plain_run = self._finish("plain", "plain student", plain, plain, images, options.steps)
         distiller = build_distiller(distilled, teacher, samples, options.preset, options.share)
-        helped = self._finish("distilled", "distilled student", distiller, distilled, few, options.steps)
-        steps = round(options.steps * helped.history.seconds / alone.history.seconds)
-        matched = self._finish("longer", "plain student, same time", longer, longer, few, steps)
+        distilled_run = self._finish("distilled", "distilled student", distiller, distilled, images, options.steps)
+        steps = steps_in(distilled_run.history.seconds, plain_run.history)
+        longer_run = self._finish("longer", "plain student, same time", longer, longer, images, steps)
         detectors = {"plain": plain, "distilled": distilled, "teacher": teacher}
         figure = draw_attention(detectors, distiller.loss, self.data.val, self.data.classes)
         figure.savefig(options.output / "attention.png", dpi=130)
-        self._report([taught, alone, matched, helped])
+        self._report([teacher_run, plain_run, longer_run, distilled_run])
+
+    def _student_images(self) -> Images:
+        images = self.data.train.first(self.options.student_images)
+        if not any(len(boxes) for boxes in images.boxes):
+            raise DataError(
+                f"the first {len(images)} pictures have no box to train on; give more with --student-images"
+            )
+        return images
 
     def _load_data(self) -> DetectionData:
         options, show = self.options, self._track("reading pictures")
@@ -168,7 +179,7 @@ class Demo:
         history = train(model, images, budget, options.device, self._track(f"training {key}", steps))
         found = predict(detector, data.val, options.device, options.batch_size, self._track(f"validating {key}"))
         score = CocoScore(data.val, found, len(data.classes))
-        return report.Run(key, name, count_parameters(detector), history, score)
+        return report.Run(key, name, count_parameters(detector), len(images), history, score)
 
     def _report(self, runs: list[report.Run]) -> None:
         output = self.options.output
@@ -178,7 +189,7 @@ class Demo:
             self.console.print(report.loss_table(run))
         trunks = f"teacher: {TEACHER.name}; students: {STUDENT.name}; none pretrained"
         self.console.print(report.score_table(runs, trunks))
-        for line in report.verdict(*(run.score for run in runs), len(self.data.val)):
+        for line in report.verdict(**{run.key: run.score for run in runs}, images=len(self.data.val)):
             self.console.print(line, highlight=False, soft_wrap=True)
         for name in ("log.csv", "tensorboard", "attention.png"):
             self.console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)

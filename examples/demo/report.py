@@ -19,11 +19,12 @@ LOSS_COLUMNS = 6
 
 @dataclass
 class Run:
-    """One trained model: a key for files, a name for people, its size, its losses and its score."""
+    """One trained model: a key for files, a name for people, its size, how many pictures it saw, losses and score."""
 
     key: str
     name: str
     parameters: int
+    pictures: int
     history: History
     score: CocoScore
 
@@ -32,12 +33,13 @@ def score_table(runs: list[Run], caption: str) -> Table:
     """COCO AP of every run, with what it cost."""
     table = Table(title="COCO average precision, validation images", caption=caption)
     table.add_column("model")
-    for heading in ("parameters", "steps", "training", "AP", "AP50", "AP75"):
+    for heading in ("parameters", "pictures", "steps", "training", "AP", "AP50", "AP75"):
         table.add_column(heading, justify="right")
     for run in runs:
         table.add_row(
             run.name,
             f"{run.parameters:,}",
+            f"{run.pictures}",
             f"{len(run.history.losses)}",
             f"{run.history.seconds:.0f} s",
             *(f"{value:.3f}" for value in (run.score.ap, run.score.ap50, run.score.ap75)),
