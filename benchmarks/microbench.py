@@ -69,6 +69,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.suite = options.suite or list(sweep.SUITES if options.sweep else SUITES)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
+    if options.sweep and not set(options.suite) <= set(sweep.SUITES):
+        parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(options.suite)}")
+    if options.brief and not own_maps(options):
+        parser.error("--brief chooses among the suites' own maps: expected no --shapes, --dtype, --layout or --sweep")
     if options.csv and options.csv.suffix != ".csv":
         parser.error(f"--csv: expected a file FILE.csv, got {options.csv}")
     for name in ("update", "plot"):

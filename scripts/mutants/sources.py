@@ -68,7 +68,7 @@ class Sources:
 
     def digest(self) -> str:
         """Return a digest of all that a result depends on."""
-        return digest(self.folder, ("csrc", "src", "tests", "scripts/mutants"))
+        return digest(self.folder, ("csrc", "src", "tests", "scripts/mutants", "setup.py"))
 
 
 def _files(root: Path) -> list[Path]:

@@ -30,7 +30,9 @@ def fuzz_target(target: str, seed: int, cases: int) -> dict | None:
         try:
             return pool.submit(find_failures, target, seed, cases, current.name).result()
         except BrokenProcessPool:
-            print(f"{target}: the process has crashed\n  {reproduction(json.loads(current.read()))}")
+            case = current.read()
+            where = reproduction(json.loads(case)) if case else "before its first case"
+            print(f"{target}: the process has crashed\n  {where}")
             return None
 
 
@@ -61,7 +63,9 @@ def main() -> int:
     print(f"seed {arguments.seed}", flush=True)
     found = {}
     for target in arguments.targets:
-        found[target] = fuzz_target(target, arguments.seed, arguments.cases or GOALS[target])
+        found[target] = fuzz_target(
+            target, arguments.seed, GOALS[target] if arguments.cases is None else arguments.cases
+        )
     if arguments.result and all(found.values()):
         write_result(arguments.result, arguments.seed, found)
     return int(any(numbers is None or numbers["failures"] for numbers in found.values()))
