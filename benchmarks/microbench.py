@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.sweep and not set(options.suite) <= set(sweep.SUITES):
         parser.error(f"--sweep: expected suites among {', '.join(sweep.SUITES)}, got {', '.join(options.suite)}")
     if options.brief and not own_maps(options):
-        parser.error("--brief chooses among the suites' own maps: expected no --shapes, --dtype, --layout or --sweep")
+        parser.error("--brief is of the suites' own maps: expected no --shapes, --dtype, --layout, --pooling, --sweep")
     if options.csv and options.csv.suffix != ".csv":
         parser.error(f"--csv: expected a file FILE.csv, got {options.csv}")
     for name in ("update", "plot"):

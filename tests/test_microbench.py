@@ -684,7 +684,7 @@ def test_an_interrupted_run_leaves_what_it_has(monkeypatch, tmp_path):
         (["--rounds", "0"], ["--rounds must be at least 1"]),
         (["--update"], ["--update needs the file of --csv"]),
         (["--sweep", "N", "--suite", "masked_l2"], ["expected suites among relation, fbkd_loss, got masked_l2"]),
-        (["--shapes", "P2", "--brief"], ["--brief chooses among the suites' own maps"]),
+        (["--shapes", "P2", "--brief"], ["--brief is of the suites' own maps"]),
         (["--csv", "figures.json"], ["expected a file FILE.csv"]),
         (["--sweep", "N", "--shapes", "P2"], ["not allowed with argument"]),
     ],
