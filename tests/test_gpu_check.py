@@ -668,8 +668,19 @@ def test_a_failed_stage_does_not_end_the_run(tmp_path, two_stages, capsys, run, 
     assert why in output and re.search(r"^first +failed\nsecond +ok$", output, re.MULTILINE)
 
 
-def test_an_interruption_leaves_a_valid_summary(tmp_path, two_stages):
-    two_stages(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+@pytest.fixture
+def signals():
+    """Python's own handlers, also where the tests run in a shell's background, which ignores SIGINT; set back later."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_a_valid_summary(tmp_path, two_stages, signals, number):
+    two_stages(lambda *_: os.kill(os.getpid(), number))
     code, summary = main(tmp_path)
     assert code == 130 and not summary["complete"]
     assert [entry["status"] for entry in summary["stages"].values()] == ["interrupted", "not run"]
@@ -867,7 +878,7 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
 
 
 @ON_LINUX
-def test_an_interruption_ends_what_runs(tmp_path):
+def test_an_interruption_ends_what_runs(tmp_path, signals):
     command = python(STUBBORN + f"os.kill({os.getpid()}, signal.SIGINT)\ntime.sleep(600)")
     with pytest.raises(KeyboardInterrupt):
         processes.run_together([command], 600, tmp_path, {})

@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.dry_run or torch.cuda.is_available()):
         print("no CUDA device")
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = Path(options.out or default_folder(options.dry_run)).resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")  # of the latest run
@@ -155,5 +156,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
