@@ -32,14 +32,14 @@ from examples.demo.training import Budget, train  # noqa: E402
 
 RESULTS = Path("benchmarks/results/cpu-study-cost.csv")
 ROUNDS, STEPS = 12, 10  # a round has one step that measures the gradient share
-FEW = "teacher_pictures=40 pictures=40 val_pictures=1"
+SMALL = "teacher_pictures=40 pictures=40 val_pictures=1"
 MEASURED = tuple(arm for arm in ARMS if arm not in COSTS_LIKE)
 
 
 def milliseconds(name: str, arms: Sequence[str], rounds: int = ROUNDS, folder: Path | None = None) -> dict[str, float]:
     """Return the median over rounds of each arm's CPU time a step; the first round is not counted."""
     torch.set_num_threads(1)
-    setting = changed(SETTINGS[name], FEW)
+    setting = changed(SETTINGS[name], SMALL)
     data = runs.load(setting, folder)
     teacher = None  # a plain student's training has none in its memory
     if any(recipe(arm).pull is not None for arm in arms):

@@ -67,7 +67,7 @@ def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
         rows: the runs of one part.
         costs: a row for each setting and arm, with ``ms`` a step and ``peak_mb`` of the whole process.
     """
-    header = ["arm", "pairs", "steps", "ms a step", "peak MB", "AP", *(f"minus {name}" for name in BASELINES)]
+    header = ["arm", "runs", "steps", "ms a step", "peak MB", "AP", *(f"minus {name}" for name in BASELINES)]
     by_arm = costs[costs["setting"] == rows["setting"].iloc[0]].set_index("arm")
     lines = []
     for arm in ARMS:
@@ -80,8 +80,8 @@ def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
                 f"{cost['peak_mb']:.0f}",
                 f"{own['ap'].mean():.3f}",
             ]
-            told = ["" if arm == other else str(difference(rows, arm, other)) for other in BASELINES]
-            lines.append([f"`{arm}`", str(len(own)), *cells, *told, _beside_base(rows, arm)])
+            differences = ["" if arm == other else str(difference(rows, arm, other)) for other in BASELINES]
+            lines.append([f"`{arm}`", str(len(own)), *cells, *differences, _beside_base(rows, arm)])
     return table([*header, "minus its own base"], lines)
 
 
@@ -99,9 +99,9 @@ def share_table(rows: pd.DataFrame) -> str:
     header = ["data", "pixels", "arm", "trainings", "target"]
     header += ["median (smallest to largest)", "80 % from", "80 % to"]
     lines = []
-    told = rows.fillna({"changes": ""}).dropna(subset="share_p50")
-    for (setting, changes, arm), own in told.groupby(["setting", "changes", "arm"], sort=False):
-        size = changed(SETTINGS[setting], changes).image_size
+    runs = rows.dropna(subset="share_p50")
+    for (setting, changes, arm), own in runs.groupby(["setting", "changes", "arm"], sort=False, dropna=False):
+        size = changed(SETTINGS[setting], "" if pd.isna(changes) else changes).image_size
         medians = own["share_p50"]
         spread = f"{medians.median():.2f} ({medians.min():.2f} to {medians.max():.2f})"
         ends = [f"{own['share_p10'].min():.2f}", f"{own['share_p90'].max():.2f}"]
