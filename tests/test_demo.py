@@ -487,7 +487,8 @@ def test_distilling_trains_the_student_and_leaves_the_teacher():
     images = load_digit_scenes(64, 8, 1)
     teacher, student = (build_detector(config, 10, 64, 0) for config in (TEACHER, STUDENT))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller = build_distiller(student, teacher, [images.train[0][0]], "one_stage", 1.0)
+    distiller = build_distiller(student, teacher, [images.train[0][0]], "one_stage", 0.7)
+    assert distiller.share.settings.target == 0.7 and distiller.loss.levels[0].settings.normalize == "mean"
     start = {name: value.clone() for name, value in distiller.named_parameters()}
     train(distiller, images.train, Budget(2, 2, 0), CPU)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

@@ -126,6 +126,17 @@ def weighted_terms(loss):
     return tuple(term for term in protocol.TERMS if all(getattr(each, f"{term}_weight") for each in settings))
 
 
+def test_students_see_the_first_pictures_and_the_teacher_all(small, monkeypatch):
+    setting, data, teacher = small
+    seen = []
+    monkeypatch.setattr(runs, "_trained", lambda *arguments: seen.append(arguments[3]))
+    few = dataclasses.replace(setting, pictures=3)
+    runs.train_student(few, "baseline", 0, data, teacher)
+    runs.train_teacher(few, data)
+    assert [len(images) for images in seen] == [3, 4]
+    assert all(torch.equal(*pair) for pair in zip(seen[0].pixels, data.train.pixels[:3], strict=True))
+
+
 def test_an_heir_starts_with_the_teachers_modules(small):
     setting, data, teacher = small
     heir, _ = runs.student_of(setting, "inherit", 0, data, teacher)
