@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     finish(jobs_of(study, options.data), options.jobs, output)
     rows = tables.rows_of(results.read(output).rows, study)
-    for arm in study.arms:
+    for arm in study.arms[1:]:
         print(f"{arm} minus baseline: {tables.difference(rows, arm, 'baseline')} AP")
 
 

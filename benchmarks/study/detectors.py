@@ -6,12 +6,9 @@ import dataclasses
 
 import torch
 from torch import nn
-from torchvision.models import get_model
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from examples.demo.detectors import STUDENT, TEACHER, build_detector
+from examples.demo.detectors import STUDENT, TEACHER, build_anchors, build_backbone, build_detector
 
 PYRAMID_WIDTH, HEAD_WIDTH = 32, 128
 CONFIGS = {
@@ -29,23 +26,12 @@ def faster_rcnn(role: str, num_classes: int, image_size: int, seed: int) -> nn.M
 def retinanet(role: str, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Return a RetinaNet of ``num_classes`` classes, whose weights depend on the seed alone."""
     torch.manual_seed(seed)
-    config = CONFIGS[role]
-    backbone = BackboneWithFPN(
-        get_model(config.trunk, weights=None),
-        return_layers={name: str(level) for level, (name, _) in enumerate(config.stages)},
-        in_channels_list=[width for _, width in config.stages],
-        out_channels=PYRAMID_WIDTH,
-    )
-    anchors = AnchorGenerator(
-        sizes=tuple((round(side * image_size),) for side in ANCHOR_SIDES),
-        aspect_ratios=((0.5, 1.0, 2.0),) * len(ANCHOR_SIDES),
-    )
     return RetinaNet(
-        backbone,
+        build_backbone(CONFIGS[role]),
         num_classes + 1,
         min_size=image_size,
         max_size=image_size,
-        anchor_generator=anchors,
+        anchor_generator=build_anchors(ANCHOR_SIDES, image_size),
         topk_candidates=100,
         detections_per_img=50,
     )

@@ -73,12 +73,10 @@ def student_of(
     """Return an arm's student, and what is trained: itself, or the distiller around it.
 
     Args:
-        teacher: a trained one; None where the arm needs none.
+        teacher: a trained one; may be None for an arm that neither distils nor inherits.
     """
     chosen = recipe(arm)
     student = detector(setting, "student", data, seed)
-    if teacher is None:
-        return student, student
     if chosen.inherits:
         inherit(student, teacher, setting.inheritable)
     if chosen.pull is None:

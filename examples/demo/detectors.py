@@ -39,21 +39,11 @@ def build_detector(config: DetectorConfig, num_classes: int, image_size: int, se
     pictures of 800 pixels.
     """
     torch.manual_seed(seed)
-    backbone = BackboneWithFPN(
-        get_model(config.trunk, weights=None),
-        return_layers={name: str(level) for level, (name, _) in enumerate(config.stages)},
-        in_channels_list=[width for _, width in config.stages],
-        out_channels=config.pyramid_width,
-    )
-    anchors = AnchorGenerator(
-        sizes=tuple((round(side * image_size),) for side in ANCHOR_SIDES),
-        aspect_ratios=((0.5, 1.0, 2.0),) * len(ANCHOR_SIDES),
-    )
     return FasterRCNN(
-        backbone,
+        build_backbone(config),
         min_size=image_size,
         max_size=image_size,
-        rpn_anchor_generator=anchors,
+        rpn_anchor_generator=build_anchors(ANCHOR_SIDES, image_size),
         rpn_batch_size_per_image=64,
         rpn_pre_nms_top_n_train=200,
         rpn_pre_nms_top_n_test=200,
@@ -64,6 +54,23 @@ def build_detector(config: DetectorConfig, num_classes: int, image_size: int, se
         box_head=TwoMLPHead(config.pyramid_width * 7**2, config.head_width),
         box_predictor=FastRCNNPredictor(config.head_width, num_classes + 1),
         box_detections_per_img=50,
+    )
+
+
+def build_backbone(config: DetectorConfig) -> BackboneWithFPN:
+    """The trunk and the pyramid behind it, with random weights."""
+    return BackboneWithFPN(
+        get_model(config.trunk, weights=None),
+        return_layers={name: str(level) for level, (name, _) in enumerate(config.stages)},
+        in_channels_list=[width for _, width in config.stages],
+        out_channels=config.pyramid_width,
+    )
+
+
+def build_anchors(sides: tuple[float, ...], image_size: int) -> AnchorGenerator:
+    """Anchors of one side, a part of the picture's, and three shapes on each level."""
+    return AnchorGenerator(
+        sizes=tuple((round(side * image_size),) for side in sides), aspect_ratios=((0.5, 1.0, 2.0),) * len(sides)
     )
 
 
