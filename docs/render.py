@@ -71,7 +71,8 @@ def commands() -> str:
     result = facts_of("cpu-commands.json")
     rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
-    where = f"{result['where']} Revision {result['revision']}: later ones have more tests, and the demo trains one student more."
+    later = "later ones have more tests, and the demo trains one student more"
+    where = f"{result['where']} Revision {result['revision']}: {later}."
     return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
 
 
