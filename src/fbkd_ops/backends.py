@@ -69,7 +69,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
         >>> torch.allclose(fbkd_ops.functional.attention_pool(x).spatial_mean, expected.spatial_mean, atol=1e-6)
         True
     """
-    name = check_choice(name, BACKENDS, "use_backend: name")
+    name = check_choice(name, BACKENDS, "use_backend: the backend")
     previous, _choice.backend = _forced(), name
     try:
         yield
