@@ -48,6 +48,7 @@ lint: $(LINT_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent --untyped-calls-exclude=torch tests/typed_idioms.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 $(LINT_STAMP): scripts/lint.txt $(STAMP)
@@ -92,7 +93,7 @@ demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)
 
 info: venv
-	$(BIN)/python -m fbkd_ops.info
+	$(BIN)/python -m fbkd_ops
 
 docs: venv
 	$(BIN)/python docs/render.py

@@ -225,6 +225,11 @@ CALLABLES = {
             "first_stride": [*INT, None],
         },
     ),
+    "sum_losses": Public(
+        fbkd_ops.sum_losses,
+        dict(losses=[torch.ones(())]),
+        {"losses": [None, 3, "loss", [], {}, MAPS, [MAPS], {"loss": 1.0}, ["loss"], object()]},
+    ),
     "FrozenBatchNorm2d": Public(
         fbkd_ops.FrozenBatchNorm2d, dict(num_features=4), {"num_features": [*INT, None], "eps": POSITIVE}
     ),

@@ -24,6 +24,7 @@ MODULES = [
     "training.feature_tap",
     "training.inherit",
     "training.student_attributes",
+    "training.student_losses",
     "backends",
     "visualize",
     "weights.mmrazor",
@@ -94,7 +95,7 @@ def test_public_names_have_an_example():
     """Every public function and class of the API shows how it is called."""
     public = [getattr(fbkd_ops.functional, name) for name in fbkd_ops.functional.__all__]
     public += [getattr(fbkd_ops.visualize, name) for name in fbkd_ops.visualize.__all__]
-    public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.use_backend]
+    public += [fbkd_ops.FBKDLoss, fbkd_ops.NonLocalBlock2d, fbkd_ops.use_backend, fbkd_ops.sum_losses]
     public += [fbkd_ops.Distiller, fbkd_ops.FeatureTap, fbkd_ops.Layer, fbkd_ops.training.data_parallel.data_parallel]
     missing = [item.__name__ for item in public if "Example" not in (item.__doc__ or "")]
     assert not missing

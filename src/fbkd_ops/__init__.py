@@ -15,6 +15,7 @@ from .training.balance import BalanceReport
 from .training.distiller import Distiller
 from .training.feature_tap import FeatureTap, Layer
 from .training.inherit import inherit
+from .training.student_losses import sum_losses
 from .training.teacher_input import Renormalize
 from .types import AttentionPool, NonLocalWeights
 
@@ -41,6 +42,7 @@ __all__ = [
     "integrations",
     "reference",
     "size_free_weights",
+    "sum_losses",
     "use_backend",
     "visualize",
 ]

@@ -1,10 +1,11 @@
 """Checks at the public boundary. Every error names the argument, what came and what was expected."""
 
+import difflib
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ __all__ = [
     "check_tensor",
     "check_text",
     "check_weights",
+    "did_you_mean",
     "feature_levels",
     "is_int",
     "is_list",
@@ -48,6 +50,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TEXTS = (str, bytes, bytearray, memoryview)
 
 Features = Sequence[Tensor] | Mapping[Any, Tensor]
+
+Choice = TypeVar("Choice")
 
 
 def is_int(value: Any) -> bool:
@@ -141,11 +145,28 @@ def _is_finite(value: numbers.Real) -> bool:
         return False
 
 
-def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
-    """Return one of ``choices`` as Python's own text."""
+def check_choice(value: Choice, choices: tuple[str, ...], name: str) -> Choice:
+    """Return one of ``choices`` as Python's own text, in the type that it came in (a ``Literal``)."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value)
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}{did_you_mean(value, choices)}")
+    return str(value)  # type: ignore[return-value]
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """Return the end of an error about an unknown name: the known one that is most like it; empty without such a one.
+
+    Capitals make no difference, and neither do hyphens and spaces in place of underscores.
+    """
+    if not isinstance(name, str):
+        return ""
+    texts = {_plain(text): text for text in known if isinstance(text, str)}
+    close = difflib.get_close_matches(_plain(name), texts, n=1)
+    return f"; did you mean {texts[close[0]]!r}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
 
 
 def check_temperature(value: Any, name: str) -> float:

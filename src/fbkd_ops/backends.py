@@ -5,15 +5,18 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from . import _extension
+from ._validation import check_choice
 from .ops.registry import OPS
 
-__all__ = ["BACKENDS", "FUNCTIONS", "automatic", "available", "resolve", "use_backend"]
+__all__ = ["BACKENDS", "FUNCTIONS", "BackendName", "automatic", "available", "resolve", "use_backend"]
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+BackendName = Literal["auto", "cpu", "cuda", "triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 # The registered ops that each public function needs kernels of. On a GPU those without "cuda" are Triton's: matrix
 # products, which it writes for the tensor cores of every GPU, and what takes as little time as a single channel does.
@@ -50,7 +53,7 @@ def _forced() -> str:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Run every op inside the block on one backend.
 
     ``name`` is "auto" (the default choice), "cpu" or "cuda" (compiled kernels), "triton", or "reference"
@@ -66,8 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> torch.allclose(fbkd_ops.functional.attention_pool(x).spatial_mean, expected.spatial_mean, atol=1e-6)
         True
     """
-    if name not in BACKENDS:
-        raise ValueError(f"use_backend: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    name = check_choice(name, BACKENDS, "use_backend: the backend")
     previous, _choice.backend = _forced(), name
     try:
         yield

@@ -35,12 +35,13 @@ from ._validation import (
     check_weights,
     warn_of_clamping,
 )
+from .non_local.modes import ModeName
 from .non_local.parameters import Block, BlockSettings
 from .non_local.relation import RelationTerm
 from .ops.adapted_masked_l2 import AdaptedLevels
 from .ops.attention_masks import MaskRequest
 from .ops.spatial_l2 import SpatialLevels
-from .presets import CHOICES, MODES
+from .presets import CHOICES, MODES, MaskRule, PoolOrder
 from .types import AttentionPool, NonLocalWeights
 
 __all__ = [
@@ -111,7 +112,7 @@ def attention_pools(features: Sequence[Tensor]) -> list[AttentionPool]:
 
 
 def attention_mask(
-    student: Tensor | None, teacher: Tensor, *, temperature: float, mask_rule: str = "average"
+    student: Tensor | None, teacher: Tensor, *, temperature: float, mask_rule: MaskRule = "average"
 ) -> Tensor:
     """One mask, without gradient, from the student's and the teacher's attention map.
 
@@ -157,7 +158,7 @@ def attention_masks(
     *,
     spatial_temperature: float,
     channel_temperature: float,
-    mask_rule: str = "average",
+    mask_rule: MaskRule = "average",
 ) -> tuple[Tensor, Tensor]:
     """Return the spatial and the channel mask of a level, without gradient.
 
@@ -328,9 +329,9 @@ def non_local(
     x: Tensor,
     weights: NonLocalWeights,
     *,
-    mode: str = "dot_product",
+    mode: ModeName = "dot_product",
     stride: int = 1,
-    pool_order: str = "single",
+    pool_order: PoolOrder = "single",
     use_scale: bool = True,
     norm: nn.Module | None = None,
 ) -> Tensor:
@@ -378,9 +379,9 @@ def relation_loss(
     adaptation_weight: Tensor,
     adaptation_bias: Tensor,
     *,
-    mode: str = "dot_product",
+    mode: ModeName = "dot_product",
     stride: int = 1,
-    pool_order: str = "single",
+    pool_order: PoolOrder = "single",
     use_scale: bool = True,
     student_norm: nn.Module | None = None,
     teacher_norm: nn.Module | None = None,
@@ -440,7 +441,7 @@ def relation_loss(
     return root(dispatch.relation_squares([term], memory_efficient)[0])
 
 
-def _block_settings(x: Tensor, mode: str, stride: int, pool_order: str, use_scale: bool) -> BlockSettings:
+def _block_settings(x: Tensor, mode: ModeName, stride: int, pool_order: PoolOrder, use_scale: bool) -> BlockSettings:
     check_choice(mode, MODES, "mode")
     check_choice(pool_order, CHOICES["pool_order"], "pool_order")
     stride, use_scale = check_stride(stride), check_flag(use_scale, "use_scale")

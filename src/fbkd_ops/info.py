@@ -1,8 +1,10 @@
-"""What is built, what runs and why: ``python -m fbkd_ops.info``."""
+"""What is built, what runs and why, and where the documentation is: ``python -m fbkd_ops``."""
 
+import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -58,6 +60,24 @@ def _libraries() -> Iterator[tuple[str, str]]:
     yield "cuda library", _extension.cuda.status
 
 
+def _documentation() -> Iterator[tuple[str, str]]:
+    """Yield the pages of a source tree, and the addresses that pyproject.toml names."""
+    pages = Path(__file__).resolve().parents[2] / "docs"
+    if (pages / "architecture.md").exists():
+        yield "docs", str(pages)
+    for name, address in _addresses():
+        yield name.lower(), address
+    yield "help", "help(fbkd_ops.FBKDLoss), help(fbkd_ops.Distiller), help(fbkd_ops.functional)"
+
+
+def _addresses() -> list[tuple[str, str]]:
+    try:
+        urls = importlib.metadata.metadata("fbkd_ops").get_all("Project-URL", [])
+    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+        return []
+    return [(name, address) for name, _, address in (url.partition(", ") for url in urls)]
+
+
 def _choice(function: str, device: str) -> tuple[str, str]:
     """Backend of a call on a device under "auto", and why it is not the first choice."""
     backend = backends.automatic(function, device)
@@ -65,19 +85,25 @@ def _choice(function: str, device: str) -> tuple[str, str]:
     return backend, "" if backend == first else backends.available(first, device)
 
 
-def _choices() -> Iterator[str]:
-    yield f"{'function':<22} {'device':<7} backend"
+def _choices() -> Iterator[tuple[str, str, str]]:
+    yield "function", "device", "backend"
     for function in backends.FUNCTIONS:
         for device in ("cpu", "cuda"):
             backend, reason = _choice(function, device)
-            yield f"{function:<22} {device:<7} {backend}" + (f"  ({reason})" if reason else "")
+            yield function, device, f"{backend}  ({reason})" if reason else backend
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a line per row, with columns as wide as their longest text."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def report() -> str:
     """Return the whole report as text."""
-    pairs = [*_versions(), *_build(), *_libraries()]
-    lines = [f"{name:<13} {value}" for name, value in pairs]
-    return "\n".join([*lines, "", *_choices()])
+    pairs = [*_versions(), *_build(), *_libraries(), *_documentation()]
+    return "\n".join([*_aligned(pairs), "", *_aligned(_choices())])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,13 @@ from .autograd.weighted_roots import weighted_roots
 from .level import FBKDLevel, FBKDLevels
 from .ops.adapted_masked_l2 import AdaptedLevels
 from .ops.spatial_l2 import SpatialLevels
-from .presets import TERMS, default_num_levels, resolve_settings
+from .presets import TERMS, LossArguments, Overrides, PresetName, default_num_levels, resolve_settings
 from .types import AttentionPool, present
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
@@ -99,10 +105,10 @@ class FBKDLoss(nn.Module):
         teacher_channels: Channels | None = None,
         *,
         num_levels: int | None = None,
-        preset: str = "two_stage",
+        preset: PresetName = "two_stage",
         memory_efficient: bool = False,
         synchronize: bool = False,
-        **overrides: Any,
+        **overrides: "Unpack[Overrides]",
     ):
         super().__init__()
         teacher_channels = student_channels if teacher_channels is None else teacher_channels
@@ -127,7 +133,9 @@ class FBKDLoss(nn.Module):
                 raise ValueError(f"level {index}: {error}") from None
 
     @classmethod
-    def from_features(cls, student_features: Features, teacher_features: Features, **arguments: Any) -> "FBKDLoss":
+    def from_features(
+        cls, student_features: Features, teacher_features: Features, **arguments: "Unpack[LossArguments]"
+    ) -> "FBKDLoss":
         """Return a loss for features like these: channels and levels are read off them.
 
         Args:
@@ -179,6 +187,10 @@ class FBKDLoss(nn.Module):
             self._gradient_watch.see(students, [teacher for _, _, _, teacher in pairs])
             self._update_watch.see(self, terms)
         return terms
+
+    if TYPE_CHECKING:
+
+        def __call__(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]: ...
 
     def _squares(self, students: list[Tensor], teachers: list[Tensor]) -> list[TermSquares]:
         """Return the sums under the roots of every term and level."""
@@ -364,7 +376,7 @@ def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pool
     return dispatch.spatial_l2_squares(arguments)
 
 
-def _count_levels(student: Any, teacher: Any, num_levels: int | None, preset: str) -> int:
+def _count_levels(student: Any, teacher: Any, num_levels: int | None, preset: PresetName) -> int:
     default = default_num_levels(preset)
     lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
     if num_levels is None and lengths:

@@ -7,8 +7,9 @@ value per level: with fewer levels than entries the first ones are taken, with m
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
 from ._validation import (
     check_choice,
@@ -16,10 +17,12 @@ from ._validation import (
     check_number,
     check_stride,
     check_temperature,
+    did_you_mean,
     is_int,
     values_per_level,
 )
 from .non_local import modes
+from .types import PerLevel
 
 __all__ = [
     "CHOICES",
@@ -27,6 +30,13 @@ __all__ = [
     "PRESETS",
     "TERMS",
     "LevelSettings",
+    "LossArguments",
+    "MaskRule",
+    "NormName",
+    "Overrides",
+    "PoolOrder",
+    "PresetName",
+    "TermWeights",
     "default_num_levels",
     "resolve_settings",
     "size_free_weights",
@@ -34,6 +44,13 @@ __all__ = [
 
 TERMS = ("feature", "channel", "spatial", "relation")
 MODES = tuple(modes.MODES)
+
+MaskRule = Literal["average", "joint"]
+NormName = Literal["batch", "sync", "frozen", "none"]
+PoolOrder = Literal["single", "nested"]
+PooledTerms = Literal["mean", "attention"]
+ChannelMaskSource = Literal["both", "teacher"]
+Normalize = Literal["none", "mean"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class LevelSettings:
 
     spatial_temperature: float
     channel_temperature: float
-    mask_rule: str
+    mask_rule: MaskRule
     use_channel_mask: bool
     feature_weight: float
     channel_weight: float
@@ -78,13 +95,13 @@ class LevelSettings:
     inter_channels: int | float
     stride: int
     conv_out_bias: bool
-    pool_order: str = "single"
-    mode: str = "dot_product"
+    pool_order: PoolOrder = "single"
+    mode: modes.ModeName = "dot_product"
     use_scale: bool = True
-    norm: str = "batch"
-    pooled_terms: str = "mean"
-    channel_mask_source: str = "both"
-    normalize: str = "none"
+    norm: NormName = "batch"
+    pooled_terms: PooledTerms = "mean"
+    channel_mask_source: ChannelMaskSource = "both"
+    normalize: Normalize = "none"
 
     def __post_init__(self):
         for name in ("spatial_temperature", "channel_temperature"):
@@ -119,15 +136,59 @@ def _inner_channels(value: Any) -> int | float:
     return float(value)
 
 
-CHOICES = {
-    "mask_rule": ("average", "joint"),
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mask_rule": get_args(MaskRule),
     "mode": MODES,
-    "norm": ("batch", "sync", "frozen", "none"),
-    "pool_order": ("single", "nested"),
-    "pooled_terms": ("mean", "attention"),
-    "channel_mask_source": ("both", "teacher"),
-    "normalize": ("none", "mean"),
+    "norm": get_args(NormName),
+    "pool_order": get_args(PoolOrder),
+    "pooled_terms": get_args(PooledTerms),
+    "channel_mask_source": get_args(ChannelMaskSource),
+    "normalize": get_args(Normalize),
 }
+
+
+class Overrides(TypedDict, total=False):
+    """The types of the overrides of ``FBKDLoss``: the fields of :class:`LevelSettings`, for all levels or for each."""
+
+    spatial_temperature: PerLevel[float]
+    channel_temperature: PerLevel[float]
+    mask_rule: PerLevel[MaskRule]
+    use_channel_mask: PerLevel[bool]
+    feature_weight: PerLevel[float]
+    channel_weight: PerLevel[float]
+    spatial_weight: PerLevel[float]
+    relation_weight: PerLevel[float]
+    inter_channels: PerLevel[int | float]
+    stride: PerLevel[int]
+    conv_out_bias: PerLevel[bool]
+    pool_order: PerLevel[PoolOrder]
+    mode: PerLevel[modes.ModeName]
+    use_scale: PerLevel[bool]
+    norm: PerLevel[NormName]
+    pooled_terms: PerLevel[PooledTerms]
+    channel_mask_source: PerLevel[ChannelMaskSource]
+    normalize: PerLevel[Normalize]
+
+
+PresetName = Literal["two_stage", "one_stage", "mmrazor", "paper"]
+
+
+class LossArguments(Overrides, total=False):
+    """The types of the keyword arguments of ``FBKDLoss``, its overrides among them."""
+
+    num_levels: int | None
+    preset: PresetName
+    memory_efficient: bool
+    synchronize: bool
+
+
+class TermWeights(TypedDict):
+    """The weights of all terms, one value per level."""
+
+    feature_weight: list[float]
+    channel_weight: list[float]
+    spatial_weight: list[float]
+    relation_weight: list[float]
 
 
 @dataclass(frozen=True)
@@ -143,7 +204,7 @@ class Preset:
     settings: dict[str, Any]
 
 
-_PRESETS = {
+_PRESETS: dict[PresetName, Preset] = {
     "two_stage": Preset(
         num_levels=5,
         settings=dict(
@@ -212,10 +273,10 @@ _PRESETS = {
     ),
 }
 
-PRESETS: dict[str, dict[str, Any]] = {name: preset.settings for name, preset in _PRESETS.items()}
+PRESETS: dict[PresetName, dict[str, Any]] = {name: preset.settings for name, preset in _PRESETS.items()}
 
 
-def default_num_levels(preset: str) -> int | None:
+def default_num_levels(preset: PresetName) -> int | None:
     """How many levels the preset was written for, None where it fits any number."""
     check_choice(preset, tuple(PRESETS), "preset")
     return _PRESETS[preset].num_levels
@@ -225,9 +286,7 @@ def default_num_levels(preset: str) -> int | None:
 _IMAGES, _HEIGHT, _WIDTH, _CHANNELS = 2, 800, 1344, 256
 
 
-def size_free_weights(
-    preset: str, num_levels: int, strength: float = 1.0, first_stride: int = 4
-) -> dict[str, list[float]]:
+def size_free_weights(preset: PresetName, num_levels: int, strength: float = 1.0, first_stride: int = 4) -> TermWeights:
     """Return weights for ``normalize="mean"`` that weigh each term as ``preset`` does on full-sized images.
 
     Without ``normalize`` a term is the root of a sum, which grows with the root of the number of its elements: on small
@@ -261,19 +320,20 @@ def size_free_weights(
         raise ValueError(f"first_stride must be an int >= 1, got {first_stride!r}")
     strides = [int(first_stride) * 2**level for level in range(num_levels)]
     pixels = [_IMAGES * math.ceil(_HEIGHT / stride) * math.ceil(_WIDTH / stride) for stride in strides]
-    elements = {
-        "feature_weight": [count * _CHANNELS for count in pixels],
-        "channel_weight": [_IMAGES * _CHANNELS] * num_levels,
-        "spatial_weight": pixels,
-        "relation_weight": [count * _CHANNELS for count in pixels],
-    }
-    return {
-        name: [strength * PRESETS[preset][name] * math.sqrt(count) for count in counts]
-        for name, counts in elements.items()
-    }
+    all_pixels = [count * _CHANNELS for count in pixels]
+
+    def weights(name: str, elements: list[int]) -> list[float]:
+        return [strength * PRESETS[preset][name] * math.sqrt(count) for count in elements]
+
+    return TermWeights(
+        feature_weight=weights("feature_weight", all_pixels),
+        channel_weight=weights("channel_weight", [_IMAGES * _CHANNELS] * num_levels),
+        spatial_weight=weights("spatial_weight", pixels),
+        relation_weight=weights("relation_weight", all_pixels),
+    )
 
 
-def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) -> list[LevelSettings]:
+def resolve_settings(preset: PresetName, num_levels: int, overrides: Mapping[str, Any]) -> list[LevelSettings]:
     """One :class:`LevelSettings` a level: the preset's values with ``overrides`` on top.
 
     Args:
@@ -300,11 +360,13 @@ def resolve_settings(preset: str, num_levels: int, overrides: dict[str, Any]) ->
     return settings
 
 
-def _require_known(overrides: dict[str, Any]) -> None:
+def _require_known(overrides: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(LevelSettings)]
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        raise TypeError(f"unknown override {', '.join(map(repr, unknown))}; the overrides are {', '.join(known)}")
+    for name in overrides:
+        if name not in known:
+            # It may also be a misspelt argument of FBKDLoss itself.
+            hint = did_you_mean(name, [*known, *LossArguments.__annotations__])
+            raise TypeError(f"unknown override {name!r}; the overrides are {', '.join(known)}{hint}")
 
 
 def _spread(value: Any, num_levels: int) -> list[Any]:

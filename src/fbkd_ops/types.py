@@ -1,13 +1,25 @@
-"""The tuples that pass between the layers of the package."""
+"""The tuples that pass between the layers of the package, and the types of arguments that several of them take."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
-__all__ = ["AttentionPool", "NonLocalWeights", "present", "weights_of"]
+__all__ = ["Array", "AttentionPool", "NonLocalWeights", "PerLevel", "present", "weights_of"]
 
 Value = TypeVar("Value")
+
+
+class Array(Protocol):
+    """What a NumPy array and a tensor have in common."""
+
+    @property
+    def ndim(self) -> int: ...
+    def tolist(self) -> Any: ...
+
+
+# One value for all levels, or a list of any kind with one value per level.
+PerLevel: TypeAlias = Value | Sequence[Value] | Array
 
 
 class AttentionPool(NamedTuple):

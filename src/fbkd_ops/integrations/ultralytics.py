@@ -19,7 +19,7 @@ from ..loss import FBKDLoss
 from ..training.feature_tap import FeatureTap, Layer, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
-from ..training.schedule import Schedule
+from ..training.schedule import Decay, Schedule
 from ..types import present
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features, image_channels
@@ -109,7 +109,7 @@ class FBKDTrainer(DetectionTrainer):
         start_step: int = 0,
         stop_step: int | float | None = None,
         warmup_steps: int = 0,
-        decay: str | None = None,
+        decay: Decay | None = None,
         total_steps: int | None = None,
         **arguments: Any,
     ):

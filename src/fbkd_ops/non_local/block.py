@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._validation import check_choice, check_flag, check_layer, check_stride, is_int
-from ..presets import CHOICES
+from ..presets import CHOICES, NormName, PoolOrder
 from ..types import NonLocalWeights
 from .batch_norm import FrozenBatchNorm2d
-from .modes import MODES
+from .modes import MODES, ModeName
 from .parameters import Block, BlockSettings, as_matrices
 
 __all__ = ["NonLocalBlock2d"]
@@ -97,19 +97,20 @@ class NonLocalBlock2d(nn.Module):
         inter_channels: int | None = None,
         *,
         reduction: int | None = None,
-        mode: str = "dot_product",
+        mode: ModeName = "dot_product",
         stride: int = 1,
-        pool_order: str = "single",
+        pool_order: PoolOrder = "single",
         use_scale: bool = True,
-        norm: str = "batch",
+        norm: NormName = "batch",
         conv_out_bias: bool = True,
     ):
         super().__init__()
         if not is_int(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels must be an int >= 1, got {in_channels!r}")
         inner = _inner_width(in_channels, inter_channels, reduction)
-        choices = {"mode": mode, "norm": norm, "pool_order": pool_order}
-        mode, norm, pool_order = (check_choice(value, CHOICES[name], name) for name, value in choices.items())
+        mode = check_choice(mode, CHOICES["mode"], "mode")
+        norm = check_choice(norm, CHOICES["norm"], "norm")
+        pool_order = check_choice(pool_order, CHOICES["pool_order"], "pool_order")
         self.in_channels, self.inter_channels = int(in_channels), inner
         self.mode, self.stride, self.pool_order = mode, check_stride(stride), pool_order
         self.use_scale = check_flag(use_scale, "use_scale")

@@ -1,7 +1,10 @@
-"""How a non-local block compares pixels: one record of :data:`MODES` per mode. A further mode is added here alone."""
+"""How a non-local block compares pixels: one record of :data:`MODES` per mode.
+
+A further mode is added here alone: its record, and its name in :data:`ModeName`.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,9 @@ from torch import Tensor
 from ..types import present
 from .contiguous_gradient import contiguous_gradient
 
-__all__ = ["MODES", "Mode", "Operands"]
+__all__ = ["MODES", "Mode", "ModeName", "Operands"]
+
+ModeName = Literal["dot_product", "embedded_gaussian", "gaussian", "concatenation"]
 
 
 class Operands(NamedTuple):

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._numerics import accumulation_dtype
-from .._validation import Features, as_list, check_callable, check_flag, check_number, check_text, is_int, is_list
+from .._validation import (
+    Features,
+    as_list,
+    check_callable,
+    check_flag,
+    check_number,
+    check_text,
+    did_you_mean,
+    is_int,
+    is_list,
+)
 from .._warnings import BackwardWatch, SizeWatch, TeacherWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
@@ -34,7 +44,7 @@ from .pairing import (
     put_teacher_into_eval_mode,
     training_modules,
 )
-from .schedule import Schedule, check_count
+from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
 from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
@@ -110,7 +120,7 @@ class Distiller(StudentAttributes, nn.Module):
         >>> distiller = Distiller(student, teacher, loss, student_layers="backbone", teacher_entry="backbone")
         >>> optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
         >>> losses = distiller(images, targets)  # the student's dict, with four more entries
-        >>> sum(losses.values()).backward()
+        >>> fbkd_ops.sum_losses(losses).backward()
     """
 
     # With True, Trainer passes `num_items_in_batch` and leaves the division to the model. The number of accumulated
@@ -133,7 +143,7 @@ class Distiller(StudentAttributes, nn.Module):
         start_step: int = 0,
         stop_step: int | float | None = None,
         warmup_steps: int = 0,
-        decay: str | None = None,
+        decay: Decay | None = None,
         total_steps: int | None = None,
         weight: float = 1.0,
         gradient_share: float | None = None,
@@ -565,7 +575,9 @@ def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
     for level in levels:
         if level not in present:
             there = list(features) if isinstance(features, Mapping) else f"{len(features)} levels"
-            raise ValueError(f"{name} names a level {level!r}, but the features have {there}")
+            raise ValueError(
+                f"{name} names a level {level!r}, but the features have {there}{did_you_mean(level, present)}"
+            )
     return [features[level] for level in levels]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._validation import Features, as_list, check_callable, check_flag, check_module, check_text, is_list
+from .._validation import Features, as_list, check_callable, check_flag, check_module, check_text, did_you_mean, is_list
 
 __all__ = [
     "FeatureTap",
@@ -436,10 +436,10 @@ def _way(model: nn.Module, path: str, name: str) -> Iterator[nn.Module]:
         child = _child(module, part)
         if child is None:
             place = f"inside {'.'.join(parts[:depth])!r}" if depth else "at the top"
-            children = ", ".join(repr(child) for child, _ in module.named_children())
+            children = [child for child, _ in module.named_children()]
             raise ValueError(
                 f"{name}: {type(unwrapped(model)).__name__} has no module {path!r}; {place} there are "
-                f"{children or 'no modules'}"
+                f"{', '.join(map(repr, children)) or 'no modules'}{did_you_mean(part, children)}"
             )
         module = child
         yield module

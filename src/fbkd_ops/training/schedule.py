@@ -2,11 +2,13 @@
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from .._validation import check_choice, is_int
 
-__all__ = ["Schedule", "check_count"]
+__all__ = ["Decay", "Schedule", "check_count"]
+
+Decay = Literal["cosine"]
 
 
 class Schedule(NamedTuple):
@@ -19,7 +21,7 @@ class Schedule(NamedTuple):
     start_step: int = 0
     stop_step: int | float | None = None  # a float in (0, 1): of total_steps
     warmup_steps: int = 0
-    decay: str | None = None  # "cosine", from the end of the warm-up to the end
+    decay: Decay | None = None  # from the end of the warm-up to the end
     total_steps: int | None = None  # of the whole training
 
     def is_constant(self) -> bool:
@@ -51,7 +53,7 @@ class Schedule(NamedTuple):
                 f"is the part of total_steps, got {self.stop_step!r}"
             )
         if self.decay is not None:
-            check_choice(self.decay, ("cosine",), "decay")
+            check_choice(self.decay, get_args(Decay), "decay")
         end = None if self.needs_length() else self.end()
         first = self.start_step if self.decay is None else self.start_step + self.warmup_steps + 1
         if end is not None and end < first:

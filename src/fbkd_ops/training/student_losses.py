@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-__all__ = ["TOTALS", "Total", "add_terms", "is_scalar", "own_losses"]
+from .._validation import did_you_mean
+
+__all__ = ["TOTALS", "Total", "add_terms", "is_scalar", "own_losses", "sum_losses"]
 
 Total = str | Sequence[str] | None
 
@@ -65,6 +67,37 @@ def own_losses(output: Any, total: Total) -> dict[str, Tensor]:
         entries = {"loss": output}
     losses = {name: _sum(value) for name, value in entries.items() if isinstance(value, (Tensor, list, tuple))}
     return {name: loss for name, loss in losses.items() if loss.requires_grad}
+
+
+def sum_losses(losses: Mapping[str, Tensor] | Iterable[Tensor] | Tensor) -> Tensor:
+    """Return the sum of what a training step returned: bit for bit ``sum(losses.values())``, but always a tensor.
+
+    Python's ``sum`` of an empty dict is the number 0, so that type checkers refuse ``sum(losses.values()).backward()``.
+
+    Args:
+        losses: scalars in a dict or a list, every one of which is a loss; or one scalar, which is returned as it is.
+
+    Raises:
+        ValueError: a dict or list without a loss.
+        TypeError: a loss that is no scalar tensor.
+
+    Example:
+        >>> losses = {"loss_box": torch.tensor(1.0), "loss_fbkd_feature": torch.tensor(0.5)}
+        >>> sum_losses(losses)
+        tensor(1.5000)
+    """
+    if is_scalar(losses):
+        return losses
+    if not isinstance(losses, Iterable) or isinstance(losses, (Tensor, str)):
+        raise TypeError(f"losses must be a dict or list of scalar tensors, or one of them, got {_description(losses)}")
+    entries = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
+    if not entries:
+        raise ValueError("losses is empty, expected at least one loss")
+    for name, loss in entries.items():
+        if not is_scalar(loss):
+            raise TypeError(f"losses[{name!r}] must be a scalar tensor, got {_description(loss)}")
+    first, *others = entries.values()
+    return sum(others, first)
 
 
 def is_scalar(value: Any) -> TypeGuard[Tensor]:
@@ -153,7 +186,11 @@ def _check_total(output: Any, total: Total) -> None:
     if not isinstance(total, str):
         return
     if isinstance(output, (Tensor, list)) or not _has_entry(output, total):
-        raise ValueError(f"total names {total!r}, which is not in what the student returned: {_description(output)}")
+        names = output if isinstance(output, Mapping) else getattr(output, "__dict__", ())
+        raise ValueError(
+            f"total names {total!r}, which is not in what the student returned: {_description(output)}"
+            f"{did_you_mean(total, names)}"
+        )
     value = _entry(output, total)
     if value is not None and not is_scalar(value):
         raise TypeError(f"total names {total!r}, which must be a scalar tensor or None, got {_description(value)}")
