@@ -374,11 +374,11 @@ def code_lines(source: str) -> int:
 
 
 def frameworks_tested() -> str:
-    """Which releases of the frameworks the tests had, and which the project asks for."""
+    """Which releases of the frameworks stand beside the tests, and which the project asks for."""
     facts = facts_of("versions.json")
     asked = {re.match(r"[\w-]+", line)[0]: line for line in extra("test") + extra("bench") + extra("demo")}
     rows = [[name, asked.get(name, "").removeprefix(name) or "any", found] for name, found in facts["packages"].items()]
-    return f"{facts['where']}\n\n" + table(["package", "asked for", "tested"], rows)
+    return f"{facts['where']}\n\n" + table(["package", "asked for", "installed"], rows)
 
 
 def extra(name: str) -> list[str]:
