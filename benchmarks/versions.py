@@ -14,7 +14,6 @@ from benchmarks.results import write_json
 
 OUTPUT = ROOT / "benchmarks" / "results" / "versions.json"
 PACKAGES = (
-    "torch",
     "torchvision",
     "mmdet",
     "mmengine",
