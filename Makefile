@@ -1,14 +1,15 @@
-# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | study | demo | info | docs | clean. VENV, PYTHON,
-# TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | study | gpu | gpu-cache | demo | info | docs | site |
+# clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make lint checks style, format and types.
-# make test runs the tests in JOBS processes; make test-all adds those that take longer, and the ops' tests on C++ that is
-# compiled for each vector width.
+# make test runs the tests in JOBS processes; make test-all adds those that take longer, the ops' tests on C++ that is
+# compiled for each vector width, and the web pages.
 # make fuzz compares random calls with the literal formula.
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
 # make study trains what is missing of the part STUDY of docs/study.md: quick, digits, retinanet or bccd.
+# make site builds the web pages of README.md and docs/ into SITE; a warning is an error. It needs no PyTorch.
 # make gpu builds, tests, measures and profiles on this machine's GPU: make gpu ARGS="--stages test bench".
 # make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
@@ -18,6 +19,7 @@ ARGS ?=
 DEVICE ?= cpu
 BENCH_OUT ?= build/bench
 STUDY ?= digits
+SITE ?= build/site
 
 GPU_ARCH ?= 90
 
@@ -26,13 +28,14 @@ BIN := $(VENV)/bin
 GPU_PYTHON = $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 STAMP := $(VENV)/.installed
 LINT_STAMP := $(VENV)/.lint
+SITE_VENV := build/site-venv
 # JOBS processes, each with whole files. Threads that wait do not spin: the processes share the cores.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench study gpu gpu-cache demo info docs clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench study gpu gpu-cache demo info docs site clean
 
 venv: $(STAMP)
 
@@ -61,6 +64,7 @@ test: venv
 test-all: venv
 	FBKD_OPS_TEST_ALL=1 $(PYTEST) $(ARGS)
 	PYTHON="$(BIN)/python" scripts/vector_widths.sh
+	$(MAKE) site
 
 fuzz: venv
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
@@ -97,6 +101,14 @@ info: venv
 
 docs: venv
 	$(BIN)/python docs/render.py
+
+site: $(SITE_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --site-dir "$(abspath $(SITE))"
+
+$(SITE_VENV)/.installed: scripts/docs.txt
+	test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
+	$(SITE_VENV)/bin/python -m pip install --quiet -r scripts/docs.txt
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info src/fbkd_ops/*.so src/fbkd_ops/_build_report.json $(STAMP)

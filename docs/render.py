@@ -333,17 +333,29 @@ def study_headline() -> str:
     return study_tables.headline(report_of(STUDY).rows) if (RESULTS / STUDY).exists() else NOT_YET
 
 
-def frameworks() -> str:
-    """A row for each file in examples/frameworks."""
+def frameworks(root: str = "") -> str:
+    """A row for each file in examples/frameworks; ``root`` is the way to the repository's root from the page."""
     header = ["framework", "tap", "lines", "example", "test"]
-    return table(header, [framework_row(path) for path in framework_examples()])
+    return table(header, [framework_row(path, root) for path in framework_examples()])
+
+
+def framework_code() -> str:
+    """Every file in examples/frameworks, under a heading of its first line and without its docstring."""
+    return "\n\n".join(map(framework_section, framework_examples()))
+
+
+def framework_section(path: Path) -> str:
+    source = path.read_text()
+    docstring, *_ = ast.parse(source).body
+    code = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
+    return f"### {path.stem}\n\n{docstring.value.value.splitlines()[0]}\n\n```python\n{code}\n```"
 
 
 def framework_examples() -> list[Path]:
     return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
 
 
-def framework_row(path: Path) -> list[str]:
+def framework_row(path: Path, root: str) -> list[str]:
     """What an example's docstring says of it, how long it is, and the test of its name."""
     source = path.read_text()
     first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
@@ -353,13 +365,27 @@ def framework_row(path: Path) -> list[str]:
     test = TESTS / f"test_{path.name}"
     if not test.exists():
         raise SystemExit(f"{path.name}: expected a test {test.relative_to(ROOT)}")
-    links = [f"[{each.name}]({each.relative_to(ROOT)})" for each in (path, test)]
+    links = [f"[{each.name}]({root}{each.relative_to(ROOT)})" for each in (path, test)]
     return [first.rstrip("."), tap.group(1), str(code_lines(source)), *links]
 
 
 def code_lines(source: str) -> int:
     """Lines that are not blank."""
     return sum(bool(line.strip()) for line in source.splitlines())
+
+
+def frameworks_tested() -> str:
+    """Which releases of the frameworks stand beside the tests, and which the project asks for."""
+    facts = facts_of("versions.json")
+    asked = {re.match(r"[\w-]+", line)[0]: line for line in extra("test") + extra("bench") + extra("demo")}
+    rows = [[name, asked.get(name, "").removeprefix(name) or "any", found] for name, found in facts["packages"].items()]
+    return f"{facts['where']}\n\n" + table(["package", "asked for", "installed"], rows)
+
+
+def extra(name: str) -> list[str]:
+    """The requirements of one of pyproject.toml's extras."""
+    block = re.search(rf"^{name} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    return re.findall(r'"([^"]+)"', block)
 
 
 def main(arguments: list[str]) -> int:
