@@ -9,8 +9,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -124,11 +125,27 @@ SMALL_COSTS = (
 
 def costs() -> str:
     """README's table: what the loss and a step cost beside what one would run in their place."""
-    files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
-    places = dict.fromkeys(tables.machine(facts_of(file)["environment"]) for file in files)
     header = ["forward and backward of", "beside", "times as fast", "memory"]
     rows = [*_suite_costs(), *_small_costs(), _trainer_costs()]
-    return table(header, rows) + "\n\nMeasured on " + "; ".join(places) + "."
+    files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
+    where = measured_on([facts_of(file)["environment"] for file in files])
+    return f"{table(header, rows)}\n\n{where} The [tables](docs/performance.md#on-a-cpu) say more of each run."
+
+
+def measured_on(environments: list[dict]) -> str:
+    """One sentence about several runs, which names what they have in common once."""
+
+    def values(value: Callable[[dict], Any]) -> str:
+        return " or ".join(map(str, sorted({value(environment) for environment in environments})))
+
+    threads = values(lambda environment: environment["threads"])
+    parts = [
+        f"{values(lambda environment: environment['cpu'])} with {threads} thread{'' if threads == '1' else 's'}",
+        f"torch {values(lambda environment: environment['torch'])}",
+        values(tables.revision),
+        values(lambda environment: environment["date"][:10]),
+    ]
+    return f"Measured on {', '.join(parts)}."
 
 
 def _suite_costs() -> Iterator[list[str]]:
@@ -237,13 +254,13 @@ def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
     return {path.parent.name or path.stem: (report_of(path), kinds) for path, kinds in found}
 
 
-def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
-    """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
+def pictures(name: str) -> str:
+    """A report's pictures, for a page in docs/."""
     if name not in drawn_reports():
         return NOT_YET
-    report, drawn = drawn_reports()[name]
-    files = plots.pictures(report, name, kinds or drawn)
-    return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
+    report, kinds = drawn_reports()[name]
+    files = plots.pictures(report, name, kinds)
+    return "\n\n".join(f"![{kind}, {name}](images/{file})" for kind, file in files.items())
 
 
 def stale_pictures() -> list[str]:
@@ -333,10 +350,16 @@ def study_headline() -> str:
     return study_tables.headline(report_of(STUDY).rows) if (RESULTS / STUDY).exists() else NOT_YET
 
 
-def frameworks(root: str = "") -> str:
-    """A row for each file in examples/frameworks; ``root`` is the way to the repository's root from the page."""
+def frameworks() -> str:
+    """A row for each file in examples/frameworks, for a page in docs/."""
     header = ["framework", "tap", "lines", "example", "test"]
-    return table(header, [framework_row(path, root) for path in framework_examples()])
+    return table(header, [framework_row(path, "../") for path in framework_examples()])
+
+
+def framework_list() -> str:
+    """README's shorter table of the same files."""
+    rows = [framework_row(path, "") for path in framework_examples()]
+    return table(["framework", "where its features are", "example"], [[row[0], row[1], row[3]] for row in rows])
 
 
 def framework_code() -> str:
@@ -356,7 +379,10 @@ def framework_examples() -> list[Path]:
 
 
 def framework_row(path: Path, root: str) -> list[str]:
-    """What an example's docstring says of it, how long it is, and the test of its name."""
+    """What an example's docstring says of it, how long it is, and the test of its name.
+
+    ``root`` is the way to the repository's root from the page.
+    """
     source = path.read_text()
     first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
     tap = re.search(r"^Tap: (.+)$", rest, re.MULTILINE)
