@@ -110,7 +110,7 @@ COSTS = (
     ("the same", "fbkd_loss", "", "compile", "MMRazor, compiled"),
     ("its relation term alone, P3 of that image without pooling", "relation", "P3 without", "mmrazor", "MMRazor"),
     (
-        "a training step of Faster R-CNN, its teacher included",
+        "a training step of Faster R-CNN, its teacher included, default / fresh memory",
         "train_step",
         "",
         "no_distillation",
