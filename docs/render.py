@@ -125,7 +125,7 @@ SMALL_COSTS = (
 
 def costs() -> str:
     """README's table: what the loss and a step cost beside what one would run in their place."""
-    header = ["forward and backward of", "beside", "times as fast", "memory"]
+    header = ["forward and backward of", "beside", "times as fast", "memory beside it"]
     rows = [*_suite_costs(), *_small_costs(), _trainer_costs()]
     files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
     where = measured_on([facts_of(file)["environment"] for file in files])
@@ -152,7 +152,8 @@ def _suite_costs() -> Iterator[list[str]]:
     for what, suite, case, peer, name in COSTS:
         rows = rows_of(suite)
         step = tables.one_pass(rows[rows["case"].str.startswith(case)])
-        yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
+        memory = tables.share_of_memory(step, peer).removesuffix(" of the memory").removesuffix(" memory")
+        yield [what, name, tables.speeds(step, peer), memory]
 
 
 def _small_costs() -> Iterator[list[str]]:
@@ -351,19 +352,25 @@ def study_headline() -> str:
 
 
 def frameworks() -> str:
-    """A row for each file in examples/frameworks, for a page in docs/."""
-    header = ["framework", "tap", "lines", "example", "test"]
-    return table(header, [framework_row(path, "../") for path in framework_examples()])
+    """A row for each file in examples/frameworks, for the page that has their code."""
+    rows = []
+    for path in framework_examples():
+        name, tap, lines = described(path)
+        rows.append([name, tap, str(lines), f"[`{path.stem}`](#{path.stem})"])
+    return table(["framework", "tap", "lines", "example"], rows)
 
 
 def framework_list() -> str:
     """README's shorter table of the same files."""
-    rows = [framework_row(path, "") for path in framework_examples()]
-    return table(["framework", "where its features are", "example"], [[row[0], row[1], row[3]] for row in rows])
+    rows = []
+    for path in framework_examples():
+        name, tap, _ = described(path)
+        rows.append([f"[{name}]({path.relative_to(ROOT)})", tap])
+    return table(["framework", "where its features are"], rows)
 
 
 def framework_code() -> str:
-    """Every file in examples/frameworks, under a heading of its first line and without its docstring."""
+    """Every file in examples/frameworks, under a heading of its name: its first line, its test and its code."""
     return "\n\n".join(map(framework_section, framework_examples()))
 
 
@@ -371,33 +378,31 @@ def framework_section(path: Path) -> str:
     source = path.read_text()
     docstring, *_ = ast.parse(source).body
     code = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
-    return f"### {path.stem}\n\n{docstring.value.value.splitlines()[0]}\n\n```python\n{code}\n```"
+    file, test = (f"[`{each}`](../{each})" for each in (path.relative_to(ROOT), test_of(path).relative_to(ROOT)))
+    heading = f"### {path.stem}\n\n{docstring.value.value.splitlines()[0]} The file is {file}, its test {test}."
+    return f"{heading}\n\n```python\n{code}\n```"
 
 
 def framework_examples() -> list[Path]:
     return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
 
 
-def framework_row(path: Path, root: str) -> list[str]:
-    """What an example's docstring says of it, how long it is, and the test of its name.
-
-    ``root`` is the way to the repository's root from the page.
-    """
+def described(path: Path) -> tuple[str, str, int]:
+    """What an example's docstring says that it is, where its features are, and how many lines are not blank."""
     source = path.read_text()
     first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
     tap = re.search(r"^Tap: (.+)$", rest, re.MULTILINE)
     if not first or tap is None:
         raise SystemExit(f"{path.name}: expected a docstring with a first line and a line 'Tap: ...'")
+    return first.rstrip("."), tap.group(1), sum(bool(line.strip()) for line in source.splitlines())
+
+
+def test_of(path: Path) -> Path:
+    """The test of an example, which has its name."""
     test = TESTS / f"test_{path.name}"
     if not test.exists():
         raise SystemExit(f"{path.name}: expected a test {test.relative_to(ROOT)}")
-    links = [f"[{each.name}]({root}{each.relative_to(ROOT)})" for each in (path, test)]
-    return [first.rstrip("."), tap.group(1), str(code_lines(source)), *links]
-
-
-def code_lines(source: str) -> int:
-    """Lines that are not blank."""
-    return sum(bool(line.strip()) for line in source.splitlines())
+    return test
 
 
 def frameworks_tested() -> str:
