@@ -353,18 +353,15 @@ def study_headline() -> str:
 
 def frameworks() -> str:
     """A row for each file in examples/frameworks, for the page that has their code."""
-    rows = []
-    for path in framework_examples():
-        name, tap, lines = described(path)
-        rows.append([name, tap, str(lines), f"[`{path.stem}`](#{path.stem})"])
-    return table(["framework", "tap", "lines", "example"], rows)
+    rows = [[*described(path), f"[`{path.stem}`](#{path.stem})"] for path in framework_examples()]
+    return table(["framework", "tap", "example"], rows)
 
 
 def framework_list() -> str:
     """README's shorter table of the same files."""
     rows = []
     for path in framework_examples():
-        name, tap, _ = described(path)
+        name, tap = described(path)
         rows.append([f"[{name}]({path.relative_to(ROOT)})", tap])
     return table(["framework", "where its features are"], rows)
 
@@ -387,14 +384,13 @@ def framework_examples() -> list[Path]:
     return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
 
 
-def described(path: Path) -> tuple[str, str, int]:
-    """What an example's docstring says that it is, where its features are, and how many lines are not blank."""
-    source = path.read_text()
-    first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
+def described(path: Path) -> tuple[str, str]:
+    """What an example's docstring says that it is, and where its features are."""
+    first, _, rest = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")
     tap = re.search(r"^Tap: (.+)$", rest, re.MULTILINE)
     if not first or tap is None:
         raise SystemExit(f"{path.name}: expected a docstring with a first line and a line 'Tap: ...'")
-    return first.rstrip("."), tap.group(1), sum(bool(line.strip()) for line in source.splitlines())
+    return first.rstrip("."), tap.group(1)
 
 
 def test_of(path: Path) -> Path:
