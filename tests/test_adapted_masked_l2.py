@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import rms
+from helpers import TEST_ALL, rms
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
@@ -876,7 +876,7 @@ def inputs_to_compile(device, all_layouts):
 
 @pytest.mark.parametrize("backend, device", [*BACKENDS, ("reference", "cpu")])
 def test_compiles_to_a_full_graph(backend, device):
-    layouts = [(contiguous, contiguous), (channels_last, contiguous)]
+    layouts = [(channels_last, contiguous), *[(contiguous, contiguous)] * TEST_ALL]
     assert_compiled_agrees(adapted_masked_l2_loss, inputs_to_compile(device, layouts), backend, "aot_eager")
 
 

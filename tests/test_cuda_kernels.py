@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TEST_ALL, within_eager_error
+from helpers import TEST_ALL, pairs_of, within_eager_error
 from op_cases import (
     DTYPES,
     LARGE,
@@ -263,15 +263,15 @@ def check_l2(students, teachers, present=((True, True), (True, False), (False, T
     return spatial, channel, grad, squares, ds
 
 
-PAIRS = list(itertools.product([contiguous, channels_last], repeat=2))
+BOTH = contiguous, channels_last
+PAIRS = list(itertools.product(BOTH, repeat=2))
 
 
-@pytest.mark.parametrize("layouts", PAIRS, ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_l2_of_a_pyramid(dtype, layouts):
+@pytest.mark.parametrize("dtype, of_student, of_teacher", pairs_of(DTYPES, BOTH, BOTH), ids=name_of)
+def test_l2_of_a_pyramid(dtype, of_student, of_teacher):
     """More levels than one launch takes, each with the bits that it gets alone and from few blocks."""
-    students = [layouts[0](draw((2, *size), dtype)) for size in SIZES]
-    teachers = [layouts[1](draw((2, *size), dtype)) for size in SIZES]
+    students = [of_student(draw((2, *size), dtype)) for size in SIZES]
+    teachers = [of_teacher(draw((2, *size), dtype)) for size in SIZES]
     spatial, channel, grad, squares, ds = check_l2(students, teachers)
     for i in range(len(SIZES)):
         level = slice(i, i + 1)

@@ -1,6 +1,7 @@
 """The study: arms that differ in one switch, paired runs, an interrupted study that goes on, and its statistics."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -39,9 +40,14 @@ def test_an_arm_differs_from_its_base_in_one_switch(arm):
     assert sum(ours[switch] != base[switch] for switch in ours) == 1
 
 
+@pytest.fixture(scope="module")
+def build(small):
+    return functools.cache(functools.partial(built, small))
+
+
 @pytest.mark.parametrize("arm", WITH_A_BASE)
-def test_what_is_built_for_an_arm_differs_from_its_base_in_one_thing(small, arm):
-    ours, base = (built(small, name) for name in (arm, ARMS[arm][0]))
+def test_what_is_built_for_an_arm_differs_from_its_base_in_one_thing(build, arm):
+    ours, base = (build(name) for name in (arm, ARMS[arm][0]))
     assert sum(ours[thing] != base[thing] for thing in ours.keys() & base.keys()) == 1
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from detectors import Backbone  # noqa: E402
-from helpers import randomise  # noqa: E402
+from helpers import pairs_of, randomise  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
     DeformableDetrConfig,
@@ -120,9 +120,9 @@ def mean_gradients(distiller, data, steps):
     return [total / steps for total in totals]
 
 
-@pytest.mark.parametrize("labels", ["tensor", "list of dicts"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("kind", [Dense, Silent, Declining, Dividing])
+@pytest.mark.parametrize(
+    "kind, steps, labels", pairs_of([Dense, Silent, Declining, Dividing], [1, 2, 4], ["tensor", "list of dicts"])
+)
 def test_accumulated_gradients_are_the_mean_of_the_micro_batches(kind, steps, labels, tmp_path):
     distiller, data = distil(kind()).train(), samples(labels)
     expected = mean_gradients(copy.deepcopy(distiller), data, steps)

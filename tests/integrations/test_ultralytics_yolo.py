@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TEST_ALL
 
 # Its import patches other packages, so it waits for the fixture that puts them back.
 if importlib.util.find_spec("ultralytics") is None:
@@ -130,7 +131,7 @@ def train(student, data, folder, callbacks=None, **settings):
         return ultralytics_yolo.train(**arguments | settings).trainer
 
 
-@pytest.fixture(scope="module", params=list(PAIRS))
+@pytest.fixture(scope="module", params=list(PAIRS) if TEST_ALL else list(PAIRS)[-1:])
 def run(request, data, tmp_path_factory):
     """A finished training run and what was seen of it."""
     torch.manual_seed(0)
