@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ops.non_local_statistics import StatisticsRequest, non_local_statistics
 from ..types import NonLocalWeights, present, weights_of
 from .batch_norm import Moments, scale_and_shift, uses_batch_statistics
+from .covariance import Covariance
 from .isolated import isolated
 from .modes import MODES, Operands
 from .parameters import Block, BlockSettings, as_matrices, block_tensors, with_tensors
@@ -133,10 +134,8 @@ def _moments(block: Response) -> Moments:
 
     In float64 where the device has it: a channel of u may be far smaller than the response that it is a sum of.
     """
-    vectors, matrix, bias = (x if x.device.type == "mps" else x.double() for x in block)
-    pixels = vectors.shape[2]
-    center = vectors.mean(dim=2, keepdim=True)  # (N, c, 1)
-    centered = vectors - center
-    covariance = torch.bmm(centered, centered.mT) / pixels  # (N, c, c)
+    dtype = block.vectors.dtype if block.vectors.device.type == "mps" else torch.float64
+    center, covariance = Covariance.apply(block.vectors, dtype)
+    matrix, bias = block.matrix.to(dtype), block.bias.to(dtype)
     image_means = torch.bmm(matrix, center)[:, :, 0] + bias  # (N, C)
-    return Moments(image_means, (torch.bmm(matrix, covariance) * matrix).sum(dim=2), pixels)
+    return Moments(image_means, (torch.bmm(matrix, covariance) * matrix).sum(dim=2), block.vectors.shape[2])
