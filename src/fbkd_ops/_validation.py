@@ -161,7 +161,7 @@ def did_you_mean(name: Any, known: Iterable[Any]) -> str:
     if not isinstance(name, str):
         return ""
     texts = {_plain(text): text for text in known if isinstance(text, str)}
-    close = difflib.get_close_matches(_plain(name), texts, n=1)
+    close = difflib.get_close_matches(_plain(name), texts, n=1, cutoff=0.7)  # "gpu" is not meant to be "cpu"
     return f"; did you mean {texts[close[0]]!r}?" if close else ""
 
 
