@@ -57,8 +57,8 @@ def wheel(source, **changes):
 
 
 def empty_kernels(source):
-    """Leave only the module itself to compile: nothing here loads the library, and the installation has compiled it."""
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+    """Leave nothing of size to compile: no test here loads the libraries, and the installation has compiled them."""
+    for path in (source / "csrc" / "build_facts.cpp", *(source / "csrc" / "cpu").glob("*.cpp")):
         path.write_text("")
 
 
@@ -75,6 +75,7 @@ def fake_toolkit(folder, release):
 
 
 CPP_EXTENSION = """
+import os
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext as BuildExtension
 
@@ -84,7 +85,9 @@ def CppExtension(name, sources, **options):
 CUDAExtension = CppExtension
 
 def _get_cuda_arch_flags():
-    return []
+    names = os.environ["TORCH_CUDA_ARCH_LIST"].replace("+PTX", "").split(";")
+    numbers = [f"{float(name) * 10:.0f}" for name in names]  # a ValueError for a name, as PyTorch's
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 """
 
 
@@ -149,9 +152,10 @@ def test_the_cuda_part_follows_nvcc_whatever_the_torch_of_the_build(source, tmp_
 
 @NO_COMPILER
 def test_an_architecture_that_nvcc_does_not_know_is_refused(source, tmp_path):
-    toolkit = fake_toolkit(tmp_path, "13.0")
+    toolkit, path = fake_toolkit(tmp_path, "13.0"), stub_for_cuda(tmp_path)
     for archs in ("bogus", "9.0;5.0"):
-        done = setup_py(source, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None, TORCH_CUDA_ARCH_LIST=archs)
+        variables = dict(CUDA_HOME=toolkit, FBKD_OPS_CUDA=None, TORCH_CUDA_ARCH_LIST=archs)
+        done = setup_py(source, PYTHONPATH=path, **variables)
         assert done.returncode != 0
         expected = f"TORCH_CUDA_ARCH_LIST={archs!r} names an architecture that nvcc 13.0 does not know. It has 9.0,"
         assert done.stderr.splitlines()[-1].startswith(expected), done.stderr
