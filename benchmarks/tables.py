@@ -30,7 +30,8 @@ def _run(run: dict) -> str:
 
 
 def machine(facts: dict) -> str:
-    parts = [facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores"]
+    threads = f"{facts['threads']} thread{'s'[: facts['threads'] - 1]}"
+    parts = [facts.get("gpu") or f"{facts['cpu']}, {threads} of {facts['cores']} cores"]
     if "load" in facts:
         parts.append(f"load average {facts['load']} at the start")
     parts += [f"{name} {version}" for name, version in ({"torch": facts["torch"]} | facts.get("peers", {})).items()]
@@ -38,10 +39,14 @@ def machine(facts: dict) -> str:
         parts.append(f"driver {facts['driver']}")
     elif facts["huge_pages"]:
         parts.append(f"huge pages `{facts['huge_pages']}`")
+    return ", ".join([*parts, revision(facts), facts["date"]])
+
+
+def revision(facts: dict) -> str:
+    """The commit of a run, and whether the kernels have changed since."""
     tree = f"revision {facts['revision'] or 'unknown'}" + (" with changes" if facts["modified"] else "")
-    if "sources" in facts and facts["sources"] != sources("cuda" if "gpu" in facts else "cpu"):
-        tree += ", before the last change of the kernels"
-    return ", ".join([*parts, tree, facts["date"]])
+    is_old = "sources" in facts and facts["sources"] != sources("cuda" if "gpu" in facts else "cpu")
+    return f"{tree}, before the last change of the kernels" if is_old else tree
 
 
 def one_pass(rows: pd.DataFrame, name: str = "step") -> pd.DataFrame:

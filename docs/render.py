@@ -9,8 +9,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -109,7 +110,7 @@ COSTS = (
     ("the same", "fbkd_loss", "", "compile", "MMRazor, compiled"),
     ("its relation term alone, P3 of that image without pooling", "relation", "P3 without", "mmrazor", "MMRazor"),
     (
-        "a training step of Faster R-CNN, its teacher included",
+        "a training step of Faster R-CNN, its teacher included, default / fresh memory",
         "train_step",
         "",
         "no_distillation",
@@ -124,18 +125,35 @@ SMALL_COSTS = (
 
 def costs() -> str:
     """README's table: what the loss and a step cost beside what one would run in their place."""
-    files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
-    places = dict.fromkeys(tables.machine(facts_of(file)["environment"]) for file in files)
-    header = ["forward and backward of", "beside", "times as fast", "memory"]
+    header = ["forward and backward of", "beside", "times as fast", "memory beside it"]
     rows = [*_suite_costs(), *_small_costs(), _trainer_costs()]
-    return table(header, rows) + "\n\nMeasured on " + "; ".join(places) + "."
+    files = [file.replace(".csv", ".json") for file in (MICROBENCH, SMALL, ULTRALYTICS)]
+    where = measured_on([facts_of(file)["environment"] for file in files])
+    return f"{table(header, rows)}\n\n{where} The [tables](docs/performance.md#on-a-cpu) say more of each run."
+
+
+def measured_on(environments: list[dict]) -> str:
+    """One sentence about several runs, which names what they have in common once."""
+
+    def values(value: Callable[[dict], Any]) -> str:
+        return " or ".join(map(str, sorted({value(environment) for environment in environments})))
+
+    threads = values(lambda environment: environment["threads"])
+    parts = [
+        f"{values(lambda environment: environment['cpu'])} with {threads} thread{'' if threads == '1' else 's'}",
+        f"torch {values(lambda environment: environment['torch'])}",
+        values(tables.revision),
+        values(lambda environment: environment["date"][:10]),
+    ]
+    return f"Measured on {', '.join(parts)}."
 
 
 def _suite_costs() -> Iterator[list[str]]:
     for what, suite, case, peer, name in COSTS:
         rows = rows_of(suite)
         step = tables.one_pass(rows[rows["case"].str.startswith(case)])
-        yield [what, name, tables.speeds(step, peer), tables.share_of_memory(step, peer)]
+        memory = tables.share_of_memory(step, peer).removesuffix(" of the memory").removesuffix(" memory")
+        yield [what, name, tables.speeds(step, peer), memory]
 
 
 def _small_costs() -> Iterator[list[str]]:
@@ -237,13 +255,13 @@ def drawn_reports() -> dict[str, tuple[Report, Iterable[str]]]:
     return {path.parent.name or path.stem: (report_of(path), kinds) for path, kinds in found}
 
 
-def pictures(name: str, folder: str = "images", kinds: Iterable[str] = ()) -> str:
-    """A report's pictures, all that are drawn or those of ``kinds``; ``folder`` is the way to them from the page."""
+def pictures(name: str) -> str:
+    """A report's pictures, for a page in docs/."""
     if name not in drawn_reports():
         return NOT_YET
-    report, drawn = drawn_reports()[name]
-    files = plots.pictures(report, name, kinds or drawn)
-    return "\n\n".join(f"![{kind}, {name}]({folder}/{file})" for kind, file in files.items())
+    report, kinds = drawn_reports()[name]
+    files = plots.pictures(report, name, kinds)
+    return "\n\n".join(f"![{kind}, {name}](images/{file})" for kind, file in files.items())
 
 
 def stale_pictures() -> list[str]:
@@ -333,14 +351,23 @@ def study_headline() -> str:
     return study_tables.headline(report_of(STUDY).rows) if (RESULTS / STUDY).exists() else NOT_YET
 
 
-def frameworks(root: str = "") -> str:
-    """A row for each file in examples/frameworks; ``root`` is the way to the repository's root from the page."""
-    header = ["framework", "tap", "lines", "example", "test"]
-    return table(header, [framework_row(path, root) for path in framework_examples()])
+def frameworks() -> str:
+    """A row for each file in examples/frameworks, for the page that has their code."""
+    rows = [[*described(path), f"[`{path.stem}`](#{path.stem})"] for path in framework_examples()]
+    return table(["framework", "tap", "example"], rows)
+
+
+def framework_list() -> str:
+    """README's shorter table of the same files."""
+    rows = []
+    for path in framework_examples():
+        name, tap = described(path)
+        rows.append([f"[{name}]({path.relative_to(ROOT)})", tap])
+    return table(["framework", "where its features are"], rows)
 
 
 def framework_code() -> str:
-    """Every file in examples/frameworks, under a heading of its first line and without its docstring."""
+    """Every file in examples/frameworks, under a heading of its name: its first line, its test and its code."""
     return "\n\n".join(map(framework_section, framework_examples()))
 
 
@@ -348,30 +375,30 @@ def framework_section(path: Path) -> str:
     source = path.read_text()
     docstring, *_ = ast.parse(source).body
     code = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
-    return f"### {path.stem}\n\n{docstring.value.value.splitlines()[0]}\n\n```python\n{code}\n```"
+    file, test = (f"[`{each}`](../{each})" for each in (path.relative_to(ROOT), test_of(path).relative_to(ROOT)))
+    heading = f"### {path.stem}\n\n{docstring.value.value.splitlines()[0]} The file is {file}, its test {test}."
+    return f"{heading}\n\n```python\n{code}\n```"
 
 
 def framework_examples() -> list[Path]:
     return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
 
 
-def framework_row(path: Path, root: str) -> list[str]:
-    """What an example's docstring says of it, how long it is, and the test of its name."""
-    source = path.read_text()
-    first, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
+def described(path: Path) -> tuple[str, str]:
+    """What an example's docstring says that it is, and where its features are."""
+    first, _, rest = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")
     tap = re.search(r"^Tap: (.+)$", rest, re.MULTILINE)
     if not first or tap is None:
         raise SystemExit(f"{path.name}: expected a docstring with a first line and a line 'Tap: ...'")
+    return first.rstrip("."), tap.group(1)
+
+
+def test_of(path: Path) -> Path:
+    """The test of an example, which has its name."""
     test = TESTS / f"test_{path.name}"
     if not test.exists():
         raise SystemExit(f"{path.name}: expected a test {test.relative_to(ROOT)}")
-    links = [f"[{each.name}]({root}{each.relative_to(ROOT)})" for each in (path, test)]
-    return [first.rstrip("."), tap.group(1), str(code_lines(source)), *links]
-
-
-def code_lines(source: str) -> int:
-    """Lines that are not blank."""
-    return sum(bool(line.strip()) for line in source.splitlines())
+    return test
 
 
 def frameworks_tested() -> str:

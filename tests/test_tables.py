@@ -214,8 +214,17 @@ def test_costs_are_a_row_for_each_peer(render, tmp_path):
     trainer = {"environment": MACHINE, "milliseconds": times, "size": size}
     (tmp_path / render.ULTRALYTICS).write_text(json.dumps(trainer))
     _, mmrazor, compiled, relation, whole, yolo, retinanet, trainer = cells_of(render.costs().partition("\n\n")[0])
-    assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0 of the memory"]
-    assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2 of the memory"]
+    assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0"]
+    assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2"]
     assert relation[2:] == ["3.0", ""] and whole[2:] == ["0.5", ""]
     assert yolo[1:3] == ["the literal formulas", "2.0 / 4.0"] and retinanet[1:3] == ["MMRazor", "2.0 / 4.0"]
     assert "YOLO11n from YOLO11s" in trainer[0] and trainer[2] == "1.50"
+
+
+def test_where_several_runs_were_made_is_one_sentence(render):
+    changes = {"threads": 1, "date": "2026-11-26 09:00 UTC", "revision": "def5678", "sources": "0" * 12}
+    same = "Measured on A CPU with {}, torch 2.14.1, revision abc1234, {}."
+    assert render.measured_on([MACHINE, MACHINE]) == same.format("2 threads", "2026-11-25")
+    text = render.measured_on([MACHINE | changes, MACHINE])
+    assert "with 1 or 2 threads," in text and text.endswith("2026-11-25 or 2026-11-26.")
+    assert "revision abc1234 or revision def5678, before the last change of the kernels," in text

@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     expected = registered_ops(options.backend)
     if not expected:
-        sys.exit(f"there is no op with a {options.backend} kernel: python -m fbkd_ops.info says why")
+        sys.exit(f"there is no op with a {options.backend} kernel: python -m fbkd_ops says why")
     maps = small_features(options.backend, options.device)
     missing = expected - small(options.backend, options.device, maps)
     if missing:

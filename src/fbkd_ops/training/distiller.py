@@ -60,7 +60,7 @@ class Distiller(StudentAttributes, nn.Module):
     The features are caught by module path. The teacher sees the same arguments as the student, in eval mode and
     without gradient, and only up to the last tapped module. It moves with ``.to()`` but is in no ``parameters()``,
     no ``state_dict()`` and never in training mode. In eval mode the distiller is the student. Names that it lacks are
-    the student's (:class:`fbkd_ops.student_attributes.StudentAttributes`), so hooks find there what they look for.
+    the student's (:class:`fbkd_ops.training.student_attributes.StudentAttributes`): hooks find what they look for.
 
     Args:
         student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object or
