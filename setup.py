@@ -301,7 +301,7 @@ def remove_libraries(folder):
 
 
 class BuildPython(build_py):
-    """Writes the report that `python -m fbkd_ops.info` reads."""
+    """Writes the report that `python -m fbkd_ops` reads."""
 
     def run(self):
         print(summary(REPORT, toolkit), file=sys.stderr)
