@@ -1,5 +1,5 @@
-# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | bench | study | gpu | gpu-cache | demo | info | docs | site |
-# clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | wheel | bench | study | gpu | gpu-cache | demo | info | docs |
+# site | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, the ops' tests on C++ that is
 # compiled for each vector width, and the web pages.
@@ -7,6 +7,7 @@
 # make mutants checks that the tests notice small faults, and goes on where it was interrupted.
 # make sanitize runs the ops' CPU tests on C++ that the compiler's sanitizers check.
 # make oldest builds and tests with the oldest releases of PyTorch that are supported, in environments that it removes.
+# make wheel builds the sdist and one wheel for every Python and PyTorch into build/wheel/dist, and tries them in empty environments.
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
 # make study trains what is missing of the part STUDY of docs/study.md: quick, digits, retinanet or bccd.
 # make site builds the web pages of README.md and docs/ into SITE; a warning is an error. It needs no PyTorch.
@@ -35,7 +36,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist load
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv lint test test-all fuzz sanitize mutants oldest bench study gpu gpu-cache demo info docs site clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest wheel bench study gpu gpu-cache demo info docs site clean
 
 venv: $(STAMP)
 
@@ -77,6 +78,9 @@ mutants: venv
 
 oldest:
 	PYTHON="$(PYTHON)" scripts/oldest.sh
+
+wheel:
+	PYTHON="$(PYTHON)" scripts/wheel.sh
 
 bench: venv
 	$(BIN)/python benchmarks/microbench.py --device $(DEVICE) --brief \

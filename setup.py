@@ -1,25 +1,29 @@
-"""Builds fbkd_ops: the C++ part where there is a compiler, the CUDA part where nvcc and torch agree.
+"""Builds fbkd_ops: the C++ part where there is a compiler, the CUDA part where there is nvcc too.
 
 What a build needs is looked for before anything is compiled. A torch or setuptools that is too old ends the build with
-one sentence; without a compiler, nvcc or the headers of Python or CUDA their part is left out, and the report says why.
+one sentence; without a working compiler, nvcc or the headers of Python or CUDA their part is left out, and the report
+says why. Every library keeps to the stable ABI of torch and to Python's limited API. So the torch of the build needs no
+CUDA, and which CUDA part fits the torch that runs it is decided when it is imported.
 
 Environment:
     FBKD_OPS_CUDA         0 leaves the CUDA part out, 1 makes a missing one an error; unset: built where possible
+    FBKD_OPS_WHEEL        1 for a wheel that serves every Python from 3.10 on, without the module of the build's facts
     TORCH_CUDA_ARCH_LIST  architectures of the CUDA part; default 7.5;8.0;9.0;10.0+PTX as far as nvcc knows them
     CUDA_HOME, CUDA_PATH  root of the toolkit; default: where nvcc on PATH says it lives
     CXX, MAX_JOBS         compiler and number of parallel compilations
 """
 
 import glob
+import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import setuptools
@@ -29,10 +33,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fbkd_ops"
 STABLE_ABI = "2.10"  # as csrc/stable_abi.h says; an older torch is refused
+OLDEST_CUDA = 12
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0")
 SETUPTOOLS = "77"  # as pyproject.toml says, which pip does not read without build isolation
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
-INSTALL_HINT = "pip install torch ninja pybind11; pip install --no-build-isolation ."
+INSTALL_HINT = (
+    "`pip install .` brings one for the build; without build isolation, first `pip install torch ninja pybind11`, then "
+    "`pip install --no-build-isolation .`"
+)
+HOST_FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden")
+NVCC_FLAGS = ("-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA")
 
 
 def run(*command):
@@ -77,11 +87,17 @@ def import_torch():
     try:
         import torch
     except ImportError as error:
-        message = f"fbkd_ops is built against the installed torch, and there is none ({error}). {INSTALL_HINT}"
-        raise SystemExit(message) from None
-    if release_of(torch.__version__) < release_of(STABLE_ABI):
-        raise SystemExit(f"fbkd_ops needs torch {STABLE_ABI} or later, but torch {torch.__version__} is installed.")
+        raise SystemExit(f"fbkd_ops is built against a torch, and there is none ({error}): {INSTALL_HINT}") from None
+    for version in (torch.__version__, *environment_torch()):
+        if release_of(version) < release_of(STABLE_ABI):
+            raise SystemExit(f"fbkd_ops needs torch {STABLE_ABI} or later, but torch {version} is installed.")
     return torch
+
+
+def environment_torch():
+    """Versions of torch in the environment that pip installs into, where an isolated build has a torch of its own."""
+    folders = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    return [found.version for found in importlib.metadata.distributions(name="torch", path=folders)]
 
 
 def release_of(version):
@@ -91,15 +107,30 @@ def release_of(version):
 
 def missing_for_cpu():
     """Why the C++ part cannot be built, None if it can."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler!r} is not on PATH; set CXX)"
-    if run(compiler, "--version") is None:
-        return f"no working C++ compiler ({compiler!r} --version fails; set CXX)"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        return f"no C++ compiler ({compiler[0]!r} is not on PATH; set CXX)"
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():
         return f"no Python.h in {headers} (install Python's headers: python3-dev or python3-devel)"
-    return None
+    error = compiler_error(compiler, headers)
+    return error and f"no working C++ compiler ({shlex.join(compiler)!r} fails: {error}; set CXX)"
+
+
+def compiler_error(compiler, headers):
+    """First error of a compiler that is given a small library, None if it builds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <vector>\nint probe() { return std::vector<int>{1}[0]; }\n")
+        command = [*compiler, "-std=c++17", "-fPIC", "-shared", f"-I{headers}", "-o", f"{folder}/probe.so", str(source)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+    if done.returncode == 0:
+        return None
+    lines = (done.stderr + done.stdout).splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else f"exit status {done.returncode}")
 
 
 def require_setuptools():
@@ -123,17 +154,15 @@ def require_torch_headers(torch):
         )
 
 
-def missing_for_cuda(torch, root):
+def missing_for_cuda(root):
     """Why the CUDA part cannot be built, None if it can."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
     if root is None:
         return "no CUDA toolkit (nvcc is not on PATH; set CUDA_HOME)"
     release = nvcc_release(root)
     if release is None:
         return f"no working nvcc in {root}/bin"
-    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {release} but torch {torch.__version__} is built with CUDA {torch.version.cuda}"
+    if release_of(release)[0] < OLDEST_CUDA:
+        return f"nvcc is {release}, and {OLDEST_CUDA} or later is needed"
     folders = [Path(root, "include"), *Path(root, "targets").glob("*/include")]
     missing = [name for name in CUDA_HEADERS if not any((folder / name).exists() for folder in folders)]
     if missing:
@@ -141,14 +170,38 @@ def missing_for_cuda(torch, root):
     return None
 
 
+def switch(name, *values):
+    """Value of an environment variable, None if it is unset."""
+    value = os.environ.get(name)
+    if value not in (None, *values):
+        raise SystemExit(f"{name} must be {', '.join(values)} or unset, got {value!r}")
+    return value
+
+
+def require_architectures(root):
+    """Refuse what torch or this nvcc does not know before anything is compiled."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    named = os.environ["TORCH_CUDA_ARCH_LIST"]
+    known = re.findall(r"compute_(\d+)(\d)\b", run(os.path.join(root, "bin", "nvcc"), "--list-gpu-arch") or "")
+    try:
+        asked = re.findall(r"code=(?:sm|compute)_(\d+)(\d)", " ".join(_get_cuda_arch_flags()))
+    except ValueError:  # not a name that torch knows
+        asked = [named]
+    if known and not set(asked) <= set(known):
+        choice = ", ".join(".".join(number) for number in known)
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST={named!r} names an architecture that nvcc {nvcc_release(root)} does not know. It "
+            f"has {choice}, separated by semicolons; +PTX after the newest serves later GPUs."
+        )
+
+
 def plan(torch, root):
     """What is built, what is left out and why, as the report that the package carries."""
-    choice = os.environ.get("FBKD_OPS_CUDA")
-    if choice not in (None, "0", "1"):
-        raise SystemExit(f"FBKD_OPS_CUDA must be 0, 1 or unset, got {choice!r}")
+    choice = switch("FBKD_OPS_CUDA", "0", "1")
     left_out = {}
     no_cpu = missing_for_cpu()
-    no_cuda = no_cpu or missing_for_cuda(torch, root)
+    no_cuda = no_cpu or missing_for_cuda(root)
     if choice == "1" and no_cuda:
         raise SystemExit(f"FBKD_OPS_CUDA=1 but the CUDA part cannot be built: {no_cuda}")
     if no_cpu:
@@ -159,18 +212,16 @@ def plan(torch, root):
         left_out["cuda"] = "FBKD_OPS_CUDA=0"
     elif no_cuda:
         left_out["cuda"] = no_cuda
+    else:
+        require_architectures(root)
     built = [part for part in ("cpu", "cuda") if part not in left_out]
-    return {
-        "built": built,
-        "left_out": left_out,
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "stable_abi": STABLE_ABI,
-        "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
-        "nvcc": nvcc_release(root) if root else None,
-        "cuda_home": root,
-        "archs": os.environ.get("TORCH_CUDA_ARCH_LIST") if "cuda" in built else None,
-    }
+    report = {"built": built, "left_out": left_out, "torch": torch.__version__, "stable_abi": STABLE_ABI}
+    if built:
+        version = run(*shlex.split(os.environ.get("CXX", "c++")), "--version") or "unknown"
+        report |= {"compiler": version.splitlines()[0], "flags": " ".join(HOST_FLAGS)}
+    if "cuda" in built:
+        report |= {"nvcc": nvcc_release(root), "archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    return report
 
 
 def sources(*patterns):
@@ -178,64 +229,82 @@ def sources(*patterns):
     return sorted(found)
 
 
-def without_torch_python(extension):
-    """The stable ABI lives in libtorch; libtorch_python would tie the library to one torch and one Python."""
-    extension.libraries = [name for name in extension.libraries if name != "torch_python"]
-    return extension
-
-
 def extensions(report):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    host = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden"]
-    headers = sources("csrc/*.h", "csrc/*/*.h", "csrc/cuda/*.cuh")
+    options = {"py_limited_api": True, "depends": sources("csrc/*.h", "csrc/*/*.h", "csrc/cuda/*.cuh")}
     result = []
     if "cpu" in report["built"]:
-        facts = [f'-DFBKD_OPS_STABLE_ABI="{STABLE_ABI}"']
-        if "cuda" in report["built"]:
-            facts += [f'-DFBKD_OPS_CUDA_VERSION="{report["nvcc"]}"', f'-DFBKD_OPS_ARCHS="{report["archs"]}"']
-        result.append(
-            CppExtension(
-                f"{PACKAGE}._C",
-                sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-                extra_compile_args=host + facts,
-                depends=headers,
-            )
-        )
+        files = ["csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
+        result.append(CppExtension(f"{PACKAGE}._C", files, extra_compile_args=list(HOST_FLAGS), **options))
     if "cuda" in report["built"]:
-        result.append(
-            CUDAExtension(
-                f"{PACKAGE}._cuda",
-                sources("csrc/cuda/*.cu"),
-                extra_compile_args={"cxx": host, "nvcc": ["-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA"]},
-                depends=headers,
-            )
-        )
-    return [without_torch_python(extension) for extension in result]
+        name = f"{PACKAGE}._cuda{release_of(report['nvcc'])[0]}"
+        flags = {"cxx": list(HOST_FLAGS), "nvcc": list(NVCC_FLAGS)}
+        result.append(CUDAExtension(name, sources("csrc/cuda/*.cu"), extra_compile_args=flags, **options))
+    return result
 
 
-def summary(report):
-    lines = [f"fbkd_ops: building for torch {report['torch']}, {report['python']}"]
+def facts_extension():
+    """The module that tells what the compiler says of itself, None where pybind11 is not installed."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        return None
+    return Pybind11Extension(f"{PACKAGE}._build", ["csrc/build_facts.cpp"], cxx_std=17, depends=["csrc/cpu/simd.h"])
+
+
+def build_extension_command(torch, report):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildLibraries(BuildExtension):
+        """Builds for every torch from any one: what another lacks is found when a library is loaded."""
+
+        def build_extensions(self):
+            for extension in self.extensions:
+                if extension.name.startswith(f"{PACKAGE}._cuda"):
+                    self.link_torch_cuda(extension)
+            super().build_extensions()
+
+        def link_torch_cuda(self, extension):
+            torch.version.cuda = report["nvcc"]  # torch refuses an nvcc that differs from its own
+            extension.libraries = [name for name in extension.libraries if name not in ("c10_cuda", "torch_cuda")]
+            extension.extra_link_args.append("-Wl,--push-state,--no-as-needed,-ltorch_cuda,--pop-state")
+            if not Path(torch.__file__).with_name("lib").joinpath("libtorch_cuda.so").exists():
+                extension.library_dirs.append(self.empty_library("libtorch_cuda.so"))
+
+        def empty_library(self, name):
+            """Folder of a library without symbols, which stands in for one of a torch that has CUDA."""
+            folder = Path(self.build_temp).resolve() / "empty"
+            folder.mkdir(parents=True, exist_ok=True)
+            compiler = shlex.split(os.environ.get("CXX", "c++"))
+            command = [*compiler, "-shared", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", str(folder / name)]
+            subprocess.run(command, check=True)
+            return str(folder)
+
+    return BuildLibraries
+
+
+def summary(report, root):
+    lines = [f"fbkd_ops: building with torch {report['torch']}"]
     lines += [f"fbkd_ops: building the {part} part" for part in report["built"]]
     lines += [f"fbkd_ops: leaving out the {part} part: {why}" for part, why in report["left_out"].items()]
     if "cuda" in report["built"]:
-        archs = report["archs"] or "of the visible GPUs"
-        lines.append(f"fbkd_ops: nvcc {report['nvcc']} in {report['cuda_home']}, architectures {archs}")
+        lines.append(f"fbkd_ops: nvcc {report['nvcc']} in {root}, architectures {report['archs']}")
     return "\n".join(lines)
 
 
 def remove_libraries(folder):
     """Libraries of an earlier build, which a build without that part would otherwise ship."""
-    for pattern in ("_C*.so", "_cuda*.so"):
+    for pattern in ("_C*.so", "_cuda*.so", "_build*.so"):
         for path in Path(folder).glob(pattern):
             path.unlink()
 
 
 class BuildPython(build_py):
-    """Writes the report that `python -m fbkd_ops.info` reads."""
+    """Writes the report that `python -m fbkd_ops` reads."""
 
     def run(self):
-        print(summary(REPORT), file=sys.stderr)
+        print(summary(REPORT, toolkit), file=sys.stderr)
         folder = (ROOT / "src" if self.editable_mode else Path(self.build_lib)) / PACKAGE
         remove_libraries(folder)
         super().run()
@@ -249,12 +318,16 @@ if toolkit is not None:
     os.environ["CUDA_HOME"] = toolkit  # torch.utils.cpp_extension reads it when it is imported
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(toolkit) or ""
-REPORT = plan(import_torch(), toolkit)
+torch = import_torch()
+REPORT = plan(torch, toolkit)
 
-commands = {"build_py": BuildPython}
+modules, commands, options = [], {"build_py": BuildPython}, {}
 if REPORT["built"]:
-    from torch.utils.cpp_extension import BuildExtension
+    modules = extensions(REPORT)
+    commands["build_ext"] = build_extension_command(torch, REPORT)
+    if switch("FBKD_OPS_WHEEL", "1"):
+        options["bdist_wheel"] = {"py_limited_api": "cp310"}
+    elif facts_extension():
+        modules.append(facts_extension())
 
-    commands["build_ext"] = BuildExtension
-
-setup(ext_modules=extensions(REPORT) if REPORT["built"] else [], cmdclass=commands)
+setup(ext_modules=modules, cmdclass=commands, options=options)

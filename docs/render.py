@@ -409,6 +409,17 @@ def frameworks_tested() -> str:
     return f"{facts['where']}\n\n" + table(["package", "asked for", "installed"], rows)
 
 
+def installs() -> str:
+    """Every way to install: what was there before, how long the command took, and what it or the first call said."""
+    path = RESULTS / "installs.csv"
+    if not path.exists():
+        return "Not yet tried."
+    rows = pd.read_csv(path).astype(str)
+    columns = [rows["way"], "`" + rows["command"] + "`", rows["python"], rows["before"], rows["seconds"], rows["said"]]
+    header = ["way", "command", "Python", "installed before", "seconds", "what it, or the first call, said"]
+    return table(header, zip(*columns, strict=True))
+
+
 def extra(name: str) -> list[str]:
     """The requirements of one of pyproject.toml's extras."""
     block = re.search(rf"^{name} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]

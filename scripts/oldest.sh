@@ -11,7 +11,8 @@ readonly python=$folder/venv/bin/python
 # Both releases bring Triton 3.6, whose interpreter fails with later versions of NumPy.
 readonly packages=("numpy<2.4" "pytest>=8" "hypothesis>=6" ninja pybind11 "setuptools>=77")
 readonly arch=9.0
-readonly nvcc=$(command -v nvcc || true) # without one nothing of CUDA is compiled
+cuda=$(command -v nvcc > /dev/null && echo 1 || echo 0) # without nvcc nothing of CUDA is compiled
+readonly cuda
 files=(tests/test_{channel_l2,weighted_roots,cell_relation,collapsed_relation,loss,compile,oldest}.py) together=()
 for op in attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 non_local_statistics relation_residual; do
     part=$([[ $op == attention_masks ]] && echo masks || echo levels)
@@ -35,23 +36,11 @@ environment() { # RELEASE
     cd "$folder/source"
 }
 
-build() { # 1 with the CUDA library, 0 without
+build() {
     say "build"
-    FBKD_OPS_CUDA=$1 TORCH_CUDA_ARCH_LIST=$arch "$python" -m pip install --no-build-isolation --no-deps --verbose -e . \
+    FBKD_OPS_CUDA=$cuda TORCH_CUDA_ARCH_LIST=$arch "$python" -m pip install --no-build-isolation --no-deps --verbose -e . \
         > build.log 2>&1 || (tail -n 60 build.log && exit 1)
-    "$python" -m fbkd_ops.info
-}
-
-# Where nvcc is of a later CUDA than this PyTorch, setup.py builds no CUDA library; its sources still have to compile.
-compile_cuda_sources() {
-    local source includes
-    [[ -n $nvcc ]] || return 0
-    includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths; print(*include_paths())')
-    for source in csrc/cuda/*.cu; do
-        say "compile $source"
-        # shellcheck disable=SC2086
-        "$nvcc" -c -std=c++17 -DUSE_CUDA -arch="sm_${arch/./}" -I${includes// / -I} -o "$folder/object.o" "$source"
-    done
+    "$python" -m fbkd_ops
 }
 
 pytest() { "$python" -m pytest -p no:cacheprovider -m "not gpu" "$@"; }
@@ -73,12 +62,11 @@ test_triton() {
 }
 
 environment 2.10.0 # CUDA 12
-build 0
-compile_cuda_sources
+build
 test_on_the_cpu
 
 environment 2.11.0 # CUDA 13
-build "$([[ -n $nvcc ]] && echo 1 || echo 0)"
+build
 test_on_the_cpu
 test_triton
 say "done"

@@ -205,6 +205,31 @@ def test_order_of_preference(monkeypatch):
         attention_pool(X)
 
 
+@pytest.mark.parametrize(
+    "status, triton, said",
+    [
+        ("not built: no nvcc", True, None),  # as planned: Triton's kernels are what runs there
+        (
+            "not built: no nvcc",
+            False,
+            "plain PyTorch runs, which is slower, because the compiled cuda part is not built",
+        ),
+        ("not usable: built for CUDA 12", True, "Triton's kernels run, because the compiled cuda part is not usable"),
+        ("loaded", True, None),
+    ],
+)
+def test_a_compiled_part_that_does_not_run_is_said_once(monkeypatch, recwarn, status, triton, said):
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(_extension, "cuda", _extension.Library(status == "loaded", status))
+    monkeypatch.setattr(backends, "_TRITON", triton)
+    monkeypatch.setattr(backends, "_warned_of_slow", set())
+    for _ in range(2):
+        backends.resolve("attention_pool", on_cuda)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (said is not None)
+    assert all(said in message and _extension.REBUILD in message for message in messages)
+
+
 def test_backward_uses_the_backend_of_its_forward():
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
         pytest.skip("needs Triton's interpreter")
@@ -266,7 +291,8 @@ def test_broken_library_is_reported(package_copy, damage):
 def test_missing_library_is_reported(package_copy):
     library(package_copy / "fbkd_ops", "_C").unlink()
     done = run_in(package_copy, USE)
-    assert "RuntimeWarning" not in done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "fbkd_ops on cpu tensors: plain PyTorch runs, which is slower, because" in done.stderr
     assert "not built: setup.py meant to build it" in done.stdout
     assert "sum 2.0" in done.stdout
 

@@ -57,31 +57,37 @@ def wheel(source, **changes):
 
 
 def empty_kernels(source):
-    """Leave only the module itself to compile: nothing here loads the library, and the installation has compiled it."""
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+    """Leave nothing of size to compile: no test here loads the libraries, and the installation has compiled them."""
+    for path in (source / "csrc" / "build_facts.cpp", *(source / "csrc" / "cpu").glob("*.cpp")):
         path.write_text("")
 
 
 def fake_toolkit(folder, release):
-    """A toolkit whose nvcc only knows its release, and whose headers are empty."""
+    """A toolkit whose nvcc knows its release and one architecture, and whose headers are empty."""
     nvcc = folder / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     (folder / "toolkit" / "include").mkdir()
     for name in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
         (folder / "toolkit" / "include" / name).touch()
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\necho compute_90\n")
     nvcc.chmod(0o755)
     return str(nvcc.parents[1])
 
 
 CPP_EXTENSION = """
+import os
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext as BuildExtension
 
 def CppExtension(name, sources, **options):
-    return Extension(name, sources)
+    return Extension(name, sources, py_limited_api=options["py_limited_api"])
 
 CUDAExtension = CppExtension
+
+def _get_cuda_arch_flags():
+    names = os.environ["TORCH_CUDA_ARCH_LIST"].replace("+PTX", "").split(";")
+    numbers = [f"{float(name) * 10:.0f}" for name in names]  # a ValueError for a name, as PyTorch's
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 """
 
 
@@ -98,6 +104,15 @@ def stub_torch(folder, version="2.10.0", headers=(), cuda=None):
         (package / "include" / header).parent.mkdir(parents=True, exist_ok=True)
         (package / "include" / header).touch()
     return str(package.parent)
+
+
+def replaced_folders(folder, **paths):
+    """Where to import a sitecustomize from that changes the answers of sysconfig.get_path."""
+    texts = {name: str(path) for name, path in paths.items()}
+    code = f"import sysconfig\nget_path, replaced = sysconfig.get_path, {texts}\n"
+    code += "sysconfig.get_path = lambda name, *rest: replaced.get(name) or get_path(name, *rest)\n"
+    (folder / "sitecustomize.py").write_text(code)
+    return str(folder)
 
 
 def torch_headers():
@@ -119,21 +134,38 @@ def test_unknown_choice_is_an_error(source, tmp_path, value):
 
 
 @NO_COMPILER
-@pytest.mark.parametrize(
-    "cuda, expected", [("13.0", "no working nvcc in /nonexistent/bin"), (None, "torch 2.10.0 is built without CUDA")]
-)
-def test_forced_cuda_without_nvcc_is_an_error(source, tmp_path, cuda, expected):
-    path = stub_torch(tmp_path, cuda=cuda)
-    done = setup_py(source, PYTHONPATH=path, FBKD_OPS_CUDA="1", CUDA_HOME="/nonexistent")
+def test_forced_cuda_without_nvcc_is_an_error(source, tmp_path):
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), FBKD_OPS_CUDA="1", CUDA_HOME="/nonexistent")
     assert done.returncode != 0
+    expected = "no working nvcc in /nonexistent/bin"
     assert f"FBKD_OPS_CUDA=1 but the CUDA part cannot be built: {expected}" in done.stderr
 
 
 @NO_COMPILER
-def test_nvcc_of_another_major_version_is_left_out(source, tmp_path):
+@pytest.mark.parametrize("release", ["12.8", "13.0"])
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_the_cuda_part_follows_nvcc_whatever_the_torch_of_the_build(source, tmp_path, release, cuda):
+    path = stub_torch(tmp_path, headers=torch_headers(), cuda=cuda)
+    done = setup_py(source, PYTHONPATH=path, CUDA_HOME=fake_toolkit(tmp_path, release), FBKD_OPS_CUDA=None)
+    assert done.returncode == 0 and "building the cuda part" in done.stderr, done.stderr
+
+
+@NO_COMPILER
+def test_an_architecture_that_nvcc_does_not_know_is_refused(source, tmp_path):
+    toolkit, path = fake_toolkit(tmp_path, "13.0"), stub_for_cuda(tmp_path)
+    for archs in ("bogus", "9.0;5.0"):
+        variables = dict(CUDA_HOME=toolkit, FBKD_OPS_CUDA=None, TORCH_CUDA_ARCH_LIST=archs)
+        done = setup_py(source, PYTHONPATH=path, **variables)
+        assert done.returncode != 0
+        expected = f"TORCH_CUDA_ARCH_LIST={archs!r} names an architecture that nvcc 13.0 does not know. It has 9.0,"
+        assert done.stderr.splitlines()[-1].startswith(expected), done.stderr
+
+
+@NO_COMPILER
+def test_an_nvcc_that_is_too_old_is_left_out(source, tmp_path):
     toolkit, path = fake_toolkit(tmp_path, "9.2"), stub_for_cuda(tmp_path)
     done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA=None)
-    expected = "nvcc is 9.2 but torch 2.10.0 is built with CUDA 13.0"
+    expected = "nvcc is 9.2, and 12 or later is needed"
     assert done.returncode == 0 and f"leaving out the cuda part: {expected}" in done.stderr, done.stderr
     done = setup_py(source, PYTHONPATH=path, CUDA_HOME=toolkit, FBKD_OPS_CUDA="1")
     assert done.returncode != 0 and expected in done.stderr
@@ -159,7 +191,7 @@ def test_missing_torch_says_what_to_install(source, tmp_path):
     (stub / "torch.py").write_text("raise ImportError('no torch here')\n")
     done = setup_py(source, PYTHONPATH=str(stub))
     assert done.returncode != 0
-    assert "no torch here" in done.stderr and "pip install --no-build-isolation ." in done.stderr
+    assert "no torch here" in done.stderr and "without build isolation, first `pip install torch" in done.stderr
 
 
 def test_a_torch_that_is_too_old_is_named(source, tmp_path):
@@ -169,6 +201,17 @@ def test_a_torch_that_is_too_old_is_named(source, tmp_path):
     done = setup_py(source, PYTHONPATH=str(stub), FBKD_OPS_CUDA=None)
     assert done.returncode != 0
     assert done.stderr == "fbkd_ops needs torch 2.10 or later, but torch 2.9.1+cpu is installed.\n"
+
+
+def test_a_torch_that_is_too_old_is_named_where_the_build_has_another(source, tmp_path):
+    """pip's isolated build has a torch of its own, and pip would then replace that of the environment."""
+    installed = tmp_path / "site" / "torch-2.8.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0\n")
+    path = replaced_folders(tmp_path, purelib=installed.parent)
+    done = setup_py(source, PYTHONPATH=f"{path}{os.pathsep}{stub_torch(tmp_path)}", FBKD_OPS_CUDA=None)
+    assert done.returncode != 0
+    assert done.stderr == "fbkd_ops needs torch 2.10 or later, but torch 2.8.0 is installed.\n"
 
 
 @NO_COMPILER
@@ -207,10 +250,8 @@ def test_the_floors_of_setup_and_pyproject_are_the_same():
 
 @NO_COMPILER
 def test_without_pythons_headers_the_c_part_is_left_out(source, tmp_path):
-    code = "import sysconfig\nget_path = sysconfig.get_path\n"
-    code += "sysconfig.get_path = lambda name, *rest: '/nonexistent' if name == 'include' else get_path(name, *rest)\n"
-    (tmp_path / "sitecustomize.py").write_text(code)
-    done = setup_py(source, PYTHONPATH=f"{tmp_path}{os.pathsep}{stub_torch(tmp_path)}", FBKD_OPS_CUDA=None)
+    path = replaced_folders(tmp_path, include="/nonexistent")
+    done = setup_py(source, PYTHONPATH=f"{path}{os.pathsep}{stub_torch(tmp_path)}", FBKD_OPS_CUDA=None)
     assert done.returncode == 0, done.stderr
     assert "leaving out the cpu part: no Python.h in /nonexistent (install Python's headers" in done.stderr
 
@@ -249,19 +290,34 @@ def test_without_a_compiler_the_package_is_pure_python(source, tmp_path):
     assert "not built: no C++ compiler ('/nonexistent/c++'" in done.stdout
 
 
+def without_kernels(source, tmp_path):
+    """Variables of a build of the modules alone, but of everything under `make test-all`."""
+    if TEST_ALL:
+        return {"FBKD_OPS_CUDA": "0"}
+    empty_kernels(source)
+    return {"FBKD_OPS_CUDA": "0", "PYTHONPATH": stub_torch(tmp_path, headers=torch_headers())}
+
+
 @NO_COMPILER
-def test_cpu_only_wheel_ships_no_stale_library(source):
-    if not TEST_ALL:  # the compiler's time: a wheel of the whole code is part of `make test-all`
-        empty_kernels(source)
+def test_cpu_only_wheel_ships_no_stale_library(source, tmp_path):
+    variables = without_kernels(source, tmp_path)
     stale = source / "build" / f"lib.{sys.platform}-x86_64-{sys.implementation.cache_tag}" / "fbkd_ops"
     stale.mkdir(parents=True)
     (stale / "_cuda.so").write_bytes(b"of an earlier build")
     (source / "src" / "fbkd_ops" / "_cuda.so").write_bytes(b"of an earlier build in place")
-    _, names, report = wheel(source, FBKD_OPS_CUDA="0")
-    libraries = [name for name in names if name.endswith(".so")]
-    assert len(libraries) == 1 and libraries[0].startswith("fbkd_ops/_C.")
+    _, names, report = wheel(source, **variables)
+    facts, kernels = sorted((name for name in names if name.endswith(".so")), reverse=True)
+    assert kernels == "fbkd_ops/_C.abi3.so" and facts.startswith("fbkd_ops/_build.")
     assert report["built"] == ["cpu"] and report["left_out"] == {"cuda": "FBKD_OPS_CUDA=0"}
     assert not [name for name in names if name.startswith("csrc")]
+
+
+@NO_COMPILER
+def test_a_wheel_for_every_python_has_no_module_of_one(source, tmp_path):
+    path, names, report = wheel(source, FBKD_OPS_WHEEL="1", **without_kernels(source, tmp_path))
+    assert "-cp310-abi3-" in path.name
+    assert [name for name in names if name.endswith(".so")] == ["fbkd_ops/_C.abi3.so"]
+    assert str(ROOT.parent) not in json.dumps(report)
 
 
 def test_what_this_copy_was_built_with_is_loaded():
@@ -291,4 +347,13 @@ def nvcc_version() -> str:
 def test_a_compiler_that_does_not_run_is_left_out(source, tmp_path):
     done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), CXX="false", FBKD_OPS_CUDA=None)
     assert done.returncode == 0, done.stderr
-    assert "no working C++ compiler ('false' --version fails" in done.stderr
+    assert "no working C++ compiler ('false' fails: exit status 1; set CXX)" in done.stderr
+
+
+def test_a_compiler_that_fails_is_left_out_with_its_first_error(source, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'In a file:' >&2\necho 'cc1plus: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = setup_py(source, PYTHONPATH=stub_torch(tmp_path), CXX=str(compiler), FBKD_OPS_CUDA=None)
+    assert done.returncode == 0, done.stderr
+    assert f"no working C++ compiler ('{compiler}' fails: cc1plus: error: no such header; set CXX)" in done.stderr

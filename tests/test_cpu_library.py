@@ -27,7 +27,7 @@ def cloned_functions():
 @NO_CPU
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
 def test_each_vectorised_function_has_a_clone_for_each_vector_width():
-    compiler = _extension.build_info()["compiler"]
+    compiler = _extension.build_facts()["compiler"]
     if platform.machine() != "x86_64" or not re.match(r"gcc (1[2-9]|[2-9]\d)", compiler):
         pytest.skip(f"{compiler} makes no clones for {platform.machine()}")
     (library,) = LIBRARY.glob("_C*.so")

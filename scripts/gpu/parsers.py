@@ -22,7 +22,7 @@ _OBSTACLES += r"|Failed to initialize the profiler[^\n]*|Profiling is not suppor
 
 
 def library_states(info: str) -> dict[str, str]:
-    """``{"cpu": "loaded", "cuda": ...}`` from the report of ``python -m fbkd_ops.info``."""
+    """``{"cpu": "loaded", "cuda": ...}`` from the report of ``python -m fbkd_ops``."""
     return dict(re.findall(r"^(\w+) library\s+(.+)$", info, re.MULTILINE))
 
 

@@ -112,10 +112,11 @@ def build(context: Context, seconds: float) -> Outcome:
         (installed,) = context.run([command], seconds, variables)
         if installed.problem:
             return Outcome("failed", {"architectures": archs}, [installed.problem, *installed.last_lines(12)])
-    (info,) = context.run([[PYTHON, "-m", "fbkd_ops.info"]], 60)
+    (info,) = context.run([[PYTHON, "-m", "fbkd_ops"]], 60)
     states = parsers.library_states(info.output)
-    missing = [f"the {part} library is {states.get(part, 'unknown')}" for part in ("cpu", context.device)]
-    problems = [info.problem, *info.last_lines()] if info.problem else [m for m in missing if not m.endswith(" loaded")]
+    parts = {part: states.get(part, "unknown") for part in ("cpu", context.device)}
+    missing = [f"the {part} library is {state}" for part, state in parts.items() if not state.startswith("loaded")]
+    problems = [info.problem, *info.last_lines()] if info.problem else missing
     return Outcome.of(list(dict.fromkeys(problems)), {"architectures": archs} | states)
 
 

@@ -1,7 +1,8 @@
 """Loads the compiled libraries and remembers why one is missing or broken.
 
-``_C`` holds the CPU kernels, ``_cuda`` the CUDA kernels: they are apart because the
-latter needs symbols that only a CUDA build of torch has.
+``_C`` has the CPU kernels, ``_cuda12`` and ``_cuda13`` the CUDA kernels for a torch of that major version of CUDA. They
+are apart because only such a torch has the symbols that they need. ``_build`` has no kernels but the facts of a build
+from source, which a wheel for every Python goes without.
 """
 
 import importlib
@@ -13,17 +14,22 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Library", "REBUILD", "build_info", "build_report", "cpu", "cuda"]
+__all__ = ["Library", "REBUILD", "build_facts", "build_report", "cpu", "cuda"]
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in the source tree of fbkd_ops)"
 _FOLDER = Path(__file__).resolve().parent
 
 
 class Library(NamedTuple):
-    """State of one compiled library; ``status`` is "loaded", "not built: ..." or "broken: ..."."""
+    """State of one compiled part; ``status`` is "loaded ...", "not built: ...", "not usable: ..." or "broken: ..."."""
 
     loaded: bool
     status: str
+
+    @property
+    def fits(self) -> bool:
+        """False of a library that was built, and that this torch cannot use."""
+        return not self.status.startswith("not usable")
 
 
 def build_report() -> dict:
@@ -32,9 +38,12 @@ def build_report() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def build_info() -> dict:
-    """Return the facts that the compiled module tells of itself; empty where it is not loaded."""
-    return sys.modules[f"{__package__}._C"].build_info() if cpu.loaded else {}
+def build_facts() -> dict:
+    """Return what the compiled module ``_build`` tells: compiler and clone; empty where it was not built."""
+    try:
+        return importlib.import_module(f"{__package__}._build").facts()
+    except ImportError:
+        return {}
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -44,19 +53,16 @@ def _version(text: str) -> tuple[int, int]:
 
 def _mismatch(report: dict) -> str:
     """Explain a failed load by what differs between the build and this process."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     notes = []
     if "torch" in report and report["torch"] != torch.__version__:
         notes.append(f"built against torch {report['torch']}, running torch {torch.__version__}")
     if "stable_abi" in report and _version(torch.__version__) < _version(report["stable_abi"]):
         notes.append(f"the stable ABI of torch {report['stable_abi']} is needed")
-    if "python" in report and report["python"].split()[-1] != python:
-        notes.append(f"built for {report['python']}, running Python {python}")
     return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _files(name: str) -> list[Path]:
-    return sorted(path for suffix in ("so", "pyd", "dylib") for path in _FOLDER.glob(f"{name}*.{suffix}"))
+    return sorted(path for suffix in ("so", "pyd", "dylib") for path in _FOLDER.glob(f"{name}.*{suffix}"))
 
 
 def _absent(part: str, report: dict) -> Library:
@@ -92,18 +98,24 @@ def _load_cpu(report: dict) -> Library:
 
 
 def _load_cuda(report: dict) -> Library:
-    files = _files("_cuda")
+    files = {path.name.partition(".")[0]: path for path in _files("_cuda*")}
     if not files:
         return _absent("cuda", report)
     if not cpu.loaded:
         return Library(False, f"broken: it needs the cpu part, which is {cpu.status}")
     if torch.version.cuda is None:
         return Library(False, f"not usable: torch {torch.__version__} is built without CUDA")
+    name = f"_cuda{torch.version.cuda.partition('.')[0]}"
+    if name not in files:
+        built = " and ".join(each.removeprefix("_cuda") for each in files)
+        return Library(
+            False, f"not usable: built for CUDA {built}, but torch {torch.__version__} for CUDA {torch.version.cuda}"
+        )
     try:
-        torch.ops.load_library(str(files[0]))
+        torch.ops.load_library(str(files[name]))
     except (ImportError, OSError, RuntimeError) as error:
         return _broken("cuda", error, report)
-    return Library(True, "loaded")
+    return Library(True, f"loaded: {files[name].name}, because torch is built for CUDA {torch.version.cuda}")
 
 
 _report = build_report()

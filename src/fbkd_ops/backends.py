@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from . import _extension
@@ -111,7 +113,9 @@ def resolve(function: str, tensor: Tensor) -> str:
     if forced == "reference":
         return "reference"
     if forced == "auto":
-        return automatic(function, device)
+        backend = automatic(function, device)
+        _warn_of_slow(device, backend)
+        return backend
     served = forced in FUNCTIONS[function]
     obstacle = available(forced, device) if served else _device_mismatch(forced, device)
     if obstacle:
@@ -125,6 +129,28 @@ def automatic(function: str, device: str) -> str:
         if backend in FUNCTIONS[function] and not available(backend, device):
             return backend
     return "torch" if function in _LINEAR_IN_TORCH else "reference"
+
+
+_warned_of_slow: set[str] = set()
+
+
+def _warn_of_slow(device: str, backend: str) -> None:
+    """Say once a process that calls on a device type run without the compiled part, and how to get it.
+
+    On a GPU Triton's kernels stand in for a CUDA part that was never built, without a word.
+    """
+    if torch.compiler.is_compiling() or device in _warned_of_slow or device not in _AUTOMATIC or backend == device:
+        return
+    library = _extension.cpu if device == "cpu" else _extension.cuda
+    if library.loaded or (backend == "triton" and library.fits):
+        return
+    _warned_of_slow.add(device)
+    instead = "Triton's kernels run" if backend == "triton" else "plain PyTorch runs, which is slower"
+    warnings.warn(
+        f"fbkd_ops on {device} tensors: {instead}, because the compiled {device} part is {library.status}. "
+        f"To build it: {_extension.REBUILD} (said once a process)",
+        RuntimeWarning,
+    )
 
 
 def _device_mismatch(backend: str, device: str) -> str:

@@ -47,12 +47,14 @@ def _build() -> Iterator[tuple[str, str]]:
     yield "built", ", ".join(report["built"]) or "nothing: pure Python"
     for part, why in report["left_out"].items():
         yield f"no {part}", why
-    yield "against", f"torch {report['torch']}, {report['python']}, stable ABI of torch {report['stable_abi']}"
-    if report["archs"]:
+    yield "against", f"torch {report['torch']}, for torch {report['stable_abi']} and later (its stable ABI)"
+    if "nvcc" in report:
         yield "nvcc", f"{report['nvcc']}, architectures {report['archs']}"
-    compiler = _extension.build_info().get("compiler")
-    if compiler:
-        yield "compiler", compiler
+    facts = _extension.build_facts()
+    if "compiler" in report:
+        yield "compiler", f"{facts.get('compiler', report['compiler'])}, {report['flags']}"
+    if facts:
+        yield "vectors", f"clones for {facts['clone']} run on this CPU"
 
 
 def _libraries() -> Iterator[tuple[str, str]]:
