@@ -1,5 +1,5 @@
 # make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | wheel | bench | study | gpu | gpu-cache | demo | info | docs |
-# site | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
+# site | hub | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, the ops' tests on C++ that is
 # compiled for each vector width, and the web pages.
@@ -11,6 +11,7 @@
 # make bench measures on DEVICE, cpu or cuda, and writes its CSV and plots to BENCH_OUT.
 # make study trains what is missing of the part STUDY of docs/study.md: quick, digits, retinanet or bccd.
 # make site builds the web pages of README.md and docs/ into SITE; a warning is an error. It needs no PyTorch.
+# make hub lays out in HUB, a new folder, what kernel-builder of Hugging Face builds from (build.toml).
 # make gpu builds, tests, measures and profiles on this machine's GPU: make gpu ARGS="--stages test bench".
 # make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
 PYTHON ?= python3
@@ -21,6 +22,7 @@ DEVICE ?= cpu
 BENCH_OUT ?= build/bench
 STUDY ?= digits
 SITE ?= build/site
+HUB ?= build/hub
 
 GPU_ARCH ?= 90
 
@@ -36,7 +38,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist load
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv lint test test-all fuzz sanitize mutants oldest wheel bench study gpu gpu-cache demo info docs site clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest wheel bench study gpu gpu-cache demo info docs site hub clean
 
 venv: $(STAMP)
 
@@ -113,6 +115,14 @@ $(SITE_VENV)/.installed: scripts/docs.txt
 	test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
 	$(SITE_VENV)/bin/python -m pip install --quiet -r scripts/docs.txt
 	touch $@
+
+# The folder has a copy of src/fbkd_ops in place of the link to it: kernel-builder follows none. Its setup.py is another.
+hub:
+	mkdir -p "$(dir $(abspath $(HUB)))" && mkdir "$(HUB)" "$(HUB)/benchmarks"
+	cp -r build.toml flake.nix CARD.md csrc torch-ext "$(HUB)"
+	cp -r src/fbkd_ops "$(HUB)/torch-ext"
+	cp benchmarks/benchmark.py "$(HUB)/benchmarks"
+	find "$(HUB)" \( -name '*.so' -o -name '*.pyc' -o -name _build_report.json \) -delete
 
 clean:
 	rm -rf build dist *.egg-info src/fbkd_ops/*.so src/fbkd_ops/_build_report.json $(STAMP)

@@ -49,7 +49,8 @@ def loader(tmp_path, monkeypatch):
     package = tmp_path / "fbkd_loader"
     package.mkdir()
     (package / "__init__.py").touch()
-    for path in (PACKAGE / "_extension.py", PACKAGE / "_build_report.json", *PACKAGE.glob("_C*.so")):
+    names = ("_extension.py", "_hub.py", "_build_report.json")
+    for path in (*(PACKAGE / name for name in names), *PACKAGE.glob("_C*.so")):
         shutil.copy(path, package)
     monkeypatch.syspath_prepend(tmp_path)
     yield package

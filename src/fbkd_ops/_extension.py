@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _hub
+
 __all__ = ["Library", "REBUILD", "build_facts", "build_report", "cpu", "cuda"]
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in the source tree of fbkd_ops)"
@@ -118,6 +120,16 @@ def _load_cuda(report: dict) -> Library:
     return Library(True, f"loaded: {files[name].name}, because torch is built for CUDA {torch.version.cuda}")
 
 
+def _hub_libraries() -> tuple[Library, Library]:
+    """Return the state of both parts in a build of kernel-builder, whose one library is loaded already."""
+    loaded = Library(True, f"loaded: {_hub.NAMESPACE} of kernel-builder")
+    absent = Library(False, "not built: kernel-builder built this copy for CPUs")
+    return loaded, loaded if _hub.BACKEND == "cuda" else absent
+
+
 _report = build_report()
-cpu = _load_cpu(_report)
-cuda = _load_cuda(_report)
+if _hub.BACKEND:
+    cpu, cuda = _hub_libraries()
+else:
+    cpu = _load_cpu(_report)
+    cuda = _load_cuda(_report)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _extension
+from .._hub import NAMESPACE
 
 __all__ = ["OPS", "Op", "kernel", "register"]
 
@@ -24,7 +25,8 @@ class Op(NamedTuple):
 
 
 OPS: dict[str, Op] = {}
-_library = torch.library.Library("fbkd_ops", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_namespace = getattr(torch.ops, NAMESPACE)
 _kernels: dict[tuple[str, str], Callable] = {}
 
 
@@ -40,16 +42,16 @@ def register(name: str, schema: str, fake: Callable, compiled: tuple[str, ...], 
     """
     OPS[name] = Op(schema, fake, (*compiled, "triton") if triton else compiled)
     _library.define(name + schema)
-    torch.library.register_fake(f"fbkd_ops::{name}", fake)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     if _extension.cpu.loaded:
         for backend in compiled:
-            _kernels[name, backend] = getattr(torch.ops.fbkd_ops, name).default
+            _kernels[name, backend] = getattr(_namespace, name).default
     if triton:
         # An op around the launcher, so that torch.compile keeps it as one node.
         _library.define(f"{name}_triton{schema}")
         _library.impl(f"{name}_triton", _launcher(name, triton), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fbkd_ops::{name}_triton", fake)
-        _kernels[name, "triton"] = getattr(torch.ops.fbkd_ops, f"{name}_triton").default
+        torch.library.register_fake(f"{NAMESPACE}::{name}_triton", fake)
+        _kernels[name, "triton"] = getattr(_namespace, f"{name}_triton").default
 
 
 def kernel(name: str, backend: str) -> Callable:
@@ -61,6 +63,6 @@ def _launcher(name: str, module: str) -> Callable:
     """Return the Triton launcher, imported at its first call."""
 
     def launch(*arguments):
-        return getattr(importlib.import_module(f"fbkd_ops.kernels.{module}"), name)(*arguments)
+        return getattr(importlib.import_module(f"..kernels.{module}", __package__), name)(*arguments)
 
     return launch
