@@ -142,7 +142,8 @@ def _warn_of_slow(device: str, backend: str) -> None:
     if torch.compiler.is_compiling() or device in _warned_of_slow or device not in _AUTOMATIC or backend == device:
         return
     library = _extension.cpu if device == "cpu" else _extension.cuda
-    if library.loaded or (backend == "triton" and library.fits):
+    is_said = library.status.startswith("broken")  # when it was loaded
+    if library.loaded or is_said or (backend == "triton" and library.fits):
         return
     _warned_of_slow.add(device)
     instead = "Triton's kernels run" if backend == "triton" else "plain PyTorch runs, which is slower"
