@@ -379,8 +379,8 @@ print([name in sys.modules for name in ("matplotlib", "matplotlib.pyplot")])
 # Documentation
 
 
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    page = (ROOT / "README.md").read_text()
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "training.md").read_text()
     (code,) = re.findall(r"((?:^    .*\n)*^    .*visualize\.attention.*\n(?:^    .*\n)*)", page, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     names = dict(image=IMAGE, student_features=FEATURES, teacher_features=FEATURES, loss=FBKDLoss(4, num_levels=3))

@@ -28,7 +28,6 @@ class Library(NamedTuple):
     loaded: bool
     status: str
 
-    @property
     def fits(self) -> bool:
         """False of a library that was built, and that this torch cannot use."""
         return not self.status.startswith("not usable")

@@ -143,7 +143,7 @@ def _warn_of_slow(device: str, backend: str) -> None:
         return
     library = _extension.cpu if device == "cpu" else _extension.cuda
     is_said = library.status.startswith("broken")  # when it was loaded
-    if library.loaded or is_said or (backend == "triton" and library.fits):
+    if library.loaded or is_said or (backend == "triton" and library.fits()):
         return
     _warned_of_slow.add(device)
     instead = "Triton's kernels run" if backend == "triton" else "plain PyTorch runs, which is slower"
