@@ -70,11 +70,10 @@ def normalization() -> str:
 
 def commands() -> str:
     result = facts_of("cpu-commands.json")
-    rows = [[f"`{row['command']}`", f"{row['minutes']:.1f}", row["note"]] for row in result["rows"]]
+    columns = ("minutes", "revision", "note")
+    rows = [[f"`{row['command']}`", *(str(row[column]) for column in columns)] for row in result["rows"]]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
-    later = "later ones have more tests, and the demo trains one student more"
-    where = f"{result['where']} Revision {result['revision']}: {later}."
-    return f"{where}\n\n" + table(["command", "minutes", "what is in it"], rows) + f"\n\n{disk}"
+    return f"{result['where']}\n\n" + table(["command", "minutes", "revision", "what is in it"], rows) + f"\n\n{disk}"
 
 
 def facts_of(file: str) -> dict:
