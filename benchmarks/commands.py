@@ -46,7 +46,7 @@ def measure(commands: list[str], earlier: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="the first makes .venv, too")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="all by default")
     options = parser.parse_args()
     earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     write_json(options.json, measure(options.only, earlier))

@@ -29,7 +29,7 @@ class Library(NamedTuple):
     status: str
 
     def fits(self) -> bool:
-        """False of a library that was built, and that this torch cannot use."""
+        """Return whether this torch could use it, had it been built."""
         return not self.status.startswith("not usable")
 
 
