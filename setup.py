@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -38,11 +39,12 @@ DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0")
 SETUPTOOLS = "77"  # as pyproject.toml says, which pip does not read without build isolation
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
 INSTALL_HINT = (
-    "`pip install .` brings one for the build; without build isolation, first `pip install torch ninja pybind11`, then "
-    "`pip install --no-build-isolation .`"
+    "`pip install .` brings one for the build; without build isolation, first `pip install torch ninja pybind11 "
+    f'"setuptools>={SETUPTOOLS}"`, then `pip install --no-build-isolation .`'
 )
-HOST_FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden")
-NVCC_FLAGS = ("-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA")
+HOST_FLAGS = ("-std=c++20", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden")
+NVCC_FLAGS = ("-std=c++20", "-O3", "--threads=2", "-Xptxas=-v", "-DUSE_CUDA")
+LIMITED_API = "-DPy_LIMITED_API=0x030A0000"  # as torch defines it; free-threaded Pythons refuse it
 
 
 def run(*command):
@@ -78,8 +80,7 @@ def nvcc_release(root):
 
 def default_archs(root):
     """The default architectures that this nvcc knows; PTX of the newest serves what comes after."""
-    known = run(os.path.join(root, "bin", "nvcc"), "--list-gpu-arch") or ""
-    archs = [arch for arch in DEFAULT_ARCHS if f"compute_{arch.replace('.', '')}" in known.split()]
+    archs = [arch for arch in DEFAULT_ARCHS if arch in known_architectures(root)]
     return ";".join(archs) + "+PTX" if archs else None
 
 
@@ -90,13 +91,16 @@ def import_torch():
         raise SystemExit(f"fbkd_ops is built against a torch, and there is none ({error}): {INSTALL_HINT}") from None
     for version in (torch.__version__, *environment_torch()):
         if release_of(version) < release_of(STABLE_ABI):
-            raise SystemExit(f"fbkd_ops needs torch {STABLE_ABI} or later, but torch {version} is installed.")
+            raise SystemExit(
+                f"fbkd_ops needs torch {STABLE_ABI} or later, with build isolation and without, but torch {version} is "
+                f'installed: pip install "torch>={STABLE_ABI}"'
+            )
     return torch
 
 
 def environment_torch():
     """Versions of torch in the environment that pip installs into, where an isolated build has a torch of its own."""
-    folders = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    folders = [*(sysconfig.get_path(name) for name in ("purelib", "platlib")), site.getusersitepackages()]
     return [found.version for found in importlib.metadata.distributions(name="torch", path=folders)]
 
 
@@ -105,26 +109,34 @@ def release_of(version):
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+def cxx():
+    """The C++ compiler and the arguments that CXX has for it."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def missing_for_cpu():
     """Why the C++ part cannot be built, None if it can."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = cxx()
     if shutil.which(compiler[0]) is None:
         return f"no C++ compiler ({compiler[0]!r} is not on PATH; set CXX)"
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():
         return f"no Python.h in {headers} (install Python's headers: python3-dev or python3-devel)"
-    error = compiler_error(compiler, headers)
+    code = "#include <Python.h>\n#include <vector>\nint probe() { return std::vector<int>{1}[0]; }\n"
+    variables = [flag for name in ("CFLAGS", "LDFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
+    command = [*compiler, "-fPIC", *HOST_FLAGS, LIMITED_API, f"-I{headers}", *variables]
+    error = first_error(command, "probe.cpp", code)
     return error and f"no working C++ compiler ({shlex.join(compiler)!r} fails: {error}; set CXX)"
 
 
-def compiler_error(compiler, headers):
-    """First error of a compiler that is given a small library, None if it builds it."""
+def first_error(command, name, code):
+    """First error of a compiler that makes a small library of a source, None if it makes it."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <Python.h>\n#include <vector>\nint probe() { return std::vector<int>{1}[0]; }\n")
-        command = [*compiler, "-std=c++17", "-fPIC", "-shared", f"-I{headers}", "-o", f"{folder}/probe.so", str(source)]
+        source = Path(folder, name)
+        source.write_text(code)
+        command = [*command, "-shared", str(source), "-o", f"{folder}/probe.so"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
     if done.returncode == 0:
@@ -137,7 +149,7 @@ def require_setuptools():
     if release_of(setuptools.__version__) < release_of(SETUPTOOLS):
         raise SystemExit(
             f"fbkd_ops needs setuptools {SETUPTOOLS} or later to build, but {setuptools.__version__} is installed: "
-            f'pip install "setuptools>={SETUPTOOLS}"'
+            f'pip install "setuptools>={SETUPTOOLS}", or leave out --no-build-isolation'
         )
 
 
@@ -154,8 +166,10 @@ def require_torch_headers(torch):
         )
 
 
-def missing_for_cuda(root):
+def missing_for_cuda(torch, root):
     """Why the CUDA part cannot be built, None if it can."""
+    if getattr(torch.version, "hip", None):
+        return f"torch {torch.__version__} is built for ROCm"
     if root is None:
         return "no CUDA toolkit (nvcc is not on PATH; set CUDA_HOME)"
     release = nvcc_release(root)
@@ -167,10 +181,12 @@ def missing_for_cuda(root):
     missing = [name for name in CUDA_HEADERS if not any((folder / name).exists() for folder in folders)]
     if missing:
         return f"no {', '.join(missing)} in {root}/include (the toolkit's runtime headers are not installed)"
-    return None
+    nvcc = os.path.join(root, "bin", "nvcc")
+    error = first_error([nvcc, "-std=c++20", "-Xcompiler=-fPIC"], "probe.cu", "__global__ void probe() {}\n")
+    return error and f"no working nvcc in {root}/bin ({error})"
 
 
-def switch(name, *values):
+def variable(name, *values):
     """Value of an environment variable, None if it is unset."""
     value = os.environ.get(name)
     if value not in (None, *values):
@@ -178,30 +194,37 @@ def switch(name, *values):
     return value
 
 
+def known_architectures(root):
+    """Those that this nvcc knows, as TORCH_CUDA_ARCH_LIST takes them; empty where it does not list them."""
+    listed = run(os.path.join(root, "bin", "nvcc"), "--list-gpu-arch") or ""
+    return [".".join(digits) for digits in re.findall(r"compute_(\d+)(\d)\b", listed)]
+
+
 def require_architectures(root):
     """Refuse what torch or this nvcc does not know before anything is compiled."""
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-    named = os.environ["TORCH_CUDA_ARCH_LIST"]
-    known = re.findall(r"compute_(\d+)(\d)\b", run(os.path.join(root, "bin", "nvcc"), "--list-gpu-arch") or "")
+    archs, known = os.environ["TORCH_CUDA_ARCH_LIST"], known_architectures(root)
     try:
-        asked = re.findall(r"code=(?:sm|compute)_(\d+)(\d)", " ".join(_get_cuda_arch_flags()))
-    except ValueError:  # not a name that torch knows
-        asked = [named]
-    if known and not set(asked) <= set(known):
-        choice = ", ".join(".".join(number) for number in known)
+        flags = " ".join(_get_cuda_arch_flags())
+    except (ValueError, IndexError) as error:  # of a name that torch does not know, or of a GPU that is not there
+        unknown = str(error)
+    else:
+        wanted = {".".join(digits) for digits in re.findall(r"code=(?:sm|compute)_(\d+)(\d)", flags)}
+        unknown = ", ".join(sorted(wanted - set(known))) if known else ""
+    if unknown:
         raise SystemExit(
-            f"TORCH_CUDA_ARCH_LIST={named!r} names an architecture that nvcc {nvcc_release(root)} does not know. It "
-            f"has {choice}, separated by semicolons; +PTX after the newest serves later GPUs."
+            f"TORCH_CUDA_ARCH_LIST={archs!r} names what torch or nvcc {nvcc_release(root)} does not know ({unknown}). "
+            f"nvcc has {', '.join(known)}; separate them by semicolons, +PTX after the newest serves later GPUs."
         )
 
 
 def plan(torch, root):
     """What is built, what is left out and why, as the report that the package carries."""
-    choice = switch("FBKD_OPS_CUDA", "0", "1")
+    choice = variable("FBKD_OPS_CUDA", "0", "1")
     left_out = {}
     no_cpu = missing_for_cpu()
-    no_cuda = no_cpu or missing_for_cuda(root)
+    no_cuda = no_cpu or missing_for_cuda(torch, root)
     if choice == "1" and no_cuda:
         raise SystemExit(f"FBKD_OPS_CUDA=1 but the CUDA part cannot be built: {no_cuda}")
     if no_cpu:
@@ -217,8 +240,10 @@ def plan(torch, root):
     built = [part for part in ("cpu", "cuda") if part not in left_out]
     report = {"built": built, "left_out": left_out, "torch": torch.__version__, "stable_abi": STABLE_ABI}
     if built:
-        version = run(*shlex.split(os.environ.get("CXX", "c++")), "--version") or "unknown"
+        version = run(*cxx(), "--version") or "unknown"
         report |= {"compiler": version.splitlines()[0], "flags": " ".join(HOST_FLAGS)}
+        if pybind11_helpers() is None and not variable("FBKD_OPS_WHEEL", "1"):
+            left_out["facts"] = "pybind11 is not installed"
     if "cuda" in built:
         report |= {"nvcc": nvcc_release(root), "archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
     return report
@@ -229,35 +254,56 @@ def sources(*patterns):
     return sorted(found)
 
 
-def extensions(report):
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+def extensions(report, root):
+    from torch.utils import cpp_extension
 
+    cpp_extension.CUDA_HOME = root  # a torch without CUDA looks for none
     options = {"py_limited_api": True, "depends": sources("csrc/*.h", "csrc/*/*.h", "csrc/cuda/*.cuh")}
     result = []
     if "cpu" in report["built"]:
         files = ["csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
-        result.append(CppExtension(f"{PACKAGE}._C", files, extra_compile_args=list(HOST_FLAGS), **options))
+        result.append(
+            cpp_extension.CppExtension(f"{PACKAGE}._C", files, extra_compile_args=list(HOST_FLAGS), **options)
+        )
     if "cuda" in report["built"]:
         name = f"{PACKAGE}._cuda{release_of(report['nvcc'])[0]}"
         flags = {"cxx": list(HOST_FLAGS), "nvcc": list(NVCC_FLAGS)}
-        result.append(CUDAExtension(name, sources("csrc/cuda/*.cu"), extra_compile_args=flags, **options))
+        result.append(cpp_extension.CUDAExtension(name, sources("csrc/cuda/*.cu"), extra_compile_args=flags, **options))
     return result
 
 
-def facts_extension():
-    """The module that tells what the compiler says of itself, None where pybind11 is not installed."""
+def pybind11_helpers():
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11 import setup_helpers
     except ImportError:
         return None
-    return Pybind11Extension(f"{PACKAGE}._build", ["csrc/build_facts.cpp"], cxx_std=17, depends=["csrc/cpu/simd.h"])
+    return setup_helpers
+
+
+def facts_extension(report):
+    """The module with the build's facts, for this Python alone."""
+    texts = {"FBKD_OPS_FLAGS": report["flags"], "FBKD_OPS_ARCHS": report.get("archs", "")}
+    return pybind11_helpers().Pybind11Extension(
+        f"{PACKAGE}._build",
+        ["csrc/build_facts.cpp"],
+        cxx_std=20,
+        define_macros=[(name, f'"{text}"') for name, text in texts.items()],
+        depends=["csrc/cpu/simd.h"],
+    )
 
 
 def build_extension_command(torch, report):
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
-        """Builds for every torch from any one: what another lacks is found when a library is loaded."""
+        """Links the CUDA part without the CUDA libraries of torch, so that one of another CUDA, or of none, will do."""
+
+        def run(self):
+            if self.inplace:
+                remove_libraries(ROOT / "src" / PACKAGE)
+            super().run()
+            if self.inplace:
+                write_report(ROOT / "src" / PACKAGE)
 
         def build_extensions(self):
             for extension in self.extensions:
@@ -268,6 +314,7 @@ def build_extension_command(torch, report):
         def link_torch_cuda(self, extension):
             torch.version.cuda = report["nvcc"]  # torch refuses an nvcc that differs from its own
             extension.libraries = [name for name in extension.libraries if name not in ("c10_cuda", "torch_cuda")]
+            # Without --no-as-needed the linker drops a library that has none of the symbols, as the empty one.
             extension.extra_link_args.append("-Wl,--push-state,--no-as-needed,-ltorch_cuda,--pop-state")
             if not Path(torch.__file__).with_name("lib").joinpath("libtorch_cuda.so").exists():
                 extension.library_dirs.append(self.empty_library("libtorch_cuda.so"))
@@ -276,8 +323,7 @@ def build_extension_command(torch, report):
             """Folder of a library without symbols, which stands in for one of a torch that has CUDA."""
             folder = Path(self.build_temp).resolve() / "empty"
             folder.mkdir(parents=True, exist_ok=True)
-            compiler = shlex.split(os.environ.get("CXX", "c++"))
-            command = [*compiler, "-shared", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", str(folder / name)]
+            command = [*cxx(), "-shared", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", str(folder / name)]
             subprocess.run(command, check=True)
             return str(folder)
 
@@ -300,16 +346,21 @@ def remove_libraries(folder):
             path.unlink()
 
 
+def write_report(folder):
+    """What `python -m fbkd_ops` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
+
+
 class BuildPython(build_py):
-    """Writes the report that `python -m fbkd_ops` reads."""
+    """Says what is built, and replaces what an earlier build left."""
 
     def run(self):
         print(summary(REPORT, toolkit), file=sys.stderr)
         folder = (ROOT / "src" if self.editable_mode else Path(self.build_lib)) / PACKAGE
         remove_libraries(folder)
         super().run()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_build_report.json").write_text(json.dumps(REPORT, indent=2) + "\n")
+        write_report(folder)
 
 
 require_setuptools()
@@ -323,11 +374,11 @@ REPORT = plan(torch, toolkit)
 
 modules, commands, options = [], {"build_py": BuildPython}, {}
 if REPORT["built"]:
-    modules = extensions(REPORT)
+    modules = extensions(REPORT, toolkit)
     commands["build_ext"] = build_extension_command(torch, REPORT)
-    if switch("FBKD_OPS_WHEEL", "1"):
+    if variable("FBKD_OPS_WHEEL", "1"):
         options["bdist_wheel"] = {"py_limited_api": "cp310"}
-    elif facts_extension():
-        modules.append(facts_extension())
+    elif "facts" not in REPORT["left_out"]:
+        modules.append(facts_extension(REPORT))
 
 setup(ext_modules=modules, cmdclass=commands, options=options)

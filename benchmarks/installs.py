@@ -62,6 +62,7 @@ WAYS = (
     Way("pip", "pip install ."),
     Way("pip, from the sdist", "pip install DIST/fbkd_ops-*.tar.gz"),
     Way("uv", "uv pip install ."),
+    Way("uv lock", "uv lock && test -s uv.lock && uv pip install .", variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("pip without build isolation", FBKD_OPS_CUDA="1"),
     Way("editable", "pip install --no-build-isolation -e .", (TORCH, *BUILD), variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("no compiler", CXX="no-such-compiler"),

@@ -3,9 +3,6 @@
 
 #include "cpu/simd.h"
 
-#define FBKD_TEXT(...) #__VA_ARGS__
-#define FBKD_EXPANDED(...) FBKD_TEXT(__VA_ARGS__)
-
 namespace {
 
 const char* compiler() {
@@ -20,12 +17,10 @@ const char* compiler() {
 
 // The clone that the loader takes of each vectorised function on this CPU.
 const char* clone() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-  if (sizeof(FBKD_EXPANDED(FBKD_CLONES)) > 1) {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-    if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-  }
+#ifdef FBKD_HAS_CLONES
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
 #endif
   return "default";
 }
@@ -33,6 +28,8 @@ const char* clone() {
 pybind11::dict facts() {
   pybind11::dict facts;
   facts["compiler"] = compiler();
+  facts["flags"] = FBKD_OPS_FLAGS;
+  facts["archs"] = FBKD_OPS_ARCHS;
   facts["clone"] = clone();
   return facts;
 }
@@ -41,5 +38,5 @@ pybind11::dict facts() {
 
 PYBIND11_MODULE(_build, m) {
   m.doc() = "Facts of a build from source.";
-  m.def("facts", &facts, "The compiler, and the clone of each vectorised function that this CPU runs.");
+  m.def("facts", &facts, "The compiler, its flags, the GPU architectures, and the clone of each vectorised function that this CPU runs.");
 }

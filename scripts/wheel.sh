@@ -8,11 +8,12 @@ readonly root=$PWD
 readonly folder=$root/build/wheel
 readonly bin=$folder/tools/bin
 readonly python=${PYTHON:-python3}
-# Python and PyTorch: the oldest, one without CUDA, the newest, and another Python.
+# Python and PyTorch: the oldest, one in between (without CUDA where the index has it so), the newest, another Python.
 environments=("$python torch==2.10.0" "$python torch==2.13.0" "$python torch")
+[[ -n ${PYTHON_OTHER:-} ]] || echo "wheel: not tried with another Python, which PYTHON_OTHER names"
 [[ -z ${PYTHON_OTHER:-} ]] || environments+=("$PYTHON_OTHER torch")
 # PyTorch brings these, and the CUDA runtime that it is built for.
-readonly of_torch=(--exclude 'libtorch*.so' --exclude libc10.so --exclude 'libcudart.so.*')
+readonly excluded=(--exclude 'libtorch*.so' --exclude libc10.so --exclude 'libcudart.so.*')
 
 say() { echo "wheel: $* ($((SECONDS / 60)) min)"; }
 
@@ -35,7 +36,7 @@ unpacked_sdist() { # the tree that a reader of the sdist has
 check() {
     say "checks"
     "$bin/auditwheel" show "$folder"/built/*.whl
-    PATH="$bin:$PATH" "$bin/auditwheel" repair "${of_torch[@]}" --wheel-dir "$folder/dist" "$folder"/built/*.whl
+    PATH="$bin:$PATH" "$bin/auditwheel" repair "${excluded[@]}" --wheel-dir "$folder/dist" "$folder"/built/*.whl
     "$bin/abi3audit" --strict --assume-minimum-abi3 3.10 "$folder"/dist/*.whl
     "$bin/twine" check --strict "$folder"/dist/*
     "$python" -m scripts.wheel_contents "$folder"/dist/*

@@ -3,6 +3,7 @@
 Run: python -m scripts.wheel_contents FILE...
 """
 
+import os
 import re
 import sys
 import tarfile
@@ -38,6 +39,8 @@ def problems_of_wheel(path):
         problems.append(f"{path.name} is not for every Python")
     if "_C.abi3.so" not in libraries or not all(re.fullmatch(r"_(C|cuda\d+)\.abi3\.so", name) for name in libraries):
         problems.append(f"{path.name} has the libraries {libraries}")
+    if os.environ.get("FBKD_OPS_CUDA") != "0" and not any(name.startswith("_cuda") for name in libraries):
+        problems.append(f"{path.name} has no CUDA part (with FBKD_OPS_CUDA=0 it needs none)")
     return problems
 
 

@@ -1,5 +1,7 @@
 """What an installed package has to do anywhere: load its library, compute the loss and its gradient, and compile it."""
 
+from pathlib import Path
+
 import torch
 
 import fbkd_ops
@@ -18,6 +20,9 @@ def terms_and_gradient(student, teacher, loss):
 def main():
     print(info.report())
     assert _extension.cpu.loaded, _extension.cpu.status
+    major = (torch.version.cuda or "none").partition(".")[0]
+    if list(Path(fbkd_ops.__file__).parent.glob(f"_cuda{major}.*")):
+        assert _extension.cuda.loaded, _extension.cuda.status
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 8, 12, 10, dtype=torch.float64)
     loss = fbkd_ops.FBKDLoss(8, num_levels=1).double()

@@ -64,7 +64,7 @@ def status_of_broken(loader):
         extension = importlib.import_module(f"{loader.name}._extension")
     assert not extension.cpu.loaded and len(warned) == 1
     assert extension.cpu.status in str(warned[0].message)
-    assert "pip install --no-build-isolation" in str(warned[0].message)
+    assert _extension.REBUILD in str(warned[0].message)
     return extension.cpu.status
 
 
@@ -217,10 +217,12 @@ def test_order_of_preference(monkeypatch):
         ),
         ("not usable: built for CUDA 12", True, "Triton's kernels run, because the compiled cuda part is not usable"),
         ("loaded", True, None),
+        ("broken: no symbol", True, None),  # said when it was loaded
     ],
 )
 def test_a_compiled_part_that_does_not_run_is_said_once(monkeypatch, recwarn, status, triton, said):
     on_cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(_extension, "cpu", _extension.Library(True, "loaded"))
     monkeypatch.setattr(_extension, "cuda", _extension.Library(status == "loaded", status))
     monkeypatch.setattr(backends, "_TRITON", triton)
     monkeypatch.setattr(backends, "_warned_of_slow", set())
@@ -229,6 +231,39 @@ def test_a_compiled_part_that_does_not_run_is_said_once(monkeypatch, recwarn, st
     messages = [str(warning.message) for warning in recwarn]
     assert len(messages) == (said is not None)
     assert all(said in message and _extension.REBUILD in message for message in messages)
+
+
+def test_a_gpu_says_that_nothing_was_built(monkeypatch, recwarn):
+    unbuilt = _extension.Library(False, "not built: setup.py has not run on this copy of the package")
+    for part in ("cpu", "cuda"):
+        monkeypatch.setattr(_extension, part, unbuilt)
+    monkeypatch.setattr(backends, "_TRITON", True)
+    monkeypatch.setattr(backends, "_warned_of_slow", set())
+    assert backends.resolve("attention_pool", types.SimpleNamespace(device=torch.device("cuda"))) == "triton"
+    assert "Triton's kernels run, because the compiled cuda part is not built: setup.py" in str(recwarn[0].message)
+
+
+@pytest.mark.parametrize(
+    "release, status",
+    [
+        ("12.8", "loaded: _cuda12.abi3.so, because torch is built for CUDA 12.8"),
+        ("13.1", "loaded: _cuda13.abi3.so, because torch is built for CUDA 13.1"),
+        ("14.0", "not usable: built for CUDA 12 and 13, torch {torch} for 14.0; the nvcc of CUDA 14.0 in"),
+        (None, "not usable: torch {torch} is built without CUDA"),
+    ],
+)
+def test_the_cuda_library_of_torchs_own_release_is_loaded(monkeypatch, tmp_path, release, status):
+    for name in ("_cuda12.abi3.so", "_cuda13.abi3.so", "_cuda.cpython-311-x86_64-linux-gnu.so"):
+        (tmp_path / name).touch()
+    loaded = []
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_extension, "cpu", _extension.Library(True, "loaded"))
+    monkeypatch.setattr(torch.version, "cuda", release)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    found = _extension._load_cuda({})
+    assert found.status.startswith(status.format(torch=torch.__version__))
+    assert found.loaded == bool(loaded) == status.startswith("loaded")
+    assert all(path.endswith(found.status.split()[1].rstrip(",")) for path in loaded)
 
 
 def test_backward_uses_the_backend_of_its_forward():
@@ -283,7 +318,7 @@ def test_broken_library_is_reported(package_copy, damage):
     damage_library(package_copy / "fbkd_ops", damage)
     done = run_in(package_copy, USE)
     assert done.stderr.count("RuntimeWarning") == 1
-    assert "pip install --no-build-isolation" in done.stderr
+    assert _extension.REBUILD in done.stderr
     assert re.search(r"^cpu library +broken:", done.stdout, re.MULTILINE)
     assert "sum 2.0" in done.stdout
     assert "the compiled cpu part is broken:" in done.stderr.splitlines()[-1]

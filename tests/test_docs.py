@@ -186,7 +186,7 @@ READS_A_VARIABLE = (
     r"environ\.(?:get|setdefault)\(\s*\"([A-Z]\w+)\"",
     r"environ\[\"([A-Z]\w+)\"\]",
     r"getenv\(\s*\"([A-Z]\w+)\"",
-    r"\bswitch\(\"([A-Z]\w+)\"",
+    r"\bvariable\(\"([A-Z]\w+)\"",
     r"_VARIABLE.*?\"([A-Z]\w+)\"",
     r"\$\{([A-Z]\w+):-",
     r"^([A-Z]\w+) \?=",

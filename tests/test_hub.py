@@ -20,6 +20,7 @@ import fbkd_ops
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "build.toml").exists(), reason="needs the source tree")
+HOST_FLAGS = re.compile(r"^HOST_FLAGS = \((.*)\)$", re.MULTILINE)
 HAS_KERNELS = importlib.util.find_spec("kernels") is not None
 NAME = "_fbkd_ops_cpu_test"  # as kernel-builder names a build: the package, the backend, and what is unique to it
 REGISTRATION = """#include <Python.h>
@@ -63,6 +64,7 @@ def test_builds_are_compiled_as_setup_py_does(config):
     for kernel in config["kernel"].values():
         for flags in (kernel["cxx-flags"], kernel.get("cuda-flags", [*own])):
             assert own <= {*flags} and all(f'"{flag}"' in setup for flag in flags if flag not in own)
+        assert {*HOST_FLAGS.findall(setup)[0].replace('"', "").split(", ")} - {"-std=c++20"} <= {*kernel["cxx-flags"]}
     assert config["kernel"]["cpu"]["cxx-flags"] == config["kernel"]["cuda"]["cxx-flags"]
 
 

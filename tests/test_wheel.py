@@ -38,7 +38,8 @@ def test_a_good_wheel_has_no_problem(tmp_path):
         ((*GOOD, "tests/test_loss.py"), "cp310-abi3-linux_x86_64", "has tests/test_loss.py"),
         (GOOD, "cp311-cp311-linux_x86_64", "is not for every Python"),
         ((*GOOD, "fbkd_ops/_build.cpython-311.so"), "cp310-abi3-linux_x86_64", "_build.cpython-311.so"),
-        (GOOD[:1], "cp310-abi3-linux_x86_64", "has the libraries []"),
+        ((GOOD[0], GOOD[2]), "cp310-abi3-linux_x86_64", "has the libraries ['_cuda13.abi3.so']"),
+        (GOOD[:2], "cp310-abi3-linux_x86_64", "has no CUDA part"),
     ],
 )
 def test_what_is_wrong_with_a_wheel_is_named(tmp_path, names, tag, problem):

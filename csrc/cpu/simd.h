@@ -10,6 +10,7 @@
 #if defined(FBKD_CLONES)
 #elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FBKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FBKD_HAS_CLONES
 #else
 #define FBKD_CLONES
 #endif

@@ -18,7 +18,7 @@ from . import _hub
 
 __all__ = ["Library", "REBUILD", "build_facts", "build_report", "cpu", "cuda"]
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in the source tree of fbkd_ops)"
+REBUILD = "pip install --force-reinstall --no-deps . (in the source tree of fbkd_ops)"
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -28,10 +28,6 @@ class Library(NamedTuple):
     loaded: bool
     status: str
 
-    def fits(self) -> bool:
-        """Return whether this torch could use it, had it been built."""
-        return not self.status.startswith("not usable")
-
 
 def build_report() -> dict:
     """Return what setup.py built and left out, and why; empty if it never ran."""
@@ -40,11 +36,12 @@ def build_report() -> dict:
 
 
 def build_facts() -> dict:
-    """Return what the compiled module ``_build`` tells: compiler and clone; empty where it was not built."""
+    """Return compiler, flags, architectures and clone of the module ``_build``, else those that the report has."""
     try:
         return importlib.import_module(f"{__package__}._build").facts()
     except ImportError:
-        return {}
+        report = build_report()
+        return {name: report[name] for name in ("compiler", "flags", "archs") if name in report}
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -99,18 +96,19 @@ def _load_cpu(report: dict) -> Library:
 
 
 def _load_cuda(report: dict) -> Library:
-    files = {path.name.partition(".")[0]: path for path in _files("_cuda*")}
+    files = {path.name.partition(".")[0]: path for path in _files("_cuda[0-9]*")}
     if not files:
         return _absent("cuda", report)
     if not cpu.loaded:
-        return Library(False, f"broken: it needs the cpu part, which is {cpu.status}")
+        return Library(False, f"not usable: it needs the cpu part, which is {cpu.status}")
     if torch.version.cuda is None:
         return Library(False, f"not usable: torch {torch.__version__} is built without CUDA")
     name = f"_cuda{torch.version.cuda.partition('.')[0]}"
     if name not in files:
         built = " and ".join(each.removeprefix("_cuda") for each in files)
+        needed = f"the nvcc of CUDA {torch.version.cuda} in CUDA_HOME builds the one that it needs"
         return Library(
-            False, f"not usable: built for CUDA {built}, but torch {torch.__version__} for CUDA {torch.version.cuda}"
+            False, f"not usable: built for CUDA {built}, torch {torch.__version__} for {torch.version.cuda}; {needed}"
         )
     try:
         torch.ops.load_library(str(files[name]))

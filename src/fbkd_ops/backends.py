@@ -137,13 +137,14 @@ _warned_of_slow: set[str] = set()
 def _warn_of_slow(device: str, backend: str) -> None:
     """Say once a process that calls on a device type run without the compiled part, and how to get it.
 
-    On a GPU Triton's kernels stand in for a CUDA part that was never built, without a word.
+    Not where a build left out the CUDA part alone: Triton's kernels stand in for it.
     """
     if torch.compiler.is_compiling() or device in _warned_of_slow or device not in _AUTOMATIC or backend == device:
         return
     library = _extension.cpu if device == "cpu" else _extension.cuda
-    is_said = library.status.startswith("broken")  # when it was loaded
-    if library.loaded or is_said or (backend == "triton" and library.fits()):
+    if library.loaded or library.status.startswith("broken"):  # which is said when it is loaded
+        return
+    if backend == "triton" and _extension.cpu.loaded and library.status.startswith("not built"):
         return
     _warned_of_slow.add(device)
     instead = "Triton's kernels run" if backend == "triton" else "plain PyTorch runs, which is slower"

@@ -48,12 +48,12 @@ def _build() -> Iterator[tuple[str, str]]:
     for part, why in report["left_out"].items():
         yield f"no {part}", why
     yield "against", f"torch {report['torch']}, for torch {report['stable_abi']} and later (its stable ABI)"
-    if "nvcc" in report:
-        yield "nvcc", f"{report['nvcc']}, architectures {report['archs']}"
     facts = _extension.build_facts()
-    if "compiler" in report:
-        yield "compiler", f"{facts.get('compiler', report['compiler'])}, {report['flags']}"
+    if "nvcc" in report:
+        yield "nvcc", f"{report['nvcc']}, architectures {facts['archs']}"
     if facts:
+        yield "compiler", f"{facts['compiler']}, {facts['flags']}"
+    if "clone" in facts:
         yield "vectors", f"clones for {facts['clone']} run on this CPU"
 
 
