@@ -64,6 +64,7 @@ WAYS = (
     Way("uv", "uv pip install ."),
     Way("uv lock", "uv lock && test -s uv.lock && uv pip install .", variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("pip without build isolation", FBKD_OPS_CUDA="1"),
+    without_isolation("built with a PyTorch without CUDA", "torch==2.13.0", *BUILD, FBKD_OPS_CUDA="1"),
     Way("editable", "pip install --no-build-isolation -e .", (TORCH, *BUILD), variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("no compiler", CXX="no-such-compiler"),
     without_isolation("a compiler that fails", CXX="false"),
