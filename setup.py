@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -100,7 +99,7 @@ def import_torch():
 
 def environment_torch():
     """Versions of torch in the environment that pip installs into, where an isolated build has a torch of its own."""
-    folders = [*(sysconfig.get_path(name) for name in ("purelib", "platlib")), site.getusersitepackages()]
+    folders = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
     return [found.version for found in importlib.metadata.distributions(name="torch", path=folders)]
 
 
