@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -22,7 +23,9 @@ COMMANDS = {
     "make venv": "environment, PyTorch, build (the first of the commands does this)",
     "make test": "every test that needs no GPU",
     "make demo": "teacher, distilled and plain students, report",
+    "make test-all": "the tests that take longer, too",
 }
+SUMMARY = re.compile(r"^\d+ (?:passed|failed).* in .*s.*$", re.MULTILINE)  # a line of pytest's
 
 
 def measure(commands: list[str], earlier: list[dict]) -> dict:
@@ -32,10 +35,10 @@ def measure(commands: list[str], earlier: list[dict]) -> dict:
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         for command in commands:
             start = time.perf_counter()
-            subprocess.run(command, shell=True, cwd=clone, check=True)
+            done = subprocess.run(command, shell=True, cwd=clone, check=True, stdout=subprocess.PIPE, text=True)
             minutes = (time.perf_counter() - start) / 60
             row = {"command": command, "minutes": round(minutes, 1), "note": COMMANDS[command]}
-            rows[command] = row | {"revision": revision()}
+            rows[command] = row | {"revision": revision(), "pytest": SUMMARY.findall(done.stdout)}
         size = subprocess.run(["du", "-s", "--block-size=1M", clone / ".venv"], capture_output=True, check=True).stdout
     machine = f"{os.cpu_count()} CPU cores without a GPU (Python {platform.python_version()})"
     where = f"Measured once, in a fresh clone, on {machine}."

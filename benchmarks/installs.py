@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from benchmarks.environment import revision
+from benchmarks.results import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "installs"
 DIST = ROOT / "build" / "wheel" / "dist"
@@ -57,14 +60,14 @@ WHEEL = "pip install --no-index --find-links DIST fbkd_ops"
 WAYS = (
     Way("wheel", WHEEL),
     Way("wheel, PyTorch 2.10.0", WHEEL, ("torch==2.10.0",)),
-    Way("wheel, PyTorch without CUDA", WHEEL, ("torch==2.13.0",)),
+    Way("wheel, PyTorch without CUDA", WHEEL, ("torch==2.13.0+cpu",)),
     Way("wheel, Python 3.12", WHEEL, python="3.12"),
     Way("pip", "pip install ."),
     Way("pip, from the sdist", "pip install DIST/fbkd_ops-*.tar.gz"),
     Way("uv", "uv pip install ."),
     Way("uv lock", "uv lock && test -s uv.lock && uv pip install .", variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("pip without build isolation", FBKD_OPS_CUDA="1"),
-    without_isolation("built with a PyTorch without CUDA", "torch==2.13.0", *BUILD, FBKD_OPS_CUDA="1"),
+    without_isolation("built with a PyTorch without CUDA", "torch==2.13.0+cpu", *BUILD, FBKD_OPS_CUDA="1"),
     Way("editable", "pip install --no-build-isolation -e .", (TORCH, *BUILD), variables={"FBKD_OPS_CUDA": "0"}),
     without_isolation("no compiler", CXX="no-such-compiler"),
     without_isolation("a compiler that fails", CXX="false"),
@@ -147,6 +150,8 @@ def main():
         order = [each.name for each in WAYS]
         rows.sort(key=lambda each: order.index(each["way"]))
         pd.DataFrame(rows).to_csv(CSV, index=False)
+        where = f"{os.cpu_count()} CPU cores without a GPU, with g++ and nvcc, beside other work"
+        write_json(CSV.with_suffix(".json"), {"where": where, "revision": revision()})
     shutil.rmtree(FOLDER)
 
 

@@ -76,6 +76,14 @@ def commands() -> str:
     return f"{result['where']}\n\n" + table(["command", "minutes", "revision", "what is in it"], rows) + f"\n\n{disk}"
 
 
+def test_all() -> str:
+    """What the last `make test-all` said, and how long it took."""
+    (row,) = (row for row in facts_of("cpu-commands.json")["rows"] if row["command"] == "make test-all")
+    lines = "".join(f"\n    {line}" for line in row["pytest"])
+    where = f"At {row['revision']} it took {row['minutes']} minutes"
+    return f"{where}, the ops' tests for each vector width included:\n{lines}"
+
+
 def facts_of(file: str) -> dict:
     return json.loads((RESULTS / file).read_text())
 
@@ -416,7 +424,8 @@ def installs() -> str:
     rows = pd.read_csv(path).astype(str)
     columns = [rows["way"], "`" + rows["command"] + "`", rows["python"], rows["before"], rows["seconds"], rows["said"]]
     header = ["way", "command", "Python", "installed before", "seconds", "what it, or the first call, said"]
-    return table(header, zip(*columns, strict=True))
+    facts = facts_of("installs.json")
+    return f"On {facts['where']}, at {facts['revision']}.\n\n" + table(header, zip(*columns, strict=True))
 
 
 def extra(name: str) -> list[str]:
