@@ -38,5 +38,7 @@ pybind11::dict facts() {
 
 PYBIND11_MODULE(_build, m) {
   m.doc() = "Facts of a build from source.";
-  m.def("facts", &facts, "The compiler, its flags, the GPU architectures, and the clone of each vectorised function that this CPU runs.");
+  m.def(
+      "facts", &facts,
+      "The compiler, its flags, the GPU architectures, and the clone of each vectorised function that this CPU runs.");
 }

@@ -1,5 +1,5 @@
-// The module behind `import fbkd_ops._C`: loading its library is what registers the CPU kernels. It uses Python's limited
-// API alone, so that one library serves every Python from 3.10 on.
+// The module behind `import fbkd_ops._C`: loading its library is what registers the CPU kernels. It uses Python's
+// limited API alone, so that one library serves every Python from 3.10 on.
 #include <Python.h>
 
 namespace {
