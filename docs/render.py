@@ -71,13 +71,13 @@ def normalization() -> str:
 def commands() -> str:
     result = facts_of("cpu-commands.json")
     columns = ("minutes", "revision", "note")
-    rows = [row for row in result["rows"] if row["command"] != "make test-all"]  # which test_all() has
+    rows = [row for row in result["rows"] if row["command"] != "make test-all"]  # which last_run() has
     rows = [[f"`{row['command']}`", *(str(row[column]) for column in columns)] for row in rows]
     disk = f"The environment in `.venv` takes {result['venv_gb']:.1f} GB of disk, PyTorch's CUDA libraries most of it."
     return f"{result['where']}\n\n" + table(["command", "minutes", "revision", "what is in it"], rows) + f"\n\n{disk}"
 
 
-def test_all() -> str:
+def last_run() -> str:
     """What the last `make test-all` said, and how long it took."""
     (row,) = (row for row in facts_of("cpu-commands.json")["rows"] if row["command"] == "make test-all")
     lines = "".join(f"\n    {line}" for line in row["pytest"])
