@@ -29,13 +29,9 @@ PARAMETERS = {"parameters": {"dtype": "float32", "values": "normal", "strided": 
 ADAPTED = MASKED | PARAMETERS | {"op": "adapted_masked_l2_loss"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(scope="module", autouse=True)
+def in_one_thread(one_thread):
     """The literal formula of small maps is fastest so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def in_one_thread(one_thread):
     """Sums of several threads may be added up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
