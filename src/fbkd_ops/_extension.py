@@ -106,9 +106,9 @@ def _load_cuda(report: dict) -> Library:
     name = f"_cuda{torch.version.cuda.partition('.')[0]}"
     if name not in files:
         built = " and ".join(each.removeprefix("_cuda") for each in files)
-        needed = f"the nvcc of CUDA {torch.version.cuda} in CUDA_HOME builds the one that it needs"
+        remedy = f"build again with the nvcc of CUDA {torch.version.cuda} (CUDA_HOME)"
         return Library(
-            False, f"not usable: built for CUDA {built}, torch {torch.__version__} for {torch.version.cuda}; {needed}"
+            False, f"not usable: built for CUDA {built}, torch {torch.__version__} for {torch.version.cuda}; {remedy}"
         )
     try:
         torch.ops.load_library(str(files[name]))
