@@ -2,8 +2,8 @@
 
 What a build needs is looked for before anything is compiled. A torch or setuptools that is too old ends the build with
 one sentence; without a working compiler, nvcc or the headers of Python or CUDA their part is left out, and the report
-says why. Every library keeps to the stable ABI of torch and to Python's limited API, so that any torch can build it, one
-without CUDA too. The CUDA part that fits the running torch is chosen when the package is imported.
+says why. Every library keeps to the stable ABI of torch and to Python's limited API, so that any torch can build it,
+one without CUDA too. The CUDA part that fits the running torch is chosen when the package is imported.
 
 Environment:
     FBKD_OPS_CUDA         0 leaves the CUDA part out, 1 makes a missing one an error; unset: built where possible
