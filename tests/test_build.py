@@ -337,6 +337,21 @@ def test_cpu_only_wheel_ships_no_stale_library(source, tmp_path):
 
 
 @NO_COMPILER
+def test_a_build_in_place_replaces_what_an_earlier_one_left(source, tmp_path):
+    """Python would prefer a library with its own name in it to that of the limited API."""
+    empty_kernels(source)
+    package = source / "src" / "fbkd_ops"
+    (package / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"of an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    path = stub_torch(tmp_path, headers=torch_headers())
+    variables = environment(PYTHONPATH=path, FBKD_OPS_CUDA="0")
+    done = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in package.glob("_C*.so")] == ["_C.abi3.so"]
+    assert json.loads((package / "_build_report.json").read_text())["built"] == ["cpu"]
+
+
+@NO_COMPILER
 def test_a_wheel_for_every_python_has_no_module_of_one(source, tmp_path):
     path, names, report = wheel(source, FBKD_OPS_WHEEL="1", **without_kernels(source, tmp_path))
     assert "-cp310-abi3-" in path.name
