@@ -32,7 +32,7 @@ __all__ = [
     "check_same_device",
     "check_spatial_map",
     "check_stride",
-    "check_temperature",
+    "check_positive",
     "check_tensor",
     "check_text",
     "check_weights",
@@ -140,7 +140,7 @@ def check_number(value: Any, expected: str, accepts: Callable[[float], bool], na
 def _is_finite(value: numbers.Real) -> bool:
     """Return whether the number is finite as a float."""
     try:
-        return math.isfinite(value)
+        return abs(float(value)) < math.inf
     except OverflowError:
         return False
 
@@ -169,8 +169,8 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_")
 
 
-def check_temperature(value: Any, name: str) -> float:
-    """Return a softmax's temperature as a float."""
+def check_positive(value: Any, name: str) -> float:
+    """Return a number > 0, such as a softmax's temperature, as a float."""
     return check_number(value, "a number > 0", lambda number: number > 0, name)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "adapted_masked_l2_squares",
     "attention_masks",
     "attention_pools",
+    "channel_correlation_losses",
     "is_literal",
     "literal_terms",
     "masked_l2_squares",
@@ -112,6 +113,15 @@ def spatial_l2_squares(levels: SpatialLevels) -> Tensor:
         with without_autocast(levels.students[0]):
             return torch.stack([reference.spatial_l2_square(*level) for level in zip(*levels, strict=True)])
     return ops.spatial_l2.spatial_l2_squares(backend, levels)
+
+
+def channel_correlation_losses(students: list[Tensor], teachers: list[Tensor], eps: float) -> Tensor:
+    """Half the mean square of the difference of the standardised maps, of every level, ``(levels,)``."""
+    backend = backends.resolve("channel_correlation_loss", students[0])
+    if backend == "reference":
+        pairs = zip(students, teachers, strict=True)
+        return torch.stack([reference.channel_correlation_loss(*pair, eps=eps) for pair in pairs])
+    return ops.channel_correlation.channel_correlation_losses(backend, students, teachers, eps)
 
 
 def non_local(x: Tensor, block: Block) -> Tensor:

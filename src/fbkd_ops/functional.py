@@ -30,7 +30,7 @@ from ._validation import (
     check_same_device,
     check_spatial_map,
     check_stride,
-    check_temperature,
+    check_positive,
     check_tensor,
     check_weights,
     warn_of_clamping,
@@ -50,6 +50,7 @@ __all__ = [
     "attention_masks",
     "attention_pool",
     "attention_pools",
+    "channel_correlation_loss",
     "masked_l2_loss",
     "non_local",
     "relation_loss",
@@ -139,7 +140,7 @@ def attention_mask(
     Source: the released code for ``average``, Zhang & Ma 2021 for ``joint``.
     """
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
-    temperature = check_temperature(temperature, "temperature")
+    temperature = check_positive(temperature, "temperature")
     check_attention_map(teacher, "teacher")
     if student is not None:
         check_attention_map(student, "student")
@@ -189,8 +190,8 @@ def attention_masks(
     """
     check_attention_pools(student, teacher)
     check_choice(mask_rule, CHOICES["mask_rule"], "mask_rule")
-    spatial_temperature = check_temperature(spatial_temperature, "spatial_temperature")
-    channel_temperature = check_temperature(channel_temperature, "channel_temperature")
+    spatial_temperature = check_positive(spatial_temperature, "spatial_temperature")
+    channel_temperature = check_positive(channel_temperature, "channel_temperature")
     spatial_mask, channel_mask = dispatch.attention_masks(
         [
             MaskRequest(student.spatial_attention, teacher.spatial_attention, spatial_temperature, mask_rule),
@@ -279,6 +280,41 @@ def adapted_masked_l2_loss(
     _check_masks(spatial_mask, channel_mask, teacher)
     levels = AdaptedLevels([student], [weight], [bias], [teacher], [spatial_mask], [channel_mask])
     return root(dispatch.adapted_masked_l2_squares(levels)[0])
+
+
+def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Half the mean square of the difference of both maps, each standardised per channel over the batch.
+
+    Up to eps it is the mean of ``1 - r`` over the channels, with Pearson's correlation r of the channel of both maps.
+    One read of both maps, and another in backward.
+
+    Args:
+        student: ``(N, C, H, W)``, already in the teacher's width.
+        teacher: ``(N, C, H, W)``. No gradient.
+        eps: what is added to each standard deviation, > 0.
+
+    Returns:
+        A scalar from 0 (the maps agree up to a scale and a shift of each channel) to about 2. A channel without
+        variance is 0 after standardising, so it adds at most 1/2 of a channel's share.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes or devices that do not agree, an eps that is not a finite number > 0.
+
+    Example:
+        >>> teacher = torch.randn(2, 64, 20, 20)
+        >>> round(channel_correlation_loss(3 * teacher + 1, teacher).item(), 4)
+        0.0
+        >>> round(channel_correlation_loss(-teacher, teacher).item(), 2)
+        2.0
+
+    Source: Cao et al. 2022 (PKD), equations 3 and 4; MMRazor's ``PKDLoss`` for eps and the deviation's ``n - 1``.
+    """
+    check_feature(student, "student")
+    check_feature(teacher, "teacher")
+    check_pair(student, teacher, "student", "teacher", same_width=True)
+    eps = check_positive(eps, "eps")
+    return dispatch.channel_correlation_losses([student], [teacher], eps)[0]
 
 
 def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ._validation import (
     check_flag,
     check_number,
     check_stride,
-    check_temperature,
+    check_positive,
     did_you_mean,
     is_int,
     values_per_level,
@@ -105,7 +105,7 @@ class LevelSettings:
 
     def __post_init__(self):
         for name in ("spatial_temperature", "channel_temperature"):
-            self._set(name, check_temperature(getattr(self, name), name))
+            self._set(name, check_positive(getattr(self, name), name))
         for name in (f"{term}_weight" for term in TERMS):
             self._set(name, check_number(getattr(self, name), "a finite number >= 0", lambda value: value >= 0, name))
         for name in ("use_channel_mask", "conv_out_bias", "use_scale"):

@@ -25,6 +25,7 @@ __all__ = [
     "attention_mask",
     "attention_masks",
     "attention_pool",
+    "channel_correlation_loss",
     "level_terms",
     "masked_l2_loss",
     "masked_l2_square",
@@ -139,6 +140,26 @@ def adapted_masked_l2_square(
     dtype = accumulation_dtype(student, teacher)
     adapted = _conv1x1(student.to(dtype), weight.to(dtype), bias.to(dtype))
     return masked_l2_square(adapted, teacher, spatial_mask, channel_mask)
+
+
+def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Half the mean square of the difference of both maps, each standardised per channel over the batch.
+
+    Source: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+    Coefficient", NeurIPS 2022, equations 3 and 4; eps and the deviation's ``n - 1`` as in MMRazor's ``PKDLoss``. A
+    channel of one value has the deviation 0.
+    """
+    dtype = accumulation_dtype(student, teacher)
+    difference = _standardised(student.to(dtype), eps) - _standardised(teacher.detach().to(dtype), eps)
+    return difference.square().sum() / (2 * max(difference.numel(), 1))
+
+
+def _standardised(x: Tensor, eps: float) -> Tensor:
+    """Return ``x (N, C, H, W)`` with mean 0 and deviation 1 in each channel."""
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    centred = x - x.sum(dim=(0, 2, 3), keepdim=True) / max(values, 1)
+    variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(values - 1, 1)
+    return centred / (root(variance) + eps)
 
 
 def spatial_l2_loss(

@@ -11,17 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import MatrixView, matrix_layout, matrix_view
+from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype
 from .pyramid import (
+    ALIGNED,
+    TRANSPOSED,
     Level,
     add_partial_sums,
-    aligned_to_16_bytes,
     find_level,
     find_tile,
     in_place_of_none,
     launch_by_constants,
     load_mask,
+    path_of_pair,
     pick,
     pick_sizes,
     store_rounded,
@@ -35,8 +37,6 @@ __all__ = ["masked_l2_backward", "masked_l2_forward"]
 # 32 elements of each map a thread of 4 warps, all loaded before the first is used. 64 elements of a row, or of a
 # column of a transposed teacher, are whole 128-byte lines in 16 bits. In float64 registers suffice for half of that.
 _BLOCKS = {torch.float32: 64, torch.float64: 32}
-# A level's code path has two bits: both maps are read 16 bytes at a time, the teacher's tiles are transposed.
-ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
 
 
 class Sizes(NamedTuple):
@@ -151,15 +151,6 @@ def store_gradient(gradient, grad, tile, size, IS_ALIGNED: tl.constexpr):
     store_rounded(at, scale * tile.weight * tile.difference, tile.inside)
 
 
-def _path(student: Tensor, view: MatrixView, teacher: Tensor, teacher_view: MatrixView) -> int:
-    transposed = teacher_view.rows_are_channels != view.rows_are_channels
-    extents = (view.cols, view.rows) if transposed else (view.cols,)
-    aligned = aligned_to_16_bytes(student, view.image_stride, view.row_stride, *extents) and aligned_to_16_bytes(
-        teacher, teacher_view.image_stride, teacher_view.row_stride, *extents
-    )
-    return TRANSPOSED.value * transposed + ALIGNED.value * aligned
-
-
 def _level(
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     outputs: tuple[Tensor, ...],
@@ -175,7 +166,7 @@ def _level(
     given = row_mask is not None, col_mask is not None
     sizes = Sizes(view.rows, view.cols, *strides, *tiles, *given, slot, first)
     read = in_place_of_none((row_mask, col_mask), student, dtype)
-    path = _path(student, view, teacher, teacher_view)
+    path = path_of_pair(student, view, teacher, teacher_view)
     return Level(view.images * tiles[0] * tiles[1], (student, teacher, *read, *outputs), sizes, path)
 
 

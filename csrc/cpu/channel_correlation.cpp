@@ -1,0 +1,370 @@
+// Channel correlation on the CPU: five sums a channel in one read of both maps; the gradient another, and one write.
+#include "../stable_abi.h"
+
+#include "../tensors.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "memory.h"
+#include "pieces.h"
+#include "simd.h"
+#include "tiles.h"
+#include "vector.h"
+
+namespace fbkd {
+namespace {
+
+// Elements of a tile: whole rows, as many as are worth a thread's turn.
+constexpr int64_t kTile = int64_t(1) << 16;
+// Where channels are columns every tile leaves five sums a channel: over 64 rows and more they are little beside it,
+// and up to 256 keep the chains of additions short.
+constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
+constexpr int64_t kFinishChannels = 64;
+
+// Of a channel of both maps, each shifted by its first element; in float64, where products of floats are exact.
+enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts, kSums };
+
+// What the gradient needs of a channel, one row each of a level's coefficients (4, C), for a grad of 1:
+// dS = difference * ((t - teacher_mean) - (s - student_mean)) + student * (s - student_mean).
+enum Coefficient { kStudentMean, kTeacherMean, kDifference, kStudent, kCoefficients };
+
+struct CorrelationLevel {
+  ScalarType student_type, teacher_type;
+  MatrixView student;  // rows and columns of the level
+  MatrixView teacher;  // the same rows and columns: its col_stride is not 1 where the layouts differ
+  const void* s;
+  const void* t;
+  double* coefficients;  // (4, C); read only in backward
+  int64_t index;         // of the level in the op's result and in grad
+  void* ds;              // backward only: gradient_view(student)
+
+  ScalarType accumulation() const { return accumulation_type(student_type, teacher_type); }
+};
+
+// One channel's sums: sums[k] belongs to Sum k.
+template <typename A>
+FBKD_CLONES void add_row_sums(const A* __restrict__ s, const A* __restrict__ t, double s_shift, double t_shift,
+                              int64_t count, double* __restrict__ sums) {
+  double s_sum = 0, t_sum = 0, s_squares = 0, t_squares = 0, products = 0;
+#pragma omp simd reduction(+ : s_sum, t_sum, s_squares, t_squares, products)
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = s[i] - s_shift, v = t[i] - t_shift;
+    s_sum += u, t_sum += v;
+    s_squares += u * u, t_squares += v * v, products += u * v;
+  }
+  sums[kStudentSum] += s_sum, sums[kTeacherSum] += t_sum;
+  sums[kStudentSquares] += s_squares, sums[kTeacherSquares] += t_squares, sums[kProducts] += products;
+}
+
+// One pixel of `count` channels: sums[k * pitch + i] belongs to Sum k of channel i.
+template <typename A>
+FBKD_CLONES void add_col_sums(const A* __restrict__ s, const A* __restrict__ t, const double* __restrict__ s_shift,
+                              const double* __restrict__ t_shift, int64_t count, double* __restrict__ sums,
+                              int64_t pitch) {
+  double* s_sum = sums + kStudentSum * pitch;
+  double* t_sum = sums + kTeacherSum * pitch;
+  double* s_squares = sums + kStudentSquares * pitch;
+  double* t_squares = sums + kTeacherSquares * pitch;
+  double* products = sums + kProducts * pitch;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = s[i] - s_shift[i], v = t[i] - t_shift[i];
+    s_sum[i] += u, t_sum[i] += v;
+    s_squares[i] += u * u, t_squares[i] += v * v, products[i] += u * v;
+  }
+}
+
+// out = difference * ((t - t_mean) - (s - s_mean)) + student * (s - s_mean). No difference of equal maps is rounded.
+template <typename A>
+FBKD_CLONES void row_gradient(const A* __restrict__ s, const A* __restrict__ t, double s_mean, double t_mean,
+                              double difference, double student, int64_t count, A* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = s[i] - s_mean, v = t[i] - t_mean;
+    out[i] = static_cast<A>(difference * (v - u) + student * u);
+  }
+}
+
+template <typename A>
+FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, const double* __restrict__ s_mean,
+                              const double* __restrict__ t_mean, const double* __restrict__ difference,
+                              const double* __restrict__ student, double scale, int64_t count, A* __restrict__ out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = s[i] - s_mean[i], v = t[i] - t_mean[i];
+    out[i] = static_cast<A>(scale * (difference[i] * (v - u) + student[i] * u));
+  }
+}
+
+Tiling tiling_for(const MatrixView& view) {
+  const int64_t rows = ceil_div(kTile, view.cols);
+  const int64_t pixel_rows = min64(kMaxPixelRows, max64(kMinPixelRows, rows));
+  return tiling_of(view, view.rows_are_channels ? rows : pixel_rows, view.cols);
+}
+
+// What both passes share: a level's tiles of whole rows, cut into pieces.
+template <typename A, class Base>
+struct CorrelationTiles : Base {
+  explicit CorrelationTiles(const CorrelationLevel& level) : level(level), tiling(tiling_for(level.student)) {}
+
+  int64_t count() const override { return tiles_of(level.student, tiling); }
+  int64_t elements() const override { return level.student.numel(); }
+
+  // visit(image, row, col, s, t, cols) for every piece of a tile's rows.
+  template <typename Visit>
+  void pieces(int64_t tile, Visit&& visit) const {
+    A s_buffer[kPiece], t_buffer[kPiece];
+    const MatrixView &s_view = level.student, &t_view = level.teacher;
+    const int64_t image = tile / tiling.row_tiles, first_row = tile % tiling.row_tiles * tiling.row_tile;
+    const int64_t last_row = min64(first_row + tiling.row_tile, s_view.rows);
+    for (int64_t row = first_row; row < last_row; ++row) {
+      for (int64_t col = 0; col < s_view.cols; col += kPiece) {
+        const int64_t cols = min64(kPiece, s_view.cols - col);
+        const int64_t s_first = image * s_view.image_stride + row * s_view.row_stride + col;
+        const int64_t t_first = image * t_view.image_stride + row * t_view.row_stride + col * t_view.col_stride;
+        const A* s = load_piece(level.student_type, level.s, s_first, 1, cols, s_buffer);
+        const A* t = load_piece(level.teacher_type, level.t, t_first, t_view.col_stride, cols, t_buffer);
+        visit(image, row, col, s, t, cols);
+      }
+    }
+  }
+
+  CorrelationLevel level;
+  Tiling tiling;
+};
+
+double element_at(ScalarType type, const void* data, int64_t index) {
+  double value;
+  return *load_piece(type, data, index, 1, 1, &value);
+}
+
+// Second stage: the coefficients of blocks of channels, and what each channel adds to the loss.
+struct Coefficients : Tiles {
+  Coefficients(const CorrelationLevel& level, const std::vector<double>& shifts, const std::vector<double>& partials,
+               double eps, std::vector<double>& losses)
+      : level(level),
+        channels(level.student.channels()),
+        values(static_cast<double>(level.student.images * level.student.pixels())),
+        shifts(shifts),
+        partials(partials),
+        eps(eps),
+        losses(losses) {}
+
+  int64_t count() const override { return ceil_div(channels, kFinishChannels); }
+  int64_t elements() const override { return static_cast<int64_t>(partials.size()); }
+  void run(int64_t tile) override {
+    const int64_t last = min64((tile + 1) * kFinishChannels, channels);
+    for (int64_t channel = tile * kFinishChannels; channel < last; ++channel) finish(channel);
+  }
+
+  void finish(int64_t channel) const {
+    double sums[kSums] = {};
+    const int64_t tiles = static_cast<int64_t>(partials.size()) / (kSums * channels);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t sum = 0; sum < kSums; ++sum) sums[sum] += partials[(tile * kSums + sum) * channels + channel];
+    const double s_mean = sums[kStudentSum] / values, t_mean = sums[kTeacherSum] / values;
+    const double ss = centred(sums[kStudentSquares], s_mean, s_mean);
+    const double tt = centred(sums[kTeacherSquares], t_mean, t_mean);
+    const double st = sums[kProducts] - values * s_mean * t_mean;
+    const double deviation = std::sqrt(ss / degrees()), a = deviation + eps;
+    const double b = std::sqrt(tt / degrees()) + eps;
+    const double scale = 1 / (static_cast<double>(channels) * values);
+    losses[channel] = scale / 2 * (ss / (a * a) + tt / (b * b) - 2 * (st / (a * b)));
+    // d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
+    const double through_deviation =
+        deviation == 0 ? 0 : (ss / (a * a) - st / (a * b)) / (a * degrees() * deviation);
+    const double difference = -scale * (1 / (a * b));
+    const auto put = [&](Coefficient kind, double value) { level.coefficients[kind * channels + channel] = value; };
+    put(kStudentMean, shifts[channel] + s_mean);
+    put(kTeacherMean, shifts[channels + channel] + t_mean);
+    put(kDifference, difference);
+    put(kStudent, scale * (1 / (a * a) - through_deviation) + difference);
+  }
+
+  double degrees() const { return values > 1 ? values - 1 : 1; }
+  // A sum of squares: 0 where rounding would leave less, NaN where it is.
+  double centred(double squares, double mean, double same) const {
+    const double sum = squares - values * mean * same;
+    return sum < 0 ? 0 : sum;
+  }
+
+  CorrelationLevel level;
+  int64_t channels;
+  double values;  // of a channel, in all images
+  const std::vector<double>& shifts;
+  const std::vector<double>& partials;
+  double eps;
+  std::vector<double>& losses;
+};
+
+struct Losses : StagedTiles {
+  virtual double total() const = 0;
+};
+
+// First stage of a level: the sums of every tile. Where rows are channels a tile of an image has channels of its own.
+template <typename A>
+struct LevelSums : CorrelationTiles<A, Losses> {
+  LevelSums(const CorrelationLevel& level, double eps) : CorrelationTiles<A, Losses>(level), eps(eps) {
+    const int64_t channels = level.student.channels();
+    const int64_t parts = level.student.images * (level.student.rows_are_channels ? 1 : this->tiling.row_tiles);
+    partials.resize(static_cast<size_t>(parts * kSums * channels));
+    losses.resize(static_cast<size_t>(channels));
+    const MatrixView &s_view = level.student, &t_view = level.teacher;
+    const bool by_row = s_view.rows_are_channels;
+    for (int64_t channel = 0; channel < channels; ++channel)
+      shifts.push_back(element_at(level.student_type, level.s, channel * (by_row ? s_view.row_stride : 1)));
+    for (int64_t channel = 0; channel < channels; ++channel)
+      shifts.push_back(
+          element_at(level.teacher_type, level.t, channel * (by_row ? t_view.row_stride : t_view.col_stride)));
+  }
+
+  void run(int64_t tile) override {
+    const MatrixView& view = this->level.student;
+    const int64_t channels = view.channels();
+    const double *s_shift = shifts.data(), *t_shift = s_shift + channels;
+    this->pieces(tile, [&](int64_t image, int64_t row, int64_t col, const A* s, const A* t, int64_t cols) {
+      if (!view.rows_are_channels) {
+        double* sums = partials.data() + tile * kSums * channels + col;
+        return add_col_sums(s, t, s_shift + col, t_shift + col, cols, sums, channels);
+      }
+      double sums[kSums] = {};
+      add_row_sums(s, t, s_shift[row], t_shift[row], cols, sums);
+      for (int64_t sum = 0; sum < kSums; ++sum) partials[(image * kSums + sum) * channels + row] += sums[sum];
+    });
+  }
+  std::unique_ptr<Tiles> second_stage() const override {
+    return std::make_unique<Coefficients>(this->level, shifts, partials, eps, losses);
+  }
+  double total() const override { return total_of(losses); }
+
+  double eps;
+  std::vector<double> shifts;          // (2, C): the first element of each channel of student and teacher
+  std::vector<double> partials;        // (parts, 5, C)
+  mutable std::vector<double> losses;  // (C), written by the second stage
+};
+
+template <typename A>
+struct LevelGradient : CorrelationTiles<A, Tiles> {
+  LevelGradient(const CorrelationLevel& level, double grad)
+      : CorrelationTiles<A, Tiles>(level), dense(gradient_view(level.student)), grad(grad) {
+    advise_huge_pages(level.ds, dense.numel() * element_size(level.student_type));
+  }
+
+  void run(int64_t tile) override {
+    A buffer[kPiece];
+    const CorrelationLevel& level = this->level;
+    this->pieces(tile, [&](int64_t image, int64_t row, int64_t col, const A* s, const A* t, int64_t cols) {
+      const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
+      A* piece = piece_to_fill(level.student_type, level.ds, first, buffer);
+      if (level.student.rows_are_channels)
+        row_gradient(s, t, at(kStudentMean, row)[0], at(kTeacherMean, row)[0], grad * at(kDifference, row)[0],
+                     grad * at(kStudent, row)[0], cols, piece);
+      else
+        col_gradient(s, t, at(kStudentMean, col), at(kTeacherMean, col), at(kDifference, col), at(kStudent, col), grad,
+                     cols, piece);
+      store_piece(level.student_type, level.ds, first, cols, piece);
+    });
+  }
+
+  const double* at(Coefficient kind, int64_t channel) const {
+    return this->level.coefficients + kind * this->level.student.channels() + channel;
+  }
+
+  MatrixView dense;
+  double grad;
+};
+
+// A level without its coefficients and its gradient.
+CorrelationLevel checked_level(const Tensors& student, const Tensors& teacher, size_t index, const char* op) {
+  const Tensor &s = student[index], &t = teacher[index];
+  const MatrixView view = checked_view(s, op, "student"), teacher_view = checked_view(t, op, "teacher");
+  check_pair(s, t, true, op);
+  check_device(s, student[0], op, "student");
+  check_device(t, student[0], op, "teacher");
+  return {s.scalar_type(),
+          t.scalar_type(),
+          view,
+          oriented(teacher_view, view.rows_are_channels),
+          s.const_data_ptr(),
+          t.const_data_ptr(),
+          nullptr,
+          static_cast<int64_t>(index),
+          nullptr};
+}
+
+void check_levels(const Tensors& student, const Tensors& teacher, const char* op) {
+  STD_TORCH_CHECK(!student.empty(), op, ": student must have at least one level");
+  check_length(teacher, student.size(), op, "teacher");
+}
+
+void launch_channel_correlation_forward(const std::vector<CorrelationLevel>& levels, double eps, const Tensor& losses) {
+  std::vector<std::unique_ptr<Losses>> sums;
+  for (const CorrelationLevel& level : levels)
+    sums.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Losses> {
+      return std::make_unique<LevelSums<typename decltype(type)::type>>(level, eps);
+    }));
+  run_tiles(sums);
+  run_second_stages(sums);
+  for (size_t i = 0; i < levels.size(); ++i) put_number(losses, levels[i].index, sums[i]->total());
+}
+
+void launch_channel_correlation_backward(const std::vector<CorrelationLevel>& levels, const Tensor& grad) {
+  std::vector<std::unique_ptr<Tiles>> gradients;
+  for (const CorrelationLevel& level : levels)
+    gradients.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Tiles> {
+      return std::make_unique<LevelGradient<typename decltype(type)::type>>(level, number_at(grad, level.index));
+    }));
+  run_tiles(gradients);
+}
+
+// The losses (levels,), then each level's coefficients (4, C).
+Tensors channel_correlation_forward(const Tensors& student, const Tensors& teacher, double eps) {
+  const char* op = "channel_correlation";
+  check_levels(student, teacher, op);
+  Tensors results{empty_squares(student, teacher)};
+  torch::stable::zero_(results[0]);
+  std::vector<CorrelationLevel> levels;
+  for (size_t index = 0; index < student.size(); ++index) {
+    CorrelationLevel level = checked_level(student, teacher, index, op);
+    results.push_back(empty_like_device(student[index], {kCoefficients, student[index].size(1)}, ScalarType::Double));
+    level.coefficients = static_cast<double*>(results.back().mutable_data_ptr());
+    if (student[index].numel() > 0)
+      levels.push_back(level);
+    else
+      torch::stable::zero_(results.back());
+  }
+  launch_channel_correlation_forward(levels, eps, results[0]);
+  return results;
+}
+
+Tensors channel_correlation_backward(const Tensors& student, const Tensors& teacher, const Tensors& coefficients,
+                                     const Tensor& grad) {
+  const char* op = "channel_correlation_backward";
+  check_levels(student, teacher, op);
+  check_length(coefficients, student.size(), op, "coefficients");
+  checked_grad(grad, student, teacher, op);
+  Tensors gradients;
+  std::vector<CorrelationLevel> levels;
+  for (size_t index = 0; index < student.size(); ++index) {
+    CorrelationLevel level = checked_level(student, teacher, index, op);
+    const Tensor& s = student[index];
+    const int64_t count = kCoefficients * s.size(1);
+    checked_data(coefficients[index], ScalarType::Double, count, s, op, "coefficients");
+    level.coefficients = static_cast<double*>(coefficients[index].mutable_data_ptr());
+    gradients.push_back(empty_gradient(s, level.student));
+    level.ds = gradients.back().mutable_data_ptr();
+    if (s.numel() > 0) levels.push_back(level);
+  }
+  launch_channel_correlation_backward(levels, grad);
+  return gradients;
+}
+
+}  // namespace
+}  // namespace fbkd
+
+STABLE_TORCH_LIBRARY_IMPL(fbkd_ops, CPU, m) {
+  m.impl("channel_correlation_forward", TORCH_BOX(&fbkd::channel_correlation_forward));
+  m.impl("channel_correlation_backward", TORCH_BOX(&fbkd::channel_correlation_backward));
+}

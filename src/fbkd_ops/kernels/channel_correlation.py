@@ -1,0 +1,323 @@
+"""Triton kernels of the correlation of two feature maps' channels, and of the loss's gradient.
+
+Both maps are matrices in the student's orientation (rows = channels or pixels, columns = the other). The teacher's
+layout may be the other one: its tiles are then read along their columns. Everything is computed in float64, where
+products of floats are exact: the loss of two maps that agree well is a small difference of large sums.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import MatrixView, empty_gradient, matrix_view
+from .._numerics import accumulation_dtype
+from .pyramid import (
+    ALIGNED,
+    TRANSPOSED,
+    Level,
+    add_partial_sums,
+    add_tiles,
+    find_level,
+    find_tile,
+    launch,
+    launch_by_constants,
+    path_of_pair,
+    pick,
+    pick_sizes,
+    store_rounded,
+    tile_pointers,
+    vector_length,
+    whole_vectors,
+)
+
+__all__ = ["channel_correlation_backward", "channel_correlation_forward"]
+
+# A tile of channels and pixels: five sums a channel are little beside 128 pixels. With 8 warps a thread has 16
+# elements of each map, in float64.
+CHANNELS, PIXELS, WARPS = 32, 128, 8
+# Of a channel of both maps, each shifted by its first element: the sums of student and teacher, of their squares and
+# of their products.
+SUMS = tl.constexpr(5)
+TILES = 64  # whose sums are added in one step
+
+
+class Sizes(NamedTuple):
+    """A level's sizes where its maps are read."""
+
+    rows: int
+    cols: int
+    stride: int  # of the student, from image to image
+    pitch: int
+    teacher_stride: int
+    teacher_pitch: int
+    row_tiles: int
+    col_tiles: int
+    student_step: int  # from channel to channel
+    teacher_step: int
+    slot: int  # of the level in the result
+    first: int  # of the level's partial sums
+
+
+class FinishSizes(NamedTuple):
+    """A level's sizes where its sums are added up."""
+
+    channels: int
+    parts: int  # partial sums of a channel
+    values: int  # of a channel, in all images
+    student_step: int  # from channel to channel
+    teacher_step: int
+    slot: int  # of the level's first channel in the losses
+    first: int  # of the level's partial sums
+
+
+class Tile(NamedTuple):
+    """A tile of a level in a kernel, in float64."""
+
+    student: tl.tensor
+    teacher: tl.tensor
+    image: tl.tensor
+    row_tile: tl.tensor
+    col_tile: tl.tensor
+    row: tl.tensor
+    col: tl.tensor
+    inside: tl.tensor
+
+
+@triton.jit
+def sum_products(
+    student,  # a level: (images, rows, cols)
+    teacher,  # a level: (images, rows, cols)
+    partials,  # a level: (tiles of pixels, 5, channels)
+    sizes,
+    PATHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AXIS: tl.constexpr,  # of the pixels
+):
+    """Write the sums of a tile."""
+    level, path, program = find_level(sizes)
+    size = Sizes(*pick_sizes(sizes, level))
+    maps = pick(student, level), pick(teacher, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            tile = pair_tile(maps, program, size, PATHS[index], ROWS, COLS)
+            store_sums(maps, partials, tile, size, AXIS)
+
+
+@triton.jit
+def finish_channels(
+    student,  # a level: (images, channels, pixels)
+    teacher,  # a level: (images, channels, pixels)
+    coefficients,  # a level: (4, channels)
+    partials,  # a level: (parts, 5, channels)
+    losses,  # a level: (channels,)
+    sizes,
+    PATHS: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write the coefficients of a block of channels, and what each adds to the loss."""
+    level, _, program = find_level(sizes)
+    size = FinishSizes(*pick_sizes(sizes, level))
+    channel = program * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < size.channels
+    at = partials + size.first + channel
+    pitch = SUMS * size.channels
+    count = size.values.to(tl.float64)
+    degrees = tl.maximum(count - 1, 1)
+    s_mean = add_tiles(at, size.parts, pitch, inside, PARTS, BLOCK) / count
+    t_mean = add_tiles(at + size.channels, size.parts, pitch, inside, PARTS, BLOCK) / count
+    ss = add_tiles(at + 2 * size.channels, size.parts, pitch, inside, PARTS, BLOCK) - count * s_mean * s_mean
+    tt = add_tiles(at + 3 * size.channels, size.parts, pitch, inside, PARTS, BLOCK) - count * t_mean * t_mean
+    st = add_tiles(at + 4 * size.channels, size.parts, pitch, inside, PARTS, BLOCK) - count * s_mean * t_mean
+    # Rounding may leave less than 0 of a sum of squares; NaN stays.
+    ss, tt = tl.where(ss < 0, 0.0, ss), tl.where(tt < 0, 0.0, tt)
+    deviation = tl.sqrt(ss / degrees)
+    a, b = deviation + EPS, tl.sqrt(tt / degrees) + EPS
+    scale = 1 / (size.channels.to(tl.float64) * count)
+    loss = scale / 2 * (ss / (a * a) + tt / (b * b) - 2 * (st / (a * b)))
+    tl.store(losses + size.slot + channel, loss, mask=inside)
+    # d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
+    constant = deviation == 0
+    through_deviation = (ss / (a * a) - st / (a * b)) / (a * degrees * tl.where(constant, 1.0, deviation))
+    difference = -scale * (1 / (a * b))
+    own = scale * (1 / (a * a) - tl.where(constant, 0.0, through_deviation)) + difference
+    shift = tl.load(pick(student, level) + channel * size.student_step, mask=inside, other=0.0).to(tl.float64)
+    result = pick(coefficients, level) + channel
+    tl.store(result, shift + s_mean, mask=inside)
+    shift = tl.load(pick(teacher, level) + channel * size.teacher_step, mask=inside, other=0.0).to(tl.float64)
+    tl.store(result + size.channels, shift + t_mean, mask=inside)
+    tl.store(result + 2 * size.channels, difference, mask=inside)
+    tl.store(result + 3 * size.channels, own, mask=inside)
+
+
+@triton.jit
+def correlation_gradients(
+    student,  # a level: (images, rows, cols)
+    teacher,  # a level: (images, rows, cols)
+    coefficients,  # a level: (4, channels)
+    gradient,  # a level: (images, rows, cols), densely packed
+    grad,  # (levels,)
+    sizes,
+    PATHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """Write the gradients of the students."""
+    level, path, program = find_level(sizes)
+    size = Sizes(*pick_sizes(sizes, level))
+    maps = pick(student, level), pick(teacher, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            tile = pair_tile(maps, program, size, PATHS[index], ROWS, COLS)
+            results = pick(coefficients, level), pick(gradient, level), grad
+            store_gradient(results, tile, size, ALIGNED & PATHS[index], AXIS)
+
+
+@triton.jit
+def pair_tile(maps, program, size, PATH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the program's Tile."""
+    student, teacher = maps
+    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
+    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
+    row, col = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
+    row_inside = row < whole_vectors(size.rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
+    col_inside = col < whole_vectors(size.cols, IS_ALIGNED, VECTOR)
+    inside = row_inside[:, None] & col_inside[None, :]
+    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
+    of_student = tl.load(at, mask=inside, other=0.0)
+    at = tile_pointers(
+        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
+    )
+    of_teacher = tl.load(at, mask=inside, other=0.0)
+    return Tile(of_student.to(tl.float64), of_teacher.to(tl.float64), image, row_tile, col_tile, row, col, inside)
+
+
+@triton.jit
+def store_sums(maps, partials, tile, size, AXIS: tl.constexpr):
+    """Store the tile's five sums of each channel."""
+    student, teacher = maps
+    if AXIS == 1:
+        channel, channels, part = tile.row, size.rows, tile.image * size.col_tiles + tile.col_tile
+    else:
+        channel, channels, part = tile.col, size.cols, tile.image * size.row_tiles + tile.row_tile
+    inside = channel < channels
+    s_shift = tl.load(student + channel * size.student_step, mask=inside, other=0.0).to(tl.float64)
+    t_shift = tl.load(teacher + channel * size.teacher_step, mask=inside, other=0.0).to(tl.float64)
+    u = tl.where(tile.inside, tile.student - tl.expand_dims(s_shift, AXIS), 0.0)
+    v = tl.where(tile.inside, tile.teacher - tl.expand_dims(t_shift, AXIS), 0.0)
+    at = partials + size.first + part * SUMS * channels + channel
+    tl.store(at, tl.sum(u, axis=AXIS), mask=inside)
+    tl.store(at + channels, tl.sum(v, axis=AXIS), mask=inside)
+    tl.store(at + 2 * channels, tl.sum(u * u, axis=AXIS), mask=inside)
+    tl.store(at + 3 * channels, tl.sum(v * v, axis=AXIS), mask=inside)
+    tl.store(at + 4 * channels, tl.sum(u * v, axis=AXIS), mask=inside)
+
+
+@triton.jit
+def store_gradient(results, tile, size, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr):
+    """Store the tile of the student's gradient."""
+    coefficients, gradient, grad = results
+    if AXIS == 1:
+        channel, channels = tile.row, size.rows
+    else:
+        channel, channels = tile.col, size.cols
+    inside, at = channel < channels, coefficients + channel
+    s_mean = tl.expand_dims(tl.load(at, mask=inside, other=0.0), AXIS)
+    t_mean = tl.expand_dims(tl.load(at + channels, mask=inside, other=0.0), AXIS)
+    difference = tl.expand_dims(tl.load(at + 2 * channels, mask=inside, other=0.0), AXIS)
+    own = tl.expand_dims(tl.load(at + 3 * channels, mask=inside, other=0.0), AXIS)
+    s, t = tile.student - s_mean, tile.teacher - t_mean
+    value = tl.load(grad + size.slot).to(tl.float64) * (difference * (t - s) + own * s)
+    row, col = tile.row[:, None], tile.col[None, :]
+    at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    store_rounded(at, value, tile.inside)
+
+
+def _steps(view: MatrixView, teacher_view: MatrixView) -> tuple[int, int]:
+    """Return the distances from channel to channel of student and teacher."""
+    views = view, teacher_view
+    student_step, teacher_step = (each.row_stride if each.rows_are_channels else 1 for each in views)
+    return student_step, teacher_step
+
+
+def _block(view: MatrixView) -> tuple[int, int]:
+    return (CHANNELS, PIXELS) if view.rows_are_channels else (PIXELS, CHANNELS)
+
+
+def _level(student: Tensor, teacher: Tensor, outputs: tuple[Tensor, ...], slot: int, first: int) -> Level:
+    view, teacher_view = matrix_view(student), matrix_view(teacher)
+    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
+    rows, cols = _block(view)
+    tiles = triton.cdiv(view.rows, rows), triton.cdiv(view.cols, cols)
+    sizes = Sizes(view.rows, view.cols, *strides, *tiles, *_steps(view, teacher_view), slot, first)
+    path = path_of_pair(student, view, teacher, teacher_view)
+    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *outputs), sizes, path)
+
+
+def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
+    views = [matrix_view(level.pointers[0]) for level in levels]
+    constants = [
+        {"ROWS": _block(view)[0], "COLS": _block(view)[1], "AXIS": int(view.rows_are_channels)} for view in views
+    ]
+    launch_by_constants(kernel, levels, constants, shared, num_warps=WARPS)
+
+
+def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], eps: float) -> list[Tensor]:
+    """Each level's loss, ``(levels,)``, then its coefficients ``(4, C)`` for backward.
+
+    Args:
+        students, teachers: ``(N, C, H, W)``.
+        eps: what is added to each standard deviation.
+    """
+    views = [matrix_view(student) for student in students]
+    channels = [student.shape[1] for student in students]
+    parts = [  # tiles of pixels of all images
+        view.images * triton.cdiv(view.cols if view.rows_are_channels else view.rows, PIXELS) for view in views
+    ]
+    firsts, slots = [0], [0]
+    for count, width in zip(parts, channels, strict=True):
+        firsts.append(firsts[-1] + SUMS.value * count * width)
+        slots.append(slots[-1] + width)
+    partials = students[0].new_empty(firsts[-1], dtype=torch.float64)
+    losses = students[0].new_zeros(slots[-1], dtype=torch.float64)
+    coefficients = [student.new_zeros((4, student.shape[1]), dtype=torch.float64) for student in students]
+    pairs = list(zip(students, teachers, strict=True))
+    _launch(
+        sum_products, [_level(*pair, (), 0, first) for pair, first in zip(pairs, firsts[:-1], strict=True)], partials
+    )
+    finish = []
+    for index, (student, teacher) in enumerate(pairs):
+        view = views[index]
+        steps = _steps(view, matrix_view(teacher))
+        values = view.images * student.shape[2] * student.shape[3]
+        sizes = FinishSizes(channels[index], parts[index], values, *steps, slots[index], firsts[index])
+        programs = triton.cdiv(channels[index], CHANNELS) if values else 0
+        finish.append(Level(programs, (student, teacher, coefficients[index]), sizes))
+    launch(finish_channels, finish, partials, losses, EPS=eps, BLOCK=CHANNELS, PARTS=TILES)
+    sums = add_partial_sums(losses, channels)
+    return [sums.to(accumulation_dtype(*students, *teachers)), *coefficients]
+
+
+def channel_correlation_backward(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    coefficients: list[Tensor],
+    grad: Tensor,  # (levels,)
+) -> list[Tensor]:
+    """Gradient of each level's student."""
+    gradients = [empty_gradient(student) for student in students]
+    outputs = zip(coefficients, gradients, strict=True)
+    levels = [
+        _level(student, teacher, output, slot, 0)
+        for slot, (student, teacher, output) in enumerate(zip(students, teachers, outputs, strict=True))
+    ]
+    _launch(correlation_gradients, levels, grad)
+    return gradients
