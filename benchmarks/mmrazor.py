@@ -1,6 +1,6 @@
-"""MMRazor 1.0.0's FBKD loss: an implementation that owes nothing to this package.
+"""MMRazor 1.0.0's FBKD and PKD losses: implementations that owe nothing to this package.
 
-MMRazor does not import whole on a recent torch, so its three files are loaded one by one under stub parents.
+MMRazor does not import whole on a recent torch, so its files are loaded one by one under stub parents.
 """
 
 import functools
@@ -12,14 +12,14 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 VERSION = "1.0.0"
 PACKAGES = ("mmrazor", "mmcv-lite", "mmengine")
-# Compiled packages that mmcv and mmengine import and that the three files do not use.
+# Compiled packages that mmcv and mmengine import and that the files do not use.
 UNUSED = ("cv2", "yaml")
 INSTALL = f"pip install mmrazor=={VERSION} mmcv-lite==2.1.0"
 
@@ -52,8 +52,16 @@ class _StandIn(types.ModuleType):
         return 0
 
 
-def load(root: Path) -> tuple[ModuleType, ModuleType]:
-    """MMRazor's loss module and connector module; ``root`` is the folder that has the package ``mmrazor`` in it."""
+class Modules(NamedTuple):
+    """MMRazor's, of the losses and of FBKD's connectors."""
+
+    fbkd: ModuleType
+    connectors: ModuleType
+    pkd: ModuleType
+
+
+def load(root: Path) -> Modules:
+    """MMRazor's modules; ``root`` is the folder that has the package ``mmrazor`` in it."""
     for name in UNUSED:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = _StandIn(name)
@@ -73,12 +81,16 @@ def load(root: Path) -> tuple[ModuleType, ModuleType]:
         return module
 
     load_file(f"{connectors}.base_connector")
-    connector_module = load_file(f"{connectors}.fbkd_connector")
-    return load_file("mmrazor.models.losses.fbkd_loss"), connector_module
+    losses = "mmrazor.models.losses"
+    return Modules(
+        connectors=load_file(f"{connectors}.fbkd_connector"),
+        fbkd=load_file(f"{losses}.fbkd_loss"),
+        pkd=load_file(f"{losses}.pkd_loss"),
+    )
 
 
 @functools.cache
-def installed() -> tuple[ModuleType, ModuleType]:
+def installed() -> Modules:
     """The modules of the MMRazor that is installed.
 
     Raises:
@@ -109,13 +121,13 @@ class Loss(nn.Module):
 
     def __init__(self, channels: int, strides: Sequence[int], reductions: Sequence[int]):
         super().__init__()
-        loss_module, connector_module = installed()
+        modules = installed()
         for side in ("student", "teacher"):
             made = [
-                connector(connector_module, side, channels, *level) for level in zip(strides, reductions, strict=True)
+                connector(modules.connectors, side, channels, *level) for level in zip(strides, reductions, strict=True)
             ]
             setattr(self, side, nn.ModuleList(made))
-        self.losses = nn.ModuleList(loss_module.FBKDLoss() for _ in strides)
+        self.losses = nn.ModuleList(modules.fbkd.FBKDLoss() for _ in strides)
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         levels = zip(self.losses, self.student, self.teacher, students, teachers, strict=True)

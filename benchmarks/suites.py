@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import mmrazor
 from benchmarks.inputs import LEVELS, Case, Cost, Implementation, Suite, forced
 from benchmarks.loss_suites import FBKD_LOSS, NON_LOCAL, RELATION
 from benchmarks.train_step import TRAIN_STEP
@@ -76,6 +77,27 @@ def _distance_cost(case: Case) -> Cost:
     return Cost(2 * case.map_bytes + mask, 3 * case.map_bytes + mask)
 
 
+def _correlation_inputs(case: Case) -> list[Tensor]:
+    """Student, and a teacher that agrees with it in part."""
+    student, noise = case.features(0), case.features(1)
+    return [student.requires_grad_(), student.detach() + noise]
+
+
+def _standardised(x: Tensor) -> Tensor:
+    rows = x.transpose(0, 1).flatten(1)  # (C, N H W)
+    return (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-6)
+
+
+def _correlation_eager(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(_standardised(student), _standardised(teacher)) / 2
+
+
+def _correlation_cost(case: Case) -> Cost:
+    """Forward reads student and teacher; backward reads them again and writes the student's gradient."""
+    coefficients = 8 * 4 * case.shape[1]
+    return Cost(2 * case.map_bytes + coefficients, 3 * case.map_bytes + coefficients)
+
+
 def _adapted_inputs(case: Case) -> list[Tensor]:
     """Student, weight, bias, teacher, mask. Beside 16-bit features the parameters are float32, as in training."""
     student, teacher, mask = _distance_inputs(case)
@@ -127,11 +149,14 @@ OP_CASES = (
     Case(LEVELS["P2"], "bfloat16"),
     Case(LEVELS["P3"]),
 )
+CORRELATION = _op_suite("channel_correlation_loss", _correlation_inputs, _correlation_eager, _correlation_cost)
+CORRELATION.implementations["mmrazor"] = lambda case: mmrazor.installed().pkd.PKDLoss()
 SUITES = {
     "attention_pool": _op_suite("attention_pool", _pool_inputs, _pool_eager, _pool_cost),
     "masked_l2": _op_suite("masked_l2_loss", _distance_inputs, _distance_eager, _distance_cost),
     # Brief on P3: on P2 a round takes a second, too few for a median.
     "adapted_masked_l2": _op_suite("adapted_masked_l2_loss", _adapted_inputs, _adapted_eager, _adapted_cost, "P3"),
+    "channel_correlation": CORRELATION,
     "non_local": NON_LOCAL,
     "relation": RELATION,
     "fbkd_loss": FBKD_LOSS,

@@ -21,6 +21,7 @@ from fbkd_ops import (
     Layer,
     LevelSettings,
     NonLocalBlock2d,
+    PKDLoss,
     functional,
     visualize,
 )
@@ -201,6 +202,30 @@ CALLABLES = {
         dict(student_features=[MAPS], teacher_features=[MAPS]),
         {"student_features": FEATURES, "teacher_features": FEATURES},
     ),
+    "PKDLoss": Public(
+        PKDLoss,
+        dict(student_channels=4, num_levels=2),
+        {
+            "student_channels": [*CHANNELS, None],
+            "teacher_channels": CHANNELS,
+            "num_levels": INT,
+            "preset": [*CHOICE, ["two_stage"]],
+            "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
+            "resize": [wrong for wrong in CHOICE if wrong is not None],
+            "eps": POSITIVE,
+        },
+    ),
+    "PKDLoss.from_features": Public(
+        PKDLoss.from_features,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+        ("arguments",),
+    ),
+    "PKDLoss.forward": Public(
+        PKDLoss(4, num_levels=1).forward,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+    ),
     "LevelSettings": Public(LevelSettings, PRESET, SETTINGS),
     "NonLocalBlock2d": Public(
         NonLocalBlock2d,
@@ -309,6 +334,11 @@ CALLABLES = {
             "spatial_mask": SPATIAL_MASK,
             "channel_mask": CHANNEL_MASK,
         },
+    ),
+    "functional.channel_correlation_loss": Public(
+        functional.channel_correlation_loss,
+        dict(student=MAPS, teacher=MAPS),
+        {"student": MAP, "teacher": MAP, "eps": POSITIVE},
     ),
     "functional.spatial_l2_loss": Public(
         functional.spatial_l2_loss,

@@ -14,6 +14,7 @@ from fbkd_ops import FBKDLoss
 from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from fbkd_ops.dispatch import attention_pools
 from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
+from fbkd_ops.ops.channel_correlation import channel_correlation_losses
 from fbkd_ops.ops.masked_l2 import masked_l2_squares
 from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 
@@ -50,6 +51,11 @@ def pools(backend, device):
 def masked_l2(backend, device):
     fixed = features(WIDTHS, device), *masks(WIDTHS, device)
     return lambda *students: weighted(masked_l2_squares(backend, list(students), *fixed)), []
+
+
+def channel_correlation(backend, device):
+    teachers = features(WIDTHS, device)
+    return lambda *students: weighted(channel_correlation_losses(backend, list(students), teachers, 1e-6)), []
 
 
 def levels_of(leaves, fixed):
@@ -100,7 +106,7 @@ def loss(backend, device):
     return lambda *leaves: weighted(module(list(leaves[:2]), teachers).values()), list(module.parameters())
 
 
-FUNCTIONS = [pools, masked_l2, adapted_masked_l2, pyramid, spatial_l2, channel_l2, loss]
+FUNCTIONS = [pools, masked_l2, channel_correlation, adapted_masked_l2, pyramid, spatial_l2, channel_l2, loss]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED, ON_TRITON])
 OF_EVERY_FUNCTION = pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)
 

@@ -15,7 +15,7 @@ ONE_WIDTH = [256] * 4, [256] * 4
 SIX_WIDTHS = [64, 128, 256], [192, 384, 576]  # YOLO n and m
 
 # With the Triton kernels stubbed the terms are what was in the memory.
-pytestmark = pytest.mark.filterwarnings("ignore:terms of the FBKD loss are not finite")
+pytestmark = pytest.mark.filterwarnings("ignore:terms of the loss are not finite")
 
 ON_EACH_PATH = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED])
 

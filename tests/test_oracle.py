@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle.make_oracle import LEARNING_RATE, MOMENTUM, STEPS, TERMS, WEIGHTS
+from oracle.make_oracle import LEARNING_RATE, MOMENTUM, PKD_SIZES, PKD_WEIGHT, STEPS, TERMS, WEIGHTS
 
 import fbkd_ops
 from fbkd_ops.weights.mmrazor import _our_key, load_connectors
 
 FOLDER = Path(__file__).parent / "oracle"
-FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != "pooled_gaussian_block")
+FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("pooled_gaussian_block", "pkd"))
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
 both_backends = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -146,3 +146,17 @@ def test_pooled_gaussian_block_equals_mmcv(backend):
         torch.testing.assert_close(block.get_parameter(ours(key)).grad, gradient, **TOLERANCE)
     for key, buffer in oracle.under("buffer.").items():
         torch.testing.assert_close(block.get_buffer(ours(key)), buffer, **TOLERANCE)
+
+
+@both_backends
+@pytest.mark.parametrize("resize", ["student", "teacher"])
+def test_pkd(resize, backend):
+    oracle, levels = OracleFile("pkd"), range(len(PKD_SIZES))
+    students = [oracle.arrays[f"input.student.{i}"].requires_grad_() for i in levels]
+    teachers = [oracle.arrays[f"input.teacher.{i}"] for i in levels]
+    loss = fbkd_ops.PKDLoss(6, num_levels=len(levels), weight=PKD_WEIGHT, resize=resize)
+    with fbkd_ops.use_backend(backend):
+        term = loss(students, teachers)["loss_pkd"]
+    torch.testing.assert_close(term.detach(), oracle.arrays[f"{resize}.loss"], **TOLERANCE)
+    for i, gradient in zip(levels, torch.autograd.grad(term, students), strict=True):
+        torch.testing.assert_close(gradient, oracle.arrays[f"{resize}.grad.{i}"], **TOLERANCE)

@@ -126,7 +126,7 @@ def test_parameters_that_nobody_updates():
     assert messages(lambda: backward_passes(loss, 10)) == []
     (message,) = messages(lambda: backward_passes(loss, 1))
     count = len(list(loss.parameters()))
-    assert message.startswith(f"{count} parameters of the FBKD loss, 'levels.0.feature_adaptation.weight' among them")
+    assert message.startswith(f"{count} parameters of the loss, 'levels.0.feature_adaptation.weight' among them")
     assert messages(lambda: backward_passes(loss, 15)) == []
 
 
@@ -135,7 +135,7 @@ def test_one_parameter_that_nobody_updates():
     left_out = loss.levels[1].relation_adaptation.bias
     optimizer = torch.optim.Adam([each for each in loss.parameters() if each is not left_out])
     (message,) = messages(lambda: backward_passes(loss, 12, optimizer))
-    assert "1 parameters of the FBKD loss, 'levels.1.relation_adaptation.bias'" in message
+    assert "1 parameters of the loss, 'levels.1.relation_adaptation.bias'" in message
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,7 @@ struct Coefficients : Tiles {
     const double scale = 1 / (static_cast<double>(channels) * values);
     losses[channel] = scale / 2 * (ss / (a * a) + tt / (b * b) - 2 * (st / (a * b)));
     // d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
-    const double through_deviation =
-        deviation == 0 ? 0 : (ss / (a * a) - st / (a * b)) / (a * degrees() * deviation);
+    const double through_deviation = deviation == 0 ? 0 : (ss / (a * a) - st / (a * b)) / (a * degrees() * deviation);
     const double difference = -scale * (1 / (a * b));
     const auto put = [&](Coefficient kind, double value) { level.coefficients[kind * channels + channel] = value; };
     put(kStudentMean, shifts[channel] + s_mean);

@@ -98,6 +98,10 @@ def spatial_l2_loss(f: Features) -> Tensor:
     return functional.spatial_l2_loss(student, weight.requires_grad_(), bias.requires_grad_(), teacher)
 
 
+def channel_correlation_loss(f: Features) -> Tensor:
+    return functional.channel_correlation_loss(f.student, f.teacher)
+
+
 def non_local(f: Features) -> Tensor:
     return NonLocalBlock2d(f.student.shape[1], stride=2).to(f.student.device)(f.student).sum()
 
@@ -137,6 +141,7 @@ CASES = {
     "masked_l2_loss": masked_l2_loss,
     "adapted_masked_l2_loss": adapted_masked_l2_loss,
     "spatial_l2_loss": spatial_l2_loss,
+    "channel_correlation_loss": channel_correlation_loss,
     "non_local": non_local,
     "relation_loss": relation_loss,
     "whole_loss": whole_loss,

@@ -38,6 +38,7 @@ DRY_SANITIZED = ([("memcheck", "cpu")], [("racecheck", "cpu"), ("initcheck", "cp
 LARGE = ["--suite", "fbkd_loss", "relation", "--shapes", "16,256,200,336", "--dtype", "bfloat16"]
 LARGE += ["--peers", "mmrazor", "reference", "--seconds", "2"]
 SUITES = ["attention_pool", "masked_l2", "adapted_masked_l2", "train_step", "fbkd_loss", "relation", "non_local"]
+SUITES += ["channel_correlation"]
 SMALL = ["--suite", *SUITES, "--shapes", "P2", "--dtype", "bfloat16", "float32", "--seconds", "1"]
 DRY = ["--suite", "attention_pool", "--shapes", "1,4,6,7", "--rounds", "1", "--seconds", "0"]
 DRY += ["--peers", "eager", "fbkd_ops"]

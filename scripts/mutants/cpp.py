@@ -7,6 +7,9 @@ POOL = Selection(
 )
 MASKS = Selection(("test_attention_masks.py",), "cpu and (test_lengths or temperatures or average or joint)")
 DISTANCE = Selection(("test_masked_l2.py",), "cpu and (small_sizes or large_sizes or gradcheck)")
+CORRELATION = Selection(
+    ("test_channel_correlation.py",), "cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)"
+)
 ADAPTED = Selection(("test_adapted_masked_l2.py",), "cpu and (large_sizes or gradcheck or test_layouts)")
 SPATIAL = Selection(("test_spatial_l2.py",), "cpu and (shapes or gradcheck)")
 STATISTICS = Selection(
@@ -51,6 +54,16 @@ MUTATIONS = [
         ),
         half_of_an_average=("(static_cast<A>(first.maps) * norm.sum);", "norm.sum;"),
         normaliser_of_the_other_map=("norm = total[image * first.maps + map];", "norm = total[image * first.maps];"),
+    ),
+    *faults(
+        "cpp.correlation",
+        "csrc/cpu/channel_correlation.cpp",
+        CORRELATION,
+        degrees_of_freedom=("return values > 1 ? values - 1 : 1;", "return values;"),
+        shift_of_the_other_map=("v = t[i] - t_shift[i];", "v = t[i] - s_shift[i];"),
+        difference_that_is_rounded=("-scale * (1 / (a * b))", "-scale / (a * b)"),
+        gradient_of_a_constant_channel=("deviation == 0 ? 0 :", "deviation < 0 ? 0 :"),
+        sums_of_the_first_image=("partials[(image * kSums + sum)", "partials[(0 * kSums + sum)"),
     ),
     *faults(
         "cpp.distance",

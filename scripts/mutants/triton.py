@@ -7,6 +7,9 @@ POOL = Selection(
 )
 MASKS = Selection(("test_attention_masks.py",), "interpreter and (lengths or temperatures or together)")
 DISTANCE = Selection(("test_masked_l2.py",), "interpreter and (tiles_in or mixtures or together or test_layouts)")
+CORRELATION = Selection(
+    ("test_channel_correlation.py",), "interpreter and (tiles_in or mixtures or together or constant or zero)"
+)
 ADAPTED = Selection(
     ("test_adapted_masked_l2.py",), "interpreter and (gradcheck or tiles or kept or beyond or together)"
 )
@@ -43,6 +46,15 @@ MUTATIONS = [
         ),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
         transposed_teacher=("IS_ALIGNED, IS_TRANSPOSED\n    )", "IS_ALIGNED, False\n    )"),
+    ),
+    *faults(
+        "triton.correlation",
+        "src/fbkd_ops/kernels/channel_correlation.py",
+        CORRELATION,
+        degrees_of_freedom=("degrees = tl.maximum(count - 1, 1)", "degrees = count"),
+        part_of_the_first_image=("tile.image * size.col_tiles + tile.col_tile", "tile.col_tile"),
+        gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
+        constant_channel=("tl.where(constant, 0.0, through_deviation)", "through_deviation"),
     ),
     *faults(
         "triton.spatial",

@@ -7,6 +7,7 @@ from ._earlier_paths import register_earlier_paths
 from ._warnings import TeacherImagesWarning, UntrainedTeacherWarning
 from .backends import use_backend
 from .loss import FBKDLoss
+from .losses.pkd import PKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
 from .non_local.block import NonLocalBlock2d
 from .presets import PRESETS, LevelSettings, size_free_weights
@@ -32,6 +33,7 @@ __all__ = [
     "LevelSettings",
     "NonLocalBlock2d",
     "NonLocalWeights",
+    "PKDLoss",
     "PRESETS",
     "Renormalize",
     "TeacherImagesWarning",

@@ -238,14 +238,12 @@ def check_dense(tensor: Any, name: str) -> None:
 
 
 def check_pair(
-    student: Tensor, teacher: Tensor, student_name: str, teacher_name: str, same_width: bool = False
+    student: Tensor, teacher: Tensor, student_name: str, teacher_name: str, agree: str = "N, H and W"
 ) -> None:
-    """Two feature maps of one level: the same N, H, W (and C where asked) on one device."""
-    compared = (0, 1, 2, 3) if same_width else (0, 2, 3)
-    if any(student.shape[dim] != teacher.shape[dim] for dim in compared):
-        letters = "N, C, H and W" if same_width else "N, H and W"
+    """Two feature maps of one level that agree in the dimensions that are named, on one device."""
+    if any(letter in agree and a != b for letter, a, b in zip("NCHW", student.shape, teacher.shape, strict=True)):
         raise ValueError(
-            f"{student_name} and {teacher_name} must agree in {letters}, got {_shape(student)} and {_shape(teacher)}"
+            f"{student_name} and {teacher_name} must agree in {agree}, got {_shape(student)} and {_shape(teacher)}"
         )
     check_same_device(student, teacher, student_name, teacher_name)
 
@@ -385,11 +383,12 @@ def feature_levels(features: Features, name: str) -> dict[str, Tensor]:
 
 
 def paired_levels(
-    student: Features, teacher: Features, teacher_name: str = "teacher_features"
+    student: Features, teacher: Features, teacher_name: str = "teacher_features", same_size: bool = True
 ) -> list[tuple[str, Tensor, str, Tensor]]:
     """``(student label, student map, teacher label, teacher map)`` of every level, checked against each other.
 
-    Two dicts are matched by key in the student's order, everything else by position.
+    Two dicts are matched by key in the student's order, everything else by position. ``same_size`` says whether H and
+    W have to agree, as N does.
     """
     students = feature_levels(student, "student_features")
     teachers = feature_levels(teacher, teacher_name)
@@ -406,7 +405,7 @@ def paired_levels(
         teachers = {f"{teacher_name}[{key!r}]": teacher[key] for key in student}
     pairs = [(*s, *t) for s, t in zip(students.items(), teachers.items(), strict=True)]
     for student_label, s, teacher_label, t in pairs:
-        check_pair(s, t, student_label, teacher_label)
+        check_pair(s, t, student_label, teacher_label, "N, H and W" if same_size else "N")
     return pairs
 
 

@@ -137,7 +137,7 @@ class FiniteWatch(_Watch):
             f"level {level}: {', '.join(terms)}{_origin(level, students, teachers)}"
             for level, terms in sorted(broken.items())
         )
-        warnings.warn(f"terms of the FBKD loss are not finite: {levels} (said once)")
+        warnings.warn(f"terms of the loss are not finite: {levels} (said once)")
 
 
 def _origin(level: int, students: list[Tensor], teachers: list[Tensor]) -> str:
@@ -215,7 +215,7 @@ class UpdateWatch(_Watch):
 
     def _warn(self, still: list[str]) -> None:
         warnings.warn(
-            f"{len(still)} parameters of the FBKD loss, {still[0]!r} among them, received gradients in {self.PASSES} "
+            f"{len(still)} parameters of the loss, {still[0]!r} among them, received gradients in {self.PASSES} "
             "backward passes and never changed: give loss.parameters() (or distiller.parameters()) to the optimizer. "
             "If gradients are accumulated over more passes than that, nothing is wrong (said once)"
         )

@@ -27,10 +27,10 @@ from ._validation import (
     check_flag,
     check_norm,
     check_pair,
+    check_positive,
     check_same_device,
     check_spatial_map,
     check_stride,
-    check_positive,
     check_tensor,
     check_weights,
     warn_of_clamping,
@@ -230,7 +230,7 @@ def masked_l2_loss(
     """
     check_feature(student, "student")
     check_feature(teacher, "teacher")
-    check_pair(student, teacher, "student", "teacher", same_width=True)
+    check_pair(student, teacher, "student", "teacher", "N, C, H and W")
     _check_masks(spatial_mask, channel_mask, teacher)
     return root(dispatch.masked_l2_squares([student], [teacher], [spatial_mask], [channel_mask])[0])
 
@@ -312,7 +312,7 @@ def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1
     """
     check_feature(student, "student")
     check_feature(teacher, "teacher")
-    check_pair(student, teacher, "student", "teacher", same_width=True)
+    check_pair(student, teacher, "student", "teacher", "N, C, H and W")
     eps = check_positive(eps, "eps")
     return dispatch.channel_correlation_losses([student], [teacher], eps)[0]
 

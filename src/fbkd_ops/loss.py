@@ -3,30 +3,20 @@
 import functools
 import math
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dispatch
 from ._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
-from ._validation import (
-    Features,
-    check_channels,
-    check_flag,
-    check_same_device,
-    is_int,
-    is_list,
-    paired_levels,
-    values_per_level,
-    warn_of_clamping,
-)
-from ._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
+from ._validation import Features, check_flag, paired_levels, warn_of_clamping
+from ._warnings import can_watch
 from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
 from .autograd.weighted_roots import weighted_roots
 from .level import FBKDLevel, FBKDLevels
+from .losses.feature_loss import Channels, FeatureLoss, count_levels
 from .ops.adapted_masked_l2 import AdaptedLevels
 from .ops.spatial_l2 import SpatialLevels
 from .presets import TERMS, LossArguments, Overrides, PresetName, default_num_levels, resolve_settings
@@ -39,8 +29,6 @@ elif TYPE_CHECKING:
 
 __all__ = ["FBKDLevel", "FBKDLoss"]
 
-Channels = int | Sequence[int]
-
 
 class TermSquares(NamedTuple):
     """One term's sums of squares."""
@@ -50,7 +38,7 @@ class TermSquares(NamedTuple):
     squares: Tensor  # (len(levels),)
 
 
-class FBKDLoss(nn.Module):
+class FBKDLoss(FeatureLoss):
     """The feature-based knowledge-distillation loss for detectors.
 
     Each level has a learned adaptation of the student for each term, and two non-local blocks, one a side; all of
@@ -110,53 +98,27 @@ class FBKDLoss(nn.Module):
         synchronize: bool = False,
         **overrides: "Unpack[Overrides]",
     ):
-        super().__init__()
-        teacher_channels = student_channels if teacher_channels is None else teacher_channels
-        num_levels = _count_levels(student_channels, teacher_channels, num_levels, preset)
-        widths = zip(
-            _level_widths(student_channels, num_levels, "student_channels"),
-            _level_widths(teacher_channels, num_levels, "teacher_channels"),
-            strict=True,
-        )
+        default = default_num_levels(preset)
+        num_levels = count_levels(student_channels, teacher_channels, num_levels, default, preset)
+        super().__init__(student_channels, teacher_channels, num_levels)
         self.preset = preset
         self.memory_efficient = check_flag(memory_efficient, "memory_efficient")
         self.synchronize = check_flag(synchronize, "synchronize")
-        self._gradient_watch, self._finite_watch, self._update_watch = GradientWatch(), FiniteWatch(), UpdateWatch()
-        self._layer_watch = LayerWatch()
         self.levels = FBKDLevels()
         for index, (settings, (student, teacher)) in enumerate(
-            zip(resolve_settings(preset, num_levels, overrides), widths, strict=True)
+            zip(resolve_settings(preset, num_levels, overrides), self.widths, strict=True)
         ):
             try:
                 self.levels.append(FBKDLevel(student, teacher, settings))
             except ValueError as error:
                 raise ValueError(f"level {index}: {error}") from None
 
-    @classmethod
-    def from_features(
-        cls, student_features: Features, teacher_features: Features, **arguments: "Unpack[LossArguments]"
-    ) -> "FBKDLoss":
-        """Return a loss for features like these: channels and levels are read off them.
-
-        Args:
-            student_features, teacher_features: lists, tuples or dicts of ``(N, C, H, W)``, as for the call.
-            **arguments: ``preset`` and overrides, as for the constructor.
-
-        Returns:
-            The loss, on the features' device, in float32.
-
-        Example:
-            >>> features = {"p3": torch.randn(1, 64, 32, 32), "p4": torch.randn(1, 128, 16, 16)}
-            >>> len(FBKDLoss.from_features(features, features, preset="one_stage").levels)
-            2
-        """
-        pairs = paired_levels(student_features, teacher_features)
-        loss = cls(
-            [student.shape[1] for _, student, _, _ in pairs],
-            [teacher.shape[1] for _, _, _, teacher in pairs],
-            **arguments,
-        )
-        return loss.to(pairs[0][1].device)
+    if TYPE_CHECKING:
+        # Narrower than the base class's: the overrides are completed.
+        @classmethod
+        def from_features(  # type: ignore[override]
+            cls, student_features: Features, teacher_features: Features, **arguments: "Unpack[LossArguments]"
+        ) -> "FBKDLoss": ...
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
         """Return the four terms of the loss.
@@ -287,25 +249,6 @@ class FBKDLoss(nn.Module):
         sums, total = _over_processes(sums, constant(counts))
         return sums, constant(weights) * total.clamp(min=1).rsqrt()
 
-    def check_levels(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
-        """Refuse features of other levels, widths or devices than the loss was made for.
-
-        Args:
-            pairs: what :func:`fbkd_ops._validation.paired_levels` returns.
-        """
-        if len(pairs) != len(self.levels):
-            raise ValueError(
-                f"student_features must have {len(self.levels)} levels, as the loss was made with, got {len(pairs)}"
-            )
-        for level, (student_name, student, teacher_name, teacher) in zip(self.levels, pairs, strict=True):
-            check_channels(student, level.student_channels, student_name)
-            check_channels(teacher, level.teacher_channels, teacher_name)
-            check_same_device(student, pairs[0][1], student_name, pairs[0][0])
-        parameter = next(self.parameters(), None)
-        if parameter is not None:
-            check_same_device(pairs[0][1], parameter, pairs[0][0], "the loss's parameters")
-        self._layer_watch.see(self)
-
     def _check(self, pairs: list[tuple[str, Tensor, str, Tensor]]) -> None:
         self.check_levels(pairs)
         for level, (name, student, _, _) in zip(self.levels, pairs, strict=True):
@@ -374,29 +317,3 @@ def _spatial_squares(levels: list[FBKDLevel], pools_s: list[AttentionPool], pool
         [level.pooled(pool, "spatial") for level, pool in zip(levels, pools_t, strict=True)],
     )
     return dispatch.spatial_l2_squares(arguments)
-
-
-def _count_levels(student: Any, teacher: Any, num_levels: int | None, preset: PresetName) -> int:
-    default = default_num_levels(preset)
-    lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
-    if num_levels is None and lengths:
-        num_levels = max(lengths)
-    if num_levels is None:
-        num_levels = default
-    if num_levels is None:
-        raise ValueError(f"num_levels is needed: preset {preset!r} fits any number of levels")
-    if not is_int(num_levels) or num_levels < 1:
-        raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
-    return int(num_levels)
-
-
-def _level_widths(channels: Any, num_levels: int, name: str) -> list[int]:
-    if is_list(channels) and len(channels) != num_levels:
-        raise ValueError(f"{name} has {len(channels)} entries, expected an int or {num_levels}, one a level")
-    widths = values_per_level(channels, num_levels, name)
-    for level, width in enumerate(widths):
-        if not is_int(width):
-            raise TypeError(f"{name} must be an int or a list of ints, got {width!r} at level {level}")
-        if width < 1:
-            raise ValueError(f"{name} must be >= 1, got {width} at level {level}")
-    return [int(width) for width in widths]

@@ -37,7 +37,16 @@ TARGETS = tuple(BUDGETS)
 
 POOLS, MASKED = ("attention_pools", "attention_mask", "attention_masks"), ("masked_l2_loss",)
 OPS = {
-    "cpu": (*POOLS, *MASKED, "adapted_masked_l2_loss", "spatial_l2_loss", "non_local", "relation_loss", "FBKDLoss"),
+    "cpu": (
+        *POOLS,
+        *MASKED,
+        "channel_correlation_loss",
+        "adapted_masked_l2_loss",
+        "spatial_l2_loss",
+        "non_local",
+        "relation_loss",
+        "FBKDLoss",
+    ),
     "cuda-source": (*POOLS, *MASKED),
 }
 OPS["triton"] = OPS["cpu"]
@@ -151,6 +160,10 @@ def _masked_l2_loss(draw: DrawFn, target: str) -> dict:
     return {"size": _size(draw, BUDGETS[target][0])} | _sides(draw) | _masks(draw)
 
 
+def _channel_correlation_loss(draw: DrawFn, target: str) -> dict:
+    return {"size": _size(draw, BUDGETS[target][0])} | _sides(draw)
+
+
 def _adapted_masked_l2_loss(draw: DrawFn, target: str) -> dict:
     return _masked_l2_loss(draw, target) | {"parameters": _parameters(draw)}
 
@@ -219,6 +232,7 @@ DRAWN = {
     "attention_mask": _attention_mask,
     "attention_masks": _attention_masks,
     "masked_l2_loss": _masked_l2_loss,
+    "channel_correlation_loss": _channel_correlation_loss,
     "adapted_masked_l2_loss": _adapted_masked_l2_loss,
     "spatial_l2_loss": _spatial_l2_loss,
     "non_local": _non_local,

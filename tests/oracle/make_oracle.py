@@ -192,16 +192,39 @@ def record_pooled_gaussian() -> dict[str, np.ndarray]:
     return {name: np.asarray(value.detach()) for name, value in out.items()}
 
 
+PKD_WEIGHT, PKD_SIZES = 6.0, [((13, 9), (13, 9)), ((7, 6), (7, 6)), ((8, 10), (4, 5))]  # of student and teacher
+
+
+def record_pkd(module) -> dict[str, np.ndarray]:
+    """MMRazor's PKD loss of three levels; the last one's student or teacher is resized."""
+    generator, out = torch.Generator().manual_seed(11), {}
+    students, teachers = [], []
+    for sizes in PKD_SIZES:
+        student, noise = (torch.randn(3, 6, *size, generator=generator, dtype=torch.float64) for size in sizes)
+        students.append(student.requires_grad_())
+        teachers.append(noise + 4 if sizes[0] != sizes[1] else noise + 2 * student.detach())
+    out |= {f"input.student.{i}": x.detach().clone() for i, x in enumerate(students)}
+    out |= {f"input.teacher.{i}": x for i, x in enumerate(teachers)}
+    for side in ("student", "teacher"):
+        loss = module.PKDLoss(loss_weight=PKD_WEIGHT, resize_stu=side == "student")
+        total = loss(tuple(students), tuple(teachers))
+        out[f"{side}.loss"] = total.detach()
+        gradients = torch.autograd.grad(total, students)
+        out |= {f"{side}.grad.{i}": gradient for i, gradient in enumerate(gradients)}
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mmrazor", type=Path, help="checkout of MMRazor 1.0.0; the installed one by default")
     checkout = parser.parse_args().mmrazor
-    loss_module, connector_module = mmrazor.load(checkout) if checkout else mmrazor.installed()
+    modules = mmrazor.load(checkout) if checkout else mmrazor.installed()
     for case in CASES:
-        arrays = record(case, loss_module, connector_module)
+        arrays = record(case, modules.fbkd, modules.connectors)
         arrays["case"] = np.asarray(json.dumps(asdict(case)))
         np.savez_compressed(HERE / f"{case.name}.npz", **arrays)
     np.savez_compressed(HERE / "pooled_gaussian_block.npz", **record_pooled_gaussian())
+    np.savez_compressed(HERE / "pkd.npz", **record_pkd(modules.pkd))
 
 
 if __name__ == "__main__":
