@@ -157,13 +157,20 @@ def test_the_questions_answers_run(tmp_path, monkeypatch, capsys):
     assert set(torch.load("student.pth")) == set(student.state_dict())
 
 
+def test_the_page_of_pkd_runs():
+    names = dict(student=Pyramid(), teacher=Pyramid())
+    for code in python_blocks("pkd"):
+        exec(code, names)
+    assert set(names["distiller"](IMAGES, TARGETS)) == {"loss_box", "loss_pkd"}
+
+
 def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 
 
 def test_every_page_with_code_is_run():
     """By a test above; the frameworks' page is generated from files that tests/integrations run."""
-    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks"}
+    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", "pkd"}
 
 
 def test_every_public_name_is_in_the_reference():
