@@ -194,6 +194,22 @@ def assert_as_good(ours, eager, exact, extra=0.0, accumulation=None, units=8, te
     assert (excess <= 0).all(), f"worst excess {excess.max():.3g} with a floor of {floor:.3g}"
 
 
+def correlation_terms(student, teacher, eps=1e-6):
+    """How large the terms are that cancel in the channel correlation, and in each element of its gradient.
+
+    Kernels add them up in float64, of maps that are shifted by their first elements.
+    """
+    maps = [student.detach().double(), teacher.detach().double()]
+    if not student.numel():
+        return torch.ones((), dtype=torch.float64), maps[0]
+    correction = min(1, student.numel() // student.shape[1] - 1)
+    deviations = [x.std(dim=(0, 2, 3), keepdim=True, correction=correction) + eps for x in maps]
+    shifts = [x[:1, :, :1, :1] - x.mean(dim=(0, 2, 3), keepdim=True) for x in maps]
+    spread = 1 + sum((shift / deviation).square() for shift, deviation in zip(shifts, deviations, strict=True))
+    terms = sum(x.abs() / deviation for x, deviation in zip(maps, deviations, strict=True))
+    return spread.mean(), spread * terms / (student.numel() * deviations[0])
+
+
 def units_of_sum(count):
     """Return by how many eps a float sum of ``count`` numbers of one sign may be off, whatever the vector width.
 

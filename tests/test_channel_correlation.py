@@ -24,6 +24,7 @@ from op_cases import (
     channels_last,
     channels_last_slice,
     contiguous,
+    correlation_terms,
     draw,
     expanded,
     far_apart,
@@ -63,19 +64,6 @@ def run(student, teacher, backend):
     return loss.detach(), gradient
 
 
-def magnitudes(student, teacher):
-    """Of the terms that cancel in the loss and in the gradient: kernels sum maps shifted by their first elements."""
-    maps = [student.double(), teacher.double()]
-    if not student.numel():
-        return torch.ones((), dtype=torch.float64), maps[0]
-    correction = min(1, student.numel() // student.shape[1] - 1)
-    deviations = [x.std(dim=(0, 2, 3), keepdim=True, correction=correction) + EPS for x in maps]
-    shifts = [x[:1, :, :1, :1] - x.mean(dim=(0, 2, 3), keepdim=True) for x in maps]
-    spread = 1 + sum((shift / deviation).square() for shift, deviation in zip(shifts, deviations, strict=True))
-    terms = sum(x.abs() / deviation for x, deviation in zip(maps, deviations, strict=True))
-    return spread.mean(), spread * terms / (student.numel() * deviations[0])
-
-
 def check(student, teacher, backend):
     """As good as eager, up to the rounding of sums in float64 whatever the accumulation dtype."""
     accumulation = accumulation_of(student.dtype, teacher.dtype)
@@ -86,7 +74,7 @@ def check(student, teacher, backend):
     rounding = torch.finfo(torch.float64).eps / torch.finfo(accumulation).eps
     # The gradient's elements are rounded once more, to the student's dtype.
     extras = 0.0, 4 * torch.finfo(accumulation).eps + truncation(backend, student.device.type, student.dtype)
-    for mine, theirs, true, size, extra in zip(ours, eager, exact, magnitudes(student, teacher), extras, strict=True):
+    for mine, theirs, true, size, extra in zip(ours, eager, exact, correlation_terms(student, teacher), extras, strict=True):
         terms = true.abs() + rounding * size
         assert_as_good(mine, theirs, true, extra, accumulation, units_of_sum(values), terms)
     return ours

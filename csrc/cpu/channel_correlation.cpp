@@ -27,8 +27,8 @@ constexpr int64_t kFinishChannels = 64;
 enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts, kSums };
 
 // What the gradient needs of a channel, one row each of a level's coefficients (4, C), for a grad of 1:
-// dS = difference * ((t - teacher_mean) - (s - student_mean)) + student * (s - student_mean).
-enum Coefficient { kStudentMean, kTeacherMean, kDifference, kStudent, kCoefficients };
+// dS = student * (s - student_mean) + teacher * (t - teacher_mean).
+enum Coefficient { kStudentMean, kTeacherMean, kStudent, kTeacher, kCoefficients };
 
 struct CorrelationLevel {
   ScalarType student_type, teacher_type;
@@ -76,25 +76,25 @@ FBKD_CLONES void add_col_sums(const A* __restrict__ s, const A* __restrict__ t, 
   }
 }
 
-// out = difference * ((t - t_mean) - (s - s_mean)) + student * (s - s_mean). No difference of equal maps is rounded.
+// out = student * (s - s_mean) + teacher * (t - t_mean): 0 of equal maps, because nothing is contracted.
 template <typename A>
 FBKD_CLONES void row_gradient(const A* __restrict__ s, const A* __restrict__ t, double s_mean, double t_mean,
-                              double difference, double student, int64_t count, A* __restrict__ out) {
+                              double student, double teacher, int64_t count, A* __restrict__ out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const double u = s[i] - s_mean, v = t[i] - t_mean;
-    out[i] = static_cast<A>(difference * (v - u) + student * u);
+    out[i] = static_cast<A>(student * u + teacher * v);
   }
 }
 
 template <typename A>
 FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, const double* __restrict__ s_mean,
-                              const double* __restrict__ t_mean, const double* __restrict__ difference,
-                              const double* __restrict__ student, double scale, int64_t count, A* __restrict__ out) {
+                              const double* __restrict__ t_mean, const double* __restrict__ student,
+                              const double* __restrict__ teacher, double scale, int64_t count, A* __restrict__ out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const double u = s[i] - s_mean[i], v = t[i] - t_mean[i];
-    out[i] = static_cast<A>(scale * (difference[i] * (v - u) + student[i] * u));
+    out[i] = static_cast<A>(scale * (student[i] * u + teacher[i] * v));
   }
 }
 
@@ -174,12 +174,11 @@ struct Coefficients : Tiles {
     losses[channel] = scale / 2 * (ss / (a * a) + tt / (b * b) - 2 * (st / (a * b)));
     // d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
     const double through_deviation = deviation == 0 ? 0 : (ss / (a * a) - st / (a * b)) / (a * degrees() * deviation);
-    const double difference = -scale * (1 / (a * b));
     const auto put = [&](Coefficient kind, double value) { level.coefficients[kind * channels + channel] = value; };
     put(kStudentMean, shifts[channel] + s_mean);
     put(kTeacherMean, shifts[channels + channel] + t_mean);
-    put(kDifference, difference);
-    put(kStudent, scale * (1 / (a * a) - through_deviation) + difference);
+    put(kStudent, scale * (1 / (a * a) - through_deviation));
+    put(kTeacher, -scale * (1 / (a * b)));
   }
 
   double degrees() const { return values > 1 ? values - 1 : 1; }
@@ -258,10 +257,10 @@ struct LevelGradient : CorrelationTiles<A, Tiles> {
       const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
       A* piece = piece_to_fill(level.student_type, level.ds, first, buffer);
       if (level.student.rows_are_channels)
-        row_gradient(s, t, at(kStudentMean, row)[0], at(kTeacherMean, row)[0], grad * at(kDifference, row)[0],
-                     grad * at(kStudent, row)[0], cols, piece);
+        row_gradient(s, t, at(kStudentMean, row)[0], at(kTeacherMean, row)[0], grad * at(kStudent, row)[0],
+                     grad * at(kTeacher, row)[0], cols, piece);
       else
-        col_gradient(s, t, at(kStudentMean, col), at(kTeacherMean, col), at(kDifference, col), at(kStudent, col), grad,
+        col_gradient(s, t, at(kStudentMean, col), at(kTeacherMean, col), at(kStudent, col), at(kTeacher, col), grad,
                      cols, piece);
       store_piece(level.student_type, level.ds, first, cols, piece);
     });

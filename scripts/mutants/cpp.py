@@ -61,7 +61,7 @@ MUTATIONS = [
         CORRELATION,
         degrees_of_freedom=("return values > 1 ? values - 1 : 1;", "return values;"),
         shift_of_the_other_map=("v = t[i] - t_shift[i];", "v = t[i] - s_shift[i];"),
-        difference_that_is_rounded=("-scale * (1 / (a * b))", "-scale / (a * b)"),
+        factor_that_is_rounded=("-scale * (1 / (a * b))", "-scale / (a * b)"),
         gradient_of_a_constant_channel=("deviation == 0 ? 0 :", "deviation < 0 ? 0 :"),
         sums_of_the_first_image=("partials[(image * kSums + sum)", "partials[(0 * kSums + sum)"),
     ),

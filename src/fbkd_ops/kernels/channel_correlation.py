@@ -144,15 +144,14 @@ def finish_channels(
     # d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
     constant = deviation == 0
     through_deviation = (ss / (a * a) - st / (a * b)) / (a * degrees * tl.where(constant, 1.0, deviation))
-    difference = -scale * (1 / (a * b))
-    own = scale * (1 / (a * a) - tl.where(constant, 0.0, through_deviation)) + difference
+    of_student = scale * (1 / (a * a) - tl.where(constant, 0.0, through_deviation))
     shift = tl.load(pick(student, level) + channel * size.student_step, mask=inside, other=0.0).to(tl.float64)
     result = pick(coefficients, level) + channel
     tl.store(result, shift + s_mean, mask=inside)
     shift = tl.load(pick(teacher, level) + channel * size.teacher_step, mask=inside, other=0.0).to(tl.float64)
     tl.store(result + size.channels, shift + t_mean, mask=inside)
-    tl.store(result + 2 * size.channels, difference, mask=inside)
-    tl.store(result + 3 * size.channels, own, mask=inside)
+    tl.store(result + 2 * size.channels, of_student, mask=inside)
+    tl.store(result + 3 * size.channels, -scale * (1 / (a * b)), mask=inside)
 
 
 @triton.jit
@@ -232,10 +231,10 @@ def store_gradient(results, tile, size, IS_ALIGNED: tl.constexpr, AXIS: tl.const
     inside, at = channel < channels, coefficients + channel
     s_mean = tl.expand_dims(tl.load(at, mask=inside, other=0.0), AXIS)
     t_mean = tl.expand_dims(tl.load(at + channels, mask=inside, other=0.0), AXIS)
-    difference = tl.expand_dims(tl.load(at + 2 * channels, mask=inside, other=0.0), AXIS)
-    own = tl.expand_dims(tl.load(at + 3 * channels, mask=inside, other=0.0), AXIS)
-    s, t = tile.student - s_mean, tile.teacher - t_mean
-    value = tl.load(grad + size.slot).to(tl.float64) * (difference * (t - s) + own * s)
+    of_student = tl.expand_dims(tl.load(at + 2 * channels, mask=inside, other=0.0), AXIS)
+    of_teacher = tl.expand_dims(tl.load(at + 3 * channels, mask=inside, other=0.0), AXIS)
+    sum_of_both = of_student * (tile.student - s_mean) + of_teacher * (tile.teacher - t_mean)
+    value = tl.load(grad + size.slot).to(tl.float64) * sum_of_both
     row, col = tile.row[:, None], tile.col[None, :]
     at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
     store_rounded(at, value, tile.inside)
@@ -267,7 +266,8 @@ def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
     constants = [
         {"ROWS": _block(view)[0], "COLS": _block(view)[1], "AXIS": int(view.rows_are_channels)} for view in views
     ]
-    launch_by_constants(kernel, levels, constants, shared, num_warps=WARPS)
+    # Without fused products the gradient of equal maps is 0.
+    launch_by_constants(kernel, levels, constants, shared, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], eps: float) -> list[Tensor]:

@@ -11,8 +11,7 @@ from .registry import kernel, register
 
 __all__ = ["COEFFICIENTS", "ChannelCorrelationFunction", "channel_correlation_losses"]
 
-# What forward keeps of a channel for backward: both means, the factor of the difference of the centred maps, and that
-# of the centred student.
+# What forward keeps of a channel for backward: the means of both maps, and the factors of the centred maps.
 COEFFICIENTS = 4
 
 
@@ -23,7 +22,7 @@ def channel_correlation_losses(backend: str, students: list[Tensor], teachers: l
 
 
 class ChannelCorrelationFunction(torch.autograd.Function):
-    """``dS = g * (d * (t - s) + e * s)`` of the centred maps s and t, with d and e of each channel."""
+    """``dS = g * (a * s + b * t)`` of the centred maps s and t, with a and b of each channel."""
 
     @staticmethod
     def forward(ctx, backend, eps, *features):
