@@ -74,7 +74,9 @@ def check(student, teacher, backend):
     rounding = torch.finfo(torch.float64).eps / torch.finfo(accumulation).eps
     # The gradient's elements are rounded once more, to the student's dtype.
     extras = 0.0, 4 * torch.finfo(accumulation).eps + truncation(backend, student.device.type, student.dtype)
-    for mine, theirs, true, size, extra in zip(ours, eager, exact, correlation_terms(student, teacher), extras, strict=True):
+    for mine, theirs, true, size, extra in zip(
+        ours, eager, exact, correlation_terms(student, teacher), extras, strict=True
+    ):
         terms = true.abs() + rounding * size
         assert_as_good(mine, theirs, true, extra, accumulation, units_of_sum(values), terms)
     return ours
