@@ -1,17 +1,13 @@
 // Channel correlation on the CPU: five sums a channel in one read of both maps; the gradient another, and one write.
 #include "../stable_abi.h"
 
-#include "../tensors.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
 #include "memory.h"
-#include "pieces.h"
+#include "pair_tiles.h"
 #include "simd.h"
-#include "tiles.h"
-#include "vector.h"
 
 namespace fbkd {
 namespace {
@@ -30,17 +26,8 @@ enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts
 // dS = student * (s - student_mean) + teacher * (t - teacher_mean).
 enum Coefficient { kStudentMean, kTeacherMean, kStudent, kTeacher, kCoefficients };
 
-struct CorrelationLevel {
-  ScalarType student_type, teacher_type;
-  MatrixView student;  // rows and columns of the level
-  MatrixView teacher;  // the same rows and columns: its col_stride is not 1 where the layouts differ
-  const void* s;
-  const void* t;
+struct CorrelationLevel : PairLevel {
   double* coefficients;  // (4, C); read only in backward
-  int64_t index;         // of the level in the op's result and in grad
-  void* ds;              // backward only: gradient_view(student)
-
-  ScalarType accumulation() const { return accumulation_type(student_type, teacher_type); }
 };
 
 // One channel's sums: sums[k] belongs to Sum k.
@@ -104,36 +91,8 @@ Tiling tiling_for(const MatrixView& view) {
   return tiling_of(view, view.rows_are_channels ? rows : pixel_rows, view.cols);
 }
 
-// What both passes share: a level's tiles of whole rows, cut into pieces.
 template <typename A, class Base>
-struct CorrelationTiles : Base {
-  explicit CorrelationTiles(const CorrelationLevel& level) : level(level), tiling(tiling_for(level.student)) {}
-
-  int64_t count() const override { return tiles_of(level.student, tiling); }
-  int64_t elements() const override { return level.student.numel(); }
-
-  // visit(image, row, col, s, t, cols) for every piece of a tile's rows.
-  template <typename Visit>
-  void pieces(int64_t tile, Visit&& visit) const {
-    A s_buffer[kPiece], t_buffer[kPiece];
-    const MatrixView &s_view = level.student, &t_view = level.teacher;
-    const int64_t image = tile / tiling.row_tiles, first_row = tile % tiling.row_tiles * tiling.row_tile;
-    const int64_t last_row = min64(first_row + tiling.row_tile, s_view.rows);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      for (int64_t col = 0; col < s_view.cols; col += kPiece) {
-        const int64_t cols = min64(kPiece, s_view.cols - col);
-        const int64_t s_first = image * s_view.image_stride + row * s_view.row_stride + col;
-        const int64_t t_first = image * t_view.image_stride + row * t_view.row_stride + col * t_view.col_stride;
-        const A* s = load_piece(level.student_type, level.s, s_first, 1, cols, s_buffer);
-        const A* t = load_piece(level.teacher_type, level.t, t_first, t_view.col_stride, cols, t_buffer);
-        visit(image, row, col, s, t, cols);
-      }
-    }
-  }
-
-  CorrelationLevel level;
-  Tiling tiling;
-};
+using CorrelationTiles = PairTiles<A, CorrelationLevel, Base>;
 
 double element_at(ScalarType type, const void* data, int64_t index) {
   double value;
@@ -204,7 +163,8 @@ struct Losses : StagedTiles {
 // First stage of a level: the sums of every tile. Where rows are channels a tile of an image has channels of its own.
 template <typename A>
 struct LevelSums : CorrelationTiles<A, Losses> {
-  LevelSums(const CorrelationLevel& level, double eps) : CorrelationTiles<A, Losses>(level), eps(eps) {
+  LevelSums(const CorrelationLevel& level, double eps)
+      : CorrelationTiles<A, Losses>(level, tiling_for(level.student)), eps(eps) {
     const int64_t channels = level.student.channels();
     const int64_t parts = level.student.images * (level.student.rows_are_channels ? 1 : this->tiling.row_tiles);
     partials.resize(static_cast<size_t>(parts * kSums * channels));
@@ -246,7 +206,7 @@ struct LevelSums : CorrelationTiles<A, Losses> {
 template <typename A>
 struct LevelGradient : CorrelationTiles<A, Tiles> {
   LevelGradient(const CorrelationLevel& level, double grad)
-      : CorrelationTiles<A, Tiles>(level), dense(gradient_view(level.student)), grad(grad) {
+      : CorrelationTiles<A, Tiles>(level, tiling_for(level.student)), dense(gradient_view(level.student)), grad(grad) {
     advise_huge_pages(level.ds, dense.numel() * element_size(level.student_type));
   }
 
@@ -274,29 +234,6 @@ struct LevelGradient : CorrelationTiles<A, Tiles> {
   double grad;
 };
 
-// A level without its coefficients and its gradient.
-CorrelationLevel checked_level(const Tensors& student, const Tensors& teacher, size_t index, const char* op) {
-  const Tensor &s = student[index], &t = teacher[index];
-  const MatrixView view = checked_view(s, op, "student"), teacher_view = checked_view(t, op, "teacher");
-  check_pair(s, t, true, op);
-  check_device(s, student[0], op, "student");
-  check_device(t, student[0], op, "teacher");
-  return {s.scalar_type(),
-          t.scalar_type(),
-          view,
-          oriented(teacher_view, view.rows_are_channels),
-          s.const_data_ptr(),
-          t.const_data_ptr(),
-          nullptr,
-          static_cast<int64_t>(index),
-          nullptr};
-}
-
-void check_levels(const Tensors& student, const Tensors& teacher, const char* op) {
-  STD_TORCH_CHECK(!student.empty(), op, ": student must have at least one level");
-  check_length(teacher, student.size(), op, "teacher");
-}
-
 void launch_channel_correlation_forward(const std::vector<CorrelationLevel>& levels, double eps, const Tensor& losses) {
   std::vector<std::unique_ptr<Losses>> sums;
   for (const CorrelationLevel& level : levels)
@@ -320,16 +257,15 @@ void launch_channel_correlation_backward(const std::vector<CorrelationLevel>& le
 // The losses (levels,), then each level's coefficients (4, C).
 Tensors channel_correlation_forward(const Tensors& student, const Tensors& teacher, double eps) {
   const char* op = "channel_correlation";
-  check_levels(student, teacher, op);
+  check_pair_lists(student, teacher, op);
   Tensors results{empty_squares(student, teacher)};
   torch::stable::zero_(results[0]);
   std::vector<CorrelationLevel> levels;
   for (size_t index = 0; index < student.size(); ++index) {
-    CorrelationLevel level = checked_level(student, teacher, index, op);
+    const PairLevel pair = pair_level(student, teacher, index, nullptr, op);
     results.push_back(empty_like_device(student[index], {kCoefficients, student[index].size(1)}, ScalarType::Double));
-    level.coefficients = static_cast<double*>(results.back().mutable_data_ptr());
     if (student[index].numel() > 0)
-      levels.push_back(level);
+      levels.push_back({pair, static_cast<double*>(results.back().mutable_data_ptr())});
     else
       torch::stable::zero_(results.back());
   }
@@ -340,20 +276,16 @@ Tensors channel_correlation_forward(const Tensors& student, const Tensors& teach
 Tensors channel_correlation_backward(const Tensors& student, const Tensors& teacher, const Tensors& coefficients,
                                      const Tensor& grad) {
   const char* op = "channel_correlation_backward";
-  check_levels(student, teacher, op);
+  check_pair_lists(student, teacher, op);
   check_length(coefficients, student.size(), op, "coefficients");
   checked_grad(grad, student, teacher, op);
   Tensors gradients;
   std::vector<CorrelationLevel> levels;
   for (size_t index = 0; index < student.size(); ++index) {
-    CorrelationLevel level = checked_level(student, teacher, index, op);
+    const PairLevel pair = pair_level(student, teacher, index, &gradients, op);
     const Tensor& s = student[index];
-    const int64_t count = kCoefficients * s.size(1);
-    checked_data(coefficients[index], ScalarType::Double, count, s, op, "coefficients");
-    level.coefficients = static_cast<double*>(coefficients[index].mutable_data_ptr());
-    gradients.push_back(empty_gradient(s, level.student));
-    level.ds = gradients.back().mutable_data_ptr();
-    if (s.numel() > 0) levels.push_back(level);
+    checked_data(coefficients[index], ScalarType::Double, kCoefficients * s.size(1), s, op, "coefficients");
+    if (s.numel() > 0) levels.push_back({pair, static_cast<double*>(coefficients[index].mutable_data_ptr())});
   }
   launch_channel_correlation_backward(levels, grad);
   return gradients;

@@ -6,8 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "memory.h"
-#include "pieces.h"
-#include "tiles.h"
+#include "pair_tiles.h"
 
 namespace fbkd {
 namespace {
@@ -54,46 +53,19 @@ Tiling tiling_for(const MaskedLevel& level) {
   return tiling_of(view, min64(kMaxRows, max64(kMinRows, kTile / view.cols)), view.cols);
 }
 
-// What both passes share: a level's tiles, their rows cut into pieces.
+// What both passes share.
 template <typename A, class Base>
-struct MaskedTiles : Base {
-  explicit MaskedTiles(const MaskedLevel& level) : level(level), tiling(tiling_for(level)) {}
-
-  int64_t count() const override { return tiles_of(level.student, tiling); }
-  int64_t elements() const override { return level.student.numel(); }
-
-  // visit(image, row, col, s, t, cols) for every piece of a tile's rows.
-  template <typename Visit>
-  void pieces(int64_t tile, Visit&& visit) const {
-    A s_buffer[kPiece], t_buffer[kPiece];
-    const MatrixView &s_view = level.student, &t_view = level.teacher;
-    const int64_t image = tile / (tiling.row_tiles * tiling.col_tiles);
-    const int64_t first_row = tile / tiling.col_tiles % tiling.row_tiles * tiling.row_tile;
-    const int64_t first_col = tile % tiling.col_tiles * tiling.col_tile;
-    const int64_t last_row = min64(first_row + tiling.row_tile, s_view.rows);
-    const int64_t last_col = min64(first_col + tiling.col_tile, s_view.cols);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      for (int64_t col = first_col; col < last_col; col += kPiece) {
-        const int64_t cols = min64(kPiece, last_col - col);
-        const int64_t s_first = image * s_view.image_stride + row * s_view.row_stride + col;
-        const int64_t t_first = image * t_view.image_stride + row * t_view.row_stride + col * t_view.col_stride;
-        const A* s = load_piece(level.student_type, level.s, s_first, 1, cols, s_buffer);
-        const A* t = load_piece(level.teacher_type, level.t, t_first, t_view.col_stride, cols, t_buffer);
-        visit(image, row, col, s, t, cols);
-      }
-    }
-  }
+struct MaskedTiles : PairTiles<A, MaskedLevel, Base> {
+  explicit MaskedTiles(const MaskedLevel& level) : PairTiles<A, MaskedLevel, Base>(level, tiling_for(level)) {}
 
   A row_weight(int64_t image, int64_t row) const {
-    return level.row_mask == nullptr ? A(1) : static_cast<const A*>(level.row_mask)[image * level.student.rows + row];
+    const A* mask = static_cast<const A*>(this->level.row_mask);
+    return mask == nullptr ? A(1) : mask[image * this->level.student.rows + row];
   }
   const A* col_weights(int64_t image, int64_t col) const {
-    if (level.col_mask == nullptr) return nullptr;
-    return static_cast<const A*>(level.col_mask) + image * level.student.cols + col;
+    const A* mask = static_cast<const A*>(this->level.col_mask);
+    return mask == nullptr ? nullptr : mask + image * this->level.student.cols + col;
   }
-
-  MaskedLevel level;
-  Tiling tiling;
 };
 
 struct Squares : Tiles {

@@ -56,9 +56,10 @@ class Queue {
   std::vector<Tensor> scratch_;
 };
 
-// Calls f(Type<T>, levels) for the levels of each element type; `type` is the member that says it.
-template <typename Level, typename F>
-void by_type(const std::vector<Level>& levels, ScalarType Level::* type, F&& f) {
+// Calls f(Type<T>, levels) for the levels of each element type; `type` is the member, of Level or its base, that says
+// it.
+template <typename Level, typename Owner, typename F>
+void by_type(const std::vector<Level>& levels, ScalarType Owner::* type, F&& f) {
   for (const ScalarType each : {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16}) {
     std::vector<Level> same;
     std::copy_if(levels.begin(), levels.end(), std::back_inserter(same),

@@ -70,7 +70,7 @@ MUTATIONS = [
         "csrc/cpu/masked_l2.cpp",
         DISTANCE,
         scale=("scale(static_cast<A>(2 * grad))", "scale(static_cast<A>(grad))"),
-        mask_of_the_wrong_image=("(level.col_mask) + image * level.student.cols + col;", "(level.col_mask) + col;"),
+        mask_of_the_wrong_image=("mask + image * this->level.student.cols + col;", "mask + col;"),
         second_piece_of_the_teacher=(
             "row * t_view.row_stride + col * t_view.col_stride;",
             "row * t_view.row_stride + col;",
