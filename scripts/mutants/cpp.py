@@ -67,14 +67,19 @@ MUTATIONS = [
     ),
     *faults(
         "cpp.distance",
-        "csrc/cpu/masked_l2.cpp",
+        "csrc/cpu/pair_tiles.h",
         DISTANCE,
-        scale=("scale(static_cast<A>(2 * grad))", "scale(static_cast<A>(grad))"),
-        mask_of_the_wrong_image=("mask + image * this->level.student.cols + col;", "mask + col;"),
         second_piece_of_the_teacher=(
             "row * t_view.row_stride + col * t_view.col_stride;",
             "row * t_view.row_stride + col;",
         ),
+    ),
+    *faults(
+        "cpp.distance",
+        "csrc/cpu/masked_l2.cpp",
+        DISTANCE,
+        scale=("scale(static_cast<A>(2 * grad))", "scale(static_cast<A>(grad))"),
+        mask_of_the_wrong_image=("mask + image * this->level.student.cols + col;", "mask + col;"),
         sign_of_the_difference=(
             "sum += weight[i] * (s[i] - t[i]) * (s[i] - t[i]);",
             "sum += weight[i] * (s[i] - t[i]) * (s[i] + t[i]);",

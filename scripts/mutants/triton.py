@@ -45,6 +45,11 @@ MUTATIONS = [
             "return Tile(difference, by_row[:, None] + by_col[None, :],",
         ),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
+    ),
+    *faults(
+        "triton.distance",
+        "src/fbkd_ops/kernels/pairs.py",
+        DISTANCE,
         transposed_teacher=("IS_ALIGNED, IS_TRANSPOSED\n    )", "IS_ALIGNED, False\n    )"),
     ),
     *faults(
@@ -52,7 +57,7 @@ MUTATIONS = [
         "src/fbkd_ops/kernels/channel_correlation.py",
         CORRELATION,
         degrees_of_freedom=("degrees = tl.maximum(count - 1, 1)", "degrees = count"),
-        part_of_the_first_image=("tile.image * size.col_tiles + tile.col_tile", "tile.col_tile"),
+        part_of_the_first_image=("pair.image * size.col_tiles + pair.col_tile", "pair.col_tile"),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
         constant_channel=("tl.where(constant, 0.0, through_deviation)", "through_deviation"),
     ),

@@ -1,8 +1,7 @@
 """Triton kernels of the correlation of two feature maps' channels, and of the loss's gradient.
 
-Both maps are matrices in the student's orientation (rows = channels or pixels, columns = the other). The teacher's
-layout may be the other one: its tiles are then read along their columns. Everything is computed in float64, where
-products of floats are exact: the loss of two maps that agree well is a small difference of large sums.
+Both maps are read as pairs.py says. Everything is computed in float64, where products of floats are exact: the loss of
+two maps that nearly agree is a small difference of large sums.
 """
 
 from typing import NamedTuple
@@ -14,23 +13,18 @@ from torch import Tensor
 
 from .._layout import MatrixView, empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
+from .pairs import ALIGNED, load_pair, path_of_pair
 from .pyramid import (
-    ALIGNED,
-    TRANSPOSED,
     Level,
     add_partial_sums,
     add_tiles,
     find_level,
-    find_tile,
     launch,
     launch_by_constants,
-    path_of_pair,
     pick,
     pick_sizes,
     store_rounded,
     tile_pointers,
-    vector_length,
-    whole_vectors,
 )
 
 __all__ = ["channel_correlation_backward", "channel_correlation_forward"]
@@ -73,19 +67,6 @@ class FinishSizes(NamedTuple):
     first: int  # of the level's partial sums
 
 
-class Tile(NamedTuple):
-    """A tile of a level in a kernel, in float64."""
-
-    student: tl.tensor
-    teacher: tl.tensor
-    image: tl.tensor
-    row_tile: tl.tensor
-    col_tile: tl.tensor
-    row: tl.tensor
-    col: tl.tensor
-    inside: tl.tensor
-
-
 @triton.jit
 def sum_products(
     student,  # a level: (images, rows, cols)
@@ -97,14 +78,14 @@ def sum_products(
     COLS: tl.constexpr,
     AXIS: tl.constexpr,  # of the pixels
 ):
-    """Write the sums of a tile."""
+    """Write the sums of a pair."""
     level, path, program = find_level(sizes)
     size = Sizes(*pick_sizes(sizes, level))
     maps = pick(student, level), pick(teacher, level)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            tile = pair_tile(maps, program, size, PATHS[index], ROWS, COLS)
-            store_sums(maps, partials, tile, size, AXIS)
+            pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
+            store_sums(maps, partials, pair, size, AXIS)
 
 
 @triton.jit
@@ -173,45 +154,25 @@ def correlation_gradients(
     maps = pick(student, level), pick(teacher, level)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            tile = pair_tile(maps, program, size, PATHS[index], ROWS, COLS)
+            pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
             results = pick(coefficients, level), pick(gradient, level), grad
-            store_gradient(results, tile, size, ALIGNED & PATHS[index], AXIS)
+            store_gradient(results, pair, size, ALIGNED & PATHS[index], AXIS)
 
 
 @triton.jit
-def pair_tile(maps, program, size, PATH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the program's Tile."""
-    student, teacher = maps
-    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
-    IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
-    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
-    row, col = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
-    row_inside = row < whole_vectors(size.rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
-    col_inside = col < whole_vectors(size.cols, IS_ALIGNED, VECTOR)
-    inside = row_inside[:, None] & col_inside[None, :]
-    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
-    of_student = tl.load(at, mask=inside, other=0.0)
-    at = tile_pointers(
-        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
-    )
-    of_teacher = tl.load(at, mask=inside, other=0.0)
-    return Tile(of_student.to(tl.float64), of_teacher.to(tl.float64), image, row_tile, col_tile, row, col, inside)
-
-
-@triton.jit
-def store_sums(maps, partials, tile, size, AXIS: tl.constexpr):
+def store_sums(maps, partials, pair, size, AXIS: tl.constexpr):
     """Store the tile's five sums of each channel."""
     student, teacher = maps
     if AXIS == 1:
-        channel, channels, part = tile.row, size.rows, tile.image * size.col_tiles + tile.col_tile
+        channel, channels, part = pair.row, size.rows, pair.image * size.col_tiles + pair.col_tile
     else:
-        channel, channels, part = tile.col, size.cols, tile.image * size.row_tiles + tile.row_tile
+        channel, channels, part = pair.col, size.cols, pair.image * size.row_tiles + pair.row_tile
     inside = channel < channels
+    both = pair.row_inside[:, None] & pair.col_inside[None, :]
     s_shift = tl.load(student + channel * size.student_step, mask=inside, other=0.0).to(tl.float64)
     t_shift = tl.load(teacher + channel * size.teacher_step, mask=inside, other=0.0).to(tl.float64)
-    u = tl.where(tile.inside, tile.student - tl.expand_dims(s_shift, AXIS), 0.0)
-    v = tl.where(tile.inside, tile.teacher - tl.expand_dims(t_shift, AXIS), 0.0)
+    u = tl.where(both, pair.student.to(tl.float64) - tl.expand_dims(s_shift, AXIS), 0.0)
+    v = tl.where(both, pair.teacher.to(tl.float64) - tl.expand_dims(t_shift, AXIS), 0.0)
     at = partials + size.first + part * SUMS * channels + channel
     tl.store(at, tl.sum(u, axis=AXIS), mask=inside)
     tl.store(at + channels, tl.sum(v, axis=AXIS), mask=inside)
@@ -221,23 +182,24 @@ def store_sums(maps, partials, tile, size, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(results, tile, size, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr):
+def store_gradient(results, pair, size, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr):
     """Store the tile of the student's gradient."""
     coefficients, gradient, grad = results
     if AXIS == 1:
-        channel, channels = tile.row, size.rows
+        channel, channels = pair.row, size.rows
     else:
-        channel, channels = tile.col, size.cols
+        channel, channels = pair.col, size.cols
     inside, at = channel < channels, coefficients + channel
     s_mean = tl.expand_dims(tl.load(at, mask=inside, other=0.0), AXIS)
     t_mean = tl.expand_dims(tl.load(at + channels, mask=inside, other=0.0), AXIS)
     of_student = tl.expand_dims(tl.load(at + 2 * channels, mask=inside, other=0.0), AXIS)
     of_teacher = tl.expand_dims(tl.load(at + 3 * channels, mask=inside, other=0.0), AXIS)
-    sum_of_both = of_student * (tile.student - s_mean) + of_teacher * (tile.teacher - t_mean)
+    s, t = pair.student.to(tl.float64) - s_mean, pair.teacher.to(tl.float64) - t_mean
+    sum_of_both = of_student * s + of_teacher * t
     value = tl.load(grad + size.slot).to(tl.float64) * sum_of_both
-    row, col = tile.row[:, None], tile.col[None, :]
-    at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
-    store_rounded(at, value, tile.inside)
+    row, col = pair.row[:, None], pair.col[None, :]
+    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    store_rounded(at, value, pair.row_inside[:, None] & pair.col_inside[None, :])
 
 
 def _steps(view: MatrixView, teacher_view: MatrixView) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Triton kernels of the masked squared difference of two feature maps of the same shape, and its gradient.
 
-Both maps are matrices in the student's orientation (rows = channels or pixels, columns = the other). The teacher's
-layout may be the other one: its tiles are then read along their columns.
+Both maps are read as pairs.py says.
 """
 
 from typing import NamedTuple
@@ -13,23 +12,18 @@ from torch import Tensor
 
 from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype
+from .pairs import ALIGNED, load_pair, path_of_pair
 from .pyramid import (
-    ALIGNED,
-    TRANSPOSED,
     Level,
     add_partial_sums,
     find_level,
-    find_tile,
     in_place_of_none,
     launch_by_constants,
     load_mask,
-    path_of_pair,
     pick,
     pick_sizes,
     store_rounded,
     tile_pointers,
-    vector_length,
-    whole_vectors,
 )
 
 __all__ = ["masked_l2_backward", "masked_l2_forward"]
@@ -114,25 +108,13 @@ def difference_gradients(
 def difference_tile(tensors, program, size, PATH: tl.constexpr, BLOCK: tl.constexpr):
     """Return the program's Tile."""
     student, teacher, row_mask, col_mask = tensors
-    rows, cols = size.rows, size.cols
-    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
-    IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
-    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
-    row, col = row_tile * BLOCK + tl.arange(0, BLOCK), col_tile * BLOCK + tl.arange(0, BLOCK)
-    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
-    row_inside = row < whole_vectors(rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
-    col_inside = col < whole_vectors(cols, IS_ALIGNED, VECTOR)
-    inside = row_inside[:, None] & col_inside[None, :]
-    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
-    value = tl.load(at, mask=inside, other=0.0)
-    at = tile_pointers(
-        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
-    )
+    pair = load_pair((student, teacher), program, size, PATH, BLOCK, BLOCK)
     dtype: tl.constexpr = row_mask.dtype.element_ty
-    difference = value.to(dtype) - tl.load(at, mask=inside, other=0.0).to(dtype)
-    by_row = load_mask(row_mask, image * rows + row, row_inside, size.row_given)
-    by_col = load_mask(col_mask, image * cols + col, col_inside, size.col_given)
-    return Tile(difference, by_row[:, None] * by_col[None, :], image, row, col, inside)
+    difference = pair.student.to(dtype) - pair.teacher.to(dtype)
+    by_row = load_mask(row_mask, pair.image * size.rows + pair.row, pair.row_inside, size.row_given)
+    by_col = load_mask(col_mask, pair.image * size.cols + pair.col, pair.col_inside, size.col_given)
+    inside = pair.row_inside[:, None] & pair.col_inside[None, :]
+    return Tile(difference, by_row[:, None] * by_col[None, :], pair.image, pair.row, pair.col, inside)
 
 
 @triton.jit

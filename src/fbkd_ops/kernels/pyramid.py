@@ -13,11 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import MatrixView
-
 __all__ = [
-    "ALIGNED",
-    "TRANSPOSED",
     "Level",
     "add_partials",
     "add_partial_sums",
@@ -28,7 +24,6 @@ __all__ = [
     "in_place_of_none",
     "launch",
     "load_mask",
-    "path_of_pair",
     "pick",
     "pick_all",
     "pick_sizes",
@@ -46,9 +41,6 @@ MAX_PARAMETERS = 480
 # sizes, and a level's order of summation does not depend on the other levels.
 SIZE_OFFSET = tl.constexpr(1 << 33)
 PARTIALS = 2048  # added in one step
-# The code path of a level of two maps has two bits: both are read 16 bytes at a time, the second one's tiles are
-# transposed.
-ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
 
 
 class Level(NamedTuple):
@@ -112,16 +104,6 @@ def aligned_to_16_bytes(x: Tensor, *strides: int) -> bool:
     """Whether ``x`` and every multiple of the strides from it lie on a 16-byte boundary."""
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
-
-
-def path_of_pair(first: Tensor, view: MatrixView, second: Tensor, second_view: MatrixView) -> int:
-    """Return the code path of two maps of the same size that are read in the first one's orientation."""
-    transposed = second_view.rows_are_channels != view.rows_are_channels
-    extents = (view.cols, view.rows) if transposed else (view.cols,)
-    aligned = aligned_to_16_bytes(first, view.image_stride, view.row_stride, *extents) and aligned_to_16_bytes(
-        second, second_view.image_stride, second_view.row_stride, *extents
-    )
-    return TRANSPOSED.value * transposed + ALIGNED.value * aligned
 
 
 @triton.jit

@@ -1,0 +1,67 @@
+"""Tiles of two feature maps of the same shape, as Triton kernels read them together.
+
+Both maps are matrices in the first one's orientation (rows = channels or pixels, columns = the other). The second one's
+layout may be the other one: its tiles are then read along their columns.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import MatrixView
+from .pyramid import aligned_to_16_bytes, find_tile, tile_pointers, vector_length, whole_vectors
+
+__all__ = ["ALIGNED", "TRANSPOSED", "PairTile", "load_pair", "path_of_pair"]
+
+# A level's code path has two bits: both maps are read 16 bytes at a time, the teacher's tiles are transposed.
+ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
+
+
+class PairTile(NamedTuple):
+    """A tile of both maps, 0 outside of them, and where it lies."""
+
+    student: tl.tensor  # (R, C)
+    teacher: tl.tensor
+    image: tl.tensor
+    row_tile: tl.tensor
+    col_tile: tl.tensor
+    row: tl.tensor  # (R,)
+    col: tl.tensor  # (C,)
+    row_inside: tl.tensor
+    col_inside: tl.tensor
+
+
+@triton.jit
+def load_pair(maps, program, size, PATH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the program's PairTile.
+
+    ``size`` has rows, cols, stride, pitch, teacher_stride, teacher_pitch, row_tiles and col_tiles.
+    """
+    student, teacher = maps
+    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
+    image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
+    row, col = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
+    row_inside = row < whole_vectors(size.rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
+    col_inside = col < whole_vectors(size.cols, IS_ALIGNED, VECTOR)
+    inside = row_inside[:, None] & col_inside[None, :]
+    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
+    of_student = tl.load(at, mask=inside, other=0.0)
+    at = tile_pointers(
+        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
+    )
+    of_teacher = tl.load(at, mask=inside, other=0.0)
+    return PairTile(of_student, of_teacher, image, row_tile, col_tile, row, col, row_inside, col_inside)
+
+
+def path_of_pair(student: Tensor, view: MatrixView, teacher: Tensor, teacher_view: MatrixView) -> int:
+    """Return a level's code path."""
+    transposed = teacher_view.rows_are_channels != view.rows_are_channels
+    extents = (view.cols, view.rows) if transposed else (view.cols,)
+    aligned = aligned_to_16_bytes(student, view.image_stride, view.row_stride, *extents) and aligned_to_16_bytes(
+        teacher, teacher_view.image_stride, teacher_view.row_stride, *extents
+    )
+    return TRANSPOSED.value * transposed + ALIGNED.value * aligned
