@@ -60,7 +60,7 @@ class FinishSizes(NamedTuple):
 
     channels: int
     parts: int  # partial sums of a channel
-    values: int  # of a channel, in all images
+    elements: int  # of a channel, in all images
     student_step: int  # from channel to channel
     teacher_step: int
     slot: int  # of the level's first channel in the losses
@@ -108,7 +108,7 @@ def finish_channels(
     inside = channel < size.channels
     at = partials + size.first + channel
     pitch = SUMS * size.channels
-    count = size.values.to(tl.float64)
+    count = size.elements.to(tl.float64)
     degrees = tl.maximum(count - 1, 1)
     s_mean = add_tiles(at, size.parts, pitch, inside, PARTS, BLOCK) / count
     t_mean = add_tiles(at + size.channels, size.parts, pitch, inside, PARTS, BLOCK) / count
@@ -252,9 +252,8 @@ def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], 
     losses = students[0].new_zeros(slots[-1], dtype=torch.float64)
     coefficients = [student.new_zeros((4, student.shape[1]), dtype=torch.float64) for student in students]
     pairs = list(zip(students, teachers, strict=True))
-    _launch(
-        sum_products, [_level(*pair, (), 0, first) for pair, first in zip(pairs, firsts[:-1], strict=True)], partials
-    )
+    levels = [_level(*pair, (), 0, first) for pair, first in zip(pairs, firsts[:-1], strict=True)]
+    _launch(sum_products, levels, partials)
     finish = []
     for index, (student, teacher) in enumerate(pairs):
         view = views[index]
