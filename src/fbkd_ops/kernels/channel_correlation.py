@@ -4,6 +4,7 @@ Both maps are read as pairs.py says. Everything is computed in float64, where pr
 two maps that nearly agree is a small difference of large sums.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -239,32 +240,35 @@ def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], 
         students, teachers: ``(N, C, H, W)``.
         eps: what is added to each standard deviation.
     """
-    views = [matrix_view(student) for student in students]
     channels = [student.shape[1] for student in students]
-    parts = [  # tiles of pixels of all images
-        view.images * triton.cdiv(view.cols if view.rows_are_channels else view.rows, PIXELS) for view in views
-    ]
-    firsts, slots = [0], [0]
-    for count, width in zip(parts, channels, strict=True):
-        firsts.append(firsts[-1] + SUMS.value * count * width)
-        slots.append(slots[-1] + width)
-    partials = students[0].new_empty(firsts[-1], dtype=torch.float64)
-    losses = students[0].new_zeros(slots[-1], dtype=torch.float64)
+    parts = [_parts(student) for student in students]
+    counts = [SUMS.value * count * width for count, width in zip(parts, channels, strict=True)]
+    *firsts, partial_count = accumulate(counts, initial=0)
+    *slots, channel_count = accumulate(channels, initial=0)
+    partials = students[0].new_empty(partial_count, dtype=torch.float64)
+    losses = students[0].new_zeros(channel_count, dtype=torch.float64)
     coefficients = [student.new_zeros((4, student.shape[1]), dtype=torch.float64) for student in students]
-    pairs = list(zip(students, teachers, strict=True))
-    levels = [_level(*pair, (), 0, first) for pair, first in zip(pairs, firsts[:-1], strict=True)]
+    places = list(zip(students, teachers, firsts, strict=True))
+    levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]
     _launch(sum_products, levels, partials)
-    finish = []
-    for index, (student, teacher) in enumerate(pairs):
-        view = views[index]
-        steps = _steps(view, matrix_view(teacher))
-        values = view.images * student.shape[2] * student.shape[3]
-        sizes = FinishSizes(channels[index], parts[index], values, *steps, slots[index], firsts[index])
-        programs = triton.cdiv(channels[index], CHANNELS) if values else 0
-        finish.append(Level(programs, (student, teacher, coefficients[index]), sizes))
+    finish = [
+        _finish_level(*place) for place in zip(students, teachers, coefficients, parts, slots, firsts, strict=True)
+    ]
     launch(finish_channels, finish, partials, losses, EPS=eps, BLOCK=CHANNELS, PARTS=TILES)
     sums = add_partial_sums(losses, channels)
     return [sums.to(accumulation_dtype(*students, *teachers)), *coefficients]
+
+
+def _parts(student: Tensor) -> int:
+    """Return how many tiles of pixels all images have."""
+    return student.shape[0] * triton.cdiv(student.shape[2] * student.shape[3], PIXELS)
+
+
+def _finish_level(student: Tensor, teacher: Tensor, result: Tensor, parts: int, slot: int, first: int) -> Level:
+    images, channels, height, width = student.shape
+    steps = _steps(matrix_view(student), matrix_view(teacher))
+    sizes = FinishSizes(channels, parts, images * height * width, *steps, slot, first)
+    return Level(triton.cdiv(channels, CHANNELS) if parts else 0, (student, teacher, result), sizes)
 
 
 def channel_correlation_backward(
