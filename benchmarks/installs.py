@@ -74,7 +74,8 @@ WAYS = (
     Way("no nvcc", "pip install --no-build-isolation .", (TORCH, *BUILD), variables={"CUDA_HOME": "/nonexistent"}),
     without_isolation("PyTorch 2.9.1", "torch==2.9.1", *BUILD),
     Way("PyTorch 2.9.1, isolated build", "pip install .", ("torch==2.9.1",)),
-    without_isolation("setuptools 65", TORCH, "ninja", "pybind11", "setuptools==65.5.0"),
+    # Later releases of PyTorch do not install beside it.
+    without_isolation("setuptools 65", "torch==2.10.0", "ninja", "pybind11", "setuptools==65.5.0"),
     without_isolation("no PyTorch", *BUILD),
     without_isolation("an architecture that is none", FBKD_OPS_CUDA="1", TORCH_CUDA_ARCH_LIST="bogus"),
     Way("in the checkout, not built", "export PYTHONPATH=src"),
