@@ -132,6 +132,7 @@ def try_way(way):
         "seconds": round(seconds),
         "status": status,
         "said": "; ".join(dict.fromkeys(said)) or output.strip().splitlines()[-1],
+        "revision": revision(),
     }
 
 
@@ -152,7 +153,7 @@ def main():
         rows.sort(key=lambda each: order.index(each["way"]))
         pd.DataFrame(rows).to_csv(CSV, index=False)
         where = f"{os.cpu_count()} CPU cores without a GPU, with g++ and nvcc, beside other work"
-        write_json(CSV.with_suffix(".json"), {"where": where, "revision": revision()})
+        write_json(CSV.with_suffix(".json"), {"where": where})
     shutil.rmtree(FOLDER)
 
 

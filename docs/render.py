@@ -422,8 +422,8 @@ def installs() -> str:
     rows = pd.read_csv(RESULTS / "installs.csv").astype(str)
     columns = [rows["way"], "`" + rows["command"] + "`", rows["python"], rows["before"], rows["seconds"], rows["said"]]
     header = ["way", "command", "Python", "installed before", "seconds", "what it, or the first call, said"]
-    facts = facts_of("installs.json")
-    return f"On {facts['where']}, at {facts['revision']}.\n\n" + table(header, zip(*columns, strict=True))
+    revisions = " and ".join(rows["revision"].unique())
+    return f"On {facts_of('installs.json')['where']}, at {revisions}.\n\n" + table(header, zip(*columns, strict=True))
 
 
 def extra(name: str) -> list[str]:
