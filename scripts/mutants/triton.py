@@ -59,7 +59,7 @@ MUTATIONS = [
         degrees_of_freedom=("degrees = tl.maximum(count - 1, 1)", "degrees = count"),
         part_of_the_first_image=("pair.image * size.col_tiles + pair.col_tile", "pair.col_tile"),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
-        constant_channel=("tl.where(constant, 0.0, through_deviation)", "through_deviation"),
+        constant_channel=("tl.where(deviation == 0, 1.0, deviation)", "deviation"),
     ),
     *faults(
         "triton.spatial",

@@ -123,10 +123,10 @@ def finish_channels(
     scale = 1 / (size.channels.to(tl.float64) * count)
     loss = scale / 2 * (ss / (a * a) + tt / (b * b) - 2 * (st / (a * b)))
     tl.store(losses + size.slot + channel, loss, mask=inside)
-    # d(deviation)/ds = (s - mean) / (degrees * deviation), and 0 where the channel is constant.
-    constant = deviation == 0
-    through_deviation = (ss / (a * a) - st / (a * b)) / (a * degrees * tl.where(constant, 1.0, deviation))
-    of_student = scale * (1 / (a * a) - tl.where(constant, 0.0, through_deviation))
+    # d(deviation)/ds = (s - mean) / (degrees * deviation). Where the channel is constant ss and st are 0.
+    divisor = a * degrees * tl.where(deviation == 0, 1.0, deviation)
+    through_deviation = (ss / (a * a) - st / (a * b)) / divisor
+    of_student = scale * (1 / (a * a) - through_deviation)
     shift = tl.load(pick(student, level) + channel * size.student_step, mask=inside, other=0.0).to(tl.float64)
     result = pick(coefficients, level) + channel
     tl.store(result, shift + s_mean, mask=inside)
