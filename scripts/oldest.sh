@@ -13,8 +13,9 @@ readonly packages=("numpy<2.4" "pytest>=8" "hypothesis>=6" ninja pybind11 "setup
 readonly arch=9.0
 cuda=$(command -v nvcc > /dev/null && echo 1 || echo 0) # without nvcc nothing of CUDA is compiled
 readonly cuda
-files=(tests/test_{channel_correlation,channel_l2,weighted_roots,cell_relation,collapsed_relation,loss,compile,oldest}.py) together=()
-for op in attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 non_local_statistics relation_residual; do
+files=(tests/test_{channel_l2,weighted_roots,cell_relation,collapsed_relation,loss,compile,oldest}.py) together=()
+ops=(attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 channel_correlation non_local_statistics)
+for op in "${ops[@]}" relation_residual; do
     part=$([[ $op == attention_masks ]] && echo masks || echo levels)
     files+=("tests/test_$op.py")
     together+=("tests/test_$op.py::test_${part}_together_equal_${part}_alone")

@@ -33,6 +33,17 @@ def test_a_weight_for_each_level():
     torch.testing.assert_close(together, alone[0] + 2.5 * alone[2] + 4 * alone[3])
 
 
+def test_a_level_of_weight_0_is_left_out():
+    student, teacher = maps(seed=1), maps(12, seed=2)
+    student[0][0, 0, 0, 0] = float("nan")
+    torch.manual_seed(0)
+    loss = PKDLoss(8, 12, weight=[0, 1, 1, 0])
+    assert {name.split(".")[1] for name, _ in loss.named_parameters()} == {"1", "2"}
+    with pytest.warns(UserWarning, match="carry no gradient"):
+        assert loss(student, teacher)["loss_pkd"].isfinite()
+    assert PKDLoss(8, weight=0)(maps(), maps())["loss_pkd"] == 0
+
+
 def test_equal_widths_need_no_parameter():
     assert not list(PKDLoss(8).parameters())
     assert {name for name, _ in PKDLoss([8, 8], [8, 12]).named_parameters()} == {

@@ -19,7 +19,8 @@ constexpr int64_t kTile = int64_t(1) << 16;
 constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
 constexpr int64_t kFinishChannels = 64;
 
-// Of a channel of both maps, each shifted by its first element; in float64, where products of floats are exact.
+// Of a channel of both maps, each shifted by its first element; in float64, where a small difference of large sums
+// keeps its digits.
 enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts, kSums };
 
 // What the gradient needs of a channel, one row each of a level's coefficients (4, C), for a grad of 1:

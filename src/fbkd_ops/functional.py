@@ -1,9 +1,9 @@
-"""The parts of the FBKD loss as functions: attention maps, masks, feature loss, relation loss.
+"""The parts of the losses as functions: FBKD's attention maps, masks, feature and relation loss, and PKD's correlation.
 
 All take float16, bfloat16, float32 or float64 in any mixture, accumulate in float32 (float64 where a map of student or
 teacher is float64), give results in that accumulation dtype and are indifferent to autocast, backward passes included.
-No gradient ever reaches a teacher. Second and forward-mode derivatives raise, except inside
-``use_backend("reference")``.
+The correlation is computed in float64. No gradient ever reaches a teacher. Second and forward-mode derivatives raise,
+except inside ``use_backend("reference")``.
 
 Triton, which runs :func:`adapted_masked_l2_loss` and :func:`relation_loss` on a GPU, accumulates in the same dtypes.
 But it rounds weights and matrices to 16 bits before it multiplies a 16-bit map by them: where student and teacher share
@@ -285,8 +285,8 @@ def adapted_masked_l2_loss(
 def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Half the mean square of the difference of both maps, each standardised per channel over the batch.
 
-    Up to eps it is the mean of ``1 - r`` over the channels, with Pearson's correlation r of the channel of both maps.
-    One read of both maps, and another in backward.
+    Of n values a channel it is, up to eps, ``(n - 1) / n`` times the mean over channels of ``1 - r``, with Pearson's
+    correlation r of the channel in both maps. One read of both maps, and another in backward.
 
     Args:
         student: ``(N, C, H, W)``, already in the teacher's width.
@@ -294,8 +294,8 @@ def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1
         eps: what is added to each standard deviation, > 0.
 
     Returns:
-        A scalar from 0 (the maps agree up to a scale and a shift of each channel) to about 2. A channel without
-        variance is 0 after standardising, so it adds at most 1/2 of a channel's share.
+        A scalar from 0 (the maps agree up to a scale and a shift of each channel) to 2. A channel without variance in
+        one of the maps is 0 there after standardising, and adds ``1 / (2 C)`` at most.
 
     Raises:
         TypeError: an argument that is no floating-point tensor.

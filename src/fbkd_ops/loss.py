@@ -113,12 +113,25 @@ class FBKDLoss(FeatureLoss):
             except ValueError as error:
                 raise ValueError(f"level {index}: {error}") from None
 
-    if TYPE_CHECKING:
-        # Narrower than the base class's: the overrides are completed.
-        @classmethod
-        def from_features(  # type: ignore[override]
-            cls, student_features: Features, teacher_features: Features, **arguments: "Unpack[LossArguments]"
-        ) -> "FBKDLoss": ...
+    @classmethod
+    def from_features(  # type: ignore[override]  # narrower than the base class's: the overrides are completed
+        cls, student_features: Features, teacher_features: Features, **arguments: "Unpack[LossArguments]"
+    ) -> "FBKDLoss":
+        """Return a loss for features like these: channels and levels are read off them.
+
+        Args:
+            student_features, teacher_features: lists, tuples or dicts of ``(N, C, H, W)``, as for the call.
+            **arguments: ``preset`` and overrides, as for the constructor.
+
+        Returns:
+            The loss, on the features' device, in float32.
+
+        Example:
+            >>> features = {"p3": torch.randn(1, 64, 32, 32), "p4": torch.randn(1, 128, 16, 16)}
+            >>> len(FBKDLoss.from_features(features, features, preset="one_stage").levels)
+            2
+        """
+        return super().from_features(student_features, teacher_features, **arguments)
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
         """Return the four terms of the loss.

@@ -1,7 +1,7 @@
 """Triton kernels of the correlation of two feature maps' channels, and of the loss's gradient.
 
-Both maps are read as pairs.py says. Everything is computed in float64, where products of floats are exact: the loss of
-two maps that nearly agree is a small difference of large sums.
+Both maps are read as pairs.py says. Everything is computed in float64: the loss of two maps that nearly agree is a
+small difference of large sums.
 """
 
 from itertools import accumulate

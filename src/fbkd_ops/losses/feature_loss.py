@@ -64,7 +64,8 @@ class FeatureLoss(nn.Module):
             >>> PKDLoss.from_features(features, features).widths
             [(64, 64), (128, 128)]
         """
-        pairs = paired_levels(student_features, teacher_features, same_size=False)
+        same_size = arguments.get("resize") is None
+        pairs = paired_levels(student_features, teacher_features, same_size=same_size)
         loss = cls(
             [student.shape[1] for _, student, _, _ in pairs],
             [teacher.shape[1] for _, _, _, teacher in pairs],

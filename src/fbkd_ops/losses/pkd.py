@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dispatch
-from .._numerics import constant_vector, recordable, without_autocast
+from .._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
 from .._validation import Features, check_choice, check_number, check_positive, paired_levels, values_per_level
 from .._warnings import can_watch
 from ..types import present
@@ -26,9 +26,9 @@ LEVELS = 4
 class PKDLoss(FeatureLoss):
     """The loss of PKD: half the mean square of the difference of the maps, each standardised per channel.
 
-    Up to eps that is the mean of ``1 - r`` over the channels, with Pearson's correlation r over all pixels of the
-    batch. The scale and the mean of a channel make no difference, so it suits teachers of another architecture. Where
-    the widths agree it has no parameters.
+    Up to eps that is ``(n - 1) / n`` times the mean over channels of ``1 - r``, with Pearson's correlation r over all n
+    pixels of the batch. The scale and the mean of a channel make no difference, so it suits teachers of another
+    architecture. Where the widths agree it has no parameters.
 
     Args:
         student_channels: the student's width, an int or a list of one per level.
@@ -81,7 +81,8 @@ class PKDLoss(FeatureLoss):
         self.resize = None if resize is None else check_choice(resize, ("student", "teacher"), "resize")
         self.eps = check_positive(eps, "eps")
         self.adaptations = nn.ModuleList(
-            nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1) for student, teacher in self.widths
+            nn.Identity() if student == teacher or weight == 0 else nn.Conv2d(student, teacher, 1)
+            for weight, (student, teacher) in zip(self.weights, self.widths, strict=True)
         )
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
@@ -100,21 +101,25 @@ class PKDLoss(FeatureLoss):
         """
         pairs = paired_levels(student_features, teacher_features, same_size=self.resize is None)
         self.check_levels(pairs)
-        given = [student for _, student, _, _ in pairs]
-        teachers = [recordable(teacher.detach()) for _, _, _, teacher in pairs]
-        students = [_adapted(x, layer) for x, layer in zip(given, self.adaptations, strict=True)]
+        used = [level for level, weight in enumerate(self.weights) if weight > 0]
+        if not used:
+            return {"loss_pkd": pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
+        given = [pairs[level][1] for level in used]
+        teachers = [recordable(pairs[level][3].detach()) for level in used]
+        students = [_adapted(x, self.adaptations[level]) for x, level in zip(given, used, strict=True)]
         if self.resize == "student":
             students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
         elif self.resize == "teacher":
             teachers = [_resized(t, s) for s, t in zip(students, teachers, strict=True)]
         with without_autocast(students[0]):
             losses = dispatch.channel_correlation_losses(students, teachers, self.eps)  # (levels,)
-            weights = constant_vector(self.weights, losses.dtype, losses.device, keep=can_watch(losses))
+            scales = [self.weights[level] for level in used]
+            weights = constant_vector(scales, losses.dtype, losses.device, keep=can_watch(losses))
             terms = {"loss_pkd": losses @ weights}
         if self.training and can_watch(losses):
-            names = [(level, "pkd") for level in range(len(pairs))]
-            self._finite_watch.see(losses, names, given, teachers)
-            self._gradient_watch.see(given, [teacher for _, _, _, teacher in pairs])
+            all_students, all_teachers = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
+            self._finite_watch.see(losses, [(level, "pkd") for level in used], all_students, all_teachers)
+            self._gradient_watch.see(given, all_teachers)
             self._update_watch.see(self, terms)
         return terms
 
