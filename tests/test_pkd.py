@@ -89,6 +89,12 @@ def test_other_sizes_are_an_error_else():
         PKDLoss(8, num_levels=1, resize="student")(maps()[:1], other)
 
 
+@pytest.mark.parametrize("kind", [PKDLoss, fbkd_ops.FBKDLoss])
+def test_no_loss_is_made_for_features_of_other_sizes(kind):
+    with pytest.raises(ValueError, match="must agree in N, H and W"):
+        kind.from_features(maps()[:1], maps()[1:2])
+
+
 def test_it_is_made_for_features():
     student, teacher = maps(8), maps(12, sizes=SIZES[1:] + SIZES[-1:])
     loss = PKDLoss.from_features(student, teacher, resize="student", preset="one_stage")
