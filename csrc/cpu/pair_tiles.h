@@ -15,19 +15,30 @@ struct PairTiles : Base {
   int64_t count() const override { return tiles_of(level.student, tiling); }
   int64_t elements() const override { return level.student.numel(); }
 
+  // The tile's image, rows and columns.
+  struct Block {
+    int64_t image, first_row, last_row, first_col, last_col;
+  };
+  Block block_of(int64_t tile) const {
+    const int64_t row = tile / tiling.col_tiles % tiling.row_tiles * tiling.row_tile;
+    const int64_t col = tile % tiling.col_tiles * tiling.col_tile;
+    return {tile / (tiling.row_tiles * tiling.col_tiles), row, min64(row + tiling.row_tile, level.student.rows), col,
+            min64(col + tiling.col_tile, level.student.cols)};
+  }
+
   // visit(image, row, col, s, t, cols) for every piece of a tile's rows.
   template <typename Visit>
   void pieces(int64_t tile, Visit&& visit) const {
+    pieces(block_of(tile), visit);
+  }
+  template <typename Visit>
+  void pieces(const Block& block, Visit&& visit) const {
     A s_buffer[kPiece], t_buffer[kPiece];
     const MatrixView &s_view = level.student, &t_view = level.teacher;
-    const int64_t image = tile / (tiling.row_tiles * tiling.col_tiles);
-    const int64_t first_row = tile / tiling.col_tiles % tiling.row_tiles * tiling.row_tile;
-    const int64_t first_col = tile % tiling.col_tiles * tiling.col_tile;
-    const int64_t last_row = min64(first_row + tiling.row_tile, s_view.rows);
-    const int64_t last_col = min64(first_col + tiling.col_tile, s_view.cols);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      for (int64_t col = first_col; col < last_col; col += kPiece) {
-        const int64_t cols = min64(kPiece, last_col - col);
+    const int64_t image = block.image;
+    for (int64_t row = block.first_row; row < block.last_row; ++row) {
+      for (int64_t col = block.first_col; col < block.last_col; col += kPiece) {
+        const int64_t cols = min64(kPiece, block.last_col - col);
         const int64_t s_first = image * s_view.image_stride + row * s_view.row_stride + col;
         const int64_t t_first = image * t_view.image_stride + row * t_view.row_stride + col * t_view.col_stride;
         const A* s = load_piece(level.student_type, level.s, s_first, 1, cols, s_buffer);

@@ -7,6 +7,7 @@ from ._earlier_paths import register_earlier_paths
 from ._warnings import TeacherImagesWarning, UntrainedTeacherWarning
 from .backends import use_backend
 from .loss import FBKDLoss
+from .losses.cwd import CWDLoss
 from .losses.pkd import PKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
 from .non_local.block import NonLocalBlock2d
@@ -25,6 +26,7 @@ register_earlier_paths()
 __all__ = [
     "AttentionPool",
     "BalanceReport",
+    "CWDLoss",
     "Distiller",
     "FBKDLoss",
     "FeatureTap",

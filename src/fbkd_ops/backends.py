@@ -30,6 +30,7 @@ _CALLED = {
     "adapted_masked_l2_loss": ("adapted_masked_l2_forward", "adapted_masked_l2_backward"),
     "spatial_l2_loss": ("spatial_l2",),
     "channel_correlation_loss": ("channel_correlation_forward", "channel_correlation_backward"),
+    "channel_divergence_loss": ("channel_divergence_forward", "channel_divergence_backward"),
     "non_local": _STATISTICS,
     "relation_loss": (*_STATISTICS, "relation_residual_forward", "relation_residual_backward"),
 }

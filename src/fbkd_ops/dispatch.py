@@ -27,6 +27,7 @@ __all__ = [
     "attention_masks",
     "attention_pools",
     "channel_correlation_losses",
+    "channel_divergence_losses",
     "is_literal",
     "literal_terms",
     "masked_l2_squares",
@@ -122,6 +123,15 @@ def channel_correlation_losses(students: list[Tensor], teachers: list[Tensor], e
         pairs = zip(students, teachers, strict=True)
         return torch.stack([reference.channel_correlation_loss(*pair, eps=eps) for pair in pairs])
     return ops.channel_correlation.channel_correlation_losses(backend, students, teachers, eps)
+
+
+def channel_divergence_losses(students: list[Tensor], teachers: list[Tensor], temperature: float) -> Tensor:
+    """``tau**2`` times the mean divergence of the channels, of every level, ``(levels,)``."""
+    backend = backends.resolve("channel_divergence_loss", students[0])
+    if backend == "reference":
+        pairs = zip(students, teachers, strict=True)
+        return torch.stack([reference.channel_divergence_loss(*pair, temperature=temperature) for pair in pairs])
+    return ops.channel_divergence.channel_divergence_losses(backend, students, teachers, temperature)
 
 
 def non_local(x: Tensor, block: Block) -> Tensor:

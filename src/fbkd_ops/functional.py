@@ -51,6 +51,7 @@ __all__ = [
     "attention_pool",
     "attention_pools",
     "channel_correlation_loss",
+    "channel_divergence_loss",
     "masked_l2_loss",
     "non_local",
     "relation_loss",
@@ -315,6 +316,38 @@ def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1
     check_pair(student, teacher, "student", "teacher", "N, C, H and W")
     eps = check_positive(eps, "eps")
     return dispatch.channel_correlation_losses([student], [teacher], eps)[0]
+
+
+def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """How far each channel's distribution over pixels is from the teacher's.
+
+    ``tau**2 * mean(KL(softmax(T / tau) || softmax(S / tau)))``, with softmaxes over the pixels of a channel and the
+    mean over the channels of all images. One read of both maps, and another in backward.
+
+    Args:
+        student: ``(N, C, H, W)``, already in the teacher's width.
+        teacher: ``(N, C, H, W)``. No gradient.
+        temperature: tau > 0.
+
+    Returns:
+        A scalar >= 0.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes or devices that do not agree, a temperature that is not a finite number > 0.
+
+    Example:
+        >>> teacher = torch.randn(2, 64, 20, 20)
+        >>> round(channel_divergence_loss(teacher + 3, teacher).item(), 4)
+        0.0
+
+    Source: Shu et al. 2021 (CWD), equations 3 and 4; MMRazor's ``ChannelWiseDivergence``.
+    """
+    check_feature(student, "student")
+    check_feature(teacher, "teacher")
+    check_pair(student, teacher, "student", "teacher", "N, C, H and W")
+    temperature = check_positive(temperature, "temperature")
+    return dispatch.channel_divergence_losses([student], [teacher], temperature)[0]
 
 
 def spatial_l2_loss(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "attention_masks",
     "attention_pool",
     "channel_correlation_loss",
+    "channel_divergence_loss",
     "level_terms",
     "masked_l2_loss",
     "masked_l2_square",
@@ -160,6 +161,19 @@ def _standardised(x: Tensor, eps: float) -> Tensor:
     centred = x - x.sum(dim=(0, 2, 3), keepdim=True) / max(values, 1)
     variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(values - 1, 1)
     return centred / (root(variance) + eps)
+
+
+def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``tau**2`` times the divergence of the softmaxes over pixels, mean over the channels of all images.
+
+    Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, equations 3 and 4, as in
+    MMRazor's ``ChannelWiseDivergence``.
+    """
+    dtype = accumulation_dtype(student, teacher)
+    rows = [x.to(dtype).flatten(2) / temperature for x in (student, teacher.detach())]  # each (N, C, HW)
+    of_student, of_teacher = (torch.log_softmax(each, dim=2) for each in rows)
+    divergences = (of_teacher.exp() * (of_teacher - of_student)).sum(dim=2)
+    return temperature**2 * divergences.sum() / max(divergences.numel(), 1)
 
 
 def spatial_l2_loss(

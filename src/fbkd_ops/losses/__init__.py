@@ -1,5 +1,6 @@
 """Losses between the feature maps of a student and a teacher, beside FBKD's in ``fbkd_ops/loss.py``."""
 
+from .cwd import CWDLoss
 from .pkd import PKDLoss
 
-__all__ = ["PKDLoss"]
+__all__ = ["CWDLoss", "PKDLoss"]

@@ -1,0 +1,284 @@
+"""Triton kernels of the divergence of two feature maps' channels as distributions over pixels, and of its gradient.
+
+Both maps are read as pairs.py says. Exponentials are of the accumulation dtype; their arguments and sums are float64:
+the divergence of two maps that nearly agree is a small difference of large sums.
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import MatrixView, empty_gradient, matrix_view
+from .._numerics import accumulation_dtype
+from .pairs import ALIGNED, load_pair, path_of_pair
+from .pyramid import (
+    Level,
+    add_partial_sums,
+    find_level,
+    launch,
+    launch_by_constants,
+    pick,
+    pick_sizes,
+    store_rounded,
+    tile_pointers,
+)
+
+__all__ = ["channel_divergence_backward", "channel_divergence_forward"]
+
+# A tile of channels and pixels: five numbers a channel are little beside 128 pixels.
+CHANNELS, PIXELS, WARPS = 32, 128, 8
+# Of a channel's pixels in a tile: the maxima m of both maps, and with x = (s - m_s) / tau, y = (t - m_t) / tau the sums
+# of e^x, of e^y and of e^y (y - x).
+PARTS = tl.constexpr(5)
+TILES = 64  # that are joined in one step
+
+
+class Sizes(NamedTuple):
+    """A level's sizes where its maps are read."""
+
+    rows: int
+    cols: int
+    stride: int  # of the student, from image to image
+    pitch: int
+    teacher_stride: int
+    teacher_pitch: int
+    row_tiles: int
+    col_tiles: int
+    images: int
+    slot: int  # of the level in the result
+    first: int  # of the level's parts
+
+
+class JoinSizes(NamedTuple):
+    """A level's sizes where its parts are joined."""
+
+    channels: int
+    tiles: int  # of an image's pixels
+    blocks: int  # of channels
+    slot: int  # of the level's first channel in the losses
+    first: int  # of the level's parts
+
+
+@triton.jit
+def reduce_tiles(
+    student,  # a level: (images, rows, cols)
+    teacher,  # a level: (images, rows, cols)
+    parts,  # a level: (images, tiles of pixels, 5, channels)
+    sizes,
+    PATHS: tl.constexpr,
+    INVERSE: tl.constexpr,  # 1 / tau
+    IS_DOUBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AXIS: tl.constexpr,  # of the pixels
+):
+    """Write the parts of a tile."""
+    level, path, program = find_level(sizes)
+    size = Sizes(*pick_sizes(sizes, level))
+    maps = pick(student, level), pick(teacher, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
+            store_parts(parts, pair, size, INVERSE, IS_DOUBLE, AXIS)
+
+
+@triton.jit
+def join_tiles(
+    normalisers,  # a level: (images, 2, channels)
+    parts,  # a level: (images, tiles, 5, channels)
+    losses,  # a level: (images, channels)
+    sizes,
+    PATHS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Write the normalisers of a block of an image's channels, and what each adds to the loss."""
+    level, _, program = find_level(sizes)
+    size = JoinSizes(*pick_sizes(sizes, level))
+    image, channel = program // size.blocks, program % size.blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < size.channels
+    at, pitch = parts + size.first + image * size.tiles * PARTS * size.channels + channel, PARTS * size.channels
+    s_max = tl.full((BLOCK,), float("-inf"), tl.float64)
+    t_max = tl.full((BLOCK,), float("-inf"), tl.float64)
+    for first in range(0, size.tiles, STEP):
+        tile = first + tl.arange(0, STEP)
+        here, both = at[None, :] + tile[:, None] * pitch, (tile < size.tiles)[:, None] & inside[None, :]
+        s_max = tl.maximum(s_max, tl.max(tl.load(here, mask=both, other=float("-inf")), axis=0))
+        t_max = tl.maximum(t_max, tl.max(tl.load(here + size.channels, mask=both, other=float("-inf")), axis=0))
+    s_sum = tl.zeros((BLOCK,), tl.float64)
+    t_sum = tl.zeros((BLOCK,), tl.float64)
+    divergence = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size.tiles, STEP):
+        tile = first + tl.arange(0, STEP)
+        here, both = at[None, :] + tile[:, None] * pitch, (tile < size.tiles)[:, None] & inside[None, :]
+        x = (tl.load(here, mask=both, other=float("-inf")) - s_max[None, :]) * INVERSE
+        y = (tl.load(here + size.channels, mask=both, other=float("-inf")) - t_max[None, :]) * INVERSE
+        weight, of_teacher = tl.exp(y), tl.load(here + 3 * size.channels, mask=both, other=0.0)
+        s_sum += tl.sum(tl.exp(x) * tl.load(here + 2 * size.channels, mask=both, other=0.0), axis=0)
+        t_sum += tl.sum(weight * of_teacher, axis=0)
+        moved = tl.where(both & (x != y), of_teacher * (y - x), 0.0)
+        inner = tl.load(here + 4 * size.channels, mask=both, other=0.0) + moved
+        divergence += tl.sum(tl.where(both, weight * inner, 0.0), axis=0)
+    s_log, t_log = tl.log(s_sum), tl.log(t_sum)
+    tl.store(losses + size.slot + image * size.channels + channel, divergence / t_sum + (s_log - t_log), mask=inside)
+    result = pick(normalisers, level) + image * 2 * size.channels + channel
+    tl.store(result, s_max * INVERSE + s_log, mask=inside)
+    tl.store(result + size.channels, t_max * INVERSE + t_log, mask=inside)
+
+
+@triton.jit
+def divergence_gradients(
+    student,  # a level: (images, rows, cols)
+    teacher,  # a level: (images, rows, cols)
+    normalisers,  # a level: (images, 2, channels)
+    gradient,  # a level: (images, rows, cols), densely packed
+    grad,  # (levels,)
+    sizes,
+    PATHS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    IS_DOUBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """Write the gradients of the students."""
+    level, path, program = find_level(sizes)
+    size = Sizes(*pick_sizes(sizes, level))
+    maps = pick(student, level), pick(teacher, level)
+    for index in tl.static_range(len(PATHS)):
+        if path == PATHS[index]:
+            pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
+            results = pick(normalisers, level), pick(gradient, level), grad
+            store_gradient(results, pair, size, INVERSE, IS_DOUBLE, ALIGNED & PATHS[index], AXIS)
+
+
+@triton.jit
+def power(x, IS_DOUBLE: tl.constexpr):
+    """Return e^x in float64, computed in float32 unless IS_DOUBLE."""
+    return tl.exp(x) if IS_DOUBLE else tl.exp(x.to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
+def store_parts(parts, pair, size, INVERSE: tl.constexpr, IS_DOUBLE: tl.constexpr, AXIS: tl.constexpr):
+    """Store the tile's five numbers of each channel."""
+    if AXIS == 1:
+        channel, channels, tile = pair.row, size.rows, pair.image * size.col_tiles + pair.col_tile
+    else:
+        channel, channels, tile = pair.col, size.cols, pair.image * size.row_tiles + pair.row_tile
+    inside = pair.row_inside[:, None] & pair.col_inside[None, :]
+    student, teacher = pair.student.to(tl.float64), pair.teacher.to(tl.float64)
+    s_max = tl.max(tl.where(inside, student, float("-inf")), axis=AXIS)
+    t_max = tl.max(tl.where(inside, teacher, float("-inf")), axis=AXIS)
+    x = (student - tl.expand_dims(s_max, AXIS)) * INVERSE
+    y = (teacher - tl.expand_dims(t_max, AXIS)) * INVERSE
+    weight = tl.where(inside, power(y, IS_DOUBLE), 0.0)
+    at = parts + size.first + tile * PARTS * channels + channel
+    stored = channel < channels
+    tl.store(at, s_max, mask=stored)
+    tl.store(at + channels, t_max, mask=stored)
+    tl.store(at + 2 * channels, tl.sum(tl.where(inside, power(x, IS_DOUBLE), 0.0), axis=AXIS), mask=stored)
+    tl.store(at + 3 * channels, tl.sum(weight, axis=AXIS), mask=stored)
+    tl.store(at + 4 * channels, tl.sum(tl.where(inside, weight * (y - x), 0.0), axis=AXIS), mask=stored)
+
+
+@triton.jit
+def store_gradient(
+    results, pair, size, INVERSE: tl.constexpr, IS_DOUBLE: tl.constexpr, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr
+):
+    """Store the tile of the student's gradient."""
+    normalisers, gradient, grad = results
+    if AXIS == 1:
+        channel, channels = pair.row, size.rows
+    else:
+        channel, channels = pair.col, size.cols
+    at, stored = normalisers + pair.image * 2 * channels + channel, channel < channels
+    s_norm = tl.expand_dims(tl.load(at, mask=stored, other=0.0), AXIS)
+    t_norm = tl.expand_dims(tl.load(at + channels, mask=stored, other=0.0), AXIS)
+    of_student = power(pair.student.to(tl.float64) * INVERSE - s_norm, IS_DOUBLE)
+    of_teacher = power(pair.teacher.to(tl.float64) * INVERSE - t_norm, IS_DOUBLE)
+    scale = tl.load(grad + size.slot).to(tl.float64) / (INVERSE * (size.images * channels).to(tl.float64))
+    row, col = pair.row[:, None], pair.col[None, :]
+    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    store_rounded(at, scale * (of_student - of_teacher), pair.row_inside[:, None] & pair.col_inside[None, :])
+
+
+def _block(view: MatrixView) -> tuple[int, int]:
+    return (CHANNELS, PIXELS) if view.rows_are_channels else (PIXELS, CHANNELS)
+
+
+def _level(student: Tensor, teacher: Tensor, outputs: tuple[Tensor, ...], slot: int, first: int) -> Level:
+    view, teacher_view = matrix_view(student), matrix_view(teacher)
+    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
+    rows, cols = _block(view)
+    tiles = triton.cdiv(view.rows, rows), triton.cdiv(view.cols, cols)
+    sizes = Sizes(view.rows, view.cols, *strides, *tiles, view.images, slot, first)
+    path = path_of_pair(student, view, teacher, teacher_view)
+    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *outputs), sizes, path)
+
+
+def _launch(kernel, levels: list[Level], shared: Tensor, temperature: float) -> None:
+    constants = []
+    for level in levels:
+        view = matrix_view(level.pointers[0])
+        rows, cols = _block(view)
+        is_double = accumulation_dtype(*level.pointers[:2]) == torch.float64
+        constants.append({"ROWS": rows, "COLS": cols, "AXIS": int(view.rows_are_channels), "IS_DOUBLE": is_double})
+    # Without fused products the gradient of equal maps is 0.
+    launch_by_constants(
+        kernel, levels, constants, shared, INVERSE=1 / temperature, num_warps=WARPS, enable_fp_fusion=False
+    )
+
+
+def channel_divergence_forward(students: list[Tensor], teachers: list[Tensor], temperature: float) -> list[Tensor]:
+    """Each level's loss, ``(levels,)``, then its normalisers ``(N, 2, C)`` for backward.
+
+    Args:
+        students, teachers: ``(N, C, H, W)``.
+        temperature: tau.
+    """
+    tiles = [triton.cdiv(student.shape[2] * student.shape[3], PIXELS) for student in students]  # of an image
+    channels = [student.shape[0] * student.shape[1] for student in students]  # of all images
+    counts = [PARTS.value * count * width for count, width in zip(tiles, channels, strict=True)]
+    *firsts, part_count = accumulate(counts, initial=0)
+    *slots, channel_count = accumulate(channels, initial=0)
+    parts = students[0].new_empty(part_count, dtype=torch.float64)
+    losses = students[0].new_empty(channel_count, dtype=torch.float64)
+    normalisers = [
+        student.new_empty((student.shape[0], 2, student.shape[1]), dtype=torch.float64) for student in students
+    ]
+    places = zip(students, teachers, firsts, strict=True)
+    levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]
+    _launch(reduce_tiles, levels, parts, temperature)
+    joined = []
+    for student, result, count, slot, first in zip(students, normalisers, tiles, slots, firsts, strict=True):
+        blocks = triton.cdiv(student.shape[1], CHANNELS)
+        sizes = JoinSizes(student.shape[1], count, blocks, slot, first)
+        joined.append(Level(student.shape[0] * blocks, (result,), sizes))
+    launch(join_tiles, joined, parts, losses, INVERSE=1 / temperature, BLOCK=CHANNELS, STEP=TILES)
+    sums = add_partial_sums(losses, channels)
+    counted = [temperature**2 / max(count, 1) for count in channels]
+    scales = torch.stack([sums.new_full((), each) for each in counted])
+    return [(sums * scales).to(accumulation_dtype(*students, *teachers)), *normalisers]
+
+
+def channel_divergence_backward(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    normalisers: list[Tensor],
+    temperature: float,
+    grad: Tensor,  # (levels,)
+) -> list[Tensor]:
+    """Gradient of each level's student."""
+    gradients = [empty_gradient(student) for student in students]
+    outputs = zip(normalisers, gradients, strict=True)
+    levels = [
+        _level(student, teacher, output, slot, 0)
+        for slot, (student, teacher, output) in enumerate(zip(students, teachers, outputs, strict=True))
+    ]
+    _launch(divergence_gradients, levels, grad, temperature)
+    return gradients

@@ -1,0 +1,119 @@
+"""Losses of one term, which compare two maps of the same width level by level."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
+from .._validation import Features, check_choice, check_number, paired_levels, values_per_level
+from .._warnings import can_watch
+from ..types import present
+from .feature_loss import Channels, FeatureLoss, count_levels
+
+__all__ = ["LevelwiseLoss", "Side", "Weight"]
+
+Side = Literal["student", "teacher"]
+Weight = float | Sequence[float]
+
+
+class LevelwiseLoss(FeatureLoss):
+    """The weighted sum over levels of what :meth:`level_losses` computes.
+
+    Args:
+        student_channels: the student's width, an int or a list of one per level.
+        teacher_channels: the teacher's; the student's by default. Where they differ a learned 1x1 convolution adapts
+            the student.
+        num_levels: how many levels, where the channels are ints; ``default_levels`` by default.
+        preset: a key of ``weights``.
+        weight: instead of the preset's, >= 0: a number or a list of one per level. A level of weight 0 is left out.
+        resize: whose maps are resized (bilinear) where the sizes differ. None: other sizes are an error.
+        weights: of each preset.
+        default_levels: of every preset.
+    """
+
+    def __init__(
+        self,
+        student_channels: Channels,
+        teacher_channels: Channels | None,
+        num_levels: int | None,
+        preset: str,
+        weight: Weight | None,
+        resize: Side | None,
+        *,
+        weights: Mapping[str, float],
+        default_levels: int,
+    ):
+        check_choice(preset, tuple(weights), "preset")
+        levels = count_levels(student_channels, teacher_channels, num_levels, default_levels, preset)
+        super().__init__(student_channels, teacher_channels, levels)
+        chosen = values_per_level(weights[preset] if weight is None else weight, levels, "weight")
+        self.weights = [check_number(each, "a number >= 0", lambda number: number >= 0, "weight") for each in chosen]
+        self.resize = None if resize is None else check_choice(resize, ("student", "teacher"), "resize")
+        self.adaptations = nn.ModuleList(
+            nn.Identity() if student == teacher or weight == 0 else nn.Conv2d(student, teacher, 1)
+            for weight, (student, teacher) in zip(self.weights, self.widths, strict=True)
+        )
+
+    def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes."""
+        raise NotImplementedError
+
+    def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
+        """Return the loss.
+
+        Args:
+            student_features: one ``(N, Cs, H, W)`` a level, in a list, a tuple or a dict.
+            teacher_features: one ``(N, Ct, H, W)`` a level; two dicts are matched by key.
+
+        Returns:
+            The scalar that ``term_names`` names, weighted and summed over levels, in float32 (float64 where a feature
+            is float64).
+
+        Raises:
+            TypeError: features that are no list or dict, a level that is no dense floating-point tensor.
+            ValueError: levels, channels, N, H, W or devices that do not agree; parameters on different devices.
+        """
+        pairs = paired_levels(student_features, teacher_features, same_size=self.resize is None)
+        self.check_levels(pairs)
+        (name,) = self.term_names
+        used = [level for level, weight in enumerate(self.weights) if weight > 0]
+        if not used:
+            return {name: pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
+        given = [pairs[level][1] for level in used]
+        teachers = [recordable(pairs[level][3].detach()) for level in used]
+        students = [_adapted(x, self.adaptations[level]) for x, level in zip(given, used, strict=True)]
+        if self.resize == "student":
+            students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
+        elif self.resize == "teacher":
+            teachers = [_resized(t, s) for s, t in zip(students, teachers, strict=True)]
+        with without_autocast(students[0]):
+            losses = self.level_losses(students, teachers)
+            scales = [self.weights[level] for level in used]
+            weights = constant_vector(scales, losses.dtype, losses.device, keep=can_watch(losses))
+            terms = {name: losses @ weights}
+        if self.training and can_watch(losses):
+            all_students, all_teachers = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
+            entries = [(level, name.removeprefix("loss_")) for level in used]
+            self._finite_watch.see(losses, entries, all_students, all_teachers)
+            self._gradient_watch.see(given, all_teachers)
+            self._update_watch.see(self, terms)
+        return terms
+
+    if TYPE_CHECKING:
+
+        def __call__(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]: ...
+
+
+def _adapted(student: Tensor, layer: nn.Module) -> Tensor:
+    """Return the student in the teacher's width, in its own dtype or autocast's."""
+    if not isinstance(layer, nn.Conv2d):
+        return student
+    return F.conv2d(student, layer.weight.to(student.dtype), present(layer.bias).to(student.dtype))
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` in the size of another map."""
+    size = like.shape[2:]
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
