@@ -181,7 +181,14 @@ def launches(few: bool = False) -> Iterator[Callable[[], object]]:
     Args:
         few: less than half of the calls, with every kernel; float64 beside 16 bits only.
     """
-    from fbkd_ops.kernels import attention_masks, attention_pool, channel_correlation, masked_l2, spatial_l2
+    from fbkd_ops.kernels import (
+        attention_masks,
+        attention_pool,
+        channel_correlation,
+        channel_divergence,
+        masked_l2,
+        spatial_l2,
+    )
 
     for dtype in (torch.bfloat16, torch.float32, torch.float64)[: 2 if few else 3]:
         student, teacher, other = _pyramid(dtype), _pyramid(dtype), _pyramid(dtype, "channels_last")
@@ -203,6 +210,9 @@ def launches(few: bool = False) -> Iterator[Callable[[], object]]:
             maps, coefficients = (student, second), [torch.empty(4, x.shape[1], dtype=torch.float64) for x in student]
             yield lambda: channel_correlation.channel_correlation_forward(*maps, 1e-6)
             yield lambda: channel_correlation.channel_correlation_backward(*maps, coefficients, grad)
+            normalisers = [torch.empty(x.shape[0], 4, x.shape[1], dtype=sums) for x in student]
+            yield lambda: channel_divergence.channel_divergence_forward(*maps, 1.0)
+            yield lambda: channel_divergence.channel_divergence_backward(*maps, normalisers, 1.0, grad)
     for dtype in (torch.float32, torch.float64)[: 1 if few else 2]:
         maps = [torch.empty(shape[0], *shape[2:], dtype=dtype) for shape in LEVELS.values()]
         layers = [[torch.empty(count, dtype=dtype) for _ in maps] for count in (9, 1)]

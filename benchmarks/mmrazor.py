@@ -1,4 +1,4 @@
-"""MMRazor 1.0.0's FBKD and PKD losses: implementations that owe nothing to this package.
+"""MMRazor 1.0.0's FBKD, PKD and CWD losses: implementations that owe nothing to this package.
 
 MMRazor does not import whole on a recent torch, so its files are loaded one by one under stub parents.
 """
@@ -58,6 +58,7 @@ class Modules(NamedTuple):
     fbkd: ModuleType
     connectors: ModuleType
     pkd: ModuleType
+    cwd: ModuleType
 
 
 def load(root: Path) -> Modules:
@@ -86,6 +87,7 @@ def load(root: Path) -> Modules:
         connectors=load_file(f"{connectors}.fbkd_connector"),
         fbkd=load_file(f"{losses}.fbkd_loss"),
         pkd=load_file(f"{losses}.pkd_loss"),
+        cwd=load_file(f"{losses}.cwd"),
     )
 
 

@@ -98,6 +98,17 @@ def _correlation_cost(case: Case) -> Cost:
     return Cost(2 * case.map_bytes + coefficients, 3 * case.map_bytes + coefficients)
 
 
+def _divergence_eager(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = (F.log_softmax(x.flatten(0, 1).flatten(1), dim=1) for x in (student, teacher))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _divergence_cost(case: Case) -> Cost:
+    """Forward reads student and teacher; backward reads them again and writes the student's gradient."""
+    normalisers = 4 * 4 * case.shape[0] * case.shape[1]
+    return Cost(2 * case.map_bytes + normalisers, 3 * case.map_bytes + normalisers)
+
+
 def _adapted_inputs(case: Case) -> list[Tensor]:
     """Student, weight, bias, teacher, mask. Beside 16-bit features the parameters are float32, as in training."""
     student, teacher, mask = _distance_inputs(case)
@@ -151,12 +162,15 @@ OP_CASES = (
 )
 CORRELATION = _op_suite("channel_correlation_loss", _correlation_inputs, _correlation_eager, _correlation_cost)
 CORRELATION.implementations["mmrazor"] = lambda case: mmrazor.installed().pkd.PKDLoss()
+DIVERGENCE = _op_suite("channel_divergence_loss", _correlation_inputs, _divergence_eager, _divergence_cost)
+DIVERGENCE.implementations["mmrazor"] = lambda case: mmrazor.installed().cwd.ChannelWiseDivergence()
 SUITES = {
     "attention_pool": _op_suite("attention_pool", _pool_inputs, _pool_eager, _pool_cost),
     "masked_l2": _op_suite("masked_l2_loss", _distance_inputs, _distance_eager, _distance_cost),
     # Brief on P3: on P2 a round takes a second, too few for a median.
     "adapted_masked_l2": _op_suite("adapted_masked_l2_loss", _adapted_inputs, _adapted_eager, _adapted_cost, "P3"),
     "channel_correlation": CORRELATION,
+    "channel_divergence": DIVERGENCE,
     "non_local": NON_LOCAL,
     "relation": RELATION,
     "fbkd_loss": FBKD_LOSS,

@@ -10,6 +10,7 @@ from op_cases import (
     accumulation_of,
     assert_as_good,
     correlation_terms,
+    divergence_terms,
     draw,
     truncation,
     units_of_sum,
@@ -38,14 +39,7 @@ def _correlation_terms(student, teacher, accumulation):
 
 
 def _divergence_terms(student, teacher, accumulation):
-    """Exponentials are in the accumulation dtype; an error of their argument is one of their value."""
-    logits = [x.detach().double().flatten(2) / TEMPERATURE for x in (student, teacher)]
-    logs = [torch.log_softmax(x, dim=2) for x in logits]
-    sizes = [1 + x.abs() + log.abs() for x, log in zip(logits, logs, strict=True)]
-    losses = (logs[1].exp() * (sizes[0] + sizes[1])).sum(2)
-    mean = losses.mean() if losses.numel() else losses.sum()
-    gradient = sum(log.exp() * size for log, size in zip(logs, sizes, strict=True))
-    return TEMPERATURE**2 * mean, TEMPERATURE / max(losses.numel(), 1) * gradient
+    return divergence_terms(student, teacher, TEMPERATURE)
 
 
 EPS, TEMPERATURE = 1e-6, 0.5
@@ -64,7 +58,7 @@ DIVERGENCE = ChannelOp(
     lambda *levels: channel_divergence_losses(*levels, TEMPERATURE),
     TEMPERATURE,
     lambda students, teachers, kept, grad: (students, teachers, kept, TEMPERATURE, grad),
-    lambda student: torch.zeros(student.shape[0], 2, student.shape[1], dtype=torch.float64),
+    lambda student: torch.zeros(student.shape[0], 4, student.shape[1]),
     _divergence_terms,
 )
 OPS = [CORRELATION, DIVERGENCE]

@@ -210,6 +210,20 @@ def correlation_terms(student, teacher, eps=1e-6):
     return spread.mean(), spread * terms / (student.numel() * deviations[0])
 
 
+def divergence_terms(student, teacher, temperature):
+    """How large the terms are that cancel in the channel divergence, and in each element of its gradient.
+
+    An error of an exponential's argument is one of its value.
+    """
+    logits = [x.detach().double().flatten(2) / temperature for x in (student, teacher)]
+    logs = [torch.log_softmax(x, dim=2) for x in logits]
+    sizes = [1 + x.abs() + log.abs() for x, log in zip(logits, logs, strict=True)]
+    losses = (logs[1].exp() * (sizes[0] + sizes[1])).sum(2)
+    mean = losses.mean() if losses.numel() else losses.sum()
+    gradient = sum(log.exp() * size for log, size in zip(logs, sizes, strict=True))
+    return temperature**2 * mean, temperature / max(losses.numel(), 1) * gradient
+
+
 def units_of_sum(count):
     """Return by how many eps a float sum of ``count`` numbers of one sign may be off, whatever the vector width.
 

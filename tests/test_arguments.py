@@ -16,6 +16,7 @@ from torch import nn
 import fbkd_ops
 from fbkd_ops import (
     AttentionPool,
+    CWDLoss,
     FBKDLoss,
     FeatureTap,
     Layer,
@@ -226,6 +227,30 @@ CALLABLES = {
         dict(student_features=[MAPS], teacher_features=[MAPS]),
         {"student_features": FEATURES, "teacher_features": FEATURES},
     ),
+    "CWDLoss": Public(
+        CWDLoss,
+        dict(student_channels=4, num_levels=2),
+        {
+            "student_channels": [*CHANNELS, None],
+            "teacher_channels": CHANNELS,
+            "num_levels": INT,
+            "preset": [*CHOICE, ["two_stage"]],
+            "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
+            "resize": [wrong for wrong in CHOICE if wrong is not None],
+            "temperature": POSITIVE,
+        },
+    ),
+    "CWDLoss.from_features": Public(
+        CWDLoss.from_features,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+        ("arguments",),
+    ),
+    "CWDLoss.forward": Public(
+        CWDLoss(4, num_levels=1).forward,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+    ),
     "LevelSettings": Public(LevelSettings, PRESET, SETTINGS),
     "NonLocalBlock2d": Public(
         NonLocalBlock2d,
@@ -339,6 +364,11 @@ CALLABLES = {
         functional.channel_correlation_loss,
         dict(student=MAPS, teacher=MAPS),
         {"student": MAP, "teacher": MAP, "eps": POSITIVE},
+    ),
+    "functional.channel_divergence_loss": Public(
+        functional.channel_divergence_loss,
+        dict(student=MAPS, teacher=MAPS),
+        {"student": MAP, "teacher": MAP, "temperature": POSITIVE},
     ),
     "functional.spatial_l2_loss": Public(
         functional.spatial_l2_loss,

@@ -15,6 +15,7 @@ from fbkd_ops.autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from fbkd_ops.dispatch import attention_pools
 from fbkd_ops.ops.adapted_masked_l2 import AdaptedLevels, adapted_masked_l2_squares, student_pyramid
 from fbkd_ops.ops.channel_correlation import channel_correlation_losses
+from fbkd_ops.ops.channel_divergence import channel_divergence_losses
 from fbkd_ops.ops.masked_l2 import masked_l2_squares
 from fbkd_ops.ops.spatial_l2 import SpatialLevels, spatial_l2_squares
 
@@ -56,6 +57,11 @@ def masked_l2(backend, device):
 def channel_correlation(backend, device):
     teachers = features(WIDTHS, device)
     return lambda *students: weighted(channel_correlation_losses(backend, list(students), teachers, 1e-6)), []
+
+
+def channel_divergence(backend, device):
+    teachers = features(WIDTHS, device)
+    return lambda *students: weighted(channel_divergence_losses(backend, list(students), teachers, 1.0)), []
 
 
 def levels_of(leaves, fixed):
@@ -106,7 +112,17 @@ def loss(backend, device):
     return lambda *leaves: weighted(module(list(leaves[:2]), teachers).values()), list(module.parameters())
 
 
-FUNCTIONS = [pools, masked_l2, channel_correlation, adapted_masked_l2, pyramid, spatial_l2, channel_l2, loss]
+FUNCTIONS = [
+    pools,
+    masked_l2,
+    channel_correlation,
+    channel_divergence,
+    adapted_masked_l2,
+    pyramid,
+    spatial_l2,
+    channel_l2,
+]
+FUNCTIONS += [loss]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend, device", [ON_CPU, INTERPRETED, ON_TRITON])
 OF_EVERY_FUNCTION = pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)
 

@@ -105,6 +105,7 @@ CALLS = {
     "attention_masks": lambda x: functional.attention_mask(x, x, temperature=1.0),
     "masked_l2_loss": lambda x: functional.masked_l2_loss(x, 2 * x),
     "channel_correlation_loss": lambda x: functional.channel_correlation_loss(x, 2 * x),
+    "channel_divergence_loss": lambda x: functional.channel_divergence_loss(x, 2 * x),
     "non_local": lambda x: functional.non_local(x, BLOCK.weights(), stride=2),
     "relation_loss": lambda x: functional.relation_loss(
         x, 2 * x, BLOCK.weights(), BLOCK.weights(), BLOCK.weights().out_weight, BLOCK.weights().out_bias
@@ -119,6 +120,7 @@ KERNELS = {
     "attention_masks": {"attention_masks"},
     "masked_l2_loss": {"masked_l2_forward"},
     "channel_correlation_loss": {"channel_correlation_forward"},
+    "channel_divergence_loss": {"channel_divergence_forward"},
     "adapted_masked_l2_loss": {"adapted_masked_l2_forward"},
     "spatial_l2_loss": {"spatial_l2"},
     "non_local": {"non_local_statistics_forward"},

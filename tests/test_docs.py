@@ -157,11 +157,12 @@ def test_the_questions_answers_run(tmp_path, monkeypatch, capsys):
     assert set(torch.load("student.pth")) == set(student.state_dict())
 
 
-def test_the_page_of_pkd_runs():
+@pytest.mark.parametrize("page", ["pkd", "cwd"])
+def test_the_page_of_a_loss_runs(page):
     names = dict(student=Pyramid(), teacher=Pyramid())
-    for code in python_blocks("pkd"):
+    for code in python_blocks(page):
         exec(code, names)
-    assert set(names["distiller"](IMAGES, TARGETS)) == {"loss_box", "loss_pkd"}
+    assert set(names["distiller"](IMAGES, TARGETS)) == {"loss_box", f"loss_{page}"}
 
 
 def python_blocks(page: str) -> list[str]:
@@ -170,7 +171,7 @@ def python_blocks(page: str) -> list[str]:
 
 def test_every_page_with_code_is_run():
     """By a test above; the frameworks' page is generated from files that tests/integrations run."""
-    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", "pkd"}
+    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", "pkd", "cwd"}
 
 
 def test_every_public_name_is_in_the_reference():

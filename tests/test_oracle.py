@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle.make_oracle import LEARNING_RATE, MOMENTUM, PKD_SIZES, PKD_WEIGHT, STEPS, TERMS, WEIGHTS
+from oracle import make_oracle
+from oracle.make_oracle import LEARNING_RATE, MOMENTUM, STEPS, TERMS, WEIGHTS
 
 import fbkd_ops
 from fbkd_ops.weights.mmrazor import _our_key, load_connectors
 
 FOLDER = Path(__file__).parent / "oracle"
-FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("pooled_gaussian_block", "pkd"))
+FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("pooled_gaussian_block", "pkd", "cwd"))
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
 both_backends = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -151,12 +152,25 @@ def test_pooled_gaussian_block_equals_mmcv(backend):
 @both_backends
 @pytest.mark.parametrize("resize", ["student", "teacher"])
 def test_pkd(resize, backend):
-    oracle, levels = OracleFile("pkd"), range(len(PKD_SIZES))
+    oracle, levels = OracleFile("pkd"), range(len(make_oracle.PKD_SIZES))
     students = [oracle.arrays[f"input.student.{i}"].requires_grad_() for i in levels]
     teachers = [oracle.arrays[f"input.teacher.{i}"] for i in levels]
-    loss = fbkd_ops.PKDLoss(6, num_levels=len(levels), weight=PKD_WEIGHT, resize=resize)
+    loss = fbkd_ops.PKDLoss(6, num_levels=len(levels), weight=make_oracle.PKD_WEIGHT, resize=resize)
     with fbkd_ops.use_backend(backend):
         term = loss(students, teachers)["loss_pkd"]
     torch.testing.assert_close(term.detach(), oracle.arrays[f"{resize}.loss"], **TOLERANCE)
     for i, gradient in zip(levels, torch.autograd.grad(term, students), strict=True):
         torch.testing.assert_close(gradient, oracle.arrays[f"{resize}.grad.{i}"], **TOLERANCE)
+
+
+@both_backends
+def test_cwd(backend):
+    arrays, levels = OracleFile("cwd").arrays, range(len(make_oracle.CWD_SIZES))
+    students = [arrays[f"student.{i}"].requires_grad_() for i in levels]
+    constants = {"weight": make_oracle.CWD_WEIGHT, "temperature": make_oracle.CWD_TEMPERATURE}
+    loss = fbkd_ops.CWDLoss(6, num_levels=len(levels), **constants)
+    with fbkd_ops.use_backend(backend):
+        term = loss(students, [arrays[f"teacher.{i}"] for i in levels])["loss_cwd"]
+    torch.testing.assert_close(term.detach(), sum(arrays[f"loss.{i}"] for i in levels), **TOLERANCE)
+    for i, gradient in zip(levels, torch.autograd.grad(term, students), strict=True):
+        torch.testing.assert_close(gradient, arrays[f"grad.{i}"], **TOLERANCE)

@@ -25,6 +25,7 @@ def arguments():
     return {
         "masked_l2_loss": [student, teacher, *masks],
         "channel_correlation_loss": [student, teacher],
+        "channel_divergence_loss": [student, teacher],
         "adapted_masked_l2_loss": [student, weight, bias, teacher, *masks],
         "spatial_l2_loss": [student[:, 0], draw(3, 3), draw(1), teacher[:, 0]],
         "attention_pool": [student],

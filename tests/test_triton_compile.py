@@ -20,9 +20,10 @@ pytestmark = pytest.mark.skipif(code_report.cuobjdump_path() is None, reason="th
 
 # Triton kernels: limited by memory; with a gradient of a map or of a weight as output; with matrix products.
 MEMORY_BOUND = {"sum_tiles", "input_gradients", "sum_squares", "difference_gradients"}
-MEMORY_BOUND |= {"sum_products", "correlation_gradients"}
+MEMORY_BOUND |= {"sum_products", "correlation_gradients", "reduce_tiles", "divergence_gradients"}
 GRADIENTS = {"input_gradients", "difference_gradients", "student_gradients", "weight_gradients"}
 GRADIENTS |= {"student_residual_gradients", "residual_products", "correlation_gradients"}
+GRADIENTS |= {"divergence_gradients"}
 PRODUCTS = {"adapted_sums", "student_gradients", "weight_gradients"}
 PRODUCTS |= {"residual_sums", "student_residual_gradients", "residual_products"}
 GRADIENTS |= {"add_map_gradients", "pool_weight_gradients"}

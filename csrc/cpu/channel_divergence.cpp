@@ -14,98 +14,120 @@
 namespace fbkd {
 namespace {
 
-// Elements of a tile. It is read twice, for its maxima and for its sums: with both maps it stays in the second cache.
+// Elements of a tile: whole rows, as many as are worth a thread's turn.
 constexpr int64_t kTile = int64_t(1) << 16;
-// Where channels are columns every tile leaves five numbers a channel: over 64 rows and more they are little beside it.
+// Where channels are columns a tile is read twice, for its maxima and for its sums: 256 rows of 256 channels of both
+// maps stay in the second cache. Every tile leaves five numbers a channel, over 64 rows and more little beside it.
 constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
+// Additions in a chain of the accumulation dtype, before they are added in float64.
+constexpr int64_t kChain = 32;
 constexpr int64_t kFinishChannels = 64;
 
 // Of a channel's pixels in a tile: the maxima m of both maps, and with x = (s - m_s) / tau, y = (t - m_t) / tau the
 // sums of e^x, of e^y and of e^y (y - x).
 enum Part { kStudentMax, kTeacherMax, kStudentSum, kTeacherSum, kDivergence, kParts };
 
-// Logarithms of what e^(s / tau) and e^(t / tau) are divided by, of each image and channel.
-enum Normaliser { kOfStudent, kOfTeacher, kNormalisers };
+// What the gradient needs of a channel of an image: softmax(s / tau) = factor * e^((s - max) / tau).
+enum Normaliser { kStudentPeak, kStudentFactor, kTeacherPeak, kTeacherFactor, kNormalisers };
 
 struct DivergenceLevel : PairLevel {
-  double* normalisers;  // (images, 2, C); read only in backward
+  void* normalisers;  // (images, 4, C) of the accumulation dtype; read only in backward
 };
 
-template <typename A>
-FBKD_CLONES void row_maxima(const A* __restrict__ s, const A* __restrict__ t, int64_t count, double* s_max,
-                            double* t_max) {
-  A largest_s = static_cast<A>(*s_max), largest_t = static_cast<A>(*t_max);
-#pragma omp simd reduction(max : largest_s, largest_t)
-  for (int64_t i = 0; i < count; ++i) {
-    largest_s = s[i] > largest_s ? s[i] : largest_s;
-    largest_t = t[i] > largest_t ? t[i] : largest_t;
+// The parts of one channel. Those of two sets of pixels are joined by what the larger maxima make of the sums.
+struct Parts {
+  double s_max = kLeast, t_max = kLeast, s_sum = 0, t_sum = 0, divergence = 0;
+
+  void add(const Parts& other, double inverse) {
+    move_to(std::max(s_max, other.s_max), std::max(t_max, other.t_max), inverse);
+    Parts moved = other;
+    moved.move_to(s_max, t_max, inverse);
+    s_sum += moved.s_sum, t_sum += moved.t_sum, divergence += moved.divergence;
   }
-  *s_max = largest_s, *t_max = largest_t;
-}
+  void move_to(double s_largest, double t_largest, double inverse) {
+    if (s_largest == s_max && t_largest == t_max) return;
+    const double x = (s_max - s_largest) * inverse, y = (t_max - t_largest) * inverse, weight = std::exp(y);
+    divergence = t_sum == 0 ? divergence : weight * (divergence + t_sum * (y - x));
+    s_sum *= std::exp(x), t_sum *= weight;
+    s_max = s_largest, t_max = t_largest;
+  }
+
+  static constexpr double kLeast = std::numeric_limits<double>::lowest();
+};
+
+// No maximum is -inf, because e^(-inf - kLowest) is 0 and e^(-inf + inf) NaN.
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 template <typename A>
-FBKD_CLONES void col_maxima(const A* __restrict__ s, const A* __restrict__ t, int64_t count, double* __restrict__ s_max,
-                            double* __restrict__ t_max) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const double u = s[i], v = t[i];
-    s_max[i] = u > s_max[i] ? u : s_max[i];
-    t_max[i] = v > t_max[i] ? v : t_max[i];
-  }
-}
-
-// e^x for x <= 0, in A: its error is small beside what the float64 sums are of.
-template <typename A>
-FBKD_INLINE double power(double x) {
-  return exponential(static_cast<A>(x));
+FBKD_CLONES A largest_of(const A* x, int64_t count) {
+  A largest = kLowest<A>;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
 }
 
 // One channel's sums: sums[k] belongs to Part k, whose maxima are known.
 template <typename A>
-FBKD_CLONES void add_row_sums(const A* __restrict__ s, const A* __restrict__ t, double inverse, int64_t count,
-                              double* __restrict__ sums) {
-  const double s_max = sums[kStudentMax], t_max = sums[kTeacherMax];
-  double s_sum = 0, t_sum = 0, divergence = 0;
+FBKD_CLONES void row_sums(const A* __restrict__ s, const A* __restrict__ t, A s_max, A t_max, A inverse, int64_t count,
+                          Parts* sums) {
+  A s_sum = 0, t_sum = 0, divergence = 0;
 #pragma omp simd reduction(+ : s_sum, t_sum, divergence)
   for (int64_t i = 0; i < count; ++i) {
-    const double x = (s[i] - s_max) * inverse, y = (t[i] - t_max) * inverse, weight = power<A>(y);
-    s_sum += power<A>(x), t_sum += weight, divergence += weight * (y - x);
+    const A x = (s[i] - s_max) * inverse, y = (t[i] - t_max) * inverse, weight = exponential(y);
+    s_sum += exponential(x), t_sum += weight, divergence += weight * (y - x);
   }
-  sums[kStudentSum] += s_sum, sums[kTeacherSum] += t_sum, sums[kDivergence] += divergence;
+  sums->s_sum = s_sum, sums->t_sum = t_sum, sums->divergence = divergence;
 }
 
-// One pixel of `count` channels: sums[k * pitch + i] belongs to Part k of channel i.
+// Of some pixels' channels, up to kPiece of them; [k] belongs to Part k.
 template <typename A>
-FBKD_CLONES void add_col_sums(const A* __restrict__ s, const A* __restrict__ t, double inverse, int64_t count,
-                              double* __restrict__ sums, int64_t pitch) {
-  const double* s_max = sums + kStudentMax * pitch;
-  const double* t_max = sums + kTeacherMax * pitch;
-  double* s_sum = sums + kStudentSum * pitch;
-  double* t_sum = sums + kTeacherSum * pitch;
-  double* divergence = sums + kDivergence * pitch;
+using ChannelParts = A[kParts][kPiece];
+
+template <typename A>
+FBKD_CLONES void add_col_maxima(const A* __restrict__ s, const A* __restrict__ t, int64_t count,
+                                ChannelParts<A>& parts) {
+  A* __restrict__ s_max = parts[kStudentMax], * __restrict__ t_max = parts[kTeacherMax];
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const double x = (s[i] - s_max[i]) * inverse, y = (t[i] - t_max[i]) * inverse, weight = power<A>(y);
-    s_sum[i] += power<A>(x), t_sum[i] += weight, divergence[i] += weight * (y - x);
+    s_max[i] = s[i] > s_max[i] ? s[i] : s_max[i];
+    t_max[i] = t[i] > t_max[i] ? t[i] : t_max[i];
+  }
+}
+
+template <typename A>
+FBKD_CLONES void add_col_sums(const A* __restrict__ s, const A* __restrict__ t, A inverse, int64_t count,
+                              ChannelParts<A>& parts) {
+  const A* __restrict__ s_max = parts[kStudentMax], * __restrict__ t_max = parts[kTeacherMax];
+  A* __restrict__ s_sum = parts[kStudentSum], * __restrict__ t_sum = parts[kTeacherSum];
+  A* __restrict__ divergence = parts[kDivergence];
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A x = (s[i] - s_max[i]) * inverse, y = (t[i] - t_max[i]) * inverse, weight = exponential(y);
+    s_sum[i] += exponential(x), t_sum[i] += weight, divergence[i] += weight * (y - x);
   }
 }
 
 // out = scale * (softmax(s) - softmax(t)): 0 of equal maps.
 template <typename A>
-FBKD_CLONES void row_gradient(const A* __restrict__ s, const A* __restrict__ t, double inverse, double s_norm,
-                              double t_norm, double scale, int64_t count, A* __restrict__ out) {
+FBKD_CLONES void row_gradient(const A* __restrict__ s, const A* __restrict__ t, A inverse, A s_max, A s_factor, A t_max,
+                              A t_factor, A scale, int64_t count, A* __restrict__ out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = static_cast<A>(scale * (power<A>(s[i] * inverse - s_norm) - power<A>(t[i] * inverse - t_norm)));
+  for (int64_t i = 0; i < count; ++i) {
+    const A of_student = s_factor * exponential((s[i] - s_max) * inverse);
+    out[i] = scale * (of_student - t_factor * exponential((t[i] - t_max) * inverse));
+  }
 }
 
 template <typename A>
-FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, double inverse,
-                              const double* __restrict__ s_norm, const double* __restrict__ t_norm, double scale,
-                              int64_t count, A* __restrict__ out) {
+FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, A inverse, const A* __restrict__ s_max,
+                              const A* __restrict__ s_factor, const A* __restrict__ t_max,
+                              const A* __restrict__ t_factor, A scale, int64_t count, A* __restrict__ out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = static_cast<A>(scale * (power<A>(s[i] * inverse - s_norm[i]) - power<A>(t[i] * inverse - t_norm[i])));
+  for (int64_t i = 0; i < count; ++i) {
+    const A of_student = s_factor[i] * exponential((s[i] - s_max[i]) * inverse);
+    out[i] = scale * (of_student - t_factor[i] * exponential((t[i] - t_max[i]) * inverse));
+  }
 }
 
 Tiling tiling_for(const MatrixView& view) {
@@ -118,6 +140,7 @@ template <typename A, class Base>
 using DivergenceTiles = PairTiles<A, DivergenceLevel, Base>;
 
 // Second stage: joins the tiles of blocks of an image's channels.
+template <typename A>
 struct Divergences : Tiles {
   Divergences(const DivergenceLevel& level, const std::vector<double>& parts, double temperature,
               std::vector<double>& losses)
@@ -133,27 +156,20 @@ struct Divergences : Tiles {
 
   void finish(int64_t image, int64_t channel) const {
     const int64_t tiles = static_cast<int64_t>(parts.size()) / (level.student.images * kParts * channels);
-    const double* first = parts.data() + image * tiles * kParts * channels + channel;
-    const auto part = [&](int64_t tile, Part kind) { return first[(tile * kParts + kind) * channels]; };
-    double s_max = part(0, kStudentMax), t_max = part(0, kTeacherMax);
-    for (int64_t tile = 1; tile < tiles; ++tile) {
-      s_max = std::max(s_max, part(tile, kStudentMax));
-      t_max = std::max(t_max, part(tile, kTeacherMax));
-    }
-    double s_sum = 0, t_sum = 0, divergence = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const double x = (part(tile, kStudentMax) - s_max) / temperature;
-      const double y = (part(tile, kTeacherMax) - t_max) / temperature, weight = std::exp(y);
-      s_sum += std::exp(x) * part(tile, kStudentSum);
-      t_sum += weight * part(tile, kTeacherSum);
-      // Where a tile has nothing but -inf its sums are 0 or NaN already.
-      divergence += weight * (part(tile, kDivergence) + (y == x ? 0 : part(tile, kTeacherSum) * (y - x)));
-    }
-    const double s_log = std::log(s_sum), t_log = std::log(t_sum);
-    losses[image * channels + channel] = divergence / t_sum + (s_log - t_log);
-    double* normalisers = level.normalisers + image * kNormalisers * channels + channel;
-    normalisers[kOfStudent * channels] = s_max / temperature + s_log;
-    normalisers[kOfTeacher * channels] = t_max / temperature + t_log;
+    Parts all = parts_at(image * tiles, channel);
+    for (int64_t tile = 1; tile < tiles; ++tile) all.add(parts_at(image * tiles + tile, channel), 1 / temperature);
+    losses[image * channels + channel] = all.divergence / all.t_sum + (std::log(all.s_sum) - std::log(all.t_sum));
+    A* normalisers = static_cast<A*>(level.normalisers) + image * kNormalisers * channels + channel;
+    normalisers[kStudentPeak * channels] = static_cast<A>(all.s_max);
+    normalisers[kStudentFactor * channels] = static_cast<A>(1 / all.s_sum);
+    normalisers[kTeacherPeak * channels] = static_cast<A>(all.t_max);
+    normalisers[kTeacherFactor * channels] = static_cast<A>(1 / all.t_sum);
+  }
+
+  Parts parts_at(int64_t tile, int64_t channel) const {
+    const double* first = parts.data() + tile * kParts * channels + channel;
+    return {first[kStudentMax * channels], first[kTeacherMax * channels], first[kStudentSum * channels],
+            first[kTeacherSum * channels], first[kDivergence * channels]};
   }
 
   DivergenceLevel level;
@@ -180,49 +196,62 @@ struct LevelParts : DivergenceTiles<A, Losses> {
     losses.resize(static_cast<size_t>(view.images * channels));
   }
 
-  void run(int64_t tile) override {
-    const auto block = this->block_of(tile);
-    if (!this->level.student.rows_are_channels) return reduce_pixels(tile, block);
-    for (int64_t row = block.first_row; row < block.last_row; ++row)
-      reduce_channel({block.image, row, row + 1, block.first_col, block.last_col});
-  }
-
   using Block = typename DivergenceTiles<A, Losses>::Block;
 
+  void run(int64_t tile) override {
+    const Block block = this->block_of(tile);
+    if (this->level.student.rows_are_channels) {
+      for (int64_t row = block.first_row; row < block.last_row; ++row)
+        reduce_channel({block.image, row, row + 1, block.first_col, block.last_col});
+      return;
+    }
+    for (int64_t col = block.first_col; col < block.last_col; col += kPiece)
+      reduce_pixels(tile, {block.image, block.first_row, block.last_row, col, min64(col + kPiece, block.last_col)});
+  }
+
   void reduce_channel(const Block& block) {
-    double sums[kParts] = {kLeast, kLeast};
+    Parts all;
     this->pieces(block, [&](int64_t, int64_t, int64_t, const A* s, const A* t, int64_t cols) {
-      row_maxima(s, t, cols, &sums[kStudentMax], &sums[kTeacherMax]);
+      const A s_max = largest_of(s, cols), t_max = largest_of(t, cols);
+      Parts piece{s_max, t_max};
+      row_sums(s, t, s_max, t_max, static_cast<A>(1 / temperature), cols, &piece);
+      all.add(piece, 1 / temperature);
     });
-    this->pieces(block, [&](int64_t, int64_t, int64_t, const A* s, const A* t, int64_t cols) {
-      add_row_sums(s, t, 1 / temperature, cols, sums);
-    });
-    for (int64_t kind = 0; kind < kParts; ++kind)
-      parts[(block.image * kParts + kind) * channels + block.first_row] = sums[kind];
+    double* out = parts.data() + block.image * kParts * channels + block.first_row;
+    const double numbers[] = {all.s_max, all.t_max, all.s_sum, all.t_sum, all.divergence};
+    for (int64_t kind = 0; kind < kParts; ++kind) out[kind * channels] = numbers[kind];
   }
 
   void reduce_pixels(int64_t tile, const Block& block) {
-    double* sums = parts.data() + tile * kParts * channels;  // (5, C)
-    std::fill(sums, sums + 2 * channels, kLeast);
-    this->pieces(block, [&](int64_t, int64_t, int64_t col, const A* s, const A* t, int64_t cols) {
-      col_maxima(s, t, cols, sums + kStudentMax * channels + col, sums + kTeacherMax * channels + col);
+    ChannelParts<A> some;
+    const int64_t count = block.last_col - block.first_col;
+    double* out = parts.data() + tile * kParts * channels + block.first_col;
+    for (int64_t kind : {kStudentMax, kTeacherMax}) std::fill_n(some[kind], count, kLowest<A>);
+    this->pieces(block, [&](int64_t, int64_t, int64_t, const A* s, const A* t, int64_t cols) {
+      add_col_maxima(s, t, cols, some);
     });
-    this->pieces(block, [&](int64_t, int64_t, int64_t col, const A* s, const A* t, int64_t cols) {
-      add_col_sums(s, t, 1 / temperature, cols, sums + col, channels);
-    });
+    for (int64_t kind : {kStudentMax, kTeacherMax}) std::copy_n(some[kind], count, out + kind * channels);
+    for (int64_t row = block.first_row; row < block.last_row; row += kChain) {
+      for (int64_t kind : {kStudentSum, kTeacherSum, kDivergence}) std::fill_n(some[kind], count, A(0));
+      const Block chain{block.image, row, min64(row + kChain, block.last_row), block.first_col, block.last_col};
+      this->pieces(chain, [&](int64_t, int64_t, int64_t, const A* s, const A* t, int64_t cols) {
+        add_col_sums(s, t, static_cast<A>(1 / temperature), cols, some);
+      });
+      for (int64_t kind : {kStudentSum, kTeacherSum, kDivergence})
+        for (int64_t i = 0; i < count; ++i) out[kind * channels + i] += some[kind][i];
+    }
   }
 
   std::unique_ptr<Tiles> second_stage() const override {
-    return std::make_unique<Divergences>(this->level, parts, temperature, losses);
+    return std::make_unique<Divergences<A>>(this->level, parts, temperature, losses);
   }
   double total() const override {
     return temperature * temperature / static_cast<double>(losses.size()) * total_of(losses);
   }
 
-  static constexpr double kLeast = -std::numeric_limits<double>::infinity();
   double temperature;
   int64_t channels;
-  std::vector<double> parts;           // (tiles of pixels of all images, 5, C)
+  std::vector<double> parts;           // (tiles of pixels of all images, 5, C), 0 at first
   mutable std::vector<double> losses;  // (images, C), written by the second stage
 };
 
@@ -231,31 +260,34 @@ struct LevelGradient : DivergenceTiles<A, Tiles> {
   LevelGradient(const DivergenceLevel& level, double temperature, double grad)
       : DivergenceTiles<A, Tiles>(level, tiling_for(level.student)),
         dense(gradient_view(level.student)),
-        inverse(1 / temperature),
-        scale(grad * temperature / static_cast<double>(level.student.images * level.student.channels())) {
+        inverse(static_cast<A>(1 / temperature)),
+        scale(static_cast<A>(grad * temperature / static_cast<double>(level.student.images * channels()))) {
     advise_huge_pages(level.ds, dense.numel() * element_size(level.student_type));
   }
+
+  int64_t channels() const { return this->level.student.channels(); }
 
   void run(int64_t tile) override {
     A buffer[kPiece];
     const DivergenceLevel& level = this->level;
-    const int64_t channels = level.student.channels();
+    const bool by_row = level.student.rows_are_channels;
     this->pieces(tile, [&](int64_t image, int64_t row, int64_t col, const A* s, const A* t, int64_t cols) {
       const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
       A* piece = piece_to_fill(level.student_type, level.ds, first, buffer);
-      const bool by_row = level.student.rows_are_channels;
-      const double* s_norm = level.normalisers + image * kNormalisers * channels + (by_row ? row : col);
-      const double* t_norm = s_norm + kOfTeacher * channels;
+      const A* norms = static_cast<const A*>(level.normalisers) + image * kNormalisers * channels();
+      const A* of[kNormalisers];
+      for (int64_t kind = 0; kind < kNormalisers; ++kind) of[kind] = norms + kind * channels() + (by_row ? row : col);
+      const auto [s_max, s_factor, t_max, t_factor] = of;
       if (by_row)
-        row_gradient(s, t, inverse, *s_norm, *t_norm, scale, cols, piece);
+        row_gradient(s, t, inverse, *s_max, *s_factor, *t_max, *t_factor, scale, cols, piece);
       else
-        col_gradient(s, t, inverse, s_norm, t_norm, scale, cols, piece);
+        col_gradient(s, t, inverse, s_max, s_factor, t_max, t_factor, scale, cols, piece);
       store_piece(level.student_type, level.ds, first, cols, piece);
     });
   }
 
   MatrixView dense;
-  double inverse, scale;
+  A inverse, scale;
 };
 
 void launch_channel_divergence_forward(const std::vector<DivergenceLevel>& levels, double temperature,
@@ -281,7 +313,7 @@ void launch_channel_divergence_backward(const std::vector<DivergenceLevel>& leve
   run_tiles(gradients);
 }
 
-// The losses (levels,), then each level's normalisers (N, 2, C).
+// The losses (levels,), then each level's normalisers (N, 4, C).
 Tensors channel_divergence_forward(const Tensors& student, const Tensors& teacher, double temperature) {
   const char* op = "channel_divergence";
   check_pair_lists(student, teacher, op);
@@ -291,8 +323,8 @@ Tensors channel_divergence_forward(const Tensors& student, const Tensors& teache
   for (size_t index = 0; index < student.size(); ++index) {
     const PairLevel pair = pair_level(student, teacher, index, nullptr, op);
     const Tensor& s = student[index];
-    results.push_back(empty_like_device(s, {s.size(0), kNormalisers, s.size(1)}, ScalarType::Double));
-    if (s.numel() > 0) levels.push_back({pair, static_cast<double*>(results.back().mutable_data_ptr())});
+    results.push_back(empty_like_device(s, {s.size(0), kNormalisers, s.size(1)}, pair.accumulation()));
+    if (s.numel() > 0) levels.push_back({pair, results.back().mutable_data_ptr()});
   }
   launch_channel_divergence_forward(levels, temperature, results[0]);
   return results;
@@ -309,8 +341,8 @@ Tensors channel_divergence_backward(const Tensors& student, const Tensors& teach
   for (size_t index = 0; index < student.size(); ++index) {
     const PairLevel pair = pair_level(student, teacher, index, &gradients, op);
     const Tensor& s = student[index];
-    checked_data(normalisers[index], ScalarType::Double, kNormalisers * s.size(0) * s.size(1), s, op, "normalisers");
-    if (s.numel() > 0) levels.push_back({pair, static_cast<double*>(normalisers[index].mutable_data_ptr())});
+    checked_data(normalisers[index], pair.accumulation(), kNormalisers * s.size(0) * s.size(1), s, op, "normalisers");
+    if (s.numel() > 0) levels.push_back({pair, normalisers[index].mutable_data_ptr()});
   }
   launch_channel_divergence_backward(levels, temperature, grad);
   return gradients;

@@ -102,6 +102,10 @@ def channel_correlation_loss(f: Features) -> Tensor:
     return functional.channel_correlation_loss(f.student, f.teacher)
 
 
+def channel_divergence_loss(f: Features) -> Tensor:
+    return functional.channel_divergence_loss(f.student, f.teacher)
+
+
 def non_local(f: Features) -> Tensor:
     return NonLocalBlock2d(f.student.shape[1], stride=2).to(f.student.device)(f.student).sum()
 
@@ -142,6 +146,7 @@ CASES = {
     "adapted_masked_l2_loss": adapted_masked_l2_loss,
     "spatial_l2_loss": spatial_l2_loss,
     "channel_correlation_loss": channel_correlation_loss,
+    "channel_divergence_loss": channel_divergence_loss,
     "non_local": non_local,
     "relation_loss": relation_loss,
     "whole_loss": whole_loss,

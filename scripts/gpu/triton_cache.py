@@ -34,7 +34,7 @@ import torch
 ARCH = 90
 GROUP = "__grp__"  # how Triton's file begins that lists an entry's other files
 BENCHMARKED = ("fbkd_loss", "relation", "non_local", "adapted_masked_l2", "attention_pool", "masked_l2")
-BENCHMARKED += ("channel_correlation",)
+BENCHMARKED += ("channel_correlation", "channel_divergence")
 DTYPES = ("bfloat16", "float32")
 
 

@@ -7,8 +7,14 @@ POOL = Selection(
 )
 MASKS = Selection(("test_attention_masks.py",), "cpu and (test_lengths or temperatures or average or joint)")
 DISTANCE = Selection(("test_masked_l2.py",), "cpu and (small_sizes or large_sizes or gradcheck)")
+CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
-    ("test_channel_correlation.py",), "cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)"
+    (CHANNELS, "test_channel_correlation.py"),
+    "not channel_divergence and cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)",
+)
+DIVERGENCE = Selection(
+    (CHANNELS, "test_channel_divergence.py"),
+    "not channel_correlation and cpu and (small_sizes or large_sizes or gradcheck or temperatures or infinity)",
 )
 ADAPTED = Selection(("test_adapted_masked_l2.py",), "cpu and (large_sizes or gradcheck or test_layouts)")
 SPATIAL = Selection(("test_spatial_l2.py",), "cpu and (shapes or gradcheck)")
@@ -64,6 +70,21 @@ MUTATIONS = [
         factor_that_is_rounded=("-scale * (1 / (a * b))", "-scale / (a * b)"),
         gradient_of_a_constant_channel=("deviation == 0 ? 0 :", "deviation < 0 ? 0 :"),
         sums_of_the_first_image=("partials[(image * kSums + sum)", "partials[(0 * kSums + sum)"),
+    ),
+    *faults(
+        "cpp.divergence",
+        "csrc/cpu/channel_divergence.cpp",
+        DIVERGENCE,
+        maximum_of_the_other_map=("y = (t[i] - t_max) * inverse, weight", "y = (t[i] - s_max) * inverse, weight"),
+        divergence_between_pieces=("weight * (divergence + t_sum * (y - x));", "weight * divergence;"),
+        sum_between_pieces=("s_sum *= std::exp(x), t_sum *= weight;", "s_sum *= std::exp(x);"),
+        last_rows_of_a_chain=("min64(row + kChain, block.last_row)", "min64(row + kChain, block.last_row - 1)"),
+        images_of_the_mean=("(level.student.images * channels())))", "channels()))"),
+        normalisers_of_the_first_image=(
+            "level.normalisers) + image * kNormalisers * channels();",
+            "level.normalisers);",
+        ),
+        maximum_of_minus_infinity=("std::numeric_limits<A>::lowest();", "-std::numeric_limits<A>::infinity();"),
     ),
     *faults(
         "cpp.distance",

@@ -7,8 +7,14 @@ POOL = Selection(
 )
 MASKS = Selection(("test_attention_masks.py",), "interpreter and (lengths or temperatures or together)")
 DISTANCE = Selection(("test_masked_l2.py",), "interpreter and (tiles_in or mixtures or together or test_layouts)")
+CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
-    ("test_channel_correlation.py",), "interpreter and (tiles_in or mixtures or together or constant or zero)"
+    (CHANNELS, "test_channel_correlation.py"),
+    "not channel_divergence and interpreter and (tiles_in or mixtures or together or constant or zero)",
+)
+DIVERGENCE = Selection(
+    (CHANNELS, "test_channel_divergence.py"),
+    "not channel_correlation and interpreter and (tiles_in or mixtures or together or temperatures or infinity)",
 )
 ADAPTED = Selection(
     ("test_adapted_masked_l2.py",), "interpreter and (gradcheck or tiles or kept or beyond or together)"
@@ -60,6 +66,20 @@ MUTATIONS = [
         part_of_the_first_image=("pair.image * size.col_tiles + pair.col_tile", "pair.col_tile"),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
         constant_channel=("tl.where(deviation == 0, 1.0, deviation)", "deviation"),
+    ),
+    *faults(
+        "triton.divergence",
+        "src/fbkd_ops/kernels/channel_divergence.py",
+        DIVERGENCE,
+        divergence_between_tiles=(" + of_teacher * (y - x)", ""),
+        maximum_of_the_student=("t_max = largest_of_tiles(at + count,", "t_max = largest_of_tiles(at,"),
+        part_of_the_first_image=("pair.image * size.col_tiles + pair.col_tile", "pair.col_tile"),
+        images_of_the_mean=("(size.images * channels)", "channels"),
+        gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
+        maximum_of_minus_infinity=(
+            "s_max = tl.maximum(tl.max(tl.where(inside, student, LOWEST), axis=AXIS), LOWEST)",
+            "s_max = tl.max(tl.where(inside, student, LOWEST), axis=AXIS)",
+        ),
     ),
     *faults(
         "triton.spatial",

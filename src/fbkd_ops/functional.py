@@ -330,7 +330,7 @@ def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: fl
         temperature: tau > 0.
 
     Returns:
-        A scalar >= 0.
+        A scalar, >= 0 up to rounding.
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
@@ -338,8 +338,8 @@ def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: fl
 
     Example:
         >>> teacher = torch.randn(2, 64, 20, 20)
-        >>> round(channel_divergence_loss(teacher + 3, teacher).item(), 4)
-        0.0
+        >>> abs(channel_divergence_loss(teacher + 3, teacher).item()) < 1e-5
+        True
 
     Source: Shu et al. 2021 (CWD), equations 3 and 4; MMRazor's ``ChannelWiseDivergence``.
     """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from op_cases import correlation_terms, threads, units_of_sum
+from op_cases import correlation_terms, divergence_terms, threads, units_of_sum
 from torch import Tensor
 
 import fbkd_ops
@@ -289,6 +289,10 @@ def _first_excess(
         if case["op"] == "channel_correlation_loss":  # what nearly agrees cancels, in float64 whatever the maps' dtype
             terms = correlation_terms(problem.students["student"], problem.constants["teacher"])[mine.dim() > 0]
             rounding += torch.finfo(torch.float64).eps * units_of_sum(_pixels(case)) * terms.nan_to_num(0, 0)
+        if case["op"] == "channel_divergence_loss":
+            maps = problem.students["student"], problem.constants["teacher"]
+            terms = divergence_terms(*maps, case["temperature"])[mine.dim() > 0].reshape(mine.shape)
+            rounding += _eps(problem, case) * units_of_sum(_pixels(case)) * terms.nan_to_num(0, 0)
         if name.startswith("buffer"):
             before = problem.module.get_buffer(name.removeprefix("buffer "))
             rounding = UPDATE_FACTOR * (rounding + torch.finfo(mine.dtype).eps * before.double().abs())

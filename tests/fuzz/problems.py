@@ -175,6 +175,16 @@ def _channel_correlation_loss(case: dict, source: Source) -> Problem:
     return Problem(function, *_maps(case, source, case, size))
 
 
+def _channel_divergence_loss(case: dict, source: Source) -> Problem:
+    size = [*case["size"][:2], *case["size"][1:2], *case["size"][3:]]
+
+    def function(tensors: dict[str, Tensor], module: None) -> Outputs:
+        maps = tensors["student"], tensors["teacher"]
+        return {"loss": functional.channel_divergence_loss(*maps, temperature=case["temperature"])}
+
+    return Problem(function, *_maps(case, source, case, size))
+
+
 def _adapted_masked_l2_loss(case: dict, source: Source) -> Problem:
     student, teacher = _maps(case, source, case, case["size"])
     _, student_channels, teacher_channels, _, _ = case["size"]
@@ -271,6 +281,7 @@ PROBLEMS = {
     "attention_masks": _attention_masks,
     "masked_l2_loss": _masked_l2_loss,
     "channel_correlation_loss": _channel_correlation_loss,
+    "channel_divergence_loss": _channel_divergence_loss,
     "adapted_masked_l2_loss": _adapted_masked_l2_loss,
     "spatial_l2_loss": _spatial_l2_loss,
     "non_local": _non_local,

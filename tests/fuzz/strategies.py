@@ -41,6 +41,7 @@ OPS = {
         *POOLS,
         *MASKED,
         "channel_correlation_loss",
+        "channel_divergence_loss",
         "adapted_masked_l2_loss",
         "spatial_l2_loss",
         "non_local",
@@ -164,6 +165,10 @@ def _channel_correlation_loss(draw: DrawFn, target: str) -> dict:
     return {"size": _size(draw, BUDGETS[target][0])} | _sides(draw)
 
 
+def _channel_divergence_loss(draw: DrawFn, target: str) -> dict:
+    return _channel_correlation_loss(draw, target) | {"temperature": draw(TEMPERATURE)}
+
+
 def _adapted_masked_l2_loss(draw: DrawFn, target: str) -> dict:
     return _masked_l2_loss(draw, target) | {"parameters": _parameters(draw)}
 
@@ -233,6 +238,7 @@ DRAWN = {
     "attention_masks": _attention_masks,
     "masked_l2_loss": _masked_l2_loss,
     "channel_correlation_loss": _channel_correlation_loss,
+    "channel_divergence_loss": _channel_divergence_loss,
     "adapted_masked_l2_loss": _adapted_masked_l2_loss,
     "spatial_l2_loss": _spatial_l2_loss,
     "non_local": _non_local,

@@ -214,6 +214,23 @@ def record_pkd(module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in out.items()}
 
 
+CWD_WEIGHT, CWD_TEMPERATURE, CWD_SIZES = 5.0, 0.7, [(13, 9), (7, 6)]
+
+
+def record_cwd(module) -> dict[str, np.ndarray]:
+    """MMRazor's CWD loss of two levels."""
+    generator, out = torch.Generator().manual_seed(12), {}
+    for i, size in enumerate(CWD_SIZES):
+        student, noise = (torch.randn(3, 6, *size, generator=generator, dtype=torch.float64) for _ in range(2))
+        teacher = 2 * student + noise + 4
+        loss = module.ChannelWiseDivergence(tau=CWD_TEMPERATURE, loss_weight=CWD_WEIGHT)
+        term = loss(student.requires_grad_(), teacher)
+        (gradient,) = torch.autograd.grad(term, student)
+        found = {"student": student.detach(), "teacher": teacher, "loss": term.detach(), "grad": gradient}
+        out |= {f"{name}.{i}": value for name, value in found.items()}
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mmrazor", type=Path, help="checkout of MMRazor 1.0.0; the installed one by default")
@@ -225,6 +242,7 @@ def main() -> None:
         np.savez_compressed(HERE / f"{case.name}.npz", **arrays)
     np.savez_compressed(HERE / "pooled_gaussian_block.npz", **record_pooled_gaussian())
     np.savez_compressed(HERE / "pkd.npz", **record_pkd(modules.pkd))
+    np.savez_compressed(HERE / "cwd.npz", **record_cwd(modules.cwd))
 
 
 if __name__ == "__main__":

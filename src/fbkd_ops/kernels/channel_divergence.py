@@ -1,7 +1,7 @@
 """Triton kernels of the divergence of two feature maps' channels as distributions over pixels, and of its gradient.
 
-Both maps are read as pairs.py says. Exponentials are of the accumulation dtype; their arguments and sums are float64:
-the divergence of two maps that nearly agree is a small difference of large sums.
+Both maps are read as pairs.py says. A tile is computed in the accumulation dtype, relative to its own maxima; tiles are
+joined in float64.
 """
 
 from itertools import accumulate
@@ -34,7 +34,9 @@ CHANNELS, PIXELS, WARPS = 32, 128, 8
 # Of a channel's pixels in a tile: the maxima m of both maps, and with x = (s - m_s) / tau, y = (t - m_t) / tau the sums
 # of e^x, of e^y and of e^y (y - x).
 PARTS = tl.constexpr(5)
-TILES = 64  # that are joined in one step
+# No maximum is -inf, because e^(-inf - LOWEST) is 0 and e^(-inf + inf) NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+TILES = 16  # that are joined in one step: 32 fill the registers
 
 
 class Sizes(NamedTuple):
@@ -71,7 +73,7 @@ def reduce_tiles(
     sizes,
     PATHS: tl.constexpr,
     INVERSE: tl.constexpr,  # 1 / tau
-    IS_DOUBLE: tl.constexpr,
+    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AXIS: tl.constexpr,  # of the pixels
@@ -83,12 +85,12 @@ def reduce_tiles(
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
-            store_parts(parts, pair, size, INVERSE, IS_DOUBLE, AXIS)
+            store_parts(parts, pair, size, INVERSE, DTYPE, AXIS)
 
 
 @triton.jit
 def join_tiles(
-    normalisers,  # a level: (images, 2, channels)
+    normalisers,  # a level: (images, 4, channels), the maximum and one over the sum of student and teacher
     parts,  # a level: (images, tiles, 5, channels)
     losses,  # a level: (images, channels)
     sizes,
@@ -101,47 +103,55 @@ def join_tiles(
     level, _, program = find_level(sizes)
     size = JoinSizes(*pick_sizes(sizes, level))
     image, channel = program // size.blocks, program % size.blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < size.channels
-    at, pitch = parts + size.first + image * size.tiles * PARTS * size.channels + channel, PARTS * size.channels
-    s_max = tl.full((BLOCK,), float("-inf"), tl.float64)
-    t_max = tl.full((BLOCK,), float("-inf"), tl.float64)
-    for first in range(0, size.tiles, STEP):
-        tile = first + tl.arange(0, STEP)
-        here, both = at[None, :] + tile[:, None] * pitch, (tile < size.tiles)[:, None] & inside[None, :]
-        s_max = tl.maximum(s_max, tl.max(tl.load(here, mask=both, other=float("-inf")), axis=0))
-        t_max = tl.maximum(t_max, tl.max(tl.load(here + size.channels, mask=both, other=float("-inf")), axis=0))
+    inside, count = channel < size.channels, size.channels
+    at, pitch = parts + size.first + image * size.tiles * PARTS * count + channel, PARTS * count
+    s_max = largest_of_tiles(at, size.tiles, pitch, inside, STEP, BLOCK)
+    t_max = largest_of_tiles(at + count, size.tiles, pitch, inside, STEP, BLOCK)
     s_sum = tl.zeros((BLOCK,), tl.float64)
     t_sum = tl.zeros((BLOCK,), tl.float64)
     divergence = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, size.tiles, STEP):
         tile = first + tl.arange(0, STEP)
         here, both = at[None, :] + tile[:, None] * pitch, (tile < size.tiles)[:, None] & inside[None, :]
-        x = (tl.load(here, mask=both, other=float("-inf")) - s_max[None, :]) * INVERSE
-        y = (tl.load(here + size.channels, mask=both, other=float("-inf")) - t_max[None, :]) * INVERSE
-        weight, of_teacher = tl.exp(y), tl.load(here + 3 * size.channels, mask=both, other=0.0)
-        s_sum += tl.sum(tl.exp(x) * tl.load(here + 2 * size.channels, mask=both, other=0.0), axis=0)
-        t_sum += tl.sum(weight * of_teacher, axis=0)
-        moved = tl.where(both & (x != y), of_teacher * (y - x), 0.0)
-        inner = tl.load(here + 4 * size.channels, mask=both, other=0.0) + moved
+        x = (tl.load(here, mask=both, other=0.0) - s_max[None, :]) * INVERSE
+        y = (tl.load(here + count, mask=both, other=0.0) - t_max[None, :]) * INVERSE
+        weight, of_teacher = tl.exp(y), tl.load(here + 3 * count, mask=both, other=0.0)
+        s_sum += tl.sum(tl.where(both, tl.exp(x) * tl.load(here + 2 * count, mask=both, other=0.0), 0.0), axis=0)
+        t_sum += tl.sum(tl.where(both, weight * of_teacher, 0.0), axis=0)
+        inner = tl.load(here + 4 * count, mask=both, other=0.0) + of_teacher * (y - x)
         divergence += tl.sum(tl.where(both, weight * inner, 0.0), axis=0)
-    s_log, t_log = tl.log(s_sum), tl.log(t_sum)
-    tl.store(losses + size.slot + image * size.channels + channel, divergence / t_sum + (s_log - t_log), mask=inside)
-    result = pick(normalisers, level) + image * 2 * size.channels + channel
-    tl.store(result, s_max * INVERSE + s_log, mask=inside)
-    tl.store(result + size.channels, t_max * INVERSE + t_log, mask=inside)
+    loss = divergence / t_sum + (tl.log(s_sum) - tl.log(t_sum))
+    tl.store(losses + size.slot + image * count + channel, loss, mask=inside)
+    result = pick(normalisers, level) + image * 4 * count + channel
+    store_rounded(result, s_max, inside)
+    store_rounded(result + count, 1 / s_sum, inside)
+    store_rounded(result + 2 * count, t_max, inside)
+    store_rounded(result + 3 * count, 1 / t_sum, inside)
+
+
+@triton.jit
+def largest_of_tiles(at, tiles, pitch, inside, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the largest of all tiles' numbers of each channel."""
+    largest = tl.full((BLOCK,), LOWEST, tl.float64)
+    for first in range(0, tiles, STEP):
+        tile = first + tl.arange(0, STEP)
+        both = (tile < tiles)[:, None] & inside[None, :]
+        numbers = tl.load(at[None, :] + tile[:, None] * pitch, mask=both, other=LOWEST)
+        largest = tl.maximum(largest, tl.max(numbers, axis=0))
+    return largest
 
 
 @triton.jit
 def divergence_gradients(
     student,  # a level: (images, rows, cols)
     teacher,  # a level: (images, rows, cols)
-    normalisers,  # a level: (images, 2, channels)
+    normalisers,  # a level: (images, 4, channels)
     gradient,  # a level: (images, rows, cols), densely packed
     grad,  # (levels,)
     sizes,
     PATHS: tl.constexpr,
     INVERSE: tl.constexpr,
-    IS_DOUBLE: tl.constexpr,
+    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AXIS: tl.constexpr,
@@ -154,57 +164,59 @@ def divergence_gradients(
         if path == PATHS[index]:
             pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
             results = pick(normalisers, level), pick(gradient, level), grad
-            store_gradient(results, pair, size, INVERSE, IS_DOUBLE, ALIGNED & PATHS[index], AXIS)
+            store_gradient(results, pair, size, INVERSE, DTYPE, ALIGNED & PATHS[index], AXIS)
 
 
 @triton.jit
-def power(x, IS_DOUBLE: tl.constexpr):
-    """Return e^x in float64, computed in float32 unless IS_DOUBLE."""
-    return tl.exp(x) if IS_DOUBLE else tl.exp(x.to(tl.float32)).to(tl.float64)
-
-
-@triton.jit
-def store_parts(parts, pair, size, INVERSE: tl.constexpr, IS_DOUBLE: tl.constexpr, AXIS: tl.constexpr):
+def store_parts(parts, pair, size, INVERSE: tl.constexpr, DTYPE: tl.constexpr, AXIS: tl.constexpr):
     """Store the tile's five numbers of each channel."""
     if AXIS == 1:
         channel, channels, tile = pair.row, size.rows, pair.image * size.col_tiles + pair.col_tile
     else:
         channel, channels, tile = pair.col, size.cols, pair.image * size.row_tiles + pair.row_tile
     inside = pair.row_inside[:, None] & pair.col_inside[None, :]
-    student, teacher = pair.student.to(tl.float64), pair.teacher.to(tl.float64)
-    s_max = tl.max(tl.where(inside, student, float("-inf")), axis=AXIS)
-    t_max = tl.max(tl.where(inside, teacher, float("-inf")), axis=AXIS)
+    student, teacher = pair.student.to(DTYPE), pair.teacher.to(DTYPE)
+    s_max = tl.maximum(tl.max(tl.where(inside, student, LOWEST), axis=AXIS), LOWEST)
+    t_max = tl.maximum(tl.max(tl.where(inside, teacher, LOWEST), axis=AXIS), LOWEST)
     x = (student - tl.expand_dims(s_max, AXIS)) * INVERSE
     y = (teacher - tl.expand_dims(t_max, AXIS)) * INVERSE
-    weight = tl.where(inside, power(y, IS_DOUBLE), 0.0)
+    weight = tl.where(inside, tl.exp(y), 0.0)
     at = parts + size.first + tile * PARTS * channels + channel
     stored = channel < channels
-    tl.store(at, s_max, mask=stored)
-    tl.store(at + channels, t_max, mask=stored)
-    tl.store(at + 2 * channels, tl.sum(tl.where(inside, power(x, IS_DOUBLE), 0.0), axis=AXIS), mask=stored)
-    tl.store(at + 3 * channels, tl.sum(weight, axis=AXIS), mask=stored)
-    tl.store(at + 4 * channels, tl.sum(tl.where(inside, weight * (y - x), 0.0), axis=AXIS), mask=stored)
+    tl.store(at, s_max.to(tl.float64), mask=stored)
+    tl.store(at + channels, t_max.to(tl.float64), mask=stored)
+    tl.store(at + 2 * channels, tl.sum(tl.where(inside, tl.exp(x), 0.0), axis=AXIS).to(tl.float64), mask=stored)
+    tl.store(at + 3 * channels, tl.sum(weight, axis=AXIS).to(tl.float64), mask=stored)
+    divergence = tl.sum(tl.where(inside, weight * (y - x), 0.0), axis=AXIS)
+    tl.store(at + 4 * channels, divergence.to(tl.float64), mask=stored)
 
 
 @triton.jit
 def store_gradient(
-    results, pair, size, INVERSE: tl.constexpr, IS_DOUBLE: tl.constexpr, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr
+    results, pair, size, INVERSE: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Store the tile of the student's gradient."""
+    """Store the tile of the student's gradient: 0 of equal maps, because nothing is contracted."""
     normalisers, gradient, grad = results
     if AXIS == 1:
         channel, channels = pair.row, size.rows
     else:
         channel, channels = pair.col, size.cols
-    at, stored = normalisers + pair.image * 2 * channels + channel, channel < channels
-    s_norm = tl.expand_dims(tl.load(at, mask=stored, other=0.0), AXIS)
-    t_norm = tl.expand_dims(tl.load(at + channels, mask=stored, other=0.0), AXIS)
-    of_student = power(pair.student.to(tl.float64) * INVERSE - s_norm, IS_DOUBLE)
-    of_teacher = power(pair.teacher.to(tl.float64) * INVERSE - t_norm, IS_DOUBLE)
+    at, inside = normalisers + pair.image * 4 * channels + channel, channel < channels
+    of_student = softmax(pair.student.to(DTYPE), at, channels, inside, INVERSE, AXIS)
+    of_teacher = softmax(pair.teacher.to(DTYPE), at + 2 * channels, channels, inside, INVERSE, AXIS)
     scale = tl.load(grad + size.slot).to(tl.float64) / (INVERSE * (size.images * channels).to(tl.float64))
     row, col = pair.row[:, None], pair.col[None, :]
     at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
-    store_rounded(at, scale * (of_student - of_teacher), pair.row_inside[:, None] & pair.col_inside[None, :])
+    value = scale.to(DTYPE) * (of_student - of_teacher)
+    store_rounded(at, value, pair.row_inside[:, None] & pair.col_inside[None, :])
+
+
+@triton.jit
+def softmax(x, at, channels, inside, INVERSE: tl.constexpr, AXIS: tl.constexpr):
+    """Return the softmax of a tile; at ``at`` lies each channel's maximum, behind those one over each channel's sum."""
+    peak = tl.expand_dims(tl.load(at, mask=inside, other=0.0), AXIS)
+    factor = tl.expand_dims(tl.load(at + channels, mask=inside, other=0.0), AXIS)
+    return factor * tl.exp((x - peak) * INVERSE)
 
 
 def _block(view: MatrixView) -> tuple[int, int]:
@@ -226,8 +238,8 @@ def _launch(kernel, levels: list[Level], shared: Tensor, temperature: float) -> 
     for level in levels:
         view = matrix_view(level.pointers[0])
         rows, cols = _block(view)
-        is_double = accumulation_dtype(*level.pointers[:2]) == torch.float64
-        constants.append({"ROWS": rows, "COLS": cols, "AXIS": int(view.rows_are_channels), "IS_DOUBLE": is_double})
+        dtype = tl.float64 if accumulation_dtype(*level.pointers[:2]) == torch.float64 else tl.float32
+        constants.append({"ROWS": rows, "COLS": cols, "AXIS": int(view.rows_are_channels), "DTYPE": dtype})
     # Without fused products the gradient of equal maps is 0.
     launch_by_constants(
         kernel, levels, constants, shared, INVERSE=1 / temperature, num_warps=WARPS, enable_fp_fusion=False
@@ -235,7 +247,7 @@ def _launch(kernel, levels: list[Level], shared: Tensor, temperature: float) -> 
 
 
 def channel_divergence_forward(students: list[Tensor], teachers: list[Tensor], temperature: float) -> list[Tensor]:
-    """Each level's loss, ``(levels,)``, then its normalisers ``(N, 2, C)`` for backward.
+    """Each level's loss, ``(levels,)``, then its normalisers ``(N, 4, C)`` for backward.
 
     Args:
         students, teachers: ``(N, C, H, W)``.
@@ -249,7 +261,8 @@ def channel_divergence_forward(students: list[Tensor], teachers: list[Tensor], t
     parts = students[0].new_empty(part_count, dtype=torch.float64)
     losses = students[0].new_empty(channel_count, dtype=torch.float64)
     normalisers = [
-        student.new_empty((student.shape[0], 2, student.shape[1]), dtype=torch.float64) for student in students
+        student.new_empty((student.shape[0], 4, student.shape[1]), dtype=accumulation_dtype(student, teacher))
+        for student, teacher in zip(students, teachers, strict=True)
     ]
     places = zip(students, teachers, firsts, strict=True)
     levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]

@@ -95,8 +95,7 @@ class LevelwiseLoss(FeatureLoss):
             terms = {name: losses @ weights}
         if self.training and can_watch(losses):
             all_students, all_teachers = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
-            entries = [(level, name.removeprefix("loss_")) for level in used]
-            self._finite_watch.see(losses, entries, all_students, all_teachers)
+            self._finite_watch.see(losses, [(level, name) for level in used], all_students, all_teachers)
             self._gradient_watch.see(given, all_teachers)
             self._update_watch.see(self, terms)
         return terms

@@ -11,8 +11,8 @@ from .registry import kernel, register
 
 __all__ = ["NORMALISERS", "ChannelDivergenceFunction", "channel_divergence_losses"]
 
-# What forward keeps of an image's channel for backward: the logarithms of both softmaxes' denominators.
-NORMALISERS = 2
+# What forward keeps of an image's channel for backward: the maximum of each map and one over the softmax's denominator.
+NORMALISERS = 4
 
 
 def channel_divergence_losses(
@@ -47,8 +47,11 @@ class ChannelDivergenceFunction(torch.autograd.Function):
 
 def _fake_forward(students, teachers, temperature):
     losses = students[0].new_empty((len(students),), dtype=accumulation_dtype(*students, *teachers))
-    shapes = [(student.shape[0], NORMALISERS, student.shape[1]) for student in students]
-    return [losses, *(students[0].new_empty(shape, dtype=torch.float64) for shape in shapes)]
+    normalisers = [
+        student.new_empty((student.shape[0], NORMALISERS, student.shape[1]), dtype=accumulation_dtype(student, teacher))
+        for student, teacher in zip(students, teachers, strict=True)
+    ]
+    return [losses, *normalisers]
 
 
 def _fake_backward(students, teachers, normalisers, temperature, grad):
