@@ -1,4 +1,4 @@
-"""MMRazor 1.0.0's FBKD, PKD and CWD losses: implementations that owe nothing to this package.
+"""MMRazor 1.0.0's FBKD, PKD, CWD and MGD losses: implementations that owe nothing to this package.
 
 MMRazor does not import whole on a recent torch, so its files are loaded one by one under stub parents.
 """
@@ -53,12 +53,14 @@ class _StandIn(types.ModuleType):
 
 
 class Modules(NamedTuple):
-    """MMRazor's, of the losses and of FBKD's connectors."""
+    """MMRazor's, of the losses and of FBKD's and MGD's connectors."""
 
     fbkd: ModuleType
     connectors: ModuleType
+    mgd_connector: ModuleType
     pkd: ModuleType
     cwd: ModuleType
+    mgd: ModuleType
 
 
 def load(root: Path) -> Modules:
@@ -85,9 +87,11 @@ def load(root: Path) -> Modules:
     losses = "mmrazor.models.losses"
     return Modules(
         connectors=load_file(f"{connectors}.fbkd_connector"),
+        mgd_connector=load_file(f"{connectors}.mgd_connector"),
         fbkd=load_file(f"{losses}.fbkd_loss"),
         pkd=load_file(f"{losses}.pkd_loss"),
         cwd=load_file(f"{losses}.cwd"),
+        mgd=load_file(f"{losses}.mgd_loss"),
     )
 
 

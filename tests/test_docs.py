@@ -157,7 +157,7 @@ def test_the_questions_answers_run(tmp_path, monkeypatch, capsys):
     assert set(torch.load("student.pth")) == set(student.state_dict())
 
 
-@pytest.mark.parametrize("page", ["pkd", "cwd"])
+@pytest.mark.parametrize("page", ["pkd", "cwd", "mgd"])
 def test_the_page_of_a_loss_runs(page):
     names = dict(student=Pyramid(), teacher=Pyramid())
     for code in python_blocks(page):
@@ -171,7 +171,14 @@ def python_blocks(page: str) -> list[str]:
 
 def test_every_page_with_code_is_run():
     """By a test above; the frameworks' page is generated from files that tests/integrations run."""
-    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", "pkd", "cwd"}
+    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {
+        "training",
+        "faq",
+        "frameworks",
+        "pkd",
+        "cwd",
+        "mgd",
+    }
 
 
 def test_every_public_name_is_in_the_reference():

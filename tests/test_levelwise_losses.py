@@ -1,4 +1,4 @@
-"""The losses of one term, PKD's and CWD's: widths, sizes, weights, and inside a distiller."""
+"""The losses of one term, PKD's, CWD's and MGD's: widths, sizes, weights, and inside a distiller."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fbkd_ops
-from fbkd_ops import CWDLoss, Distiller, PKDLoss
+from fbkd_ops import CWDLoss, Distiller, MGDLoss, PKDLoss
 from fbkd_ops.functional import channel_correlation_loss, channel_divergence_loss
 
 
@@ -22,6 +22,8 @@ class Kind(NamedTuple):
 
 KINDS = [Kind(PKDLoss, channel_correlation_loss, "loss_pkd", 4), Kind(CWDLoss, channel_divergence_loss, "loss_cwd", 5)]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.term)
+MGD = Kind(MGDLoss, None, "loss_mgd", 5)  # tests/test_mgd.py has the loss of its levels
+each_loss = pytest.mark.parametrize("kind", [*KINDS, MGD], ids=lambda kind: kind.term)
 SIZES = [(16, 20), (8, 10), (4, 5), (2, 3)]
 
 
@@ -115,7 +117,7 @@ def test_other_sizes_are_resized_where_asked(kind, resize):
     torch.testing.assert_close(term, expected)
 
 
-@each_kind
+@each_loss
 def test_other_sizes_are_an_error_else(kind):
     with pytest.raises(ValueError, match=r"must agree in N, H and W, got \(2, 8, 16, 20\) and \(2, 8, 8, 10\)"):
         kind.loss(8, num_levels=1)(maps()[:1], maps()[1:2])
@@ -124,13 +126,13 @@ def test_other_sizes_are_an_error_else(kind):
         kind.loss(8, num_levels=1, resize="student")(maps()[:1], other)
 
 
-@pytest.mark.parametrize("loss", [PKDLoss, CWDLoss, fbkd_ops.FBKDLoss])
+@pytest.mark.parametrize("loss", [PKDLoss, CWDLoss, MGDLoss, fbkd_ops.FBKDLoss])
 def test_no_loss_is_made_for_features_of_other_sizes(loss):
     with pytest.raises(ValueError, match="must agree in N, H and W"):
         loss.from_features(maps()[:1], maps()[1:2])
 
 
-@each_kind
+@each_loss
 def test_it_is_made_for_features(kind):
     student, teacher = maps(8), maps(12, sizes=SIZES[1:] + SIZES[-1:])
     loss = kind.loss.from_features(student, teacher, resize="student", weight=3)
@@ -153,7 +155,7 @@ def test_it_is_made_for_features(kind):
         ({"teacher_channels": [8, 8]}, ValueError, "levels|entries"),
     ],
 )
-@each_kind
+@each_loss
 def test_bad_arguments_are_named(kind, arguments, error, message):
     with pytest.raises(error, match=message):
         kind.loss(**{"student_channels": 8, "num_levels": 4, **arguments})
@@ -177,13 +179,13 @@ def test_bad_constants_are_named():
         (maps(), maps()[:3], "the same number of levels"),
     ],
 )
-@each_kind
+@each_loss
 def test_bad_features_are_named(kind, student, teacher, message):
     with pytest.raises(ValueError, match=message):
         kind.loss(8, num_levels=4)(student, teacher)
 
 
-@each_kind
+@each_loss
 def test_a_hook_that_would_never_run_is_refused(kind):
     loss = kind.loss(8, 12, num_levels=1)
     loss.adaptations[0].register_forward_hook(lambda *_: None)
@@ -191,7 +193,7 @@ def test_a_hook_that_would_never_run_is_refused(kind):
         loss(maps(8)[:1], maps(12)[:1])
 
 
-@each_kind
+@each_loss
 def test_it_warns_as_the_fbkd_loss_does(kind):
     student, teacher = [x.requires_grad_() for x in maps()], maps(seed=1)
     loss = kind.loss(8, num_levels=4)
@@ -236,7 +238,7 @@ def distiller(kind, **options):
     return Distiller(student, teacher, kind.loss(8, 12, num_levels=2), student_layers=["stem", "deep"], **options)
 
 
-@each_kind
+@each_loss
 def test_in_a_distiller(kind):
     module = distiller(kind)
     losses = module(torch.randn(2, 3, 32, 32))
@@ -245,7 +247,7 @@ def test_in_a_distiller(kind):
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-@each_kind
+@each_loss
 def test_its_weight_can_set_itself(kind):
     module = distiller(kind, gradient_share=0.5, share_every=1)
     optimizer = torch.optim.SGD(module.parameters(), 0.0)

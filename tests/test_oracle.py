@@ -14,7 +14,8 @@ import fbkd_ops
 from fbkd_ops.weights.mmrazor import _our_key, load_connectors
 
 FOLDER = Path(__file__).parent / "oracle"
-FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("pooled_gaussian_block", "pkd", "cwd"))
+OTHERS = "pooled_gaussian_block", "pkd", "cwd", "mgd"
+FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in OTHERS)
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
 both_backends = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -174,3 +175,29 @@ def test_cwd(backend):
     torch.testing.assert_close(term.detach(), sum(arrays[f"loss.{i}"] for i in levels), **TOLERANCE)
     for i, gradient in zip(levels, torch.autograd.grad(term, students), strict=True):
         torch.testing.assert_close(gradient, arrays[f"grad.{i}"], **TOLERANCE)
+
+
+@both_backends
+def test_mgd(backend):
+    oracle, levels = OracleFile("mgd"), range(len(make_oracle.MGD_WIDTHS))
+    of_student, of_teacher = zip(*make_oracle.MGD_WIDTHS, strict=True)
+    loss = fbkd_ops.MGDLoss(of_student, of_teacher, weight=make_oracle.MGD_WEIGHT).double()
+    theirs = {"adaptations.{}": "align", "generations.{}.0": "generation.0", "generations.{}.2": "generation.2"}
+    names = {
+        f"{ours.format(i)}.{kind}": f"{i}.{{}}.{name}.{kind}"
+        for ours, name in theirs.items()
+        for i in levels
+        for kind in ("weight", "bias")
+    }
+    parameters = dict(loss.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.data = oracle.arrays[names[name].format("weight")]
+    loss.masks = lambda maps: [oracle.arrays[f"{i}.mask"] for i in levels]
+    students = [oracle.arrays[f"{i}.student"].requires_grad_() for i in levels]
+    with fbkd_ops.use_backend(backend):
+        term = loss(students, [oracle.arrays[f"{i}.teacher"] for i in levels])["loss_mgd"]
+    torch.testing.assert_close(term.detach(), sum(oracle.arrays[f"{i}.loss"] for i in levels), **TOLERANCE)
+    gradients = torch.autograd.grad(term, [*students, *parameters.values()])
+    keys = [*(f"{i}.grad" for i in levels), *(names[name].format("grad") for name in parameters)]
+    for key, gradient in zip(keys, gradients, strict=True):
+        torch.testing.assert_close(gradient, oracle.arrays[key], **TOLERANCE)

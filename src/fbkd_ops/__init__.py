@@ -8,6 +8,7 @@ from ._warnings import TeacherImagesWarning, UntrainedTeacherWarning
 from .backends import use_backend
 from .loss import FBKDLoss
 from .losses.cwd import CWDLoss
+from .losses.mgd import MGDLoss
 from .losses.pkd import PKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
 from .non_local.block import NonLocalBlock2d
@@ -33,6 +34,7 @@ __all__ = [
     "FrozenBatchNorm2d",
     "Layer",
     "LevelSettings",
+    "MGDLoss",
     "NonLocalBlock2d",
     "NonLocalWeights",
     "PKDLoss",

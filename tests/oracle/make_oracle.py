@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -231,6 +232,30 @@ def record_cwd(module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in out.items()}
 
 
+MGD_WEIGHT, MGD_RATIO, MGD_WIDTHS, MGD_SIZES = 0.3, 0.4, [(6, 6), (4, 6)], [(13, 9), (7, 6)]
+
+
+def record_mgd(module, connectors) -> dict[str, np.ndarray]:
+    """MMRazor's MGD loss of two levels, the second one's student with fewer channels, and the masks that it drew."""
+    generator, out = torch.Generator().manual_seed(13), {}
+    for i, (widths, size) in enumerate(zip(MGD_WIDTHS, MGD_SIZES, strict=True)):
+        torch.manual_seed(i)
+        connector = connectors.MGDConnector(*widths, lambda_mgd=MGD_RATIO).double()
+        student, teacher = (torch.randn(3, width, *size, generator=generator, dtype=torch.float64) for width in widths)
+        numbers = torch.rand(3, 1, *size, generator=generator)
+        with mock.patch.object(torch, "rand", lambda shape, numbers=numbers: numbers):
+            generated = connector.forward_train(student.requires_grad_())
+        term = module.MGDLoss(alpha_mgd=MGD_WEIGHT)(generated, teacher)
+        weights = dict(connector.named_parameters())
+        gradient, *gradients = torch.autograd.grad(term, [student, *weights.values()])
+        found = {"student": student, "teacher": teacher, "loss": term, "grad": gradient}
+        found |= {"mask": numbers <= 1 - MGD_RATIO}
+        found |= {f"weight.{name}": value for name, value in weights.items()}
+        found |= {f"grad.{name}": value for name, value in zip(weights, gradients, strict=True)}
+        out |= {f"{i}.{name}": value.detach() for name, value in found.items()}
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mmrazor", type=Path, help="checkout of MMRazor 1.0.0; the installed one by default")
@@ -243,6 +268,7 @@ def main() -> None:
     np.savez_compressed(HERE / "pooled_gaussian_block.npz", **record_pooled_gaussian())
     np.savez_compressed(HERE / "pkd.npz", **record_pkd(modules.pkd))
     np.savez_compressed(HERE / "cwd.npz", **record_cwd(modules.cwd))
+    np.savez_compressed(HERE / "mgd.npz", **record_mgd(modules.mgd, modules.mgd_connector))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Losses between the feature maps of a student and a teacher, beside FBKD's in ``fbkd_ops/loss.py``."""
 
 from .cwd import CWDLoss
+from .mgd import MGDLoss
 from .pkd import PKDLoss
 
-__all__ = ["CWDLoss", "PKDLoss"]
+__all__ = ["CWDLoss", "MGDLoss", "PKDLoss"]

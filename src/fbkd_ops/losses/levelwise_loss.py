@@ -1,7 +1,7 @@
-"""Losses of one term, which compare two maps of the same width level by level."""
+"""Losses of one term, which compare two maps of the same shape level by level."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .._warnings import can_watch
 from ..types import present
 from .feature_loss import Channels, FeatureLoss, count_levels
 
-__all__ = ["LevelwiseLoss", "Side", "Weight"]
+__all__ = ["LevelwiseLoss", "Side", "Weight", "convolved"]
 
 Side = Literal["student", "teacher"]
 Weight = float | Sequence[float]
@@ -56,6 +56,15 @@ class LevelwiseLoss(FeatureLoss):
             for weight, (student, teacher) in zip(self.weights, self.widths, strict=True)
         )
 
+    def transformed(self, students: list[Tensor], levels: list[int]) -> list[Tensor]:
+        """Return the maps that are compared with the teacher's: here the students in the teachers' widths and sizes.
+
+        Args:
+            students: of the levels that have a weight.
+            levels: their indices.
+        """
+        return students
+
     def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes."""
         raise NotImplementedError
@@ -83,11 +92,12 @@ class LevelwiseLoss(FeatureLoss):
             return {name: pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
         given = [pairs[level][1] for level in used]
         teachers = [recordable(pairs[level][3].detach()) for level in used]
-        students = [_adapted(x, self.adaptations[level]) for x, level in zip(given, used, strict=True)]
+        students = [convolved(x, self.adaptations[level]) for x, level in zip(given, used, strict=True)]
         if self.resize == "student":
             students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
         elif self.resize == "teacher":
             teachers = [_resized(t, s) for s, t in zip(students, teachers, strict=True)]
+        students = self.transformed(students, used)
         with without_autocast(students[0]):
             losses = self.level_losses(students, teachers)
             scales = [self.weights[level] for level in used]
@@ -105,11 +115,11 @@ class LevelwiseLoss(FeatureLoss):
         def __call__(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]: ...
 
 
-def _adapted(student: Tensor, layer: nn.Module) -> Tensor:
-    """Return the student in the teacher's width, in its own dtype or autocast's."""
+def convolved(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return ``layer(x)`` in the dtype of ``x``, or autocast's; ``x`` itself where there is no convolution."""
     if not isinstance(layer, nn.Conv2d):
-        return student
-    return F.conv2d(student, layer.weight.to(student.dtype), present(layer.bias).to(student.dtype))
+        return x
+    return F.conv2d(x, layer.weight.to(x.dtype), present(layer.bias).to(x.dtype), padding=cast(int, layer.padding))
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
