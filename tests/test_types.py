@@ -18,7 +18,7 @@ import fbkd_ops
 from fbkd_ops import Distiller, FBKDLoss, FeatureTap, NonLocalBlock2d, backends, presets, sum_losses
 from fbkd_ops._validation import did_you_mean
 from fbkd_ops.non_local.modes import MODES, ModeName
-from fbkd_ops.training.distiller import chosen_levels
+from fbkd_ops.training.levels import chosen_levels
 from fbkd_ops.training.student_losses import add_terms
 from fbkd_ops.types import PerLevel
 

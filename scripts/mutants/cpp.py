@@ -10,11 +10,11 @@ DISTANCE = Selection(("test_masked_l2.py",), "cpu and (small_sizes or large_size
 CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
     (CHANNELS, "test_channel_correlation.py"),
-    "not channel_divergence and cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)",
+    "channel_correlation and cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)",
 )
 DIVERGENCE = Selection(
     (CHANNELS, "test_channel_divergence.py"),
-    "not channel_correlation and cpu and (small_sizes or large_sizes or gradcheck or temperatures or infinity)",
+    "channel_divergence and cpu and (small_sizes or large_sizes or gradcheck or temperatures or infinity)",
 )
 ADAPTED = Selection(("test_adapted_masked_l2.py",), "cpu and (large_sizes or gradcheck or test_layouts)")
 SPATIAL = Selection(("test_spatial_l2.py",), "cpu and (shapes or gradcheck)")
@@ -79,7 +79,7 @@ MUTATIONS = [
         divergence_between_pieces=("weight * (divergence + t_sum * (y - x));", "weight * divergence;"),
         sum_between_pieces=("s_sum *= std::exp(x), t_sum *= weight;", "s_sum *= std::exp(x);"),
         last_rows_of_a_chain=("min64(row + kChain, block.last_row)", "min64(row + kChain, block.last_row - 1)"),
-        images_of_the_mean=("(level.student.images * channels())))", "channels()))"),
+        images_of_the_mean=("(level.student.images * channels())))", "(channels())))"),
         normalisers_of_the_first_image=(
             "level.normalisers) + image * kNormalisers * channels();",
             "level.normalisers);",

@@ -10,11 +10,11 @@ DISTANCE = Selection(("test_masked_l2.py",), "interpreter and (tiles_in or mixtu
 CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
     (CHANNELS, "test_channel_correlation.py"),
-    "not channel_divergence and interpreter and (tiles_in or mixtures or together or constant or zero)",
+    "channel_correlation and interpreter and (tiles_in or mixtures or together or constant or zero)",
 )
 DIVERGENCE = Selection(
     (CHANNELS, "test_channel_divergence.py"),
-    "not channel_correlation and interpreter and (tiles_in or mixtures or together or temperatures or infinity)",
+    "channel_divergence and interpreter and (tiles_in or mixtures or together or temperatures or infinity)",
 )
 ADAPTED = Selection(
     ("test_adapted_masked_l2.py",), "interpreter and (gradcheck or tiles or kept or beyond or together)"

@@ -14,8 +14,9 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from ..loss import FBKDLoss
-from ..training.distiller import Distiller, Levels, checked_levels, chosen_levels
+from ..training.distiller import Distiller
 from ..training.feature_tap import Layers
+from ..training.levels import Levels, checked_levels, chosen_levels
 from ._arguments import loss_arguments
 from ._blank_images import blank_image_features
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,12 @@ from .._validation import (
     check_flag,
     check_number,
     check_text,
-    did_you_mean,
-    is_int,
-    is_list,
 )
 from .._warnings import BackwardWatch, SizeWatch, TeacherWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
+    Branches,
     FeatureTap,
     Layer,
     Layers,
@@ -35,7 +33,9 @@ from .feature_tap import (
     unwrapped,
     versions,
 )
-from .gradient_share import GradientShare, checked_settings
+from .gradient_share import GradientShare, ShareSettings, checked_settings
+from .levels import Levels, checked_levels, chosen_levels
+from .loss_dict import LossDict
 from .normalization import difference, find_normalization
 from .pairing import (
     check_apart,
@@ -46,12 +46,10 @@ from .pairing import (
 )
 from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
-from .student_losses import TOTALS, Total, add_terms, is_scalar, own_losses
+from .student_losses import TOTALS, Total, add_terms, checked_terms, own_losses
 from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
 
-__all__ = ["Distiller", "Levels", "checked_levels", "chosen_levels"]
-
-Levels = Sequence[Any] | None
+__all__ = ["Distiller"]
 
 
 class Distiller(StudentAttributes, nn.Module):
@@ -66,7 +64,9 @@ class Distiller(StudentAttributes, nn.Module):
         student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object or
             dict whose ``loss`` is one (Hugging Face).
         teacher: a trained detector.
-        loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars.
+        loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars. Or
+            several in a dict with a name for each: their terms come together, and a term that two of them give gets
+            the loss's name behind its own.
         student_layers: where the features are: a module path or :class:`fbkd_ops.Layer` that gives a tensor, list,
             tuple or dict, several that give one tensor each, in a list or dict, or a function of the model's output.
         teacher_layers: the same for the teacher; the student's by default.
@@ -77,7 +77,8 @@ class Distiller(StudentAttributes, nn.Module):
             function, :class:`fbkd_ops.Renormalize`, or a dict of the latter's arguments. It gets the first argument
             that the teacher (with ``teacher_entry``: its module) would be given, by position or by its name, and
             returns the one that it is given instead; it runs without gradient and leaves what it gets as it is.
-        student_levels: which of the features to use, by index or key, and in what order; all by default.
+        student_levels: which of the features to use, by index or key, and in what order; all by default. Of several
+            losses a dict may have each one's.
         teacher_levels: the same for the teacher, to be matched with the student's by position.
         resize: whether the teacher's maps are resized (bilinear) to the student's where their sizes differ, which is
             an error otherwise.
@@ -94,7 +95,7 @@ class Distiller(StudentAttributes, nn.Module):
             send into the tapped maps, > 0: the ratio of the L2 norms over all tapped maps that the loss reads. It is
             measured in the training's own backward passes, and sets a factor beside ``weight`` that starts at 1e-3. The
             own gradient of a map also has what the terms send down from maps that are made of it (backbone stages, the
-            neck of a YOLO).
+            neck of a YOLO). Of several losses a dict has each one's share, and each has a factor of its own.
         share_every: how many steps lie between two measurements.
         share_steps: the training steps, counted from ``start_step``, after which the factor stays as it is; by default
             it follows the share throughout.
@@ -131,14 +132,14 @@ class Distiller(StudentAttributes, nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: nn.Module,
+        loss: nn.Module | Mapping[str, nn.Module],
         *,
         student_layers: Layers,
         teacher_layers: Layers | None = None,
         teacher_entry: str | None = None,
         teacher_input: TeacherInput | None = None,
-        student_levels: Levels = None,
-        teacher_levels: Levels = None,
+        student_levels: Levels | Mapping[str, Levels] = None,
+        teacher_levels: Levels | Mapping[str, Levels] = None,
         resize: bool = False,
         start_step: int = 0,
         stop_step: int | float | None = None,
@@ -146,13 +147,17 @@ class Distiller(StudentAttributes, nn.Module):
         decay: Decay | None = None,
         total_steps: int | None = None,
         weight: float = 1.0,
-        gradient_share: float | None = None,
+        gradient_share: float | Mapping[str, float] | None = None,
         share_every: int = 10,
         share_steps: int | None = None,
         total: Total = TOTALS,
         combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
         super().__init__()
+        names: tuple[str, ...] = ()
+        if isinstance(loss, Mapping):
+            names, loss = tuple(loss), LossDict(loss, student_levels, teacher_levels)
+            student_levels = teacher_levels = None  # each loss chooses
         _check_modules(student, teacher, loss)
         check_apart(student, teacher)
         check_exported_mode(teacher)
@@ -183,7 +188,8 @@ class Distiller(StudentAttributes, nn.Module):
         self.decay, self._total_steps = decay, total_steps
         self.weight = weight
         device = next((parameter.device for parameter in student.parameters()), None)
-        self.share = _gradient_share(gradient_share, share_every, share_steps, self._student_tap, device)
+        settings = checked_settings(gradient_share, share_every, share_steps, names)
+        self.share = None if settings is None else _gradient_share(settings, self._student_tap, device)
         self.total, self.combine = _checked_total(total), combine
         self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
         self._backward_watch, self._size_watch, self._teacher_watch = BackwardWatch(), SizeWatch(), TeacherWatch()
@@ -295,9 +301,11 @@ class Distiller(StudentAttributes, nn.Module):
             self.share.collect()
 
     def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
-        """Return the student's output, and the terms times ``weight``."""
+        """Return the student's output, and the terms times ``weight``, or times each loss's own of ``(losses,)``."""
         output, student_features, teacher_features = self.run(*args, **kwargs)
-        terms = _checked_terms(self.loss(student_features, teacher_features))
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            return output, self.loss(student_features, teacher_features, weight)
+        terms = checked_terms(self.loss(student_features, teacher_features))
         if isinstance(weight, float) and weight == 1:
             return output, terms
         return output, {name: weight * term for name, term in terms.items()}
@@ -314,8 +322,10 @@ class Distiller(StudentAttributes, nn.Module):
         with tap.split(share.split):
             return self._weighted_terms(factor, args, kwargs)
 
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features, Features]:
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features | Branches, Features]:
         """Return the student's output, and the features of the student and the teacher as they go into the loss.
+
+        In a step that measures the shares of several losses the student's are :class:`Branches`, one for each loss.
 
         Args:
             *args, **kwargs: what the detectors take.
@@ -326,7 +336,9 @@ class Distiller(StudentAttributes, nn.Module):
         given = kept_arguments(args, kwargs)
         before = versions(given)
         output = self._run_student(args, kwargs)
-        student_features = chosen_levels(self._student_tap.features_of(output), self.student_levels, "student_levels")
+        student_features = self._student_tap.features_of(output)
+        if not isinstance(student_features, Branches):
+            student_features = chosen_levels(student_features, self.student_levels, "student_levels")
         if self._entry_tap is not None:
             (given,) = self._entry_tap.caught()
         elif versions(given) != before:
@@ -336,7 +348,8 @@ class Distiller(StudentAttributes, nn.Module):
             )
         teacher_features = chosen_levels(self._run_teacher(*given), self.teacher_levels, "teacher_levels")
         if self.resize:
-            teacher_features = _resized(teacher_features, student_features)
+            like = student_features[0] if isinstance(student_features, Branches) else student_features
+            teacher_features = _resized(teacher_features, like)
         return output, student_features, teacher_features
 
     def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -426,12 +439,21 @@ class Distiller(StudentAttributes, nn.Module):
 
         Returns:
             ``fbkd_weight``, and with ``gradient_share`` also ``fbkd_gradient_share`` (0 before the first measurement):
-            scalars on the student's device, which nothing waits for; without a share on the CPU.
+            scalars on the student's device, which nothing waits for; without a share on the CPU. Where several losses
+            have a share each, each has its entries: ``fbkd_weight_pkd``.
         """
         weight = self.step_weight()
         if self.share is None:
             return {"fbkd_weight": torch.tensor(weight, device="cpu")}
-        return {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share.clone()}
+        found = {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share.clone()}
+        if not self.share.settings.shape:
+            return found
+        losses = cast(LossDict, unwrapped(self.loss))
+        return {
+            f"{name}_{loss}": value
+            for name, values in found.items()
+            for loss, value in zip(losses, values.unbind(), strict=True)
+        }
 
     def balance_report(self, *args: Any, **kwargs: Any) -> BalanceReport:
         """How the terms compare to the detector's own losses on a batch: their sizes, and how hard they pull.
@@ -498,13 +520,8 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
     return tap
 
 
-def _gradient_share(
-    target: Any, every: Any, steps: Any, tap: FeatureTap | OutputTap, device: torch.device | None
-) -> GradientShare | None:
-    """Return what measures the share at the tapped layers, None where none is asked for."""
-    settings = checked_settings(target, every, steps)
-    if settings is None:
-        return None
+def _gradient_share(settings: ShareSettings, tap: FeatureTap | OutputTap, device: torch.device | None) -> GradientShare:
+    """Return what measures the share at the tapped layers."""
     if isinstance(tap, OutputTap):
         raise ValueError(
             "gradient_share needs student_layers by module path: at the student's output its own losses are computed "
@@ -527,21 +544,6 @@ def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
 
-def checked_levels(levels: Any, name: str) -> Levels:
-    """Return the levels as a list of Python's own integers, or keys."""
-    if levels is None:
-        return None
-    if not is_list(levels):
-        raise TypeError(f"{name} must be a list of indices or keys, got {levels!r}")
-    chosen = as_list(levels, "a list of indices or keys", name)
-    for level in chosen:
-        if isinstance(level, (bool, float)) or not isinstance(level, Hashable):
-            raise TypeError(f"{name} must be a list of indices or keys, got {level!r} in it")
-    if not chosen:
-        raise ValueError(f"{name} is empty, expected at least one index or key")
-    return [int(level) if is_int(level) else level for level in chosen]
-
-
 def _checked_total(total: Any) -> Total:
     if total is None or isinstance(total, str):
         return total
@@ -549,12 +551,6 @@ def _checked_total(total: Any) -> Total:
     for name in names:
         check_text(name, "total")
     return tuple(names)
-
-
-def _checked_terms(terms: Any) -> dict[str, Tensor]:
-    if not isinstance(terms, Mapping) or not all(map(is_scalar, terms.values())):
-        raise TypeError(f"loss must return a dict of scalar tensors, got {type(terms).__name__}")
-    return dict(terms)
 
 
 def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
@@ -565,20 +561,6 @@ def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
             f"teacher_layers reads the teacher's output, but with teacher_entry {entry!r} only that module runs: give "
             "teacher_layers as paths, or no teacher_entry"
         )
-
-
-def chosen_levels(features: Features, levels: Levels, name: str) -> Features:
-    """Return the features of ``levels``, in a list."""
-    if levels is None:
-        return features
-    present = list(features) if isinstance(features, Mapping) else range(-len(features), len(features))
-    for level in levels:
-        if level not in present:
-            there = list(features) if isinstance(features, Mapping) else f"{len(features)} levels"
-            raise ValueError(
-                f"{name} names a level {level!r}, but the features have {there}{did_you_mean(level, present)}"
-            )
-    return [features[level] for level in levels]
 
 
 def _resized(teacher: Features, student: Features) -> Features:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from .._validation import Features, as_list, check_callable, check_flag, check_module, check_text, did_you_mean, is_list
 
 __all__ = [
+    "Branches",
     "FeatureTap",
     "Layer",
     "Layers",
@@ -59,6 +60,10 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 Place = str | Layer
 Layers = Place | Sequence[Place] | Mapping[str, Place] | Callable[[Any], Features]
+
+
+class Branches(tuple):
+    """What each of several losses is given, where a tap's values were split for them."""
 
 
 class FeatureTap:
@@ -185,7 +190,7 @@ class FeatureTap:
                 raise RuntimeError(_changed_in_place(self.name, repr(layer.path)))
         return values
 
-    def features_of(self, output: Any) -> Features:
+    def features_of(self, output: Any) -> "Features | Branches":
         """:meth:`features`; an :class:`OutputTap` reads them from ``output``."""
         return self.features()
 
@@ -196,18 +201,26 @@ class FeatureTap:
             message += "; a graph compiled before the tap was there does not have it: torch.compiler.reset()"
         return message
 
-    def features(self) -> Features:
+    def features(self) -> "Features | Branches":
         """Return the features of the last forward, and forget them.
 
         Returns:
-            The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name.
+            The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name. Where
+            ``split`` made :class:`Branches`, as many of these.
 
         Raises:
             RuntimeError: a module that was not called, or called more than once; values that were changed in place
                 since they were caught.
             TypeError: one of several layers that gave something other than a tensor, or a single one no features.
         """
-        values = [_selected(layer, value) for layer, value in zip(self._layers.values(), self.caught(), strict=True)]
+        values = self.caught()
+        if not isinstance(values[0], Branches):
+            return self._features(values)
+        return Branches(self._features(list(branch)) for branch in zip(*values, strict=True))
+
+    def _features(self, caught: list[Any]) -> Features:
+        """Return the features in what was caught of each layer."""
+        values = [_selected(layer, value) for layer, value in zip(self._layers.values(), caught, strict=True)]
         if self._is_single:
             return _as_features(values[0], self.name)
         for layer, value in zip(self._layers.values(), values, strict=True):

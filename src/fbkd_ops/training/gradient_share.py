@@ -6,16 +6,19 @@ an identity on each of them tells, in the backward pass, the squares of the grad
 
 import copy
 import functools
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from .._numerics import constant_vector
 from .._validation import check_number, is_int
 from .._warnings import ShareWatch
+from .feature_tap import Branches
 
 __all__ = ["SHARE_STATE", "GradientShare", "ShareSettings", "checked_settings"]
 
@@ -27,7 +30,7 @@ FIRST_FACTOR = 1e-3
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-6, 1e6
 # Weight of a new measurement in the running mean of logarithms.
 NEWEST = 0.3
-OWN, TERMS = 0, 1  # branches
+OWN, TERMS = 0, 1  # branches: the detector's own, the first loss's; those of further losses follow
 # Steps whose backward pass may come after the next one's forward, as for a sum of losses over batches.
 MOST_WAITING = 4
 SHARE_STATE = ("share", "log_unit", "measured", "failed", "pending")
@@ -36,21 +39,43 @@ SHARE_STATE = ("share", "log_unit", "measured", "failed", "pending")
 class ShareSettings(NamedTuple):
     """What a :class:`fbkd_ops.Distiller` is given."""
 
-    target: float  # > 0
+    target: float | tuple[float, ...]  # > 0: of all terms together, or of each of several losses
     every: int  # steps from one measurement to the next
     steps: int | None  # training steps, counted from start_step, after which the factor stays; None: never
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the factors: (), or one for each of several losses."""
+        return (len(self.target),) if isinstance(self.target, tuple) else ()
 
-def checked_settings(target: Any, every: Any, steps: Any) -> ShareSettings | None:
-    """Return the settings; None where no share is wanted."""
+
+def checked_settings(target: Any, every: Any, steps: Any, losses: Sequence[str] = ()) -> ShareSettings | None:
+    """Return the settings; None where no share is wanted. ``losses`` are the names of several."""
     if not is_int(every) or every < 1:
         raise ValueError(f"share_every must be an int >= 1, got {every!r}")
     if steps is not None and (not is_int(steps) or steps < 1):
         raise ValueError(f"share_steps must be None or an int >= 1, got {steps!r}")
     if target is None:
         return None
-    target = check_number(target, "a finite number > 0", lambda value: value > 0, "gradient_share")
-    return ShareSettings(target, int(every), None if steps is None else int(steps))
+    return ShareSettings(_checked_target(target, losses), int(every), None if steps is None else int(steps))
+
+
+def _checked_target(target: Any, losses: Sequence[str]) -> float | tuple[float, ...]:
+    """Return the share, or that of each loss in their order."""
+    if not isinstance(target, Mapping):
+        return check_number(target, "a finite number > 0", lambda value: value > 0, "gradient_share")
+    if not losses:
+        raise ValueError("gradient_share must be a number where there is one loss, got a dict")
+    if set(target) != set(losses):
+        raise ValueError(
+            f"gradient_share must be a number or have a share for each of {', '.join(map(repr, losses))}, got "
+            f"{', '.join(map(repr, target)) or 'none'}"
+        )
+    shares = (
+        check_number(target[name], "a finite number > 0", lambda value: value > 0, f"gradient_share[{name!r}]")
+        for name in losses
+    )
+    return tuple(shares)
 
 
 class BranchSquares(torch.autograd.Function):
@@ -74,12 +99,14 @@ class BranchSquares(torch.autograd.Function):
 class _Waiting(NamedTuple):
     """A step that measures, until its backward pass has come."""
 
-    sums: Tensor  # (2, layers, MAPS), a leaf: own and terms' sums of squares arrive as its gradient
-    factor: Tensor
+    sums: Tensor  # (1 + losses, layers, MAPS), a leaf: own and terms' sums of squares arrive as its gradient
+    factor: Tensor  # () or (losses,)
 
 
 class GradientShare(nn.Module):
     """The factor of the terms, from measurements of both branches' gradients.
+
+    Where several losses have a share each, every number below is a vector of one entry per loss.
 
     Processes of ``torch.distributed`` exchange their sums in the default group, so all of them have to distil alike.
 
@@ -106,17 +133,28 @@ class GradientShare(nn.Module):
         super().__init__()
         self.settings, self.layers = settings, layers
         for name in SHARE_STATE:
-            self.register_buffer(name, torch.zeros(3 if name == "pending" else (), device=device))
+            shape = (3 * self.losses,) if name == "pending" else settings.shape
+            self.register_buffer(name, torch.zeros(shape, device=device))
         self._watch, self._waiting, self._has_pending = ShareWatch(), list[_Waiting](), False
         self._is_measured = False  # known once the steps are over
         self._sums: Tensor | None = None  # of the step that measures now
 
+    @property
+    def losses(self) -> int:
+        """How many losses have a share; 1 where all have one together."""
+        return math.prod(self.settings.shape)
+
     def factor(self, weight: float) -> Tensor:
-        """Return what the terms are multiplied with, a scalar on the device: the factor times ``weight``.
+        """Return what the terms are multiplied with, on the device: the factor times ``weight``.
 
         Until the first measurement it is ``FIRST_FACTOR``, whatever the weight.
         """
-        wanted = self.settings.target * torch.exp(-self.log_unit.float())
+        target: float | Tensor
+        if isinstance(self.settings.target, tuple):
+            target = constant_vector(list(self.settings.target), torch.float32, self.log_unit.device, keep=False)
+        else:
+            target = self.settings.target
+        wanted = target * torch.exp(-self.log_unit.float())
         wanted = weight * wanted.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         return torch.where(self.measured > 0, wanted, torch.full_like(wanted, FIRST_FACTOR))
 
@@ -126,26 +164,31 @@ class GradientShare(nn.Module):
             return False
         if self.settings.steps is None or step < self.settings.steps:
             return True
-        self._is_measured = self._is_measured or int(self.measured) > 0
+        self._is_measured = self._is_measured or int(self.measured.min()) > 0
         return not self._is_measured
 
     @_disable_dynamo
     def begin(self, factor: Tensor) -> None:
         """Make the leaf of a step that measures with this factor."""
         # No parameter: neither an optimizer nor the clipping of gradients sees it.
-        self._sums = torch.zeros(2, self.layers, MAPS, device=factor.device, requires_grad=True)
+        self._sums = torch.zeros(1 + self.losses, self.layers, MAPS, device=factor.device, requires_grad=True)
         self._waiting = [*self._waiting[1 - MOST_WAITING :], _Waiting(self._sums, factor.detach())]
 
     def split(self, layer: int, value: Any) -> tuple[Any, Any]:
-        """Return what a layer gives twice: as the loss takes it, and as the detector goes on with it."""
+        """Return what a layer gives twice: as the loss takes it, and as the detector goes on with it.
+
+        Where several losses have a share each, the first are :class:`Branches`.
+        """
         maps: list[Tensor] = []
         _replaced(value, maps.append)
         maps = maps[:MAPS]
         if not maps or self._sums is None:
-            return value, value
-        branches = [iter(BranchSquares.apply(self._sums[branch, layer], *maps)) for branch in (TERMS, OWN)]
-        for_loss, for_detector = (_replaced(value, functools.partial(_next, branch)) for branch in branches)
-        return for_loss, for_detector
+            for_losses, for_detector = [value] * self.losses, value
+        else:
+            rows = (*range(TERMS, TERMS + self.losses), OWN)
+            branches = [iter(BranchSquares.apply(self._sums[row, layer], *maps)) for row in rows]
+            *for_losses, for_detector = (_replaced(value, functools.partial(_next, branch)) for branch in branches)
+        return Branches(for_losses) if self.settings.shape else for_losses[0], for_detector
 
     def is_waiting(self) -> bool:
         """Whether a measurement may have come."""
@@ -157,21 +200,21 @@ class GradientShare(nn.Module):
         """Take in what backward passes have measured. All processes have to call it in the same steps."""
         arrived = [waiting for waiting in self._waiting if waiting.sums.grad is not None]
         self._waiting = [waiting for waiting in self._waiting if waiting.sums.grad is None]
-        found = [torch.cat([_squares(waiting.sums), waiting.factor[None]]) for waiting in arrived]
+        found = [_measurement(waiting) for waiting in arrived]
         if self._has_pending:
             found = [self.pending.clone(), *found]
             self.pending.zero_()
             self._has_pending = False
         for own_terms_factor in found:
-            self._add(*own_terms_factor.float().split([2, 1]))
+            self._add(*own_terms_factor.float().split([2 * self.losses, self.losses]))
 
     def _add(self, squares: Tensor, factor: Tensor) -> None:
-        """Let a measurement move the mean: sums of squares ``(2,)`` of this process, and its factor ``(1,)``."""
+        """Let a measurement move the mean: sums of squares of this process ``(2 * losses,)``, factors ``(losses,)``."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(squares)
-        own, terms = squares.unbind()
+        own, terms = squares.view(2, *self.settings.shape).unbind()
         share = (terms / own).sqrt()
-        unit = share.log() - factor[0].log()
+        unit = share.log() - factor.view(self.settings.shape).log()
         is_good = unit.isfinite()
         newest = torch.where(self.measured > 0, NEWEST, 1.0)
         mean = self.log_unit + newest * (unit - self.log_unit)
@@ -179,14 +222,14 @@ class GradientShare(nn.Module):
         self.share.copy_(torch.where(is_good, share, self.share))
         self.measured.add_(is_good)
         self.failed.copy_(torch.where(is_good, 0.0, self.failed + 1))
-        self._watch.see(self.failed)
+        self._watch.see(self.failed.max())
 
     def _pending(self) -> Tensor:
         """Return the last measurement that nothing has taken in yet, zeros where there is none."""
         arrived = [waiting for waiting in self._waiting if waiting.sums.grad is not None]
         if not arrived:
             return self.pending
-        return torch.cat([_squares(arrived[-1].sums), arrived[-1].factor[None]])
+        return _measurement(arrived[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradientShare":
         """Move the state, in float32 whatever the detector's dtype becomes. What waits for a backward pass is lost."""
@@ -221,10 +264,14 @@ class GradientShare(nn.Module):
         return self.__dict__ | changes
 
 
-def _squares(sums: Tensor) -> Tensor:
-    """Return own and terms' sums of squares ``(2,)`` over the maps that the loss reads; NaN where a gradient is."""
-    own, terms = cast(Tensor, sums.grad).flatten(1).unbind()
-    return torch.stack([torch.where(terms == 0, torch.zeros_like(own), own).sum(), terms.sum()])
+def _measurement(waiting: _Waiting) -> Tensor:
+    """Return ``(3 * losses,)``: own and terms' sums of squares over the maps that a loss reads, and its factor.
+
+    NaN where a gradient is.
+    """
+    own, *terms = cast(Tensor, waiting.sums.grad).flatten(1).unbind()
+    own_squares = [torch.where(each == 0, torch.zeros_like(own), own).sum() for each in terms]
+    return torch.cat([torch.stack([*own_squares, *(each.sum() for each in terms)]), waiting.factor.reshape(-1)])
 
 
 def _next(branch: Iterator[Tensor], x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._validation import did_you_mean
 
-__all__ = ["TOTALS", "Total", "add_terms", "is_scalar", "own_losses", "sum_losses"]
+__all__ = ["TOTALS", "Total", "add_terms", "checked_terms", "is_scalar", "own_losses", "sum_losses"]
 
 Total = str | Sequence[str] | None
 
@@ -228,3 +228,10 @@ def _sum(value: Any) -> Tensor:
     return sum(
         (part.sum() for part in (value if isinstance(value, (list, tuple)) else [value])), torch.zeros((), device="cpu")
     )
+
+
+def checked_terms(terms: Any, name: str = "loss") -> dict[str, Tensor]:
+    """Return what a loss has returned, a dict of scalars; errors call the loss ``name``."""
+    if not isinstance(terms, Mapping) or not all(map(is_scalar, terms.values())):
+        raise TypeError(f"{name} must return a dict of scalar tensors, got {type(terms).__name__}")
+    return dict(terms)
