@@ -11,7 +11,7 @@ from detectors import Detector
 from helpers import randomise
 from torch import nn
 
-from fbkd_ops import Distiller, FBKDLoss
+from fbkd_ops import Distiller, FBKDLoss, PKDLoss
 from fbkd_ops.training.data_parallel import data_parallel
 
 WORLD = 2
@@ -99,9 +99,22 @@ def run_sharded(rank: int) -> list[dict]:
     return seen
 
 
-def run_share(rank: int, wrap, steps: int = 2 * STEPS, every: int = 2) -> list[dict[str, float]]:
+def make_shared(every: int) -> Distiller:
+    return make(norm="frozen", gradient_share=SHARE, share_every=every)
+
+
+def make_with_two_losses(every: int) -> Distiller:
+    """Each has a share of its own."""
+    one = make(norm="frozen")
+    losses = {"fbkd": one.loss, "pkd": PKDLoss(4, 6, num_levels=2)}
+    shares = {"fbkd": SHARE, "pkd": SHARE / 2}
+    arguments = {"student_layers": "backbone", "gradient_share": shares, "share_every": every}
+    return Distiller(one.student, one.teacher, losses, **arguments).double()
+
+
+def run_share(rank: int, make, wrap, steps: int = 2 * STEPS, every: int = 2) -> list[dict[str, float]]:
     """The factor and the share after each step, which all processes have to agree on."""
-    distiller = make(norm="frozen", gradient_share=SHARE, share_every=every)
+    distiller = make(every)
     wrapped = wrap(distiller)
     # Slow: the own gradient of this detector, which learns one number, would vanish faster than a mean can follow.
     optimizer, seen = torch.optim.SGD(wrapped.parameters(), lr=1e-3), []
@@ -120,9 +133,10 @@ def main(folder: str) -> None:
     seen = {name: run_case(case, rank, whole) for name, case in CASES.items()}
     seen["apart"] = run_case(APART, rank, apart)
     seen["sharded"] = run_sharded(rank)
-    seen["share"] = run_share(rank, whole)
+    seen["share"] = run_share(rank, make_shared, whole)
     for name, wrap in (("held share", whole), ("sharded share", sharded)):
-        seen[name] = run_share(rank, wrap, HELD_STEPS, 1)
+        seen[name] = run_share(rank, make_shared, wrap, HELD_STEPS, 1)
+        seen[f"{name}s of two losses"] = run_share(rank, make_with_two_losses, wrap, HELD_STEPS, 1)
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -175,14 +175,19 @@ def test_all_processes_have_the_same_share(seen):
     assert min(alone) < first[1]["fbkd_gradient_share"] < max(alone)
 
 
+TWO = {"fbkd_gradient_share_fbkd": SHARE, "fbkd_gradient_share_pkd": SHARE / 2}
+
+
+@pytest.mark.parametrize("losses, targets", [("", {"fbkd_gradient_share": SHARE}), ("s of two losses", TWO)])
 @pytest.mark.parametrize("name", ["held share", "sharded share"])
-def test_the_share_is_held_by_all_processes(name, seen):
+def test_the_share_is_held_by_all_processes(name, losses, targets, seen):
     """Under DistributedDataParallel and FSDP2: of both processes' gradients together."""
-    first, second = (rank[name] for rank in seen)
+    first, second = (rank[name + losses] for rank in seen)
     assert first == second
-    shares = torch.tensor([step["fbkd_gradient_share"] for step in first[len(first) // 2 :]])
-    assert shares.median() == pytest.approx(SHARE, rel=0.2)
-    assert ((shares > SHARE / 2) & (shares < 2 * SHARE)).float().mean() >= 0.8
+    for entry, target in targets.items():
+        shares = torch.tensor([step[entry] for step in first[len(first) // 2 :]])
+        assert shares.median() == pytest.approx(target, rel=0.2)
+        assert ((shares > target / 2) & (shares < 2 * target)).float().mean() >= 0.8
 
 
 def test_sharding_changes_no_share(seen):
