@@ -19,6 +19,7 @@ from fbkd_ops import (
     CWDLoss,
     FBKDLoss,
     FeatureTap,
+    FGDLoss,
     Layer,
     LevelSettings,
     MGDLoss,
@@ -79,6 +80,7 @@ NUMBER = [-1, -1e-9, float("nan"), float("inf"), -float("inf"), 10**400, True, N
 NUMBER += [torch.tensor(1.0), np.array(1.0), np.float32("nan"), np.bool_(True), float]
 POSITIVE = [0, 0.0, -0.0, *NUMBER]
 CHOICE = [None, 3, True, "other", "", b"average", {"average"}, str]
+BOXES = torch.tensor([[1.0, 2.0, 5.0, 6.0]])
 MODULE = [3, "module", {}, [], nn.Conv2d, lambda x: x]
 PER_LEVEL = ["many", {}, {1: 2}, iter([1, 2]), object()]
 CHANNELS = [*INT, *PER_LEVEL, b"\x04\x04", bytearray(b"\x04\x04"), memoryview(b"\x04\x04"), "44", [4, 0], [4, "4"]]
@@ -277,6 +279,37 @@ CALLABLES = {
         MGDLoss(4, num_levels=1).forward,
         dict(student_features=[MAPS], teacher_features=[MAPS]),
         {"student_features": FEATURES, "teacher_features": FEATURES},
+    ),
+    "FGDLoss": Public(
+        FGDLoss,
+        dict(student_channels=4, num_levels=2),
+        {
+            "student_channels": [*CHANNELS, None],
+            "teacher_channels": CHANNELS,
+            "num_levels": INT,
+            "preset": [*CHOICE, ["two_stage"]],
+            **dict.fromkeys(
+                ("foreground_weight", "background_weight", "attention_weight", "global_weight"),
+                [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
+            ),
+            "temperature": [wrong for wrong in POSITIVE if wrong is not None],
+        },
+    ),
+    "FGDLoss.from_features": Public(
+        FGDLoss.from_features,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+        ("arguments",),
+    ),
+    "FGDLoss.forward": Public(
+        FGDLoss(4, num_levels=1).forward,
+        dict(student_features=[MAPS], teacher_features=[MAPS], boxes=[BOXES] * len(MAPS), image_size=(8, 8)),
+        {
+            "student_features": FEATURES,
+            "teacher_features": FEATURES,
+            "boxes": [None, 3, "boxes", BOXES, [], [BOXES], [None] * len(MAPS), [BOXES[:, :3]] * len(MAPS)],
+            "image_size": [None, 8, "88", (8,), (8, 8, 8), (8, 0), (8, -1), (8, float("nan")), (8, "8"), (8, None)],
+        },
     ),
     "LevelSettings": Public(LevelSettings, PRESET, SETTINGS),
     "NonLocalBlock2d": Public(

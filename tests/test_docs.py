@@ -165,20 +165,27 @@ def test_the_page_of_a_loss_runs(page):
     assert set(names["distiller"](IMAGES, TARGETS)) == {"loss_box", f"loss_{page}"}
 
 
+class PyramidWithBoxes(Pyramid):
+    def forward(self, images, targets):
+        return super().forward(images, TARGETS)
+
+
+def test_the_page_of_fgd_runs():
+    names = dict(student=PyramidWithBoxes(), teacher=PyramidWithBoxes())
+    for code in python_blocks("fgd"):
+        exec(code, names)
+    targets = [{"boxes": torch.tensor([[2.0, 3.0, 20.0, 30.0]])}] * len(IMAGES)
+    assert set(names["distiller"](IMAGES, targets)) == {"loss_box", *fbkd_ops.FGDLoss.term_names}
+
+
 def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 
 
 def test_every_page_with_code_is_run():
     """By a test above; the frameworks' page is generated from files that tests/integrations run."""
-    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {
-        "training",
-        "faq",
-        "frameworks",
-        "pkd",
-        "cwd",
-        "mgd",
-    }
+    losses = {"pkd", "cwd", "mgd", "fgd"}
+    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", *losses}
 
 
 def test_every_public_name_is_in_the_reference():

@@ -14,7 +14,7 @@ import fbkd_ops
 from fbkd_ops.weights.mmrazor import _our_key, load_connectors
 
 FOLDER = Path(__file__).parent / "oracle"
-OTHERS = "pooled_gaussian_block", "pkd", "cwd", "mgd"
+OTHERS = "pooled_gaussian_block", "pkd", "cwd", "mgd", "fgd"
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in OTHERS)
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
@@ -198,6 +198,41 @@ def test_mgd(backend):
         term = loss(students, [oracle.arrays[f"{i}.teacher"] for i in levels])["loss_mgd"]
     torch.testing.assert_close(term.detach(), sum(oracle.arrays[f"{i}.loss"] for i in levels), **TOLERANCE)
     gradients = torch.autograd.grad(term, [*students, *parameters.values()])
+    keys = [*(f"{i}.grad" for i in levels), *(names[name].format("grad") for name in parameters)]
+    for key, gradient in zip(keys, gradients, strict=True):
+        torch.testing.assert_close(gradient, oracle.arrays[key], **TOLERANCE)
+
+
+FGD_NAMES = {"adaptations.{}": "align"}
+for side in ("student", "teacher"):
+    theirs = f"channel_add_conv_{side[0]}"
+    FGD_NAMES[f"{side}_contexts.{{}}.weight"] = f"conv_mask_{side[0]}"
+    for index, part in ((0, "reduce"), (1, "norm"), (3, "expand")):
+        FGD_NAMES[f"{side}_contexts.{{}}.{part}"] = f"{theirs}.{index}"
+
+
+@both_backends
+def test_fgd(backend):
+    oracle, levels, constants = OracleFile("fgd"), range(len(make_oracle.FGD_WIDTHS)), make_oracle.FGD_CONSTANTS
+    of_student, of_teacher = zip(*make_oracle.FGD_WIDTHS, strict=True)
+    weights = {f"{name}_weight": constants[name] for name in ("foreground", "background", "attention", "global")}
+    loss = fbkd_ops.FGDLoss(of_student, of_teacher, temperature=constants["temperature"], **weights).double()
+    names = {
+        f"{ours.format(i)}.{kind}": f"{i}.{{}}.{name}.{kind}"
+        for ours, name in FGD_NAMES.items()
+        for i in levels
+        for kind in ("weight", "bias")
+    }
+    parameters = dict(loss.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.data = oracle.arrays[names[name].format("weight")]
+    students = [oracle.arrays[f"{i}.student"].requires_grad_() for i in levels]
+    boxes = [torch.tensor(each, dtype=torch.float64).reshape(-1, 4) for each in make_oracle.FGD_BOXES]
+    with fbkd_ops.use_backend(backend):
+        terms = loss(students, [oracle.arrays[f"{i}.teacher"] for i in levels], boxes, make_oracle.FGD_IMAGE_SIZE)
+    total = sum(terms.values())
+    torch.testing.assert_close(total.detach(), sum(oracle.arrays[f"{i}.loss"] for i in levels), **TOLERANCE)
+    gradients = torch.autograd.grad(total, [*students, *parameters.values()])
     keys = [*(f"{i}.grad" for i in levels), *(names[name].format("grad") for name in parameters)]
     for key, gradient in zip(keys, gradients, strict=True):
         torch.testing.assert_close(gradient, oracle.arrays[key], **TOLERANCE)

@@ -8,6 +8,7 @@ from ._warnings import TeacherImagesWarning, UntrainedTeacherWarning
 from .backends import use_backend
 from .loss import FBKDLoss
 from .losses.cwd import CWDLoss
+from .losses.fgd import FGDLoss
 from .losses.mgd import MGDLoss
 from .losses.pkd import PKDLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
@@ -30,6 +31,7 @@ __all__ = [
     "CWDLoss",
     "Distiller",
     "FBKDLoss",
+    "FGDLoss",
     "FeatureTap",
     "FrozenBatchNorm2d",
     "Layer",

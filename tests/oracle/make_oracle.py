@@ -1,19 +1,21 @@
-"""Writes the oracle files that tests/test_oracle.py compares with, from MMRazor 1.0.0's own classes.
+"""Writes the oracle files that tests/test_oracle.py compares with, from MMRazor 1.0.0's and FGD's own classes.
 
 Needs MMRazor 1.0.0 and mmcv-lite 2.1.0; the tests need neither:
 
     pip install mmrazor==1.0.0 mmcv-lite==2.1.0
-    cd tests && python -m oracle.make_oracle [--mmrazor CHECKOUT]
+    cd tests && python -m oracle.make_oracle [--mmrazor CHECKOUT] [--fgd CHECKOUT]
 
 benchmarks/mmrazor.py loads MMRazor's files. Everything is float64; weights, BatchNorm buffers and features are random,
 because at MMRazor's own zero initialisation most parameters have exactly zero gradient.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -256,10 +258,58 @@ def record_mgd(module, connectors) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in out.items()}
 
 
+FGD_CONSTANTS = {"foreground": 0.7, "background": 0.3, "attention": 0.2, "global": 0.1, "temperature": 0.4}
+FGD_WIDTHS, FGD_SIZES, FGD_IMAGE_SIZE = [(6, 6), (4, 6)], [(20, 26), (5, 7)], (80, 104)
+FGD_BOXES = [  # x1, y1, x2, y2; overlapping ones, one thinner than a cell, none, and one that leaves no pixel outside
+    [[3, 5, 40, 30], [30, 20, 90, 79.5], [10, 60, 10.5, 79], [64, 0, 104, 16]],
+    [],
+    [[0, 0, 104, 80], [50, 40, 60, 50]],
+]
+
+
+def load_fgd(checkout: Path) -> ModuleType:
+    """FGD's own file (github.com/yzd-v/FGD), whose imports are of an mmcv before 2."""
+    parents = {name: ModuleType(name) for name in ("fgd", "fgd.losses", "fgd.builder", "mmcv", "mmcv.cnn")}
+    parents["fgd.builder"].DISTILL_LOSSES = mock.Mock(register_module=lambda: lambda kind: kind)
+    parents["mmcv.cnn"].constant_init = parents["mmcv.cnn"].kaiming_init = lambda *_, **__: None
+    path = checkout / "mmdet" / "distillation" / "losses" / "fgd.py"
+    spec = importlib.util.spec_from_file_location("fgd.losses.fgd", path)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, parents):
+        spec.loader.exec_module(module)
+    return module
+
+
+def record_fgd(module) -> dict[str, np.ndarray]:
+    """FGD's loss of two levels, the second one's student with fewer channels."""
+    generator, out = torch.Generator().manual_seed(14), {}
+    boxes = [torch.tensor(each, dtype=torch.float64).reshape(-1, 4) for each in FGD_BOXES]
+    names = {"alpha_fgd": "foreground", "beta_fgd": "background", "gamma_fgd": "attention", "lambda_fgd": "global"}
+    constants = {theirs: FGD_CONSTANTS[ours] for theirs, ours in names.items()} | {"temp": FGD_CONSTANTS["temperature"]}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of the boxes' areas
+    for i, (widths, size) in enumerate(zip(FGD_WIDTHS, FGD_SIZES, strict=True)):
+        loss = randomise(module.FeatureLoss(*widths, "loss", **constants), seed=i)
+        student, noise = (torch.randn(3, width, *size, generator=generator) for width in widths)
+        teacher = noise + 0.5
+        metas = [{"img_shape": (*FGD_IMAGE_SIZE, 3)}] * 3
+        term = loss(student.requires_grad_(), teacher, boxes, metas)
+        weights = dict(loss.named_parameters())
+        gradient, *gradients = torch.autograd.grad(term, [student, *weights.values()])
+        found = {"student": student, "teacher": teacher, "loss": term, "grad": gradient}
+        found |= {f"weight.{name}": value for name, value in weights.items()}
+        found |= {f"grad.{name}": value for name, value in zip(weights, gradients, strict=True)}
+        out |= {f"{i}.{name}": value.detach() for name, value in found.items()}
+    torch.set_default_dtype(before)
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mmrazor", type=Path, help="checkout of MMRazor 1.0.0; the installed one by default")
-    checkout = parser.parse_args().mmrazor
+    parser.add_argument("--fgd", type=Path, help="checkout of the authors' FGD; without it that file stays")
+    arguments = parser.parse_args()
+    checkout = arguments.mmrazor
     modules = mmrazor.load(checkout) if checkout else mmrazor.installed()
     for case in CASES:
         arrays = record(case, modules.fbkd, modules.connectors)
@@ -268,6 +318,8 @@ def main() -> None:
     np.savez_compressed(HERE / "pooled_gaussian_block.npz", **record_pooled_gaussian())
     np.savez_compressed(HERE / "pkd.npz", **record_pkd(modules.pkd))
     np.savez_compressed(HERE / "cwd.npz", **record_cwd(modules.cwd))
+    if arguments.fgd:
+        np.savez_compressed(HERE / "fgd.npz", **record_fgd(load_fgd(arguments.fgd)))
     np.savez_compressed(HERE / "mgd.npz", **record_mgd(modules.mgd, modules.mgd_connector))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .._validation import (
@@ -14,7 +15,7 @@ from .._validation import (
     paired_levels,
     values_per_level,
 )
-from .._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch
+from .._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can_watch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,6 +92,28 @@ class FeatureLoss(nn.Module):
         if parameter is not None:
             check_same_device(pairs[0][1], parameter, pairs[0][0], "the loss's parameters")
         self._layer_watch.see(self)
+
+    def watch(
+        self,
+        values: list[Tensor],
+        names: list[tuple[int, str]],
+        students: list[Tensor],
+        teachers: list[Tensor],
+        terms: dict[str, Tensor],
+    ) -> None:
+        """Warn, in training, of what is not finite, has no gradient or is not trained.
+
+        Args:
+            values: what the terms are the sums of, scalars.
+            names: level and term of each.
+            students, teachers: the maps of all levels.
+            terms: what the call returns.
+        """
+        if not values or not self.training or not can_watch(values[0]):
+            return
+        self._finite_watch.see(torch.stack(values), names, students, teachers)
+        self._gradient_watch.see([students[level] for level in dict.fromkeys(level for level, _ in names)], teachers)
+        self._update_watch.see(self, terms)
 
 
 def count_levels(student: Any, teacher: Any, num_levels: int | None, default: int | None, preset: str) -> int:

@@ -90,9 +90,8 @@ class LevelwiseLoss(FeatureLoss):
         used = [level for level, weight in enumerate(self.weights) if weight > 0]
         if not used:
             return {name: pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
-        given = [pairs[level][1] for level in used]
         teachers = [recordable(pairs[level][3].detach()) for level in used]
-        students = [convolved(x, self.adaptations[level]) for x, level in zip(given, used, strict=True)]
+        students = [convolved(pairs[level][1], self.adaptations[level]) for level in used]
         if self.resize == "student":
             students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
         elif self.resize == "teacher":
@@ -103,11 +102,8 @@ class LevelwiseLoss(FeatureLoss):
             scales = [self.weights[level] for level in used]
             weights = constant_vector(scales, losses.dtype, losses.device, keep=can_watch(losses))
             terms = {name: losses @ weights}
-        if self.training and can_watch(losses):
-            all_students, all_teachers = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
-            self._finite_watch.see(losses, [(level, name) for level in used], all_students, all_teachers)
-            self._gradient_watch.see(given, all_teachers)
-            self._update_watch.see(self, terms)
+        maps = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
+        self.watch(list(losses.unbind()), [(level, name) for level in used], *maps, terms)
         return terms
 
     if TYPE_CHECKING:

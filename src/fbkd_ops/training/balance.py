@@ -57,11 +57,11 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
         try:
             if not student.training:
                 student.train()
-            output, features_s, features_t = distiller.run(*args, **kwargs)
+            output, *given = distiller.run_for_loss(args, kwargs)
         finally:
             for module, mode in modes:
                 module.training = mode
-        own, terms = own_losses(output, distiller.total), loss.train()(features_s, features_t)
+        own, terms = own_losses(output, distiller.total), loss.train()(*given)
         return _compared(own, terms, [parameter for parameter in student.parameters() if parameter.requires_grad])
 
 

@@ -47,6 +47,7 @@ from .pairing import (
 from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, checked_terms, own_losses
+from .targets import BoxSource, needs_boxes
 from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
 
 __all__ = ["Distiller"]
@@ -99,6 +100,10 @@ class Distiller(StudentAttributes, nn.Module):
         share_every: how many steps lie between two measurements.
         share_steps: the training steps, counted from ``start_step``, after which the factor stays as it is; by default
             it follows the share throughout.
+        boxes: for a loss that needs the objects' boxes (:class:`fbkd_ops.FGDLoss`) where they are not in the detector's
+            arguments as torchvision, MMDetection, Ultralytics or Hugging Face give them: a function of the arguments
+            that returns the boxes of each image, ``(K, 4)`` with x1, y1, x2, y2 in pixels of the batch, and the batch's
+            height and width.
         total: the entry of a dict, or attribute of an object, that is the sum of all losses; the terms are added to it
             and are no entries of their own. By default ``"loss"`` or, without that, ``"total_loss"``, where it is a
             scalar with a gradient; None: there is none, and every entry is a loss.
@@ -150,6 +155,7 @@ class Distiller(StudentAttributes, nn.Module):
         gradient_share: float | Mapping[str, float] | None = None,
         share_every: int = 10,
         share_steps: int | None = None,
+        boxes: Callable[..., Any] | None = None,
         total: Total = TOTALS,
         combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
@@ -181,6 +187,7 @@ class Distiller(StudentAttributes, nn.Module):
             self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
         # In a tuple, as the teacher: it may be a module. With the name of the argument that it makes.
         self._unregistered_input = (checked_teacher_input(teacher_input), first_argument(self._teacher_start()))
+        self._box_source = _box_source(loss, student, boxes)
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
@@ -282,6 +289,8 @@ class Distiller(StudentAttributes, nn.Module):
             self._student_tap.clear()
             if self._entry_tap is not None:
                 self._entry_tap.clear()
+            if self._box_source is not None:
+                self._box_source.clear()
         elif self.share is None:
             output, terms = self._weighted_terms(weight, args, kwargs)
             if self.combine is None and not self._size_watch.looked:
@@ -302,10 +311,10 @@ class Distiller(StudentAttributes, nn.Module):
 
     def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
         """Return the student's output, and the terms times ``weight``, or times each loss's own of ``(losses,)``."""
-        output, student_features, teacher_features = self.run(*args, **kwargs)
+        output, *given = self.run_for_loss(args, kwargs)
         if isinstance(weight, Tensor) and weight.dim() == 1:
-            return output, self.loss(student_features, teacher_features, weight)
-        terms = checked_terms(self.loss(student_features, teacher_features))
+            return output, self.loss(*given, factors=weight)
+        terms = checked_terms(self.loss(*given))
         if isinstance(weight, float) and weight == 1:
             return output, terms
         return output, {name: weight * term for name, term in terms.items()}
@@ -333,6 +342,15 @@ class Distiller(StudentAttributes, nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: as for the call.
         """
+        output, student_features, teacher_features, *_ = self.run_for_loss(args, kwargs)
+        return output, student_features, teacher_features
+
+    def run_for_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the student's output and what the loss is called with: both features, and where it needs boxes these.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as for the call.
+        """
         given = kept_arguments(args, kwargs)
         before = versions(given)
         output = self._run_student(args, kwargs)
@@ -350,11 +368,13 @@ class Distiller(StudentAttributes, nn.Module):
         if self.resize:
             like = student_features[0] if isinstance(student_features, Branches) else student_features
             teacher_features = _resized(teacher_features, like)
-        return output, student_features, teacher_features
+        boxes = () if self._box_source is None else self._box_source.of_call(args, kwargs)
+        return output, student_features, teacher_features, *boxes
 
     def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Also in steps without terms under the taps: a graph compiled without them would not have them later."""
-        with self._student_tap, self._entry_tap or contextlib.nullcontext():
+        boxes = contextlib.nullcontext() if self._box_source is None else self._box_source.listening()
+        with self._student_tap, self._entry_tap or contextlib.nullcontext(), boxes:
             return self.student(*args, **kwargs)
 
     def _teacher_start(self) -> nn.Module:
@@ -503,6 +523,7 @@ def _later_attributes() -> dict[str, Any]:
         "_total_steps": None,
         "share": None,
         "_unregistered_input": (None, None),
+        "_box_source": None,
         "_backward_watch": BackwardWatch(),
         "_size_watch": SizeWatch(),
         "_teacher_watch": TeacherWatch(),
@@ -518,6 +539,15 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
     tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
     tap.close()
     return tap
+
+
+def _box_source(loss: nn.Module, student: nn.Module, boxes: Any) -> BoxSource | None:
+    """Return where a loss that needs boxes gets them from."""
+    if needs_boxes(loss):
+        return BoxSource(student, boxes)
+    if boxes is not None:
+        raise ValueError("boxes is for a loss that needs them, such as FGDLoss, and this one does not")
+    return None
 
 
 def _gradient_share(settings: ShareSettings, tap: FeatureTap | OutputTap, device: torch.device | None) -> GradientShare:

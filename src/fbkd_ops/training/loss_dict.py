@@ -10,6 +10,7 @@ from .._validation import Features, check_text
 from .feature_tap import Branches, unwrapped
 from .levels import Levels, checked_levels, chosen_levels
 from .student_losses import checked_terms
+from .targets import needs_boxes
 
 __all__ = ["LossDict"]
 
@@ -46,14 +47,24 @@ class LossDict(nn.ModuleDict):
         """Names of the terms, as far as the losses tell theirs."""
         return list(_merged({name: dict.fromkeys(_term_names(name, loss)) for name, loss in self.items()}))
 
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether one of the losses does."""
+        return any(needs_boxes(loss) for loss in self.values())
+
     def forward(
-        self, student_features: Features | Branches, teacher_features: Features, factors: Tensor | None = None
+        self,
+        student_features: Features | Branches,
+        teacher_features: Features,
+        *boxes: Any,
+        factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the terms of all losses.
 
         Args:
             student_features: of all losses, or :class:`Branches`: of each its own.
             teacher_features: of all losses.
+            *boxes: boxes and image size, for the losses that need them.
             factors: ``(losses,)``, what each loss's terms are multiplied with.
         """
         terms = {}
@@ -61,7 +72,7 @@ class LossDict(nn.ModuleDict):
             features = student_features[index] if isinstance(student_features, Branches) else student_features
             students = chosen_levels(features, self.student_levels[name], f"student_levels[{name!r}]")
             teachers = chosen_levels(teacher_features, self.teacher_levels[name], f"teacher_levels[{name!r}]")
-            own = checked_terms(loss(students, teachers), f"loss[{name!r}]")
+            own = checked_terms(loss(students, teachers, *(boxes if needs_boxes(loss) else ())), f"loss[{name!r}]")
             terms[name] = own if factors is None else {key: factors[index] * term for key, term in own.items()}
         return _merged(terms)
 

@@ -12,6 +12,7 @@ __all__ = [
     "check_same_images",
     "memory",
     "put_teacher_into_eval_mode",
+    "resizing_module",
     "training_modules",
 ]
 
@@ -105,7 +106,7 @@ def check_same_images(student: nn.Module, teacher: nn.Module) -> None:
     Raises:
         ValueError: sizes that can differ; ``teacher_entry`` is the way out.
     """
-    resizing, teacher_resizing = _resizing(student), _resizing(teacher)
+    resizing, teacher_resizing = resizing_module(student), resizing_module(teacher)
     if resizing is None:
         return
     sizes = None if getattr(resizing, "_skip_resize", False) else _sizes(resizing)
@@ -119,8 +120,8 @@ def check_same_images(student: nn.Module, teacher: nn.Module) -> None:
     )
 
 
-def _resizing(model: nn.Module) -> nn.Module | None:
-    """Torchvision's transform of images, recognised by what it has: this module imports no framework."""
+def resizing_module(model: nn.Module) -> nn.Module | None:
+    """Return torchvision's transform of images, recognised by what it has: this module imports no framework."""
     names = ("min_size", "max_size", "fixed_size", "size_divisible", "resize")
     return next((module for module in model.modules() if all(hasattr(module, name) for name in names)), None)
 
