@@ -31,6 +31,7 @@ def small():
     return setting, data, runs.detector(setting, "teacher", data, runs.TEACHER_SEED).eval()
 
 
+LOSSES = ["FBKD", *(loss.upper() for loss in protocol.OTHER_LOSSES)]
 WITH_A_BASE = [arm for arm, (base, _) in ARMS.items() if base]
 
 
@@ -60,11 +61,14 @@ def built(small, arm):
     found = {"steps": protocol.steps(setting, arm), "start": start, "pull": None}
     if trained is student:
         return found
+    pull = "preset" if trained.share is None else trained.share.settings.target
+    found |= {"pull": pull, "stop": trained.stop_step, "loss": type(trained.loss).__name__}
+    if recipe(arm).loss != "fbkd":
+        return found
     levels, terms = [level.settings for level in trained.loss.levels], weighted_terms(trained.loss)
     weights = [(each.normalize, *(getattr(each, f"{term}_weight") for term in terms)) for each in levels]
-    pull = "preset" if trained.share is None else trained.share.settings.target
     proportions = {"proportions": weights} if terms == protocol.TERMS else {}
-    return found | {"pull": pull, "stop": trained.stop_step, "terms": terms, **proportions}
+    return found | {"terms": terms, **proportions}
 
 
 def test_the_first_arm_is_a_plain_student():
@@ -106,12 +110,17 @@ def test_switches_reach_the_distiller(small):
     setting, data, teacher = small
     setting = dataclasses.replace(setting, steps=100)
     made = {arm: runs.student_of(setting, arm, 0, data, teacher)[1] for arm in ARMS if recipe(arm).pull is not None}
-    assert {arm for arm, each in made.items() if each.share is None} == {"preset"}
+    presets = {arm for arm in ARMS if arm.endswith("preset")}
+    assert {arm for arm, each in made.items() if each.share is None} == presets
     assert {arm: each.share.settings.target for arm, each in made.items() if each.share is not None} == {
-        arm: 0.1 if arm == "weak" else protocol.SHARE for arm in made if arm != "preset"
+        arm: 0.1 if arm == "weak" else protocol.SHARE for arm in made.keys() - presets
     }
     assert {arm for arm, each in made.items() if each.stop_step is not None} == {"stop"}
     assert made["stop"].stop_step == 90
+    assert {type(each.loss).__name__ for each in made.values()} == {f"{loss}Loss" for loss in LOSSES}
+    for arm, each in made.items():
+        assert type(each.loss).__name__ == f"{recipe(arm).loss.upper()}Loss"
+    made = {arm: each for arm, each in made.items() if recipe(arm).loss == "fbkd"}
     assert {arm: weighted_terms(each.loss) for arm, each in made.items()} == {arm: recipe(arm).terms for arm in made}
     means = {arm for arm, each in made.items() if each.loss.levels[0].settings.normalize == "mean"}
     assert means == {arm for arm in made if recipe(arm).proportions == "size_free"} == made.keys() - {"preset", "share"}

@@ -51,6 +51,7 @@ class Recipe:
             number for that ``gradient_share``.
         proportions: of the terms' weights: ``"preset"`` for the preset's, ``"size_free"`` for those that weigh
             each term on small pictures as the preset does on large ones.
+        loss: the name of the loss; proportions and terms are FBKD's.
         terms: the terms whose weights are not 0.
         inherits: whether the setting's inheritable modules start as copies of the teacher's.
         stop: the fraction of the steps after which the terms stop; None for none.
@@ -59,6 +60,7 @@ class Recipe:
     length: int | str = 1
     pull: str | float | None = None
     proportions: str = "preset"
+    loss: str = "fbkd"
     terms: tuple[str, ...] = TERMS
     inherits: bool = False
     stop: float | None = None
@@ -101,6 +103,7 @@ RETINANET = dataclasses.replace(
 SETTINGS = {"digits": DIGITS, "bccd": BLOOD_CELLS, "retinanet": RETINANET}
 
 SHARE = 0.5
+OTHER_LOSSES = ("pkd", "cwd", "mgd", "fgd")
 
 # Each arm is another one with a single switch turned.
 ARMS: dict[str, tuple[str | None, dict]] = {
@@ -117,6 +120,8 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "stop": ("size_free", {"stop": 0.9}),
     "inherit": ("baseline", {"inherits": True}),
     "inherit_size_free": ("size_free", {"inherits": True}),
+    **{loss: ("size_free", {"loss": loss}) for loss in OTHER_LOSSES},
+    **{f"{loss}_preset": ("preset", {"loss": loss}) for loss in OTHER_LOSSES},
 }
 # Arms whose step costs the same as another one's.
 COSTS_LIKE = {
@@ -127,6 +132,7 @@ COSTS_LIKE = {
     "weak": "size_free",
     "stop": "size_free",
     "inherit_size_free": "size_free",
+    **{f"{loss}_preset": loss for loss in OTHER_LOSSES},
 }
 RECIPE = "size_free"  # the default that the study confirms
 BASELINES = ("baseline", "time_matched", "doubled")

@@ -17,13 +17,14 @@ from examples.demo.distillation import features
 from examples.demo.evaluation import CocoScore, predict
 from examples.demo.training import Budget, train
 from examples.demo.voc import load_voc
-from fbkd_ops import Distiller, FBKDLoss, inherit, size_free_weights
+from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, MGDLoss, PKDLoss, inherit, size_free_weights
 
 from .detectors import DETECTORS
 from .protocol import TERMS, Recipe, Setting, recipe, steps
 
 CPU = torch.device("cpu")
 TEACHER_SEED = 2021
+OTHERS = {"pkd": PKDLoss, "cwd": CWDLoss, "mgd": MGDLoss, "fgd": FGDLoss}
 CURVE_POINTS = 5  # of a learning curve, the end included
 
 
@@ -89,12 +90,15 @@ def distiller(
 ) -> Distiller:
     """Return the student with the teacher and the loss between their pyramids, as a recipe says."""
     sample = [data.train[0][0]]
-    pyramid_s, pyramid_t = features(student, sample), features(teacher, sample)
+    pyramids = features(student, sample), features(teacher, sample)
     options: dict[str, Any] = {}
     if chosen.proportions == "size_free":
-        options = {"normalize": "mean", **size_free_weights(setting.preset, len(pyramid_s))}
+        options = {"normalize": "mean", **size_free_weights(setting.preset, len(pyramids[0]))}
     options.update({f"{term}_weight": 0.0 for term in TERMS if term not in chosen.terms})
-    loss = FBKDLoss.from_features(pyramid_s, pyramid_t, preset=setting.preset, **options)
+    if chosen.loss == "fbkd":
+        loss = FBKDLoss.from_features(*pyramids, preset=setting.preset, **options)
+    else:
+        loss = OTHERS[chosen.loss].from_features(*pyramids, preset=setting.preset)
     stop_step = None if chosen.stop is None else round(chosen.stop * total_steps)
     return Distiller(
         student,

@@ -65,7 +65,8 @@ def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
 
     Args:
         rows: the runs of one part.
-        costs: a row for each setting and arm, with ``ms`` a step and ``peak_mb`` of the whole process.
+        costs: a row for each setting and arm, with ``ms`` a step and ``peak_mb`` of the whole process; "-" where one
+            is missing.
     """
     header = ["arm", "runs", "steps", "ms a step", "peak MB", "AP", *(f"minus {name}" for name in BASELINES)]
     by_arm = costs[costs["setting"] == rows["setting"].iloc[0]].set_index("arm")
@@ -73,13 +74,9 @@ def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
     for arm in ARMS:
         own = rows[rows["arm"] == arm]
         if len(own):
-            cost = by_arm.loc[COSTS_LIKE.get(arm, arm)]
-            cells = [
-                f"{own['steps'].iloc[0]}",
-                f"{cost['ms']:.0f}",
-                f"{cost['peak_mb']:.0f}",
-                f"{own['ap'].mean():.3f}",
-            ]
+            name = COSTS_LIKE.get(arm, arm)
+            cost = [f"{by_arm.loc[name, column]:.0f}" if name in by_arm.index else "-" for column in ("ms", "peak_mb")]
+            cells = [f"{own['steps'].iloc[0]}", *cost, f"{own['ap'].mean():.3f}"]
             differences = ["" if arm == other else str(difference(rows, arm, other)) for other in BASELINES]
             lines.append([f"`{arm}`", str(len(own)), *cells, *differences, _beside_base(rows, arm)])
     return table([*header, "minus its own base"], lines)
