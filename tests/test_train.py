@@ -359,6 +359,34 @@ def test_a_step_of_a_full_size_pair(place):
     assert losses.keys() > TERMS and all(map(torch.isfinite, losses.values()))
 
 
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+def test_another_loss_by_its_type(place, name):
+    path = next(path for path in CONFIGS if path.stem == "faster_rcnn_r50_from_r101")
+    small = ["student.backbone=resnet18", "teacher.backbone=resnet34", "student.width=16", "teacher.width=24"]
+    config = load_config(path, ["data.root=x", f"distillation.loss.type={name}", *small])
+    student, teacher = (models.build_detector(each, 3, 64, 64) for each in (config.student, config.teacher))
+    distiller, _ = models.build_distiller(student, teacher, config.distillation, 4)
+    assert type(distiller.loss).__name__ == name and distiller.loss.widths[0] == (16, 24)
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([2])}] * 2
+    losses = distiller([torch.rand(3, 64, 64)] * 2, targets)
+    assert losses.keys() > set(distiller.loss.term_names) and all(map(torch.isfinite, losses.values()))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["distillation.loss.type=PKD"], "distillation.loss: type must be one of FBKDLoss, .*, got 'PKD'"),
+        (["distillation.loss.type=PKDLoss", "distillation.size_free=true"], "size_free: .* the loss is PKDLoss"),
+        (["distillation.loss.type=PKDLoss", "distillation.preset=paper"], "distillation.loss: preset must be one of"),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_named(place, changes, message):
+    config = load_config(next(path for path in CONFIGS if "retinanet" in path.stem), ["data.root=x", *changes])
+    student, teacher = (models.build_detector(each, 3, 64, 64) for each in (config.student, config.teacher))
+    with pytest.raises(ConfigError, match=message):
+        models.build_distiller(student, teacher, config.distillation, 8)
+
+
 def test_the_seed_experiment_has_mmrazors_numbers():
     config = load_config(next(path for path in CONFIGS if "mmrazor" in path.stem), ["data.root=x"])
     assert (config.optimizer.learning_rate, config.training.batch_size) == (0.02, 16)

@@ -75,10 +75,11 @@ class ModelConfig:
 
 @section
 class DistillationConfig:
-    """Arguments of `FBKDLoss` and, below ``loss``, of `Distiller`, by their own names."""
+    """Arguments of the loss and, below ``loss``, of `Distiller`, by their own names."""
 
-    preset: Literal["two_stage", "one_stage", "mmrazor", "paper"] = "two_stage"
-    loss: dict[str, Any] = dataclasses.field(default_factory=dict)  # overrides of the preset
+    preset: Literal["two_stage", "one_stage", "anchor_free", "mmrazor", "paper"] = "two_stage"
+    # Overrides of the preset. ``type`` is the name of the loss: FBKDLoss, PKDLoss, CWDLoss, MGDLoss or FGDLoss.
+    loss: dict[str, Any] = dataclasses.field(default_factory=dict)
     size_free: bool = False  # normalize="mean" with the weights of `size_free_weights`
     inherit: list[str] = dataclasses.field(default_factory=list)  # modules that start as the teacher's
     student_levels: list[str] | None = None  # keys of the pyramid; all by default

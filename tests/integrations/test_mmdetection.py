@@ -91,6 +91,30 @@ def test_losses_are_the_students_and_the_terms_of_the_necks_outputs():
     assert all(p.grad is None for p in model.teacher.parameters())
 
 
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+def test_other_losses_by_their_type(name):
+    model = detector(loss=dict(type=name, preset="one_stage"))
+    data = batch(model)
+    losses = model(**data, mode="loss")
+    own = model.student(**data, mode="loss")
+    assert type(model.loss).__name__ == name and set(losses) == set(own) | set(model.loss.term_names)
+    with torch.no_grad():
+        features = model.student.extract_feat(data["inputs"]), model.teacher.extract_feat(data["inputs"])
+        samples = [each.gt_instances.bboxes for each in data["data_samples"]]
+        boxes = [each.tensor if hasattr(each, "tensor") else each for each in samples], data["inputs"].shape[2:]
+        terms = model.loss.eval()(*features, *(boxes if name == "FGDLoss" else ()))
+    for each, term in terms.items():
+        torch.testing.assert_close(losses[each], term)
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_loss_of_no_known_type_is_refused():
+    with pytest.raises(ValueError, match="loss: type must be one of FBKDLoss, .*, got 'PKD'"):
+        detector(loss=dict(type="PKD"))
+
+
 def test_the_example_trains(tmp_path, teacher_ckpt):
     from mmengine.config import Config
     from mmengine.runner import load_checkpoint
@@ -325,7 +349,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, teacher_ckpt):
 @pytest.mark.parametrize(
     "settings,message",
     [
-        (dict(loss=torch.nn.Identity()), "loss must be a dict of the arguments of FBKDLoss, got Identity"),
+        (dict(loss=torch.nn.Identity()), "loss must be a dict of a loss's arguments, got Identity"),
         (dict(student="retinanet.py"), r"student must be a config of a model \(a dict, .* or a built one, got str"),
         (dict(teacher=[]), r"teacher must be a config of a model \(a dict, .* or a built one, got list"),
         (dict(teacher_ckpt={}), "teacher_ckpt must be a path or an address, got dict"),

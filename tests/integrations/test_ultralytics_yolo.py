@@ -317,7 +317,7 @@ def test_other_teachers_are_refused(data, tmp_path):
 
     with pytest.raises(TypeError, match="teacher must be a checkpoint, a YAML, a YOLO or its model, got int"):
         FBKDTrainer(teacher=3)
-    with pytest.raises(TypeError, match="loss must be a dict of the arguments of FBKDLoss, got list"):
+    with pytest.raises(TypeError, match="loss must be a dict of a loss's arguments, got list"):
         FBKDTrainer(teacher="yolov8n.pt", loss=[])
     (tmp_path / "teacher.onnx").write_text("")
     for teacher, message in (
@@ -651,3 +651,48 @@ def test_a_weight_that_cannot_be_is_named(settings, message):
 
     with pytest.raises(ValueError, match=message):
         FBKDTrainer(teacher="yolov8n.pt", overrides=dict(data="none"), **settings)
+
+
+class Terms:
+    """Recomputes the terms of another loss than FBKD's in every batch."""
+
+    def __init__(self):
+        self.seen, self.expected, self.logged = {}, [], []
+
+    def callbacks(self) -> dict:
+        return dict(on_train_start=self.start, on_train_batch_start=self.before, on_train_batch_end=self.after)
+
+    def start(self, trainer):
+        for side, model in zip(("student", "teacher"), models(trainer), strict=True):
+            model.model[-1].register_forward_pre_hook(functools.partial(self.keep, side))
+        preprocess = trainer.preprocess_batch
+
+        def preprocessed(batch):
+            self.given = preprocess(batch)
+            return self.given
+
+        trainer.preprocess_batch = preprocessed
+
+    def keep(self, side, head, args):
+        self.seen[side] = [feature.detach() for feature in args[0]]
+
+    def before(self, trainer):
+        self.copy = copy.deepcopy(trainer.fbkd)
+
+    def after(self, trainer):
+        from fbkd_ops.training.targets import boxes_of_call
+
+        boxes = boxes_of_call((self.given,), {}) if type(self.copy).__name__ == "FGDLoss" else ()
+        with torch.no_grad():
+            terms = self.copy(self.seen["student"], self.seen["teacher"], *boxes)
+        items = logged_losses(trainer)
+        self.expected.append([float(term) for term in terms.values()])
+        self.logged.append([float(items[name.removeprefix("loss_")]) for name in terms])
+
+
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+def test_other_losses_by_their_type(name, data, tmp_path):
+    observer = Terms()
+    weighted_run(tmp_path, data, observer.callbacks(), epochs=1, loss=dict(type=name))
+    assert len(observer.logged) > 0 and np.isfinite(observer.logged).all()
+    np.testing.assert_allclose(observer.logged, observer.expected, rtol=1e-4)

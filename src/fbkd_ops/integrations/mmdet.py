@@ -13,11 +13,10 @@ from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
-from ..loss import FBKDLoss
 from ..training.distiller import Distiller
 from ..training.feature_tap import Layers
 from ..training.levels import Levels, checked_levels, chosen_levels
-from ._arguments import loss_arguments
+from ._arguments import loss_settings
 from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
@@ -29,7 +28,7 @@ Model = dict[str, Any] | nn.Module
 class FBKDDetector(Distiller, BaseModel):
     r"""A detector of MMDetection that learns from a frozen one, for MMEngine's ``Runner``.
 
-    In ``mode="loss"`` the student's losses come with four FBKD terms between the features of both; in every other mode
+    In ``mode="loss"`` the student's losses come with the terms between the features of both; in every other mode
     it is the student. Names that it lacks are the student's, so that hooks find there what they look for
     (``bbox_head``, ``set_epoch``). Checkpoints hold ``student.*`` and ``loss.*``, never the teacher, and a copy
     (``EMAHook`` makes one) shares the teacher. ``revise_keys=[(r"^student\.", "")]`` of MMEngine's ``load_checkpoint``
@@ -39,8 +38,9 @@ class FBKDDetector(Distiller, BaseModel):
     Args:
         student: config of a detector, or a built one; a built one keeps the weights that it has.
         teacher: the same for the teacher.
-        loss: arguments of :class:`fbkd_ops.FBKDLoss`. Of ``student_channels`` and ``teacher_channels``, those that are
-            not among them are read off the features of a blank image.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`, or of another loss whose name is the ``type`` among them
+            (``"PKDLoss"``). Of ``student_channels`` and ``teacher_channels``, those that are not among them are read
+            off the features of a blank image.
         teacher_ckpt: the teacher's checkpoint, a path or an address, every key of which must fit. A teacher from a
             config needs one, or an ``init_cfg`` of type ``"Pretrained"``.
         layers: where the features are in the student, and in the teacher where ``teacher_layers`` is not given; the
@@ -54,7 +54,7 @@ class FBKDDetector(Distiller, BaseModel):
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
-        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and :class:`fbkd_ops.FBKDLoss`; a detector that takes
+        TypeError, ValueError: as for :class:`fbkd_ops.Distiller` and the loss; a detector that takes
             no blank image, of whatever size, where the widths are not given.
 
     Warns:
@@ -84,7 +84,7 @@ class FBKDDetector(Distiller, BaseModel):
         data_preprocessor: Model | None = None,
         **settings: Any,
     ):
-        loss = loss_arguments(loss)
+        kind, arguments = loss_settings(loss)
         student_model, teacher_model = _built(student, "student"), _built(teacher, "teacher")
         if teacher_ckpt is not None:
             if not isinstance(teacher_ckpt, (str, os.PathLike)):
@@ -100,13 +100,13 @@ class FBKDDetector(Distiller, BaseModel):
         settings = {"total": None, "teacher_layers": None, "student_levels": None, "teacher_levels": None} | settings
         if settings["teacher_layers"] is None:
             settings["teacher_layers"] = layers
-        if "student_channels" not in loss:
-            loss["student_channels"] = _widths(student_model, layers, settings["student_levels"], "student")
-        if "teacher_channels" not in loss:
-            loss["teacher_channels"] = _widths(
+        if "student_channels" not in arguments:
+            arguments["student_channels"] = _widths(student_model, layers, settings["student_levels"], "student")
+        if "teacher_channels" not in arguments:
+            arguments["teacher_channels"] = _widths(
                 teacher_model, settings["teacher_layers"], settings["teacher_levels"], "teacher"
             )
-        super().__init__(student_model, teacher_model, FBKDLoss(**loss), student_layers=layers, **settings)
+        super().__init__(student_model, teacher_model, kind(**arguments), student_layers=layers, **settings)
         if data_preprocessor is not None:
             self.data_preprocessor = _built(data_preprocessor, "data_preprocessor")
         elif hasattr(student_model, "data_preprocessor"):

@@ -15,13 +15,14 @@ from ultralytics.utils import RANK
 
 from .._validation import check_number
 from .._warnings import TeacherWatch
-from ..loss import FBKDLoss
+from ..losses.feature_loss import FeatureLoss
 from ..training.feature_tap import FeatureTap, Layer, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
 from ..training.schedule import Decay, Schedule
+from ..training.targets import boxes_of_call, needs_boxes
 from ..types import present
-from ._arguments import loss_arguments
+from ._arguments import loss_settings
 from ._blank_images import blank_image_features, image_channels
 
 __all__ = ["FBKDTrainer"]
@@ -62,8 +63,8 @@ class FBKDTrainer(DetectionTrainer):
             ``YOLOWorld``, ...) or the module in it. It is frozen. Its head, of whatever class, is given as many maps
             as the student's, of the same sizes and of any widths. A teacher of colour images sees grey ones in three
             equal channels.
-        loss: arguments of :class:`fbkd_ops.FBKDLoss`, ``preset="one_stage"`` by default; the widths are read off a
-            blank image.
+        loss: arguments of :class:`fbkd_ops.FBKDLoss`, or of another loss whose name is the ``type`` among them
+            (``"PKDLoss"``); ``preset="one_stage"`` by default. The widths are read off a blank image.
         weight, gradient_share, share_every, share_steps: as of :class:`fbkd_ops.Distiller`.
         start_step, stop_step, warmup_steps, decay, total_steps: the same; a step is a training batch, and
             ``total_steps`` is by default that of all epochs. With a schedule or a share the columns ``weight`` (what
@@ -72,7 +73,7 @@ class FBKDTrainer(DetectionTrainer):
 
     Attributes:
         teacher: the teacher's model, once training started.
-        fbkd: the :class:`fbkd_ops.FBKDLoss`, once training started.
+        fbkd: the loss, once training started.
 
     Raises:
         NotImplementedError: several devices; the trainer's worker processes would know of no teacher.
@@ -95,7 +96,7 @@ class FBKDTrainer(DetectionTrainer):
 
     model: Any  # Ultralytics' own: a path, and the module in its place once training started
     teacher: nn.Module
-    fbkd: FBKDLoss
+    fbkd: FeatureLoss
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class FBKDTrainer(DetectionTrainer):
                 f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
                 "random one: give a checkpoint, or a model that has its weights"
             )
-        self._given_teacher, self.loss_arguments = teacher, loss_arguments(loss, preset="one_stage")
+        self._given_teacher, self.loss_settings = teacher, loss_settings(loss, preset="one_stage")
         self.weight = check_number(weight, "a finite number >= 0", lambda value: value >= 0, "weight")
         self.schedule = Schedule(start_step, stop_step, warmup_steps, decay, total_steps).checked()
         self._share_settings = checked_settings(gradient_share, share_every, share_steps)
@@ -149,7 +150,8 @@ class FBKDTrainer(DetectionTrainer):
             TeacherWatch().see(self.teacher, lambda: None)
         self._teacher_channels = _checked_channels(self.teacher, self.model)
         widths = _widths(self.model, self.teacher)
-        self.fbkd = FBKDLoss(**(widths | self.loss_arguments)).to(self.device)
+        kind, given = self.loss_settings
+        self.fbkd = kind(**(widths | given)).to(self.device)
         if self._share_settings is not None:
             self.share = GradientShare(self._share_settings, 1, self.device)
         if self.resume:
@@ -253,19 +255,20 @@ class FBKDTrainer(DetectionTrainer):
         self._stop_listening()
         loss, items = self._criterion(predictions, batch)
         self._step = present(self._step) + 1
-        terms = self._terms(student_features, batch["img"])
+        terms = self._terms(student_features, batch)
         loss = loss.sum() + len(batch["img"]) * sum(terms.values())
         logged = {_short(name): term.detach() for name, term in terms.items()}
         return loss, _joined(items, logged | self._logged_weights)
 
-    def _terms(self, student_features: Any, images: Tensor) -> dict[str, Tensor]:
+    def _terms(self, student_features: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted terms; zeros, without a run of the teacher, in batches outside of the schedule."""
         weight = self._weight_now
         if isinstance(weight, float) and weight == 0:
             return {name: torch.zeros((), device=self.device) for name in self.fbkd.term_names}
         with torch.no_grad(), self._teacher_tap:
-            self.teacher(images.expand(-1, self._teacher_channels, -1, -1))
-        terms = self.fbkd(student_features, self._teacher_tap.features())
+            self.teacher(batch["img"].expand(-1, self._teacher_channels, -1, -1))
+        boxes = boxes_of_call((batch,), {}) if needs_boxes(self.fbkd) else ()
+        terms = self.fbkd(student_features, self._teacher_tap.features(), *boxes)
         if isinstance(weight, float) and weight == 1:
             return terms
         return {name: weight * term for name, term in terms.items()}
@@ -298,7 +301,7 @@ def _is_yaml(teacher: Teacher) -> bool:
 
 def _short(name: str) -> str:
     """Return a term's name in the progress line, whose columns are narrow."""
-    return name.removeprefix("loss_fbkd_")
+    return name.removeprefix("loss_").removeprefix("fbkd_")
 
 
 def _joined(items: Any, terms: dict[str, Tensor]) -> Any:

@@ -11,10 +11,10 @@ from .levelwise_loss import LevelwiseLoss, Side, Weight
 
 __all__ = ["CWDLoss", "CWDPresetName", "WEIGHTS"]
 
-CWDPresetName = Literal["two_stage"]
+CWDPresetName = Literal["two_stage", "one_stage"]
 
-# MMRazor 1.0.0, configs/distill/mmdet/cwd: Faster R-CNN, on the five levels of the FPN.
-WEIGHTS: dict[str, float] = {"two_stage": 10.0}
+# MMRazor 1.0.0, configs/distill/mmdet/cwd: Faster R-CNN and, with its constants, RetinaNet, on five levels of the FPN.
+WEIGHTS: dict[str, float] = {"two_stage": 10.0, "one_stage": 10.0}
 LEVELS = 5
 
 
@@ -30,7 +30,7 @@ class CWDLoss(LevelwiseLoss):
         teacher_channels: the teacher's; the student's by default. Where they differ a learned 1x1 convolution adapts
             the student, by PyTorch: it makes a map of the teacher's width, which the loss then reads.
         num_levels: how many levels, where the channels are ints; 5 by default.
-        preset: ``"two_stage"``, which has the weight.
+        preset: ``"two_stage"`` or ``"one_stage"``, which have the same weight.
         weight: of the loss, instead of the preset's, >= 0: a number or a list of one a level.
         temperature: tau > 0 of the softmax over pixels.
         resize: whose maps are resized (bilinear) where the sizes differ, ``"student"`` or ``"teacher"``. None: other
