@@ -25,6 +25,7 @@ from fbkd_ops import (
     MGDLoss,
     NonLocalBlock2d,
     PKDLoss,
+    ScoreWeightedLoss,
     functional,
     visualize,
 )
@@ -309,6 +310,32 @@ CALLABLES = {
             "teacher_features": FEATURES,
             "boxes": [None, 3, "boxes", BOXES, [], [BOXES], [None] * len(MAPS), [BOXES[:, :3]] * len(MAPS)],
             "image_size": [None, 8, "88", (8,), (8, 8, 8), (8, 0), (8, -1), (8, float("nan")), (8, "8"), (8, None)],
+        },
+    ),
+    "ScoreWeightedLoss": Public(
+        ScoreWeightedLoss,
+        dict(student_channels=4, num_levels=2),
+        {
+            "student_channels": [*CHANNELS, None],
+            "teacher_channels": CHANNELS,
+            "num_levels": INT,
+            "weight": [*NUMBER, [], [-1, -1], np.array([])],
+            "resize": [wrong for wrong in [*CHOICE, "teacher"] if wrong is not None],
+        },
+    ),
+    "ScoreWeightedLoss.from_features": Public(
+        ScoreWeightedLoss.from_features,
+        dict(student_features=[MAPS], teacher_features=[MAPS]),
+        {"student_features": FEATURES, "teacher_features": FEATURES},
+        ("arguments",),
+    ),
+    "ScoreWeightedLoss.forward": Public(
+        ScoreWeightedLoss(4, num_levels=1).forward,
+        dict(student_features=[MAPS], teacher_features=[MAPS], scores=[MAPS[:, 0]]),
+        {
+            "student_features": FEATURES,
+            "teacher_features": FEATURES,
+            "scores": [None, 3, "scores", [], [MAPS], [None], [MAPS[:, 0].long()], [MAPS[:1, 0]], [MAPS[:, 0]] * 2],
         },
     ),
     "LevelSettings": Public(LevelSettings, PRESET, SETTINGS),

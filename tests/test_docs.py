@@ -178,13 +178,23 @@ def test_the_page_of_fgd_runs():
     assert set(names["distiller"](IMAGES, targets)) == {"loss_box", *fbkd_ops.FGDLoss.term_names}
 
 
+def test_the_page_of_the_score_weighted_loss_runs():
+    def scores(teacher, features):
+        return [level.mean(dim=1).sigmoid() for level in features.values()]
+
+    names = dict(student=Pyramid(), teacher=Pyramid(), scores=scores)
+    for code in python_blocks("score_weighted"):
+        exec(code, names)
+    assert set(names["distiller"](IMAGES, TARGETS)) == {"loss_box", "loss_score_weighted"}
+
+
 def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 
 
 def test_every_page_with_code_is_run():
     """By a test above; the frameworks' page is generated from files that tests/integrations run."""
-    losses = {"pkd", "cwd", "mgd", "fgd"}
+    losses = {"pkd", "cwd", "mgd", "fgd", "score_weighted"}
     assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", *losses}
 
 

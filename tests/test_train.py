@@ -359,7 +359,7 @@ def test_a_step_of_a_full_size_pair(place):
     assert losses.keys() > TERMS and all(map(torch.isfinite, losses.values()))
 
 
-@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss", "ScoreWeightedLoss"])
 def test_another_loss_by_its_type(place, name):
     path = next(path for path in CONFIGS if path.stem == "faster_rcnn_r50_from_r101")
     small = ["student.backbone=resnet18", "teacher.backbone=resnet34", "student.width=16", "teacher.width=24"]

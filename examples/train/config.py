@@ -78,7 +78,7 @@ class DistillationConfig:
     """Arguments of the loss and, below ``loss``, of `Distiller`, by their own names."""
 
     preset: Literal["two_stage", "one_stage", "anchor_free", "mmrazor", "paper"] = "two_stage"
-    # Overrides of the preset. ``type`` is the name of the loss: FBKDLoss, PKDLoss, CWDLoss, MGDLoss or FGDLoss.
+    # Overrides of the preset. ``type`` is the name of the loss: FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss, ...
     loss: dict[str, Any] = dataclasses.field(default_factory=dict)
     size_free: bool = False  # normalize="mean" with the weights of `size_free_weights`
     inherit: list[str] = dataclasses.field(default_factory=list)  # modules that start as the teacher's

@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, MGDLoss, PKDLoss, size_free_weights
+from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, MGDLoss, PKDLoss, ScoreWeightedLoss, size_free_weights
 from fbkd_ops.training.inherit import Inheritance, inherit
 
 from .config import Config, ConfigError, DistillationConfig, ModelConfig
@@ -33,7 +33,7 @@ STAGES = {
     "mobilenet_v3_small": {"1": 16, "3": 24, "8": 48, "12": 576},
     "mobilenet_v3_large": {"3": 24, "6": 40, "12": 112, "16": 960},
 }
-LOSSES = {kind.__name__: kind for kind in (FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss)}
+LOSSES = {kind.__name__: kind for kind in (FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss, ScoreWeightedLoss)}
 DETECTORS = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 # Arguments of torchvision's classes that other keys of the configuration set.
 TAKEN = {"self", "backbone", "num_classes", "min_size", "max_size", "rpn_anchor_generator", "anchor_generator"}
@@ -249,7 +249,9 @@ def build_distiller(
     if settings.size_free:
         weights = size_free_weights(settings.preset, len(widths[0]), first_stride=first_stride)
         overrides = {"normalize": "mean", **weights, **overrides}
-    loss = _configured("loss", LOSSES[name], *widths, preset=settings.preset, **overrides)
+    if name != "ScoreWeightedLoss":
+        overrides = {"preset": settings.preset, **overrides}
+    loss = _configured("loss", LOSSES[name], *widths, **overrides)
     own = {"preset", "loss", "size_free", "inherit"}
     arguments = {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in own

@@ -11,6 +11,7 @@ from .losses.cwd import CWDLoss
 from .losses.fgd import FGDLoss
 from .losses.mgd import MGDLoss
 from .losses.pkd import PKDLoss
+from .losses.score_weighted import ScoreWeightedLoss
 from .non_local.batch_norm import FrozenBatchNorm2d
 from .non_local.block import NonLocalBlock2d
 from .presets import PRESETS, LevelSettings, size_free_weights
@@ -42,6 +43,7 @@ __all__ = [
     "PKDLoss",
     "PRESETS",
     "Renormalize",
+    "ScoreWeightedLoss",
     "TeacherImagesWarning",
     "UntrainedTeacherWarning",
     "distributed",

@@ -91,18 +91,24 @@ def test_losses_are_the_students_and_the_terms_of_the_necks_outputs():
     assert all(p.grad is None for p in model.teacher.parameters())
 
 
-@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss", "ScoreWeightedLoss"])
 def test_other_losses_by_their_type(name):
-    model = detector(loss=dict(type=name, preset="one_stage"))
+    model = detector(loss=dict(type=name))
     data = batch(model)
     losses = model(**data, mode="loss")
     own = model.student(**data, mode="loss")
     assert type(model.loss).__name__ == name and set(losses) == set(own) | set(model.loss.term_names)
     with torch.no_grad():
         features = model.student.extract_feat(data["inputs"]), model.teacher.extract_feat(data["inputs"])
-        samples = [each.gt_instances.bboxes for each in data["data_samples"]]
-        boxes = [each.tensor if hasattr(each, "tensor") else each for each in samples], data["inputs"].shape[2:]
-        terms = model.loss.eval()(*features, *(boxes if name == "FGDLoss" else ()))
+        others = {}
+        if name == "FGDLoss":
+            boxes = [each.gt_instances.bboxes for each in data["data_samples"]]
+            boxes = [each.tensor if hasattr(each, "tensor") else each for each in boxes]
+            others = {"boxes": boxes, "image_size": data["inputs"].shape[2:]}
+        elif name == "ScoreWeightedLoss":
+            logits, _ = model.teacher.bbox_head(features[1])
+            others = {"scores": [each.sigmoid().amax(dim=1) for each in logits]}
+        terms = model.loss.eval()(*features, **others)
     for each, term in terms.items():
         torch.testing.assert_close(losses[each], term)
     total, _ = model.parse_losses(losses)

@@ -682,15 +682,23 @@ class Terms:
     def after(self, trainer):
         from fbkd_ops.training.targets import boxes_of_call
 
-        boxes = boxes_of_call((self.given,), {}) if type(self.copy).__name__ == "FGDLoss" else ()
+        others = boxes_of_call((self.given,), {})._asdict() if type(self.copy).__name__ == "FGDLoss" else {}
         with torch.no_grad():
-            terms = self.copy(self.seen["student"], self.seen["teacher"], *boxes)
+            if type(self.copy).__name__ == "ScoreWeightedLoss":
+                output = trainer.teacher(self.given["img"])[
+                    1
+                ]  # the head's raw output, (N, classes, cells of all levels)
+                cells = output["scores"].sigmoid().amax(dim=1)
+                sizes = [x.shape[2:] for x in self.seen["teacher"]]
+                parts = cells.split([height * width for height, width in sizes], dim=1)
+                others = {"scores": [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]}
+            terms = self.copy(self.seen["student"], self.seen["teacher"], **others)
         items = logged_losses(trainer)
         self.expected.append([float(term) for term in terms.values()])
         self.logged.append([float(items[name.removeprefix("loss_")]) for name in terms])
 
 
-@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss"])
+@pytest.mark.parametrize("name", ["PKDLoss", "CWDLoss", "MGDLoss", "FGDLoss", "ScoreWeightedLoss"])
 def test_other_losses_by_their_type(name, data, tmp_path):
     observer = Terms()
     weighted_run(tmp_path, data, observer.callbacks(), epochs=1, loss=dict(type=name))

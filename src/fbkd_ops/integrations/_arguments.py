@@ -1,16 +1,18 @@
 """Arguments that the wrappers of several frameworks have in common."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._validation import did_you_mean
 from ..loss import FBKDLoss
-from ..losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss
+from ..losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, ScoreWeightedLoss
 from ..losses.feature_loss import FeatureLoss
 
 __all__ = ["LossSettings", "loss_settings"]
 
-LOSSES: dict[str, type[FeatureLoss]] = {kind.__name__: kind for kind in (FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss)}
+KINDS: list[type[FeatureLoss]] = [FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss, ScoreWeightedLoss]
+LOSSES = {kind.__name__: kind for kind in KINDS}
 
 
 class LossSettings(NamedTuple):
@@ -21,7 +23,11 @@ class LossSettings(NamedTuple):
 
 
 def loss_settings(loss: Any, **defaults: Any) -> LossSettings:
-    """Return the loss of a configuration, by its ``type`` or FBKDLoss, and its arguments over ``defaults``.
+    """Return the loss of a configuration, by its ``type`` or FBKDLoss, and its arguments.
+
+    Args:
+        loss: a dict of ``type`` and arguments, or None.
+        **defaults: of arguments, where the loss has them.
 
     Raises:
         TypeError: neither a dict nor None.
@@ -29,8 +35,9 @@ def loss_settings(loss: Any, **defaults: Any) -> LossSettings:
     """
     if loss is not None and not isinstance(loss, Mapping):
         raise TypeError(f"loss must be a dict of a loss's arguments, got {type(loss).__name__}")
-    arguments = {**defaults, **(loss or {})}
-    name = arguments.pop("type", FBKDLoss.__name__)
+    given = dict(loss or {})
+    name = given.pop("type", FBKDLoss.__name__)
     if name not in LOSSES:
         raise ValueError(f"loss: type must be one of {', '.join(LOSSES)}, got {name!r}{did_you_mean(name, LOSSES)}")
-    return LossSettings(LOSSES[name], arguments)
+    accepted = inspect.signature(LOSSES[name]).parameters
+    return LossSettings(LOSSES[name], {key: value for key, value in defaults.items() if key in accepted} | given)

@@ -20,7 +20,8 @@ from ..training.feature_tap import FeatureTap, Layer, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
 from ..training.schedule import Decay, Schedule
-from ..training.targets import boxes_of_call, needs_boxes
+from ..training.targets import boxes_of_call
+from ..training.teacher_scores import of_ultralytics, scores_of
 from ..types import present
 from ._arguments import loss_settings
 from ._blank_images import blank_image_features, image_channels
@@ -267,8 +268,12 @@ class FBKDTrainer(DetectionTrainer):
             return {name: torch.zeros((), device=self.device) for name in self.fbkd.term_names}
         with torch.no_grad(), self._teacher_tap:
             self.teacher(batch["img"].expand(-1, self._teacher_channels, -1, -1))
-        boxes = boxes_of_call((batch,), {}) if needs_boxes(self.fbkd) else ()
-        terms = self.fbkd(student_features, self._teacher_tap.features(), *boxes)
+        teacher_features, others = self._teacher_tap.features(), dict[str, Any]()
+        if "boxes" in self.fbkd.needs:
+            others |= boxes_of_call((batch,), {})._asdict()
+        if "scores" in self.fbkd.needs:
+            others["scores"] = scores_of(of_ultralytics, self.teacher, teacher_features)
+        terms = self.fbkd(student_features, teacher_features, **others)
         if isinstance(weight, float) and weight == 1:
             return terms
         return {name: weight * term for name, term in terms.items()}

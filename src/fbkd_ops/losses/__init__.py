@@ -4,5 +4,6 @@ from .cwd import CWDLoss
 from .fgd import FGDLoss
 from .mgd import MGDLoss
 from .pkd import PKDLoss
+from .score_weighted import ScoreWeightedLoss
 
-__all__ = ["CWDLoss", "FGDLoss", "MGDLoss", "PKDLoss"]
+__all__ = ["CWDLoss", "FGDLoss", "MGDLoss", "PKDLoss", "ScoreWeightedLoss"]

@@ -1,13 +1,13 @@
 """CWD: each channel as a distribution over pixels, the student's beside the teacher's."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .. import dispatch
 from .._validation import check_positive
-from .feature_loss import Channels
-from .levelwise_loss import LevelwiseLoss, Side, Weight
+from .feature_loss import Channels, count_levels
+from .levelwise_loss import LevelwiseLoss, Side, Weight, preset_weight
 
 __all__ = ["CWDLoss", "CWDPresetName", "WEIGHTS"]
 
@@ -68,18 +68,11 @@ class CWDLoss(LevelwiseLoss):
         temperature: float = 1.0,
         resize: Side | None = None,
     ):
-        super().__init__(
-            student_channels,
-            teacher_channels,
-            num_levels,
-            preset,
-            weight,
-            resize,
-            weights=WEIGHTS,
-            default_levels=LEVELS,
-        )
+        weight = preset_weight(preset, weight, WEIGHTS)
+        levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
+        super().__init__(student_channels, teacher_channels, levels, weight, resize)
         self.temperature = check_positive(temperature, "temperature")
 
-    def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    def level_losses(self, students: list[Tensor], teachers: list[Tensor], *others: list[Any]) -> Tensor:
         """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes."""
         return dispatch.channel_divergence_losses(students, teachers, self.temperature)

@@ -30,6 +30,7 @@ class FeatureLoss(nn.Module):
 
     Attributes:
         term_names: names of the scalars that a call returns.
+        needs: what a call takes besides the features: ``"boxes"`` and ``"image_size"``, or ``"scores"``.
         widths: the channels of student and teacher of each level.
 
     Args:
@@ -39,6 +40,7 @@ class FeatureLoss(nn.Module):
     """
 
     term_names: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
     def __init__(self, student_channels: Channels, teacher_channels: Channels | None, num_levels: int):
         super().__init__()
@@ -116,15 +118,16 @@ class FeatureLoss(nn.Module):
         self._update_watch.see(self, terms)
 
 
-def count_levels(student: Any, teacher: Any, num_levels: int | None, default: int | None, preset: str) -> int:
-    """Return how many levels there are: as many as the lists of channels have, or ``num_levels``, or the preset's."""
+def count_levels(student: Any, teacher: Any, num_levels: int | None, default: int | None, preset: str = "") -> int:
+    """Return how many levels there are: as many as the lists of channels have, or ``num_levels``, or the default."""
     lengths = {len(channels) for channels in (student, teacher) if is_list(channels)}
     if num_levels is None and lengths:
         num_levels = max(lengths)
     if num_levels is None:
         num_levels = default
     if num_levels is None:
-        raise ValueError(f"num_levels is needed: preset {preset!r} fits any number of levels")
+        fitting = f"preset {preset!r}" if preset else "the loss"
+        raise ValueError(f"num_levels is needed: {fitting} fits any number of levels")
     if not is_int(num_levels) or num_levels < 1:
         raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
     return int(num_levels)

@@ -86,7 +86,7 @@ class FGDLoss(FeatureLoss):
     """
 
     term_names = ("loss_fgd_focal", "loss_fgd_attention", "loss_fgd_global")
-    needs_boxes = True
+    needs = ("boxes", "image_size")
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class FGDLoss(FeatureLoss):
         temperature: float | None = None,
     ):
         constants = PRESETS[check_choice(preset, tuple(PRESETS), "preset")]
-        levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS, preset)
+        levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
         super().__init__(student_channels, teacher_channels, levels)
         given = {
             "foreground_weight": foreground_weight,

@@ -1,7 +1,7 @@
 """Losses of one term, which compare two maps of the same shape level by level."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,45 +10,36 @@ from .._numerics import accumulation_dtype, constant_vector, recordable, without
 from .._validation import Features, check_choice, check_number, paired_levels, values_per_level
 from .._warnings import can_watch
 from ..types import present
-from .feature_loss import Channels, FeatureLoss, count_levels
+from .feature_loss import Channels, FeatureLoss
 
-__all__ = ["LevelwiseLoss", "Side", "Weight", "convolved"]
+__all__ = ["LevelwiseLoss", "OneTermLoss", "Side", "Weight", "convolved", "preset_weight"]
 
 Side = Literal["student", "teacher"]
 Weight = float | Sequence[float]
 
 
-class LevelwiseLoss(FeatureLoss):
+class OneTermLoss(FeatureLoss):
     """The weighted sum over levels of what :meth:`level_losses` computes.
 
     Args:
         student_channels: the student's width, an int or a list of one per level.
         teacher_channels: the teacher's; the student's by default. Where they differ a learned 1x1 convolution adapts
             the student.
-        num_levels: how many levels, where the channels are ints; ``default_levels`` by default.
-        preset: a key of ``weights``.
-        weight: instead of the preset's, >= 0: a number or a list of one per level. A level of weight 0 is left out.
+        levels: how many.
+        weight: >= 0, a number or a list of one per level. A level of weight 0 is left out.
         resize: whose maps are resized (bilinear) where the sizes differ. None: other sizes are an error.
-        weights: of each preset.
-        default_levels: of every preset.
     """
 
     def __init__(
         self,
         student_channels: Channels,
         teacher_channels: Channels | None,
-        num_levels: int | None,
-        preset: str,
-        weight: Weight | None,
+        levels: int,
+        weight: Weight,
         resize: Side | None,
-        *,
-        weights: Mapping[str, float],
-        default_levels: int,
     ):
-        check_choice(preset, tuple(weights), "preset")
-        levels = count_levels(student_channels, teacher_channels, num_levels, default_levels, preset)
         super().__init__(student_channels, teacher_channels, levels)
-        chosen = values_per_level(weights[preset] if weight is None else weight, levels, "weight")
+        chosen = values_per_level(weight, levels, "weight")
         self.weights = [check_number(each, "a number >= 0", lambda number: number >= 0, "weight") for each in chosen]
         self.resize = None if resize is None else check_choice(resize, ("student", "teacher"), "resize")
         self.adaptations = nn.ModuleList(
@@ -65,9 +56,42 @@ class LevelwiseLoss(FeatureLoss):
         """
         return students
 
-    def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes."""
+    def level_losses(self, students: list[Tensor], teachers: list[Tensor], *others: list[Any]) -> Tensor:
+        """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes.
+
+        Args:
+            students, teachers: of the levels that have a weight.
+            *others: of these levels, what ``terms_of`` was given of all.
+        """
         raise NotImplementedError
+
+    def terms_of(self, student_features: Features, teacher_features: Features, *others: list[Any]) -> dict[str, Tensor]:
+        """Return the loss of features and of further lists of one entry per level."""
+        pairs = paired_levels(student_features, teacher_features, same_size=self.resize is None)
+        self.check_levels(pairs)
+        (name,) = self.term_names
+        used = [level for level, weight in enumerate(self.weights) if weight > 0]
+        if not used:
+            return {name: pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
+        teachers = [recordable(pairs[level][3].detach()) for level in used]
+        students = [convolved(pairs[level][1], self.adaptations[level]) for level in used]
+        if self.resize == "student":
+            students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
+        elif self.resize == "teacher":
+            teachers = [_resized(t, s) for s, t in zip(students, teachers, strict=True)]
+        students = self.transformed(students, used)
+        with without_autocast(students[0]):
+            losses = self.level_losses(students, teachers, *([values[level] for level in used] for values in others))
+            scales = [self.weights[level] for level in used]
+            weights = constant_vector(scales, losses.dtype, losses.device, keep=can_watch(losses))
+            terms = {name: losses @ weights}
+        maps = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
+        self.watch(list(losses.unbind()), [(level, name) for level in used], *maps, terms)
+        return terms
+
+
+class LevelwiseLoss(OneTermLoss):
+    """A loss of one term that needs nothing but the features."""
 
     def forward(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]:
         """Return the loss.
@@ -84,31 +108,13 @@ class LevelwiseLoss(FeatureLoss):
             TypeError: features that are no list or dict, a level that is no dense floating-point tensor.
             ValueError: levels, channels, N, H, W or devices that do not agree; parameters on different devices.
         """
-        pairs = paired_levels(student_features, teacher_features, same_size=self.resize is None)
-        self.check_levels(pairs)
-        (name,) = self.term_names
-        used = [level for level, weight in enumerate(self.weights) if weight > 0]
-        if not used:
-            return {name: pairs[0][1].new_zeros((), dtype=accumulation_dtype(pairs[0][1], pairs[0][3]))}
-        teachers = [recordable(pairs[level][3].detach()) for level in used]
-        students = [convolved(pairs[level][1], self.adaptations[level]) for level in used]
-        if self.resize == "student":
-            students = [_resized(s, t) for s, t in zip(students, teachers, strict=True)]
-        elif self.resize == "teacher":
-            teachers = [_resized(t, s) for s, t in zip(students, teachers, strict=True)]
-        students = self.transformed(students, used)
-        with without_autocast(students[0]):
-            losses = self.level_losses(students, teachers)
-            scales = [self.weights[level] for level in used]
-            weights = constant_vector(scales, losses.dtype, losses.device, keep=can_watch(losses))
-            terms = {name: losses @ weights}
-        maps = [pair[1] for pair in pairs], [pair[3] for pair in pairs]
-        self.watch(list(losses.unbind()), [(level, name) for level in used], *maps, terms)
-        return terms
+        return self.terms_of(student_features, teacher_features)
 
-    if TYPE_CHECKING:
 
-        def __call__(self, student_features: Features, teacher_features: Features) -> dict[str, Tensor]: ...
+def preset_weight(preset: Any, weight: Weight | None, weights: Mapping[str, float]) -> Weight:
+    """Return ``weight``, or where it is None that of the preset, a key of ``weights``."""
+    check_choice(preset, tuple(weights), "preset")
+    return weights[preset] if weight is None else weight
 
 
 def convolved(x: Tensor, layer: nn.Module) -> Tensor:

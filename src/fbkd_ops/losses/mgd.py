@@ -1,14 +1,14 @@
 """MGD: the student's map with pixels left out, from which two convolutions have to make the teacher's."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch
 from .._validation import check_choice, check_number, is_int
-from .feature_loss import Channels
-from .levelwise_loss import LevelwiseLoss, Side, Weight, convolved
+from .feature_loss import Channels, count_levels
+from .levelwise_loss import LevelwiseLoss, Side, Weight, convolved, preset_weight
 
 __all__ = ["MASK_RATIOS", "MGDLoss", "MGDPresetName", "WEIGHTS"]
 
@@ -85,16 +85,9 @@ class MGDLoss(LevelwiseLoss):
         seed: int = 0,
         resize: Side | None = None,
     ):
-        super().__init__(
-            student_channels,
-            teacher_channels,
-            num_levels,
-            preset,
-            weight,
-            resize,
-            weights=WEIGHTS,
-            default_levels=LEVELS,
-        )
+        weight = preset_weight(preset, weight, WEIGHTS)
+        levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
+        super().__init__(student_channels, teacher_channels, levels, weight, resize)
         ratio = MASK_RATIOS[preset] if mask_ratio is None else mask_ratio
         self.mask_ratio = check_number(ratio, "a number in [0, 1]", lambda value: 0 <= value <= 1, "mask_ratio")
         self.mask_on = check_choice(mask_on, ("pixels", "channels"), "mask_on")
@@ -125,7 +118,7 @@ class MGDLoss(LevelwiseLoss):
         kept = _mixed(_mixed(index) ^ key) >= self.mask_ratio * (_BITS + 1)
         return [mask.view(shape) for mask, shape in zip(kept.split(counts), shapes, strict=True)]
 
-    def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    def level_losses(self, students: list[Tensor], teachers: list[Tensor], *others: list[Any]) -> Tensor:
         """Return the squared distance of each level by image, ``(levels,)``."""
         absent: list[Tensor | None] = [None] * len(students)
         return dispatch.masked_l2_squares(students, teachers, absent, absent) / max(len(students[0]), 1)

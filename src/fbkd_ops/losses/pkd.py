@@ -1,13 +1,13 @@
 """PKD: the correlation of each channel of the student's and the teacher's maps."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .. import dispatch
 from .._validation import check_positive
-from .feature_loss import Channels
-from .levelwise_loss import LevelwiseLoss, Side, Weight
+from .feature_loss import Channels, count_levels
+from .levelwise_loss import LevelwiseLoss, Side, Weight, preset_weight
 
 __all__ = ["PKDLoss", "PKDPresetName", "WEIGHTS"]
 
@@ -68,18 +68,11 @@ class PKDLoss(LevelwiseLoss):
         resize: Side | None = None,
         eps: float = 1e-6,
     ):
-        super().__init__(
-            student_channels,
-            teacher_channels,
-            num_levels,
-            preset,
-            weight,
-            resize,
-            weights=WEIGHTS,
-            default_levels=LEVELS,
-        )
+        weight = preset_weight(preset, weight, WEIGHTS)
+        levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
+        super().__init__(student_channels, teacher_channels, levels, weight, resize)
         self.eps = check_positive(eps, "eps")
 
-    def level_losses(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    def level_losses(self, students: list[Tensor], teachers: list[Tensor], *others: list[Any]) -> Tensor:
         """Return the unweighted loss of each level, ``(levels,)``, of maps of the same shapes."""
         return dispatch.channel_correlation_losses(students, teachers, self.eps)

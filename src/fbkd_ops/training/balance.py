@@ -57,11 +57,11 @@ def balance_report(distiller: Any, *args: Any, **kwargs: Any) -> BalanceReport:
         try:
             if not student.training:
                 student.train()
-            output, *given = distiller.run_for_loss(args, kwargs)
+            output, features_s, features_t, others = distiller.run_for_loss(args, kwargs)
         finally:
             for module, mode in modes:
                 module.training = mode
-        own, terms = own_losses(output, distiller.total), loss.train()(*given)
+        own, terms = own_losses(output, distiller.total), loss.train()(features_s, features_t, **others)
         return _compared(own, terms, [parameter for parameter in student.parameters() if parameter.requires_grad])
 
 

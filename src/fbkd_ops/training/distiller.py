@@ -35,7 +35,7 @@ from .feature_tap import (
 )
 from .gradient_share import GradientShare, ShareSettings, checked_settings
 from .levels import Levels, checked_levels, chosen_levels
-from .loss_dict import LossDict
+from .loss_dict import LossDict, needs_of
 from .normalization import difference, find_normalization
 from .pairing import (
     check_apart,
@@ -47,8 +47,9 @@ from .pairing import (
 from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, checked_terms, own_losses
-from .targets import BoxSource, needs_boxes
+from .targets import BoxSource
 from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
+from .teacher_scores import ScoreFunction, checked_score_function, resized_scores, scores_of
 
 __all__ = ["Distiller"]
 
@@ -104,6 +105,9 @@ class Distiller(StudentAttributes, nn.Module):
             arguments as torchvision, MMDetection, Ultralytics or Hugging Face give them: a function of the arguments
             that returns the boxes of each image, ``(K, 4)`` with x1, y1, x2, y2 in pixels of the batch, and the batch's
             height and width.
+        teacher_scores: for a loss that needs the teacher's confidence (:class:`fbkd_ops.ScoreWeightedLoss`) where its
+            head is none of torchvision's, MMDetection's or Ultralytics': a function of the teacher and its tapped
+            features that returns one map ``(N, H, W)`` of numbers between 0 and 1 per level.
         total: the entry of a dict, or attribute of an object, that is the sum of all losses; the terms are added to it
             and are no entries of their own. By default ``"loss"`` or, without that, ``"total_loss"``, where it is a
             scalar with a gradient; None: there is none, and every entry is a loss.
@@ -156,6 +160,7 @@ class Distiller(StudentAttributes, nn.Module):
         share_every: int = 10,
         share_steps: int | None = None,
         boxes: Callable[..., Any] | None = None,
+        teacher_scores: ScoreFunction | None = None,
         total: Total = TOTALS,
         combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
@@ -188,6 +193,7 @@ class Distiller(StudentAttributes, nn.Module):
         # In a tuple, as the teacher: it may be a module. With the name of the argument that it makes.
         self._unregistered_input = (checked_teacher_input(teacher_input), first_argument(self._teacher_start()))
         self._box_source = _box_source(loss, student, boxes)
+        self._score_function = _score_function(loss, teacher, teacher_scores)
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
@@ -311,10 +317,10 @@ class Distiller(StudentAttributes, nn.Module):
 
     def _weighted_terms(self, weight: float | Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict]:
         """Return the student's output, and the terms times ``weight``, or times each loss's own of ``(losses,)``."""
-        output, *given = self.run_for_loss(args, kwargs)
+        output, students, teachers, others = self.run_for_loss(args, kwargs)
         if isinstance(weight, Tensor) and weight.dim() == 1:
-            return output, self.loss(*given, factors=weight)
-        terms = checked_terms(self.loss(*given))
+            return output, self.loss(students, teachers, factors=weight, **others)
+        terms = checked_terms(self.loss(students, teachers, **others))
         if isinstance(weight, float) and weight == 1:
             return output, terms
         return output, {name: weight * term for name, term in terms.items()}
@@ -342,11 +348,10 @@ class Distiller(StudentAttributes, nn.Module):
         Raises:
             RuntimeError, TypeError, ValueError: as for the call.
         """
-        output, student_features, teacher_features, *_ = self.run_for_loss(args, kwargs)
-        return output, student_features, teacher_features
+        return self.run_for_loss(args, kwargs)[:3]
 
-    def run_for_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the student's output and what the loss is called with: both features, and where it needs boxes these.
+    def run_for_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Features | Branches, Features, dict]:
+        """Return the student's output and what the loss is called with: both features, and what else it needs, by name.
 
         Raises:
             RuntimeError, TypeError, ValueError: as for the call.
@@ -364,12 +369,18 @@ class Distiller(StudentAttributes, nn.Module):
                 "the student changed its inputs in place, so the teacher would not see the same: give a teacher_entry "
                 "after that change, or make the student work on copies"
             )
-        teacher_features = chosen_levels(self._run_teacher(*given), self.teacher_levels, "teacher_levels")
+        teacher_features, scores = self._run_teacher(*given)
+        teacher_features = chosen_levels(teacher_features, self.teacher_levels, "teacher_levels")
         if self.resize:
             like = student_features[0] if isinstance(student_features, Branches) else student_features
             teacher_features = _resized(teacher_features, like)
-        boxes = () if self._box_source is None else self._box_source.of_call(args, kwargs)
-        return output, student_features, teacher_features, *boxes
+        others: dict[str, Any] = {}
+        if self._box_source is not None:
+            others |= self._box_source.of_call(args, kwargs)._asdict()
+        if scores is not None:
+            scores = chosen_levels(scores, self.teacher_levels, "teacher_levels")
+            others["scores"] = resized_scores(scores, teacher_features) if self.resize else scores
+        return output, student_features, teacher_features, others
 
     def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Also in steps without terms under the taps: a graph compiled without them would not have them later."""
@@ -383,7 +394,8 @@ class Distiller(StudentAttributes, nn.Module):
             return self.teacher
         return find_module(self.teacher, self._teacher_entry, "teacher_entry")
 
-    def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> Features:
+    def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Features, Any]:
+        """Return the teacher's features, and where the loss needs them its scores of them."""
         module = self._teacher_start()
         output, shared = None, self._teacher_in_eval_mode()
         try:
@@ -392,10 +404,13 @@ class Distiller(StudentAttributes, nn.Module):
                 if change is not None:
                     args, kwargs = with_first_argument(change, name, args, kwargs)
                 output = module(*args, **kwargs)
+            features = self._teacher_tap.features_of(output)
+            score = self._score_function
+            scores = None if score is None else scores_of(score, self.teacher, features)
         finally:
             for each in shared:  # the student's backward pass may call them again
                 each.training = True
-        return self._teacher_tap.features_of(output)
+        return features, scores
 
     def _teacher_in_eval_mode(self) -> list[nn.Module]:
         """Put the teacher into eval mode; return the modules that the student has in training mode too."""
@@ -524,6 +539,7 @@ def _later_attributes() -> dict[str, Any]:
         "share": None,
         "_unregistered_input": (None, None),
         "_box_source": None,
+        "_score_function": None,
         "_backward_watch": BackwardWatch(),
         "_size_watch": SizeWatch(),
         "_teacher_watch": TeacherWatch(),
@@ -543,10 +559,19 @@ def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete:
 
 def _box_source(loss: nn.Module, student: nn.Module, boxes: Any) -> BoxSource | None:
     """Return where a loss that needs boxes gets them from."""
-    if needs_boxes(loss):
+    if "boxes" in needs_of(loss):
         return BoxSource(student, boxes)
     if boxes is not None:
         raise ValueError("boxes is for a loss that needs them, such as FGDLoss, and this one does not")
+    return None
+
+
+def _score_function(loss: nn.Module, teacher: nn.Module, function: Any) -> ScoreFunction | None:
+    """Return what makes the teacher's scores for a loss that needs them."""
+    if "scores" in needs_of(loss):
+        return checked_score_function(teacher, function)
+    if function is not None:
+        raise ValueError("teacher_scores is for a loss that needs them, such as ScoreWeightedLoss; this one does not")
     return None
 
 

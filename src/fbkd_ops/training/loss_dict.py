@@ -10,9 +10,8 @@ from .._validation import Features, check_text
 from .feature_tap import Branches, unwrapped
 from .levels import Levels, checked_levels, chosen_levels
 from .student_losses import checked_terms
-from .targets import needs_boxes
 
-__all__ = ["LossDict"]
+__all__ = ["LossDict", "needs_of"]
 
 
 class LossDict(nn.ModuleDict):
@@ -48,33 +47,42 @@ class LossDict(nn.ModuleDict):
         return list(_merged({name: dict.fromkeys(_term_names(name, loss)) for name, loss in self.items()}))
 
     @property
-    def needs_boxes(self) -> bool:
-        """Whether one of the losses does."""
-        return any(needs_boxes(loss) for loss in self.values())
+    def needs(self) -> list[str]:
+        """What the losses need besides the features."""
+        return list(dict.fromkeys(each for loss in self.values() for each in needs_of(loss)))
 
     def forward(
         self,
         student_features: Features | Branches,
         teacher_features: Features,
-        *boxes: Any,
         factors: Tensor | None = None,
+        **others: Any,
     ) -> dict[str, Tensor]:
         """Return the terms of all losses.
 
         Args:
             student_features: of all losses, or :class:`Branches`: of each its own.
             teacher_features: of all losses.
-            *boxes: boxes and image size, for the losses that need them.
             factors: ``(losses,)``, what each loss's terms are multiplied with.
+            **others: what ``needs`` names.
         """
         terms = {}
         for index, (name, loss) in enumerate(self.items()):
             features = student_features[index] if isinstance(student_features, Branches) else student_features
             students = chosen_levels(features, self.student_levels[name], f"student_levels[{name!r}]")
             teachers = chosen_levels(teacher_features, self.teacher_levels[name], f"teacher_levels[{name!r}]")
-            own = checked_terms(loss(students, teachers, *(boxes if needs_boxes(loss) else ())), f"loss[{name!r}]")
+            needed = {each: others[each] for each in needs_of(loss)}
+            if "scores" in needed:
+                levels = self.teacher_levels[name]
+                needed["scores"] = chosen_levels(needed["scores"], levels, f"teacher_levels[{name!r}]")
+            own = checked_terms(loss(students, teachers, **needed), f"loss[{name!r}]")
             terms[name] = own if factors is None else {key: factors[index] * term for key, term in own.items()}
         return _merged(terms)
+
+
+def needs_of(loss: nn.Module) -> tuple[str, ...]:
+    """Return what a loss needs besides the features, by its attribute ``needs``."""
+    return tuple(getattr(unwrapped(loss), "needs", ()))
 
 
 def _term_names(name: str, loss: nn.Module) -> list[str]:

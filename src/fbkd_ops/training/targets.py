@@ -14,7 +14,7 @@ from .._validation import check_callable, is_list
 from .feature_tap import FeatureTap, unwrapped
 from .pairing import resizing_module
 
-__all__ = ["BatchBoxes", "BoxSource", "boxes_of_call", "needs_boxes"]
+__all__ = ["BatchBoxes", "BoxSource", "boxes_of_call"]
 
 HOW = (
     "give Distiller(boxes=...), a function of the detector's arguments that returns the boxes of each image, (K, 4) "
@@ -32,11 +32,6 @@ class BatchBoxes(NamedTuple):
 
     boxes: Sequence[Tensor]
     image_size: Sequence[int]
-
-
-def needs_boxes(loss: nn.Module) -> bool:
-    """Whether a loss takes boxes and image size too: one with a true attribute ``needs_boxes``."""
-    return bool(getattr(unwrapped(loss), "needs_boxes", False))
 
 
 class BoxSource:
