@@ -27,6 +27,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
+CHANNEL_OPS = "cpu-channel-ops.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
 STUDY, STUDY_COST, PILOT = "cpu-study.csv", "cpu-study-cost.csv", "cpu-study-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
@@ -93,23 +94,23 @@ def report_of(file: str) -> Report:
     return results.read(RESULTS / file)
 
 
-def rows_of(*suites: str) -> pd.DataFrame:
+def rows_of(*suites: str, file: str = MICROBENCH) -> pd.DataFrame:
     """The rows of some suites on a CPU."""
-    rows = report_of(MICROBENCH).rows
+    rows = report_of(file).rows
     return rows[rows["suite"].isin(suites)]
 
 
-def microbench() -> str:
-    return tables.provenance(report_of(MICROBENCH).facts)
+def microbench(file: str = MICROBENCH) -> str:
+    return tables.provenance(report_of(file).facts)
 
 
-def suites(*names: str) -> str:
-    return tables.suite_tables(rows_of(*names))
+def suites(*names: str, file: str = MICROBENCH) -> str:
+    return tables.suite_tables(rows_of(*names, file=file))
 
 
-def comparisons(*suites: str) -> str:
+def comparisons(*suites: str, file: str = MICROBENCH) -> str:
     """What fbkd_ops is beside the others, one line a map."""
-    return tables.comparisons(rows_of(*suites))
+    return tables.comparisons(rows_of(*suites, file=file))
 
 
 # Rows of README's table: what is measured, its suite, how the map's title begins, the peer, and what that is.

@@ -2,7 +2,7 @@
 # PYTHON has the package's requirements.
 readonly python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 readonly compiler=${CXX:-c++}
-ops=(tests/test_{attention_pool,attention_masks,masked_l2,adapted_masked_l2,spatial_l2,channel_ops,channel_correlation}.py)
+ops=(tests/test_{attention_pool,attention_masks,masked_l2,adapted_masked_l2,spatial_l2,channel_ops,channel_correlation,channel_divergence}.py)
 ops+=(tests/test_{non_local_statistics,relation_residual,cell_relation,collapsed_relation}.py)
 
 say() { echo "$(basename "$0" .sh): $* ($((SECONDS / 60)) min)"; }

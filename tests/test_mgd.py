@@ -69,6 +69,24 @@ def test_as_much_is_masked_as_asked(ratio):
     assert mask.shape == (2, 2000, 1, 1) and abs(mask.float().mean() - (1 - ratio)) < 0.05
 
 
+def test_masks_do_not_depend_on_the_defaults_of_the_process():
+    expected = drawn(MGDLoss(8, num_levels=1, seed=3))
+    loss = MGDLoss(8, num_levels=1, seed=3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        (mask,) = loss.masks([torch.empty(2, 8, 64, 64, device="cpu")])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(mask.flatten().float(), expected)
+
+
+def test_a_ratio_of_1_masks_the_largest_number_too():
+    assert torch.tensor(2**32 - 1) < round(1.0 * 2**32)
+    assert not drawn(MGDLoss(8, num_levels=1, mask_ratio=1), (2, 8, 512, 512)).any()
+
+
 def drawn(loss, size=(2, 8, 64, 64)):
     (mask,) = loss.masks([torch.empty(size)])
     return mask.flatten().float()

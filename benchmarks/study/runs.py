@@ -17,14 +17,14 @@ from examples.demo.distillation import features
 from examples.demo.evaluation import CocoScore, predict
 from examples.demo.training import Budget, train
 from examples.demo.voc import load_voc
-from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, MGDLoss, PKDLoss, inherit, size_free_weights
+from fbkd_ops import Distiller, inherit, size_free_weights
+from fbkd_ops.losses.registry import LOSSES
 
 from .detectors import DETECTORS
 from .protocol import TERMS, Recipe, Setting, recipe, steps
 
 CPU = torch.device("cpu")
 TEACHER_SEED = 2021
-OTHERS = {"pkd": PKDLoss, "cwd": CWDLoss, "mgd": MGDLoss, "fgd": FGDLoss}
 CURVE_POINTS = 5  # of a learning curve, the end included
 
 
@@ -95,10 +95,9 @@ def distiller(
     if chosen.proportions == "size_free":
         options = {"normalize": "mean", **size_free_weights(setting.preset, len(pyramids[0]))}
     options.update({f"{term}_weight": 0.0 for term in TERMS if term not in chosen.terms})
-    if chosen.loss == "fbkd":
-        loss = FBKDLoss.from_features(*pyramids, preset=setting.preset, **options)
-    else:
-        loss = OTHERS[chosen.loss].from_features(*pyramids, preset=setting.preset)
+    if chosen.loss != "fbkd":
+        options = {}  # proportions and terms are FBKD's
+    loss = LOSSES[f"{chosen.loss.upper()}Loss"].from_features(*pyramids, preset=setting.preset, **options)
     stop_step = None if chosen.stop is None else round(chosen.stop * total_steps)
     return Distiller(
         student,

@@ -12,13 +12,6 @@
 namespace fbkd {
 namespace {
 
-// Elements of a tile: whole rows, as many as are worth a thread's turn.
-constexpr int64_t kTile = int64_t(1) << 16;
-// Where channels are columns every tile leaves five sums a channel: over 64 rows and more they are little beside it,
-// and up to 256 keep the chains of additions short.
-constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
-constexpr int64_t kFinishChannels = 64;
-
 // Of a channel of both maps, each shifted by its first element; in float64, where a small difference of large sums
 // keeps its digits.
 enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts, kSums };
@@ -86,12 +79,6 @@ FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, 
   }
 }
 
-Tiling tiling_for(const MatrixView& view) {
-  const int64_t rows = ceil_div(kTile, view.cols);
-  const int64_t pixel_rows = min64(kMaxPixelRows, max64(kMinPixelRows, rows));
-  return tiling_of(view, view.rows_are_channels ? rows : pixel_rows, view.cols);
-}
-
 template <typename A, class Base>
 using CorrelationTiles = PairTiles<A, CorrelationLevel, Base>;
 
@@ -157,15 +144,11 @@ struct Coefficients : Tiles {
   std::vector<double>& losses;
 };
 
-struct Losses : StagedTiles {
-  virtual double total() const = 0;
-};
-
 // First stage of a level: the sums of every tile. Where rows are channels a tile of an image has channels of its own.
 template <typename A>
-struct LevelSums : CorrelationTiles<A, Losses> {
+struct LevelSums : CorrelationTiles<A, LevelLoss> {
   LevelSums(const CorrelationLevel& level, double eps)
-      : CorrelationTiles<A, Losses>(level, tiling_for(level.student)), eps(eps) {
+      : CorrelationTiles<A, LevelLoss>(level, channel_tiling(level.student)), eps(eps) {
     const int64_t channels = level.student.channels();
     const int64_t parts = level.student.images * (level.student.rows_are_channels ? 1 : this->tiling.row_tiles);
     partials.resize(static_cast<size_t>(parts * kSums * channels));
@@ -207,7 +190,9 @@ struct LevelSums : CorrelationTiles<A, Losses> {
 template <typename A>
 struct LevelGradient : CorrelationTiles<A, Tiles> {
   LevelGradient(const CorrelationLevel& level, double grad)
-      : CorrelationTiles<A, Tiles>(level, tiling_for(level.student)), dense(gradient_view(level.student)), grad(grad) {
+      : CorrelationTiles<A, Tiles>(level, channel_tiling(level.student)),
+        dense(gradient_view(level.student)),
+        grad(grad) {
     advise_huge_pages(level.ds, dense.numel() * element_size(level.student_type));
   }
 
@@ -236,9 +221,9 @@ struct LevelGradient : CorrelationTiles<A, Tiles> {
 };
 
 void launch_channel_correlation_forward(const std::vector<CorrelationLevel>& levels, double eps, const Tensor& losses) {
-  std::vector<std::unique_ptr<Losses>> sums;
+  std::vector<std::unique_ptr<LevelLoss>> sums;
   for (const CorrelationLevel& level : levels)
-    sums.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Losses> {
+    sums.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<LevelLoss> {
       return std::make_unique<LevelSums<typename decltype(type)::type>>(level, eps);
     }));
   run_tiles(sums);

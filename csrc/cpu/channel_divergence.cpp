@@ -14,14 +14,8 @@
 namespace fbkd {
 namespace {
 
-// Elements of a tile: whole rows, as many as are worth a thread's turn.
-constexpr int64_t kTile = int64_t(1) << 16;
-// Where channels are columns a tile is read twice, for its maxima and for its sums: 256 rows of 256 channels of both
-// maps stay in the second cache. Every tile leaves five numbers a channel, over 64 rows and more little beside it.
-constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
 // Additions in a chain of the accumulation dtype, before they are added in float64.
 constexpr int64_t kChain = 32;
-constexpr int64_t kFinishChannels = 64;
 
 // Of a channel's pixels in a tile: the maxima m of both maps, and with x = (s - m_s) / tau, y = (t - m_t) / tau the
 // sums of e^x, of e^y and of e^y (y - x).
@@ -34,13 +28,13 @@ struct DivergenceLevel : PairLevel {
   void* normalisers;  // (images, 4, C) of the accumulation dtype; read only in backward
 };
 
-// The parts of one channel. Those of two sets of pixels are joined by what the larger maxima make of the sums.
-struct Parts {
+// The parts of one channel. To join two sets of pixels, rescale both sums to the larger maximum and add.
+struct SoftmaxSums {
   double s_max = kLeast, t_max = kLeast, s_sum = 0, t_sum = 0, divergence = 0;
 
-  void add(const Parts& other, double inverse) {
+  void add(const SoftmaxSums& other, double inverse) {
     move_to(std::max(s_max, other.s_max), std::max(t_max, other.t_max), inverse);
-    Parts moved = other;
+    SoftmaxSums moved = other;
     moved.move_to(s_max, t_max, inverse);
     s_sum += moved.s_sum, t_sum += moved.t_sum, divergence += moved.divergence;
   }
@@ -70,7 +64,7 @@ FBKD_CLONES A largest_of(const A* x, int64_t count) {
 // One channel's sums: sums[k] belongs to Part k, whose maxima are known.
 template <typename A>
 FBKD_CLONES void row_sums(const A* __restrict__ s, const A* __restrict__ t, A s_max, A t_max, A inverse, int64_t count,
-                          Parts* sums) {
+                          SoftmaxSums* sums) {
   A s_sum = 0, t_sum = 0, divergence = 0;
 #pragma omp simd reduction(+ : s_sum, t_sum, divergence)
   for (int64_t i = 0; i < count; ++i) {
@@ -82,11 +76,11 @@ FBKD_CLONES void row_sums(const A* __restrict__ s, const A* __restrict__ t, A s_
 
 // Of some pixels' channels, up to kPiece of them; [k] belongs to Part k.
 template <typename A>
-using ChannelParts = A[kParts][kPiece];
+using ChannelSums = A[kParts][kPiece];
 
 template <typename A>
 FBKD_CLONES void add_col_maxima(const A* __restrict__ s, const A* __restrict__ t, int64_t count,
-                                ChannelParts<A>& parts) {
+                                ChannelSums<A>& parts) {
   A* __restrict__ s_max = parts[kStudentMax], * __restrict__ t_max = parts[kTeacherMax];
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -97,7 +91,7 @@ FBKD_CLONES void add_col_maxima(const A* __restrict__ s, const A* __restrict__ t
 
 template <typename A>
 FBKD_CLONES void add_col_sums(const A* __restrict__ s, const A* __restrict__ t, A inverse, int64_t count,
-                              ChannelParts<A>& parts) {
+                              ChannelSums<A>& parts) {
   const A* __restrict__ s_max = parts[kStudentMax], * __restrict__ t_max = parts[kTeacherMax];
   A* __restrict__ s_sum = parts[kStudentSum], * __restrict__ t_sum = parts[kTeacherSum];
   A* __restrict__ divergence = parts[kDivergence];
@@ -130,12 +124,6 @@ FBKD_CLONES void col_gradient(const A* __restrict__ s, const A* __restrict__ t, 
   }
 }
 
-Tiling tiling_for(const MatrixView& view) {
-  const int64_t rows = ceil_div(kTile, view.cols);
-  const int64_t pixel_rows = min64(kMaxPixelRows, max64(kMinPixelRows, rows));
-  return tiling_of(view, view.rows_are_channels ? rows : pixel_rows, view.cols);
-}
-
 template <typename A, class Base>
 using DivergenceTiles = PairTiles<A, DivergenceLevel, Base>;
 
@@ -156,8 +144,8 @@ struct Divergences : Tiles {
 
   void finish(int64_t image, int64_t channel) const {
     const int64_t tiles = static_cast<int64_t>(parts.size()) / (level.student.images * kParts * channels);
-    Parts all = parts_at(image * tiles, channel);
-    for (int64_t tile = 1; tile < tiles; ++tile) all.add(parts_at(image * tiles + tile, channel), 1 / temperature);
+    SoftmaxSums all = sums_at(image * tiles, channel);
+    for (int64_t tile = 1; tile < tiles; ++tile) all.add(sums_at(image * tiles + tile, channel), 1 / temperature);
     losses[image * channels + channel] = all.divergence / all.t_sum + (std::log(all.s_sum) - std::log(all.t_sum));
     A* normalisers = static_cast<A*>(level.normalisers) + image * kNormalisers * channels + channel;
     normalisers[kStudentPeak * channels] = static_cast<A>(all.s_max);
@@ -166,7 +154,7 @@ struct Divergences : Tiles {
     normalisers[kTeacherFactor * channels] = static_cast<A>(1 / all.t_sum);
   }
 
-  Parts parts_at(int64_t tile, int64_t channel) const {
+  SoftmaxSums sums_at(int64_t tile, int64_t channel) const {
     const double* first = parts.data() + tile * kParts * channels + channel;
     return {first[kStudentMax * channels], first[kTeacherMax * channels], first[kStudentSum * channels],
             first[kTeacherSum * channels], first[kDivergence * channels]};
@@ -179,15 +167,11 @@ struct Divergences : Tiles {
   std::vector<double>& losses;
 };
 
-struct Losses : StagedTiles {
-  virtual double total() const = 0;
-};
-
 // First stage of a level: every tile's maxima and sums.
 template <typename A>
-struct LevelParts : DivergenceTiles<A, Losses> {
-  LevelParts(const DivergenceLevel& level, double temperature)
-      : DivergenceTiles<A, Losses>(level, tiling_for(level.student)),
+struct LevelSums : DivergenceTiles<A, LevelLoss> {
+  LevelSums(const DivergenceLevel& level, double temperature)
+      : DivergenceTiles<A, LevelLoss>(level, channel_tiling(level.student)),
         temperature(temperature),
         channels(level.student.channels()) {
     const MatrixView& view = level.student;
@@ -196,7 +180,7 @@ struct LevelParts : DivergenceTiles<A, Losses> {
     losses.resize(static_cast<size_t>(view.images * channels));
   }
 
-  using Block = typename DivergenceTiles<A, Losses>::Block;
+  using Block = typename DivergenceTiles<A, LevelLoss>::Block;
 
   void run(int64_t tile) override {
     const Block block = this->block_of(tile);
@@ -210,10 +194,10 @@ struct LevelParts : DivergenceTiles<A, Losses> {
   }
 
   void reduce_channel(const Block& block) {
-    Parts all;
+    SoftmaxSums all;
     this->pieces(block, [&](int64_t, int64_t, int64_t, const A* s, const A* t, int64_t cols) {
       const A s_max = largest_of(s, cols), t_max = largest_of(t, cols);
-      Parts piece{s_max, t_max};
+      SoftmaxSums piece{s_max, t_max};
       row_sums(s, t, s_max, t_max, static_cast<A>(1 / temperature), cols, &piece);
       all.add(piece, 1 / temperature);
     });
@@ -223,7 +207,7 @@ struct LevelParts : DivergenceTiles<A, Losses> {
   }
 
   void reduce_pixels(int64_t tile, const Block& block) {
-    ChannelParts<A> some;
+    ChannelSums<A> some;
     const int64_t count = block.last_col - block.first_col;
     double* out = parts.data() + tile * kParts * channels + block.first_col;
     for (int64_t kind : {kStudentMax, kTeacherMax}) std::fill_n(some[kind], count, kLowest<A>);
@@ -258,7 +242,7 @@ struct LevelParts : DivergenceTiles<A, Losses> {
 template <typename A>
 struct LevelGradient : DivergenceTiles<A, Tiles> {
   LevelGradient(const DivergenceLevel& level, double temperature, double grad)
-      : DivergenceTiles<A, Tiles>(level, tiling_for(level.student)),
+      : DivergenceTiles<A, Tiles>(level, channel_tiling(level.student)),
         dense(gradient_view(level.student)),
         inverse(static_cast<A>(1 / temperature)),
         scale(static_cast<A>(grad * temperature / static_cast<double>(level.student.images * channels()))) {
@@ -275,9 +259,9 @@ struct LevelGradient : DivergenceTiles<A, Tiles> {
       const int64_t first = image * dense.image_stride + row * dense.row_stride + col;
       A* piece = piece_to_fill(level.student_type, level.ds, first, buffer);
       const A* norms = static_cast<const A*>(level.normalisers) + image * kNormalisers * channels();
-      const A* of[kNormalisers];
-      for (int64_t kind = 0; kind < kNormalisers; ++kind) of[kind] = norms + kind * channels() + (by_row ? row : col);
-      const auto [s_max, s_factor, t_max, t_factor] = of;
+      const A* rows[kNormalisers];
+      for (int64_t kind = 0; kind < kNormalisers; ++kind) rows[kind] = norms + kind * channels() + (by_row ? row : col);
+      const auto [s_max, s_factor, t_max, t_factor] = rows;
       if (by_row)
         row_gradient(s, t, inverse, *s_max, *s_factor, *t_max, *t_factor, scale, cols, piece);
       else
@@ -292,10 +276,10 @@ struct LevelGradient : DivergenceTiles<A, Tiles> {
 
 void launch_channel_divergence_forward(const std::vector<DivergenceLevel>& levels, double temperature,
                                        const Tensor& losses) {
-  std::vector<std::unique_ptr<Losses>> parts;
+  std::vector<std::unique_ptr<LevelLoss>> parts;
   for (const DivergenceLevel& level : levels)
-    parts.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<Losses> {
-      return std::make_unique<LevelParts<typename decltype(type)::type>>(level, temperature);
+    parts.push_back(with_accumulator(level.accumulation(), [&](auto type) -> std::unique_ptr<LevelLoss> {
+      return std::make_unique<LevelSums<typename decltype(type)::type>>(level, temperature);
     }));
   run_tiles(parts);
   run_second_stages(parts);

@@ -7,6 +7,25 @@
 
 namespace fbkd {
 
+// Elements of a tile: whole rows, as many as are worth a thread's turn.
+constexpr int64_t kPairTile = int64_t(1) << 16;
+// Where channels are columns a tile writes a few numbers per channel, which is little beside the 64 or more rows that
+// it reads. Up to 256 rows keep chains of additions short and, with 256 channels, both maps in the second cache.
+constexpr int64_t kMinPixelRows = 64, kMaxPixelRows = 256;
+constexpr int64_t kFinishChannels = 64;  // of a tile of the second stage
+
+// Tiles for kernels that reduce each channel.
+inline Tiling channel_tiling(const MatrixView& view) {
+  const int64_t rows = ceil_div(kPairTile, view.cols);
+  const int64_t pixel_rows = min64(kMaxPixelRows, max64(kMinPixelRows, rows));
+  return tiling_of(view, view.rows_are_channels ? rows : pixel_rows, view.cols);
+}
+
+// First stage of a level's loss.
+struct LevelLoss : StagedTiles {
+  virtual double total() const = 0;  // after the second stage
+};
+
 // Tiles of a level, a PairLevel or what has one as its base.
 template <typename A, class Level, class Base>
 struct PairTiles : Base {

@@ -19,7 +19,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, MGDLoss, PKDLoss, ScoreWeightedLoss, size_free_weights
+from fbkd_ops import Distiller, size_free_weights
+from fbkd_ops.losses.registry import LOSSES
 from fbkd_ops.training.inherit import Inheritance, inherit
 
 from .config import Config, ConfigError, DistillationConfig, ModelConfig
@@ -33,7 +34,6 @@ STAGES = {
     "mobilenet_v3_small": {"1": 16, "3": 24, "8": 48, "12": 576},
     "mobilenet_v3_large": {"3": 24, "6": 40, "12": 112, "16": 960},
 }
-LOSSES = {kind.__name__: kind for kind in (FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss, ScoreWeightedLoss)}
 DETECTORS = {"faster_rcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 # Arguments of torchvision's classes that other keys of the configuration set.
 TAKEN = {"self", "backbone", "num_classes", "min_size", "max_size", "rpn_anchor_generator", "anchor_generator"}
@@ -251,6 +251,8 @@ def build_distiller(
         overrides = {"normalize": "mean", **weights, **overrides}
     if name != "ScoreWeightedLoss":
         overrides = {"preset": settings.preset, **overrides}
+    if name == "MGDLoss" and torch.distributed.is_initialized():  # masks of its own for each process
+        overrides = {"seed": torch.distributed.get_rank(), **overrides}
     loss = _configured("loss", LOSSES[name], *widths, **overrides)
     own = {"preset", "loss", "size_free", "inherit"}
     arguments = {

@@ -319,7 +319,7 @@ def channel_correlation_loss(student: Tensor, teacher: Tensor, *, eps: float = 1
 
 
 def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """How far each channel's distribution over pixels is from the teacher's.
+    """Return the mean divergence of the channels' distributions over pixels from the teacher's.
 
     ``tau**2 * mean(KL(softmax(T / tau) || softmax(S / tau)))``, with softmaxes over the pixels of a channel and the
     mean over the channels of all images. One read of both maps, and another in backward.

@@ -5,14 +5,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._validation import did_you_mean
-from ..loss import FBKDLoss
-from ..losses import CWDLoss, FGDLoss, MGDLoss, PKDLoss, ScoreWeightedLoss
 from ..losses.feature_loss import FeatureLoss
+from ..losses.registry import LOSSES
 
 __all__ = ["LossSettings", "loss_settings"]
-
-KINDS: list[type[FeatureLoss]] = [FBKDLoss, PKDLoss, CWDLoss, MGDLoss, FGDLoss, ScoreWeightedLoss]
-LOSSES = {kind.__name__: kind for kind in KINDS}
 
 
 class LossSettings(NamedTuple):
@@ -36,7 +32,7 @@ def loss_settings(loss: Any, **defaults: Any) -> LossSettings:
     if loss is not None and not isinstance(loss, Mapping):
         raise TypeError(f"loss must be a dict of a loss's arguments, got {type(loss).__name__}")
     given = dict(loss or {})
-    name = given.pop("type", FBKDLoss.__name__)
+    name = given.pop("type", "FBKDLoss")
     if name not in LOSSES:
         raise ValueError(f"loss: type must be one of {', '.join(LOSSES)}, got {name!r}{did_you_mean(name, LOSSES)}")
     accepted = inspect.signature(LOSSES[name]).parameters

@@ -56,8 +56,8 @@ class FBKDTrainer(DetectionTrainer):
     load without this package, with the step and the measured share where there is a schedule or a share; a resumed run
     reads them, as does Ultralytics' recovery from a loss that is NaN.
 
-    Under ``amp`` the terms are computed in float32. A gradient that overflows makes the trainer's ``GradScaler`` skip
-    the step for the student and the loss alike.
+    Under ``amp`` distances and sums are computed in float32. A gradient that overflows makes the trainer's
+    ``GradScaler`` skip the step for the student and the loss alike.
 
     Args:
         teacher: a checkpoint (``"yolo11m.pt"``), a YAML, one of Ultralytics' models (``YOLO``, ``RTDETR``,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._layout import MatrixView, empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
-from .pairs import ALIGNED, load_pair, path_of_pair
+from .pairs import ALIGNED, CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
 from .pyramid import (
     Level,
     add_partial_sums,
@@ -30,9 +30,6 @@ from .pyramid import (
 
 __all__ = ["channel_correlation_backward", "channel_correlation_forward"]
 
-# A tile of channels and pixels: five sums a channel are little beside 128 pixels. With 8 warps a thread has 16
-# elements of each map, in float64.
-CHANNELS, PIXELS, WARPS = 32, 128, 8
 # Of a channel of both maps, each shifted by its first element: the sums of student and teacher, of their squares and
 # of their products.
 SUMS = tl.constexpr(5)
@@ -210,27 +207,15 @@ def _steps(view: MatrixView, teacher_view: MatrixView) -> tuple[int, int]:
     return student_step, teacher_step
 
 
-def _block(view: MatrixView) -> tuple[int, int]:
-    return (CHANNELS, PIXELS) if view.rows_are_channels else (PIXELS, CHANNELS)
-
-
 def _level(student: Tensor, teacher: Tensor, outputs: tuple[Tensor, ...], slot: int, first: int) -> Level:
-    view, teacher_view = matrix_view(student), matrix_view(teacher)
-    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
-    rows, cols = _block(view)
-    tiles = triton.cdiv(view.rows, rows), triton.cdiv(view.cols, cols)
-    sizes = Sizes(view.rows, view.cols, *strides, *tiles, *_steps(view, teacher_view), slot, first)
-    path = path_of_pair(student, view, teacher, teacher_view)
-    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *outputs), sizes, path)
+    steps = _steps(matrix_view(student), matrix_view(teacher))
+    return channel_level(student, teacher, outputs, Sizes, *steps, slot, first)
 
 
 def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
-    views = [matrix_view(level.pointers[0]) for level in levels]
-    constants = [
-        {"ROWS": _block(view)[0], "COLS": _block(view)[1], "AXIS": int(view.rows_are_channels)} for view in views
-    ]
+    constants = [channel_constants(matrix_view(level.pointers[0])) for level in levels]
     # Without fused products the gradient of equal maps is 0.
-    launch_by_constants(kernel, levels, constants, shared, num_warps=WARPS, enable_fp_fusion=False)
+    launch_by_constants(kernel, levels, constants, shared, num_warps=CHANNEL_WARPS, enable_fp_fusion=False)
 
 
 def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], eps: float) -> list[Tensor]:

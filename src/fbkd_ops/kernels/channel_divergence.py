@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import MatrixView, empty_gradient, matrix_view
+from .._layout import empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
-from .pairs import ALIGNED, load_pair, path_of_pair
+from .pairs import ALIGNED, CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
 from .pyramid import (
     Level,
     add_partial_sums,
@@ -29,11 +29,10 @@ from .pyramid import (
 
 __all__ = ["channel_divergence_backward", "channel_divergence_forward"]
 
-# A tile of channels and pixels: five numbers a channel are little beside 128 pixels.
-CHANNELS, PIXELS, WARPS = 32, 128, 8
 # Of a channel's pixels in a tile: the maxima m of both maps, and with x = (s - m_s) / tau, y = (t - m_t) / tau the sums
 # of e^x, of e^y and of e^y (y - x).
 PARTS = tl.constexpr(5)
+NORMALISERS = tl.constexpr(4)  # of a channel of an image: each map's maximum, and one over its sum
 # No maximum is -inf, because e^(-inf - LOWEST) is 0 and e^(-inf + inf) NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 TILES = 16  # that are joined in one step: 32 fill the registers
@@ -122,7 +121,7 @@ def join_tiles(
         divergence += tl.sum(tl.where(both, weight * inner, 0.0), axis=0)
     loss = divergence / t_sum + (tl.log(s_sum) - tl.log(t_sum))
     tl.store(losses + size.slot + image * count + channel, loss, mask=inside)
-    result = pick(normalisers, level) + image * 4 * count + channel
+    result = pick(normalisers, level) + image * NORMALISERS * count + channel
     store_rounded(result, s_max, inside)
     store_rounded(result + count, 1 / s_sum, inside)
     store_rounded(result + 2 * count, t_max, inside)
@@ -201,7 +200,7 @@ def store_gradient(
         channel, channels = pair.row, size.rows
     else:
         channel, channels = pair.col, size.cols
-    at, inside = normalisers + pair.image * 4 * channels + channel, channel < channels
+    at, inside = normalisers + pair.image * NORMALISERS * channels + channel, channel < channels
     of_student = softmax(pair.student.to(DTYPE), at, channels, inside, INVERSE, AXIS)
     of_teacher = softmax(pair.teacher.to(DTYPE), at + 2 * channels, channels, inside, INVERSE, AXIS)
     scale = tl.load(grad + size.slot).to(tl.float64) / (INVERSE * (size.images * channels).to(tl.float64))
@@ -219,31 +218,18 @@ def softmax(x, at, channels, inside, INVERSE: tl.constexpr, AXIS: tl.constexpr):
     return factor * tl.exp((x - peak) * INVERSE)
 
 
-def _block(view: MatrixView) -> tuple[int, int]:
-    return (CHANNELS, PIXELS) if view.rows_are_channels else (PIXELS, CHANNELS)
-
-
 def _level(student: Tensor, teacher: Tensor, outputs: tuple[Tensor, ...], slot: int, first: int) -> Level:
-    view, teacher_view = matrix_view(student), matrix_view(teacher)
-    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
-    rows, cols = _block(view)
-    tiles = triton.cdiv(view.rows, rows), triton.cdiv(view.cols, cols)
-    sizes = Sizes(view.rows, view.cols, *strides, *tiles, view.images, slot, first)
-    path = path_of_pair(student, view, teacher, teacher_view)
-    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *outputs), sizes, path)
+    return channel_level(student, teacher, outputs, Sizes, student.shape[0], slot, first)
 
 
 def _launch(kernel, levels: list[Level], shared: Tensor, temperature: float) -> None:
     constants = []
     for level in levels:
-        view = matrix_view(level.pointers[0])
-        rows, cols = _block(view)
         dtype = tl.float64 if accumulation_dtype(*level.pointers[:2]) == torch.float64 else tl.float32
-        constants.append({"ROWS": rows, "COLS": cols, "AXIS": int(view.rows_are_channels), "DTYPE": dtype})
+        constants.append({**channel_constants(matrix_view(level.pointers[0])), "DTYPE": dtype})
     # Without fused products the gradient of equal maps is 0.
-    launch_by_constants(
-        kernel, levels, constants, shared, INVERSE=1 / temperature, num_warps=WARPS, enable_fp_fusion=False
-    )
+    options = {"num_warps": CHANNEL_WARPS, "enable_fp_fusion": False}
+    launch_by_constants(kernel, levels, constants, shared, INVERSE=1 / temperature, **options)
 
 
 def channel_divergence_forward(students: list[Tensor], teachers: list[Tensor], temperature: float) -> list[Tensor]:
@@ -260,10 +246,10 @@ def channel_divergence_forward(students: list[Tensor], teachers: list[Tensor], t
     *slots, channel_count = accumulate(channels, initial=0)
     parts = students[0].new_empty(part_count, dtype=torch.float64)
     losses = students[0].new_empty(channel_count, dtype=torch.float64)
-    normalisers = [
-        student.new_empty((student.shape[0], 4, student.shape[1]), dtype=accumulation_dtype(student, teacher))
-        for student, teacher in zip(students, teachers, strict=True)
-    ]
+    normalisers = []
+    for student, teacher in zip(students, teachers, strict=True):
+        shape = (student.shape[0], NORMALISERS.value, student.shape[1])
+        normalisers.append(student.new_empty(shape, dtype=accumulation_dtype(student, teacher)))
     places = zip(students, teachers, firsts, strict=True)
     levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]
     _launch(reduce_tiles, levels, parts, temperature)

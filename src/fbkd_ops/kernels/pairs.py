@@ -4,19 +4,33 @@ Both maps are matrices in the first one's orientation (rows = channels or pixels
 layout may be the other one: its tiles are then read along their columns.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import MatrixView
-from .pyramid import aligned_to_16_bytes, find_tile, tile_pointers, vector_length, whole_vectors
+from .._layout import MatrixView, matrix_view
+from .pyramid import Level, aligned_to_16_bytes, find_tile, tile_pointers, vector_length, whole_vectors
 
-__all__ = ["ALIGNED", "TRANSPOSED", "PairTile", "load_pair", "path_of_pair"]
+__all__ = [
+    "ALIGNED",
+    "CHANNELS",
+    "CHANNEL_WARPS",
+    "PIXELS",
+    "TRANSPOSED",
+    "PairTile",
+    "channel_constants",
+    "channel_level",
+    "load_pair",
+    "path_of_pair",
+]
 
 # A level's code path has two bits: both maps are read 16 bytes at a time, the teacher's tiles are transposed.
 ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
+# A tile of kernels that reduce each channel: five numbers per channel are little beside 128 pixels.
+CHANNELS, PIXELS, CHANNEL_WARPS = 32, 128, 8
 
 
 class PairTile(NamedTuple):
@@ -65,3 +79,22 @@ def path_of_pair(student: Tensor, view: MatrixView, teacher: Tensor, teacher_vie
         teacher, teacher_view.image_stride, teacher_view.row_stride, *extents
     )
     return TRANSPOSED.value * transposed + ALIGNED.value * aligned
+
+
+def channel_constants(view: MatrixView) -> dict[str, int]:
+    """Return the tile's sizes and the axis of the pixels, for kernels that reduce each channel."""
+    rows, cols = (CHANNELS, PIXELS) if view.rows_are_channels else (PIXELS, CHANNELS)
+    return {"ROWS": rows, "COLS": cols, "AXIS": int(view.rows_are_channels)}
+
+
+def channel_level(
+    student: Tensor, teacher: Tensor, outputs: tuple[Tensor, ...], kind: Callable[..., Any], *further: int
+) -> Level:
+    """Return a level of such a kernel, whose sizes are ``kind`` of what :func:`load_pair` reads and of ``further``."""
+    view, teacher_view = matrix_view(student), matrix_view(teacher)
+    constants = channel_constants(view)
+    tiles = triton.cdiv(view.rows, constants["ROWS"]), triton.cdiv(view.cols, constants["COLS"])
+    strides = view.image_stride, view.row_stride, teacher_view.image_stride, teacher_view.row_stride
+    sizes = kind(view.rows, view.cols, *strides, *tiles, *further)
+    path = path_of_pair(student, view, teacher, teacher_view)
+    return Level(view.images * tiles[0] * tiles[1], (student, teacher, *outputs), sizes, path)

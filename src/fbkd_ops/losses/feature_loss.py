@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._validation import (
     Features,
     check_channels,
+    check_number,
     check_same_device,
     is_int,
     is_list,
@@ -20,7 +21,7 @@ from .._warnings import FiniteWatch, GradientWatch, LayerWatch, UpdateWatch, can
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Channels", "FeatureLoss", "count_levels", "level_widths"]
+__all__ = ["Channels", "FeatureLoss", "adaptations", "count_levels", "level_weights", "level_widths"]
 
 Channels = int | Sequence[int]
 
@@ -131,6 +132,20 @@ def count_levels(student: Any, teacher: Any, num_levels: int | None, default: in
     if not is_int(num_levels) or num_levels < 1:
         raise ValueError(f"num_levels must be an int >= 1, got {num_levels!r}")
     return int(num_levels)
+
+
+def level_weights(weight: Any, levels: int, name: str) -> list[float]:
+    """Return one weight per level, checked."""
+    chosen = values_per_level(weight, levels, name)
+    return [check_number(each, "a number >= 0", lambda number: number >= 0, name) for each in chosen]
+
+
+def adaptations(widths: list[tuple[int, int]], used: Sequence[bool]) -> nn.ModuleList:
+    """Return a 1x1 convolution for each used level whose widths differ, an identity for the others."""
+    return nn.ModuleList(
+        nn.Conv2d(student, teacher, 1) if is_used and student != teacher else nn.Identity()
+        for is_used, (student, teacher) in zip(used, widths, strict=True)
+    )
 
 
 def level_widths(channels: Any, num_levels: int, name: str) -> list[int]:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from .._numerics import accumulation_dtype, recordable, without_autocast
-from .._validation import Features, check_choice, check_number, check_positive, paired_levels, values_per_level
+from .._validation import Features, check_choice, check_positive, paired_levels
 from .._warnings import can_watch
 from ..ops.attention_masks import MaskRequest
 from ..types import AttentionPool, present
 from .boxes import check_form, checked_boxes, inside_and_outside
-from .feature_loss import Channels, FeatureLoss, count_levels
+from .feature_loss import Channels, FeatureLoss, adaptations, count_levels, level_weights
 from .levelwise_loss import Weight, convolved
 
 __all__ = ["FGDLoss", "FGDPresetName", "PRESETS"]
@@ -104,25 +104,22 @@ class FGDLoss(FeatureLoss):
         constants = PRESETS[check_choice(preset, tuple(PRESETS), "preset")]
         levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
         super().__init__(student_channels, teacher_channels, levels)
-        given = {
+        overrides = {
             "foreground_weight": foreground_weight,
             "background_weight": background_weight,
             "attention_weight": attention_weight,
             "global_weight": global_weight,
         }
         weights = {
-            name: _level_weights(getattr(constants, name) if weight is None else weight, levels, name)
-            for name, weight in given.items()
+            name: level_weights(getattr(constants, name) if weight is None else weight, levels, name)
+            for name, weight in overrides.items()
         }
         self.foreground_weights, self.background_weights = weights["foreground_weight"], weights["background_weight"]
         self.attention_weights, self.global_weights = weights["attention_weight"], weights["global_weight"]
         self.temperature = check_positive(constants.temperature if temperature is None else temperature, "temperature")
         self._has_seen_boxes = False
         used = {*self._focal_levels(), *_levels_with(self.attention_weights), *_levels_with(self.global_weights)}
-        self.adaptations = nn.ModuleList(
-            nn.Identity() if student == teacher or level not in used else nn.Conv2d(student, teacher, 1)
-            for level, (student, teacher) in enumerate(self.widths)
-        )
+        self.adaptations = adaptations(self.widths, [level in used for level in range(levels)])
         self.student_contexts, self.teacher_contexts = self._contexts(), self._contexts()
 
     def _contexts(self) -> nn.ModuleList:
@@ -163,9 +160,8 @@ class FGDLoss(FeatureLoss):
         """
         pairs = paired_levels(student_features, teacher_features)
         self.check_levels(pairs)
-        given = [student for _, student, _, _ in pairs]
         teachers = [recordable(teacher.detach()) for _, _, _, teacher in pairs]
-        students = [convolved(x, layer) for x, layer in zip(given, self.adaptations, strict=True)]
+        students = [convolved(pair[1], layer) for pair, layer in zip(pairs, self.adaptations, strict=True)]
         with without_autocast(students[0]):
             stacked = checked_boxes(boxes, image_size, len(students[0]), students[0].device)
             if not self._has_seen_boxes and stacked.numel() and can_watch(stacked):
@@ -180,7 +176,8 @@ class FGDLoss(FeatureLoss):
             zero = students[0].new_zeros((), dtype=accumulation_dtype(*students, *teachers))
             terms = {name: sum(by_level.values(), zero) for name, by_level in values.items()}
         names = [(level, name) for name, levels in values.items() for level in levels]
-        self.watch([value for levels in values.values() for value in levels.values()], names, given, teachers, terms)
+        maps = [pair[1] for pair in pairs], teachers
+        self.watch([value for levels in values.values() for value in levels.values()], names, *maps, terms)
         return terms
 
     if TYPE_CHECKING:
@@ -247,7 +244,8 @@ class FGDLoss(FeatureLoss):
         """Return the weighted global term by level.
 
         With d (N, C), by which the sides' additions differ, ``sum((S - T + d)^2)`` is the plain distance plus
-        ``H W sum(d (2 mean(S - T) + d))``: no map with an addition is made.
+        ``H W sum(d (2 mean(S - T) + d))``: no map with an addition is made. Its rounding error is that of the plain
+        distance, below which it may lie; so it is kept from falling below 0.
         """
         levels = _levels_with(self.global_weights)
         if not levels:
@@ -261,7 +259,7 @@ class FGDLoss(FeatureLoss):
             difference = of_student - _addition(teacher, self.teacher_contexts[level])
             means = student_pools[level].channel_mean - teacher_pools[level].channel_mean
             pixels = math.prod(student.shape[2:])
-            total = square + pixels * (difference * (2 * means + difference)).sum()
+            total = (square + pixels * (difference * (2 * means + difference)).sum()).clamp(min=0)
             found[level] = self.global_weights[level] * total / max(len(student), 1)
         return found
 
@@ -293,11 +291,6 @@ def _addition(x: Tensor, context: nn.Module) -> Tensor:
     norm = context.norm
     normed = F.layer_norm(reduced, norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
     return convolved(normed.relu(), context.expand).flatten(1)
-
-
-def _level_weights(weight: Weight, levels: int, name: str) -> list[float]:
-    chosen = values_per_level(weight, levels, name)
-    return [check_number(each, "a number >= 0", lambda number: number >= 0, name) for each in chosen]
 
 
 def _levels_with(weights: list[float]) -> list[int]:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._numerics import accumulation_dtype, constant_vector, recordable, without_autocast
-from .._validation import Features, check_choice, check_number, paired_levels, values_per_level
+from .._validation import Features, check_choice, paired_levels
 from .._warnings import can_watch
 from ..types import present
-from .feature_loss import Channels, FeatureLoss
+from .feature_loss import Channels, FeatureLoss, adaptations, level_weights
 
 __all__ = ["LevelwiseLoss", "OneTermLoss", "Side", "Weight", "convolved", "preset_weight"]
 
@@ -19,7 +19,7 @@ Weight = float | Sequence[float]
 
 
 class OneTermLoss(FeatureLoss):
-    """The weighted sum over levels of what :meth:`level_losses` computes.
+    """A weighted sum of :meth:`level_losses` over levels.
 
     Args:
         student_channels: the student's width, an int or a list of one per level.
@@ -39,13 +39,9 @@ class OneTermLoss(FeatureLoss):
         resize: Side | None,
     ):
         super().__init__(student_channels, teacher_channels, levels)
-        chosen = values_per_level(weight, levels, "weight")
-        self.weights = [check_number(each, "a number >= 0", lambda number: number >= 0, "weight") for each in chosen]
+        self.weights = level_weights(weight, levels, "weight")
         self.resize = None if resize is None else check_choice(resize, ("student", "teacher"), "resize")
-        self.adaptations = nn.ModuleList(
-            nn.Identity() if student == teacher or weight == 0 else nn.Conv2d(student, teacher, 1)
-            for weight, (student, teacher) in zip(self.weights, self.widths, strict=True)
-        )
+        self.adaptations = adaptations(self.widths, [weight > 0 for weight in self.weights])
 
     def transformed(self, students: list[Tensor], levels: list[int]) -> list[Tensor]:
         """Return the maps that are compared with the teacher's: here the students in the teachers' widths and sizes.

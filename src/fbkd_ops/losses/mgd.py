@@ -1,6 +1,6 @@
 """MGD: the student's map with pixels left out, from which two convolutions have to make the teacher's."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ MASK_RATIOS: dict[str, float] = {"two_stage": 0.45, "one_stage": 0.65}
 LEVELS = 5
 
 _BITS = 0xFFFFFFFF  # of a random number
+Number = TypeVar("Number", int, Tensor)
 
 
 class MGDLoss(LevelwiseLoss):
@@ -30,8 +31,9 @@ class MGDLoss(LevelwiseLoss):
     teacher's width, have to make the whole teacher's map of what is left. They are layers of the loss, to be trained
     with the student and thrown away with the loss.
 
-    The masks depend on ``seed``, the number of training calls so far and the place in the map alone: they are the same
-    on every device, and a training that is resumed from ``state_dict()`` draws those that it would have drawn.
+    The masks depend on ``seed``, on the number of training calls so far and on a pixel's place among all pixels of the
+    call. They are the same on every device, and a training that is resumed from ``state_dict()`` draws those that it
+    would have drawn.
 
     Args:
         student_channels: the student's width, an int or a list of one per level.
@@ -93,7 +95,7 @@ class MGDLoss(LevelwiseLoss):
         self.mask_on = check_choice(mask_on, ("pixels", "channels"), "mask_on")
         if not is_int(seed):
             raise TypeError(f"seed must be an int, got {seed!r}")
-        self.seed = int(seed)
+        self.seed, self._key = int(seed), _mixed(int(seed))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.generations = nn.ModuleList(
             nn.Identity() if weight == 0 else _generation(width)
@@ -114,9 +116,9 @@ class MGDLoss(LevelwiseLoss):
         shapes = [(len(x), 1, *x.shape[2:]) if self.mask_on == "pixels" else (len(x), x.shape[1], 1, 1) for x in maps]
         counts = [shape[0] * shape[1] * shape[2] * shape[3] for shape in shapes]
         index = torch.arange(sum(counts), device=maps[0].device)
-        key = _mixed(self.draws.to(index.device) + _mixed_number(self.seed))
-        kept = _mixed(_mixed(index) ^ key) >= self.mask_ratio * (_BITS + 1)
-        return [mask.view(shape) for mask, shape in zip(kept.split(counts), shapes, strict=True)]
+        numbers = _mixed(_mixed(index) ^ _mixed(self.draws.to(index.device) + self._key))
+        masks = (numbers >= round(self.mask_ratio * (_BITS + 1))).split(counts)
+        return [mask.view(shape) for mask, shape in zip(masks, shapes, strict=True)]
 
     def level_losses(self, students: list[Tensor], teachers: list[Tensor], *others: list[Any]) -> Tensor:
         """Return the squared distance of each level by image, ``(levels,)``."""
@@ -134,8 +136,8 @@ def _generated(masked: Tensor, layers: nn.Module) -> Tensor:
     return convolved(convolved(masked, first).relu_(), last)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """Return 32 random bits for each int64: multiplications and shifts that let each bit of ``x`` change about half.
+def _mixed(x: Number) -> Number:
+    """Return 32 random bits for each integer: multiplications and shifts that let each bit of ``x`` change about half.
 
     Source of the constants: Wellons, "Prospecting for hash functions", 2018 (lowbias32).
     """
@@ -143,7 +145,3 @@ def _mixed(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _BITS
     return x ^ (x >> 16)
-
-
-def _mixed_number(number: int) -> int:
-    return int(_mixed(torch.tensor(number & _BITS)))

@@ -166,8 +166,8 @@ class Distiller(StudentAttributes, nn.Module):
     ):
         super().__init__()
         names: tuple[str, ...] = ()
-        if isinstance(loss, Mapping):
-            names, loss = tuple(loss), LossDict(loss, student_levels, teacher_levels)
+        if isinstance(loss, (Mapping, nn.ModuleDict)):
+            names, loss = tuple(loss), LossDict(dict(loss.items()), student_levels, teacher_levels)
             student_levels = teacher_levels = None  # each loss chooses
         _check_modules(student, teacher, loss)
         check_apart(student, teacher)
@@ -334,13 +334,11 @@ class Distiller(StudentAttributes, nn.Module):
             return self._weighted_terms(factor, args, kwargs)
         share.begin(factor)
         tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
-        with tap.split(share.split):
+        with tap.split(share.split, share.branches if share.settings.shape else None):
             return self._weighted_terms(factor, args, kwargs)
 
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Features | Branches, Features]:
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Features]:
         """Return the student's output, and the features of the student and the teacher as they go into the loss.
-
-        In a step that measures the shares of several losses the student's are :class:`Branches`, one for each loss.
 
         Args:
             *args, **kwargs: what the detectors take.
@@ -352,6 +350,8 @@ class Distiller(StudentAttributes, nn.Module):
 
     def run_for_loss(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Features | Branches, Features, dict]:
         """Return the student's output and what the loss is called with: both features, and what else it needs, by name.
+
+        In a step that measures the shares of several losses the student's features are :class:`Branches`, one for each.
 
         Raises:
             RuntimeError, TypeError, ValueError: as for the call.

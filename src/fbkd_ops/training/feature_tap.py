@@ -97,6 +97,8 @@ class FeatureTap:
         [(1, 256, 4, 4), (1, 512, 2, 2)]
     """
 
+    _branches: Callable[[int, Any], Branches] | None = None  # inside the block of split()
+
     def __init__(self, model: nn.Module, layers: Layers, *, name: str = "layers", stop_when_complete: bool = False):
         check_module(model, "model")
         check_text(name, "name")
@@ -142,13 +144,19 @@ class FeatureTap:
         return len(self._layers)
 
     @contextlib.contextmanager
-    def split(self, split: Callable[[int, Any], tuple[Any, Any]]) -> Iterator[None]:
+    def split(
+        self,
+        split: Callable[[int, Any], tuple[Any, Any]],
+        branches: Callable[[int, Any], Branches] | None = None,
+    ) -> Iterator[None]:
         """Inside the block, let each layer's value go through ``split``.
 
         Args:
             split: of a layer's number and its value. Returns what is caught, and what the model goes on with.
+            branches: of a layer's number and what was caught. Makes of it what :meth:`features` then hands out. (In the
+                compiled graph of a model several views of one map lose the nodes that made them.)
         """
-        self._recorder.split = split
+        self._recorder.split, self._branches = split, branches
         try:
             yield
         except RuntimeError as error:
@@ -157,7 +165,7 @@ class FeatureTap:
             paths = " or ".join(repr(layer.path) for layer in self._layers.values())
             raise RuntimeError(_changed_in_place(self.name, paths)) from error
         finally:
-            self._recorder.split = None
+            self._recorder.split = self._branches = None
 
     def __enter__(self) -> "FeatureTap":
         self.open()
@@ -205,8 +213,8 @@ class FeatureTap:
         """Return the features of the last forward, and forget them.
 
         Returns:
-            The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name. Where
-            ``split`` made :class:`Branches`, as many of these.
+            The list, tuple or dict that a single layer gives, else one tensor a layer, in a list or by name. Inside
+            the block of :meth:`split`, where it was given ``branches``, as many of these.
 
         Raises:
             RuntimeError: a module that was not called, or called more than once; values that were changed in place
@@ -214,9 +222,10 @@ class FeatureTap:
             TypeError: one of several layers that gave something other than a tensor, or a single one no features.
         """
         values = self.caught()
-        if not isinstance(values[0], Branches):
+        if self._branches is None:
             return self._features(values)
-        return Branches(self._features(list(branch)) for branch in zip(*values, strict=True))
+        by_layer = [self._branches(index, value) for index, value in enumerate(values)]
+        return Branches([self._features(list(branch)) for branch in zip(*by_layer, strict=True)])
 
     def _features(self, caught: list[Any]) -> Features:
         """Return the features in what was caught of each layer."""

@@ -177,18 +177,23 @@ class GradientShare(nn.Module):
     def split(self, layer: int, value: Any) -> tuple[Any, Any]:
         """Return what a layer gives twice: as the loss takes it, and as the detector goes on with it.
 
-        Where several losses have a share each, the first are :class:`Branches`.
+        Where several losses have a share each, the former is the value as it is, for :meth:`branches`.
         """
+        for_detector = self._measured(OWN, layer, value)
+        return (value if self.settings.shape else self._measured(TERMS, layer, value)), for_detector
+
+    def branches(self, layer: int, value: Any) -> Branches:
+        """Return what a layer gives as each of several losses takes it."""
+        return Branches([self._measured(TERMS + index, layer, value) for index in range(self.losses)])
+
+    def _measured(self, row: int, layer: int, value: Any) -> Any:
+        """Return the value with maps whose gradients' sums of squares arrive in a row of the sums."""
         maps: list[Tensor] = []
         _replaced(value, maps.append)
         maps = maps[:MAPS]
         if not maps or self._sums is None:
-            for_losses, for_detector = [value] * self.losses, value
-        else:
-            rows = (*range(TERMS, TERMS + self.losses), OWN)
-            branches = [iter(BranchSquares.apply(self._sums[row, layer], *maps)) for row in rows]
-            *for_losses, for_detector = (_replaced(value, functools.partial(_next, branch)) for branch in branches)
-        return Branches(for_losses) if self.settings.shape else for_losses[0], for_detector
+            return value
+        return _replaced(value, functools.partial(_next, iter(BranchSquares.apply(self._sums[row, layer], *maps))))
 
     def is_waiting(self) -> bool:
         """Whether a measurement may have come."""

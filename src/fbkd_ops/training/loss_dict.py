@@ -31,7 +31,7 @@ class LossDict(nn.ModuleDict):
             raise ValueError("loss is empty, expected at least one loss")
         for name, loss in losses.items():
             check_text(name, "the name of a loss")
-            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            if not name.isidentifier() or hasattr(self, name) or name in ("student_levels", "teacher_levels"):
                 raise ValueError(
                     f"loss: the name {name!r} must be an identifier, and none of nn.ModuleDict's own names"
                 )
@@ -92,9 +92,14 @@ def _term_names(name: str, loss: nn.Module) -> list[str]:
 def _merged(terms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return all losses' terms in one dict."""
     counts = Counter(key for own in terms.values() for key in own)
-    return {
-        key if counts[key] == 1 else f"{key}_{name}": term for name, own in terms.items() for key, term in own.items()
-    }
+    merged: dict[str, Any] = {}
+    for name, own in terms.items():
+        for key, term in own.items():
+            unique = key if counts[key] == 1 else f"{key}_{name}"
+            if unique in merged:
+                raise ValueError(f"loss: two terms are called {unique!r}; give one of the losses another name")
+            merged[unique] = term
+    return merged
 
 
 def _levels_by_loss(levels: Any, losses: LossDict, name: str) -> dict[str, Levels]:

@@ -55,7 +55,7 @@ class BoxSource:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Around the student's forward."""
+        """Catch the resized boxes while the student runs."""
         with self._tap or contextlib.nullcontext():
             yield
 
