@@ -63,6 +63,7 @@ def built(small, arm):
         return found
     pull = "preset" if trained.share is None else trained.share.settings.target
     found |= {"pull": pull, "stop": trained.stop_step, "loss": type(trained.loss).__name__}
+    found["share_steps"] = None if trained.share is None else trained.share.settings.steps
     if recipe(arm).loss != "fbkd":
         return found
     levels, terms = [level.settings for level in trained.loss.levels], weighted_terms(trained.loss)
@@ -117,6 +118,8 @@ def test_switches_reach_the_distiller(small):
     }
     assert {arm for arm, each in made.items() if each.stop_step is not None} == {"stop"}
     assert made["stop"].stop_step == 90
+    calibrated = {arm for arm, each in made.items() if each.share is not None and each.share.settings.steps is not None}
+    assert calibrated == {"calibrated"} and made["calibrated"].share.settings.steps == 10
     assert {type(each.loss).__name__ for each in made.values()} == {f"{loss}Loss" for loss in LOSSES}
     for arm, each in made.items():
         assert type(each.loss).__name__ == f"{recipe(arm).loss.upper()}Loss"

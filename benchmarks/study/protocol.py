@@ -55,6 +55,7 @@ class Recipe:
         terms: the terms whose weights are not 0.
         inherits: whether the setting's inheritable modules start as copies of the teacher's.
         stop: the fraction of the steps after which the terms stop; None for none.
+        calibration: the fraction of the steps after which the factor of the share stays as it is; None for none.
     """
 
     length: int | str = 1
@@ -64,6 +65,7 @@ class Recipe:
     terms: tuple[str, ...] = TERMS
     inherits: bool = False
     stop: float | None = None
+    calibration: float | None = None
 
 
 DIGITS = Setting(
@@ -118,6 +120,7 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "relation": ("size_free", {"terms": ("relation",)}),
     "weak": ("size_free", {"pull": 0.1}),
     "stop": ("size_free", {"stop": 0.9}),
+    "calibrated": ("size_free", {"calibration": 0.1}),
     "inherit": ("baseline", {"inherits": True}),
     "inherit_size_free": ("size_free", {"inherits": True}),
     **{loss: ("size_free", {"loss": loss}) for loss in OTHER_LOSSES},
@@ -131,6 +134,7 @@ COSTS_LIKE = {
     "share": "size_free",
     "weak": "size_free",
     "stop": "size_free",
+    "calibrated": "size_free",
     "inherit_size_free": "size_free",
     **{f"{loss}_preset": loss for loss in OTHER_LOSSES},
 }

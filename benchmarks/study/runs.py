@@ -98,13 +98,16 @@ def distiller(
     if chosen.loss != "fbkd":
         options = {}  # proportions and terms are FBKD's
     loss = LOSSES[f"{chosen.loss.upper()}Loss"].from_features(*pyramids, preset=setting.preset, **options)
-    stop_step = None if chosen.stop is None else round(chosen.stop * total_steps)
+    stop_step, share_steps = (
+        None if part is None else round(part * total_steps) for part in (chosen.stop, chosen.calibration)
+    )
     return Distiller(
         student,
         teacher,
         loss,
         student_layers="backbone",
         gradient_share=None if chosen.pull == "preset" else chosen.pull,
+        share_steps=share_steps,
         stop_step=stop_step,
     )
 
