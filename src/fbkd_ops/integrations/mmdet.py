@@ -49,8 +49,8 @@ class FBKDDetector(Distiller, BaseModel):
         **settings: further ones of :class:`fbkd_ops.Distiller`: ``teacher_layers``, ``teacher_entry``,
             ``teacher_input``, ``student_levels``, ``teacher_levels``, ``resize``, ``start_step``, ``stop_step``,
             ``warmup_steps``, ``decay``, ``weight``, ``gradient_share``, ``share_every``, ``share_steps``, ``boxes``,
-            ``teacher_scores``, ``combine``, ``total_steps``, by default the runner's ``max_iters`` where a schedule needs it, and ``total``, None by
-            default: MMEngine adds up every entry with "loss" in its name.
+            ``teacher_scores``, ``combine``, ``total_steps``, by default the runner's ``max_iters`` where a schedule
+            needs it, and ``total``, None by default: MMEngine adds up every entry with "loss" in its name.
 
     Raises:
         RuntimeError: a ``teacher_ckpt`` that does not fit the teacher.
