@@ -334,7 +334,7 @@ class Distiller(StudentAttributes, nn.Module):
             return self._weighted_terms(factor, args, kwargs)
         share.begin(factor)
         tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
-        with tap.split(share.split, share.branches if share.settings.shape else None):
+        with tap.split(share.split, share.branches if share.settings.shape() else None):
             return self._weighted_terms(factor, args, kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Features]:
@@ -481,7 +481,7 @@ class Distiller(StudentAttributes, nn.Module):
         if self.share is None:
             return {"fbkd_weight": torch.tensor(weight, device="cpu")}
         found = {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share.clone()}
-        if not self.share.settings.shape:
+        if not self.share.settings.shape():
             return found
         losses = cast(LossDict, unwrapped(self.loss))
         return {

@@ -43,7 +43,6 @@ class ShareSettings(NamedTuple):
     every: int  # steps from one measurement to the next
     steps: int | None  # training steps, counted from start_step, after which the factor stays; None: never
 
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of the factors: (), or one for each of several losses."""
         return (len(self.target),) if isinstance(self.target, tuple) else ()
@@ -133,7 +132,7 @@ class GradientShare(nn.Module):
         super().__init__()
         self.settings, self.layers = settings, layers
         for name in SHARE_STATE:
-            shape = (3 * self.losses,) if name == "pending" else settings.shape
+            shape = (3 * self.losses,) if name == "pending" else settings.shape()
             self.register_buffer(name, torch.zeros(shape, device=device))
         self._watch, self._waiting, self._has_pending = ShareWatch(), list[_Waiting](), False
         self._is_measured = False  # known once the steps are over
@@ -142,7 +141,7 @@ class GradientShare(nn.Module):
     @property
     def losses(self) -> int:
         """How many losses have a share; 1 where all have one together."""
-        return math.prod(self.settings.shape)
+        return math.prod(self.settings.shape())
 
     def factor(self, weight: float) -> Tensor:
         """Return what the terms are multiplied with, on the device: the factor times ``weight``.
@@ -180,7 +179,7 @@ class GradientShare(nn.Module):
         Where several losses have a share each, the former is the value as it is, for :meth:`branches`.
         """
         for_detector = self._measured(OWN, layer, value)
-        return (value if self.settings.shape else self._measured(TERMS, layer, value)), for_detector
+        return (value if self.settings.shape() else self._measured(TERMS, layer, value)), for_detector
 
     def branches(self, layer: int, value: Any) -> Branches:
         """Return what a layer gives as each of several losses takes it."""
@@ -217,9 +216,9 @@ class GradientShare(nn.Module):
         """Let a measurement move the mean: sums of squares of this process ``(2 * losses,)``, factors ``(losses,)``."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(squares)
-        own, terms = squares.view(2, *self.settings.shape).unbind()
+        own, terms = squares.view(2, *self.settings.shape()).unbind()
         share = (terms / own).sqrt()
-        unit = share.log() - factor.view(self.settings.shape).log()
+        unit = share.log() - factor.view(self.settings.shape()).log()
         is_good = unit.isfinite()
         newest = torch.where(self.measured > 0, NEWEST, 1.0)
         mean = self.log_unit + newest * (unit - self.log_unit)
