@@ -133,6 +133,21 @@ def test_a_context_that_closes_the_gap_is_no_negative_loss():
         assert 0 <= term < 1e-4 * teacher.square().sum()
 
 
+def test_the_focal_term_s_literal_formula():
+    (student, *_), (teacher, *_) = maps(8, 1), maps(8, 2)
+    weights = {"foreground_weight": 0.7, "background_weight": 0.2, "attention_weight": 0, "global_weight": 0}
+    term = FGDLoss(8, num_levels=1, temperature=0.5, **weights)([student.requires_grad_()], [teacher], BOXES, IMAGE)
+    boxes = torch.nn.utils.rnn.pad_sequence(BOXES, batch_first=True)
+    inside, outside = inside_and_outside(boxes, IMAGE, SIZES[0])
+    over_pixels, over_channels = teacher.abs().mean(1).flatten(1), teacher.abs().mean((2, 3))
+    pixels = (80 * torch.softmax(over_pixels / 0.5, dim=1)).reshape(2, 1, *SIZES[0])
+    channels = (8 * torch.softmax(over_channels / 0.5, dim=1))[:, :, None, None]
+    weight = (0.7 * inside + 0.2 * outside)[:, None]
+    torch.testing.assert_close(
+        term["loss_fgd_focal"], (pixels * channels * weight * (student - teacher) ** 2).sum() / 2
+    )
+
+
 def test_a_weight_of_0_leaves_the_part_out_with_its_layers():
     students, teachers = [x.requires_grad_() for x in maps(8, 1)], maps(12, 2)
     loss = make(8, 12, global_weight=[0, 1], attention_weight=0, foreground_weight=[0, 1], background_weight=0)

@@ -66,6 +66,17 @@ def test_each_loss_has_its_own_levels():
         torch.testing.assert_close(result[f"loss_{name}"], expected)
 
 
+def test_each_side_has_its_own_levels():
+    torch.manual_seed(0)
+    student, teacher = Detector(WIDTH), Detector(TEACHER_WIDTH)
+    layers = {"student_layers": LAYERS, "teacher_layers": LAYERS[::-1]}
+    levels = {"student_levels": {"cwd": [1]}, "teacher_levels": {"cwd": [0]}}
+    module = Distiller(student, teacher, {"cwd": cwd(1)}, **layers, **levels)
+    result = module(batch(0))["loss_cwd"]
+    _, students, teachers = module.run(batch(0))
+    torch.testing.assert_close(result, module.loss["cwd"]([students[1]], [teachers[0]])["loss_cwd"])
+
+
 def test_levels_of_some_losses_and_of_all():
     losses = {"pkd": pkd(1), "cwd": cwd()}
     some = make(copy.deepcopy(losses), student_levels={"pkd": ["fine"]}, teacher_levels={"pkd": ["fine"]})
