@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._numerics import constant_vector
 from .._validation import Features, as_list, check_same_device, feature_levels
+from .._warnings import can_watch
 from .feature_loss import Channels, count_levels
 from .levelwise_loss import OneTermLoss, Side, Weight
 
@@ -99,7 +101,8 @@ class ScoreWeightedLoss(OneTermLoss):
         ]
         absent: list[Tensor | None] = [None] * len(students)
         squares = dispatch.masked_l2_squares(students, teachers, [*masks], absent)
-        widths = squares.new_tensor([float(student.shape[1]) for student in students])
+        channels = [float(student.shape[1]) for student in students]
+        widths = constant_vector(channels, squares.dtype, squares.device, keep=can_watch(squares))
         sums = torch.stack([mask.sum() for mask in masks]).to(squares.dtype)
         return squares / (widths * sums.clamp(min=torch.finfo(squares.dtype).tiny))
 

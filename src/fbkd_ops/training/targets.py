@@ -122,8 +122,9 @@ def _of_hugging_face(images: Tensor, labels: Sequence[Mapping[str, Tensor]]) -> 
 
 def _corners(boxes: Tensor, height: int, width: int) -> Tensor:
     """Return x1, y1, x2, y2 in pixels of centre and size in parts of the image."""
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=1) * boxes.new_tensor([width, height, width, height])
+    x, y, w, h = boxes.unbind(1)
+    left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    return torch.stack([left * width, top * height, right * width, bottom * height], dim=1)
 
 
 def _image_size(values: Sequence[Any]) -> tuple[int, ...] | None:
