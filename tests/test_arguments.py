@@ -154,6 +154,26 @@ class Public(NamedTuple):
     variadic: tuple[str, ...] = ()  # arguments that stand for others: covered by name, or passed on to PyTorch
 
 
+def levelwise(kind, **constants):
+    """Entries of a loss of one term that needs nothing but the features; ``constants`` are its own arguments."""
+    maps = {"student_features": [MAPS], "teacher_features": [MAPS]}
+    wrong_maps = dict.fromkeys(maps, FEATURES)
+    arguments = {
+        "student_channels": [*CHANNELS, None],
+        "teacher_channels": CHANNELS,
+        "num_levels": INT,
+        "preset": [*CHOICE, ["two_stage"]],
+        "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
+        "resize": [wrong for wrong in CHOICE if wrong is not None],
+    }
+    name = kind.__name__
+    return {
+        name: Public(kind, dict(student_channels=4, num_levels=2), arguments | constants),
+        f"{name}.from_features": Public(kind.from_features, maps, wrong_maps, ("arguments",)),
+        f"{name}.forward": Public(kind(4, num_levels=1).forward, maps, wrong_maps),
+    }
+
+
 BLOCK = {
     "mode": [*CHOICE, "concatenation"],
     "stride": [*INT, None],
@@ -207,79 +227,13 @@ CALLABLES = {
         dict(student_features=[MAPS], teacher_features=[MAPS]),
         {"student_features": FEATURES, "teacher_features": FEATURES},
     ),
-    "PKDLoss": Public(
-        PKDLoss,
-        dict(student_channels=4, num_levels=2),
-        {
-            "student_channels": [*CHANNELS, None],
-            "teacher_channels": CHANNELS,
-            "num_levels": INT,
-            "preset": [*CHOICE, ["two_stage"]],
-            "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
-            "resize": [wrong for wrong in CHOICE if wrong is not None],
-            "eps": POSITIVE,
-        },
-    ),
-    "PKDLoss.from_features": Public(
-        PKDLoss.from_features,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
-        ("arguments",),
-    ),
-    "PKDLoss.forward": Public(
-        PKDLoss(4, num_levels=1).forward,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
-    ),
-    "CWDLoss": Public(
-        CWDLoss,
-        dict(student_channels=4, num_levels=2),
-        {
-            "student_channels": [*CHANNELS, None],
-            "teacher_channels": CHANNELS,
-            "num_levels": INT,
-            "preset": [*CHOICE, ["two_stage"]],
-            "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
-            "resize": [wrong for wrong in CHOICE if wrong is not None],
-            "temperature": POSITIVE,
-        },
-    ),
-    "CWDLoss.from_features": Public(
-        CWDLoss.from_features,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
-        ("arguments",),
-    ),
-    "CWDLoss.forward": Public(
-        CWDLoss(4, num_levels=1).forward,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
-    ),
-    "MGDLoss": Public(
+    **levelwise(PKDLoss, eps=POSITIVE),
+    **levelwise(CWDLoss, temperature=POSITIVE),
+    **levelwise(
         MGDLoss,
-        dict(student_channels=4, num_levels=2),
-        {
-            "student_channels": [*CHANNELS, None],
-            "teacher_channels": CHANNELS,
-            "num_levels": INT,
-            "preset": [*CHOICE, ["two_stage"]],
-            "weight": [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
-            "resize": [wrong for wrong in CHOICE if wrong is not None],
-            "mask_ratio": [wrong for wrong in [*NUMBER, 1.5] if wrong is not None],
-            "mask_on": CHOICE,
-            "seed": [0.5, "0", None, True],
-        },
-    ),
-    "MGDLoss.from_features": Public(
-        MGDLoss.from_features,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
-        ("arguments",),
-    ),
-    "MGDLoss.forward": Public(
-        MGDLoss(4, num_levels=1).forward,
-        dict(student_features=[MAPS], teacher_features=[MAPS]),
-        {"student_features": FEATURES, "teacher_features": FEATURES},
+        mask_ratio=[wrong for wrong in [*NUMBER, 1.5] if wrong is not None],
+        mask_on=CHOICE,
+        seed=[0.5, "0", None, True],
     ),
     "FGDLoss": Public(
         FGDLoss,

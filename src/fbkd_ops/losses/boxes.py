@@ -88,7 +88,8 @@ def inside_and_outside(boxes: Tensor, image_size: Sequence[float], size: Sequenc
     col = torch.arange(cols, device=boxes.device)
     edges = [each[:, :, None, None] for each in (left, right, top, bottom, weight)]  # (N, K, 1, 1)
     inside = boxes.new_zeros(len(boxes), rows, cols)
-    if torch.compiler.is_compiling():  # one graph for any number of boxes; what it makes of all of them is never stored
+    if torch.compiler.is_compiling():
+        # One graph serves any number of boxes. The compiler joins mask and maximum, so (N, K, H, W) is never stored.
         return _with_outside(torch.maximum(inside, _largest_weight(edges, row, col)))
     for first in range(0, boxes.shape[1], BOXES):
         inside = torch.maximum(inside, _largest_weight([each[:, first : first + BOXES] for each in edges], row, col))
@@ -99,7 +100,7 @@ def _largest_weight(edges: list[Tensor], row: Tensor, col: Tensor) -> Tensor:
     """Return the largest weight of any box at each cell, ``(N, H, W)``."""
     left, right, top, bottom, weight = edges
     is_inside = (col >= left) & (col <= right) & (row >= top) & (row <= bottom)  # (N, K, H, W)
-    # A box without weight in front, as a maximum of none is none.
+    # Prepend a weight of 0, because the maximum of no box at all is an error.
     return F.pad(torch.where(is_inside, weight, 0.0), (0, 0, 0, 0, 1, 0)).amax(dim=1)
 
 

@@ -244,8 +244,8 @@ class FGDLoss(FeatureLoss):
         """Return the weighted global term by level.
 
         With d (N, C), by which the sides' additions differ, ``sum((S - T + d)^2)`` is the plain distance plus
-        ``H W sum(d (2 mean(S - T) + d))``: no map with an addition is made. Its rounding error is that of the plain
-        distance, below which it may lie; so it is kept from falling below 0.
+        ``H W sum(d (2 mean(S - T) + d))``: no map with an addition is made. The rounding error is
+        that of the plain distance, so a sum near 0 could come out negative: it is clamped.
         """
         levels = _levels_with(self.global_weights)
         if not levels:
