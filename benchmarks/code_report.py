@@ -207,7 +207,7 @@ def launches(few: bool = False) -> Iterator[Callable[[], object]]:
             pair = student, second, pools[::4], absent
             yield lambda: masked_l2.masked_l2_forward(*pair)
             yield lambda: masked_l2.masked_l2_backward(*pair, grad)
-            maps, coefficients = (student, second), [torch.empty(4, x.shape[1], dtype=torch.float64) for x in student]
+            maps, coefficients = (student, second), [torch.empty(6, x.shape[1], dtype=torch.float64) for x in student]
             yield lambda: channel_correlation.channel_correlation_forward(*maps, 1e-6)
             yield lambda: channel_correlation.channel_correlation_backward(*maps, coefficients, grad)
             normalisers = [torch.empty(x.shape[0], 4, x.shape[1], dtype=sums) for x in student]

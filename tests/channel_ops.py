@@ -49,7 +49,7 @@ CORRELATION = ChannelOp(
     lambda *levels: channel_correlation_losses(*levels, EPS),
     EPS,
     lambda students, teachers, kept, grad: (students, teachers, kept, grad),
-    lambda student: torch.zeros(4, student.shape[1], dtype=torch.float64),
+    lambda student: torch.zeros(6, student.shape[1], dtype=torch.float64),
     _correlation_terms,
 )
 DIVERGENCE = ChannelOp(

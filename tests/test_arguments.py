@@ -106,6 +106,7 @@ SETTINGS = {
     "pooled_terms": CHOICE,
     "channel_mask_source": CHOICE,
     "normalize": CHOICE,
+    "feature_norm": CHOICE,
 }
 PRESET = {name: value[0] if isinstance(value, tuple) else value for name, value in PRESETS["two_stage"].items()}
 
@@ -248,6 +249,7 @@ CALLABLES = {
                 [wrong for wrong in [*NUMBER, [], [-1, -1], np.array([])] if wrong is not None],
             ),
             "temperature": [wrong for wrong in POSITIVE if wrong is not None],
+            "feature_norm": CHOICE,
         },
     ),
     "FGDLoss.from_features": Public(
@@ -568,6 +570,7 @@ TWO_VALUES = {
     "pooled_terms": ("mean", "attention"),
     "channel_mask_source": ("both", "teacher"),
     "normalize": ("none", "mean"),
+    "feature_norm": ("channel", "none"),
 }
 
 

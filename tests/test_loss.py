@@ -65,6 +65,7 @@ def test_presets_equal_the_reference(preset, levels, widths):
         dict(spatial_temperature=0.1),
         dict(use_channel_mask=True, channel_temperature=0.05),
         dict(normalize="mean"),
+        dict(feature_norm="channel"),
         dict(norm="none"),
         dict(conv_out_bias=False),
         dict(stride=[1, 3]),

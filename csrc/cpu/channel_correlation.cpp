@@ -16,12 +16,20 @@ namespace {
 // keeps its digits.
 enum Sum { kStudentSum, kTeacherSum, kStudentSquares, kTeacherSquares, kProducts, kSums };
 
-// What the gradient needs of a channel, one row each of a level's coefficients (4, C), for a grad of 1:
-// dS = student * (s - student_mean) + teacher * (t - teacher_mean).
-enum Coefficient { kStudentMean, kTeacherMean, kStudent, kTeacher, kCoefficients };
+// What is known of a channel, one row each of a level's coefficients (6, C). The gradient needs the first four: for a
+// grad of 1, dS = student * (s - student_mean) + teacher * (t - teacher_mean). The others are sums over centred values.
+enum Coefficient {
+  kStudentMean,
+  kTeacherMean,
+  kStudent,
+  kTeacher,
+  kCentredStudentSquares,
+  kCentredTeacherSquares,
+  kCoefficients
+};
 
 struct CorrelationLevel : PairLevel {
-  double* coefficients;  // (4, C); read only in backward
+  double* coefficients;  // (6, C); read only in backward
 };
 
 // One channel's sums: sums[k] belongs to Sum k.
@@ -126,6 +134,8 @@ struct Coefficients : Tiles {
     put(kTeacherMean, shifts[channels + channel] + t_mean);
     put(kStudent, scale * (1 / (a * a) - through_deviation));
     put(kTeacher, -scale * (1 / (a * b)));
+    put(kCentredStudentSquares, ss);
+    put(kCentredTeacherSquares, tt);
   }
 
   double degrees() const { return values > 1 ? values - 1 : 1; }
@@ -240,7 +250,7 @@ void launch_channel_correlation_backward(const std::vector<CorrelationLevel>& le
   run_tiles(gradients);
 }
 
-// The losses (levels,), then each level's coefficients (4, C).
+// The losses (levels,), then each level's coefficients (6, C).
 Tensors channel_correlation_forward(const Tensors& student, const Tensors& teacher, double eps) {
   const char* op = "channel_correlation";
   check_pair_lists(student, teacher, op);

@@ -9,8 +9,9 @@ MASKS = Selection(("test_attention_masks.py",), "cpu and (test_lengths or temper
 DISTANCE = Selection(("test_masked_l2.py",), "cpu and (small_sizes or large_sizes or gradcheck)")
 CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
-    (CHANNELS, "test_channel_correlation.py"),
-    "channel_correlation and cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)",
+    (CHANNELS, "test_channel_correlation.py", "test_feature_norm.py"),
+    "channel_correlation and cpu and (small_sizes or large_sizes or gradcheck or constant or zero or digits)"
+    " or test_moments and cpu",
 )
 DIVERGENCE = Selection(
     (CHANNELS, "test_channel_divergence.py"),
@@ -68,6 +69,7 @@ MUTATIONS = [
         degrees_of_freedom=("return values > 1 ? values - 1 : 1;", "return values;"),
         shift_of_the_other_map=("v = t[i] - t_shift[i];", "v = t[i] - s_shift[i];"),
         factor_that_is_rounded=("-scale * (1 / (a * b))", "-scale / (a * b)"),
+        squares_that_are_not_centred=("put(kCentredTeacherSquares, tt);", "put(kCentredTeacherSquares, tt + t_mean);"),
         gradient_of_a_constant_channel=("deviation == 0 ? 0 :", "deviation < 0 ? 0 :"),
         sums_of_the_first_image=("partials[(image * kSums + sum)", "partials[(0 * kSums + sum)"),
     ),

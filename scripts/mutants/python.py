@@ -15,6 +15,7 @@ COLLAPSED = Selection(
     ("test_collapsed_relation.py",), "cpu and (gradcheck or literal_formula or both_sides) or dtypes_and_layouts"
 )
 SHARED_NORM = Selection(("test_collapsed_relation.py", "test_cell_relation.py"), "both_sides or running_statistics")
+FEATURE_NORM = Selection(("test_feature_norm.py",), "batch_norm or moments or few_values or constant or half")
 LOSS = Selection(("test_loss.py",), "presets_equal or written_out or invariant or no_image")
 
 MUTATIONS = [
@@ -25,6 +26,25 @@ MUTATIONS = [
         half=("grad * scale / (2 * roots)", "grad * scale / roots"),
         zero=('float("inf")', "1.0"),
         scale=("return grad * scale / (2", "return grad / (2"),
+    ),
+    *faults(
+        "python.moments",
+        "src/fbkd_ops/autograd/channel_moments.py",
+        FEATURE_NORM,
+        gradient_of_the_variance=("2 * of_variance", "of_variance"),
+        sign_of_the_mean=("-of_mean", "of_mean"),
+        teachers_of_other_widths=("else next(rest)", "else both"),
+        mean_of_the_student=("_rows(both, 1, t)", "_rows(both, 0, t)"),
+    ),
+    *faults(
+        "python.feature_norm",
+        "src/fbkd_ops/feature_norm.py",
+        FEATURE_NORM,
+        mean_of_the_teacher=("bias + moments.teacher[0]", "bias"),
+        scale_of_the_bias=("of_teacher * bias + moments", "bias + moments"),
+        scale_of_the_layer=("scale * present(layer.bias)", "present(layer.bias)"),
+        eps=("EPS = 1e-5", "EPS = 1e-3"),
+        weights=("1 / (moments.teacher[1] + EPS)", "1 / (moments.teacher[1] + EPS).sqrt()"),
     ),
     *faults(
         "python.channel",

@@ -9,8 +9,9 @@ MASKS = Selection(("test_attention_masks.py",), "interpreter and (lengths or tem
 DISTANCE = Selection(("test_masked_l2.py",), "interpreter and (tiles_in or mixtures or together or test_layouts)")
 CHANNELS = "test_channel_ops.py"
 CORRELATION = Selection(
-    (CHANNELS, "test_channel_correlation.py"),
-    "channel_correlation and interpreter and (tiles_in or mixtures or together or constant or zero)",
+    (CHANNELS, "test_channel_correlation.py", "test_feature_norm.py"),
+    "channel_correlation and interpreter and (tiles_in or mixtures or together or constant or zero)"
+    " or test_moments and interpreter",
 )
 DIVERGENCE = Selection(
     (CHANNELS, "test_channel_divergence.py"),
@@ -65,6 +66,7 @@ MUTATIONS = [
         degrees_of_freedom=("degrees = tl.maximum(count - 1, 1)", "degrees = count"),
         part_of_the_first_image=("pair.image * size.col_tiles + pair.col_tile", "pair.col_tile"),
         gradient_of_the_first_level=("tl.load(grad + size.slot)", "tl.load(grad)"),
+        squares_of_the_student=("5 * size.channels, tt", "5 * size.channels, ss"),
         constant_channel=("tl.where(deviation == 0, 1.0, deviation)", "deviation"),
     ),
     *faults(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import backends, ops, reference
 from ._numerics import without_autocast
+from .autograd import channel_moments as moments
+from .autograd.channel_moments import ChannelMoments
 from .non_local import relation, responses
 from .non_local.parameters import Block
 from .non_local.relation import RelationTerm
@@ -28,6 +30,7 @@ __all__ = [
     "attention_pools",
     "channel_correlation_losses",
     "channel_divergence_losses",
+    "channel_moments",
     "is_literal",
     "literal_terms",
     "masked_l2_squares",
@@ -123,6 +126,15 @@ def channel_correlation_losses(students: list[Tensor], teachers: list[Tensor], e
         pairs = zip(students, teachers, strict=True)
         return torch.stack([reference.channel_correlation_loss(*pair, eps=eps) for pair in pairs])
     return ops.channel_correlation.channel_correlation_losses(backend, students, teachers, eps)
+
+
+def channel_moments(students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], list[ChannelMoments]]:
+    """Return the students and the moments of every level; see :mod:`fbkd_ops.autograd.channel_moments`."""
+    backend = backends.resolve("channel_correlation_loss", students[0])
+    if backend == "reference":
+        pairs = zip(students, teachers, strict=True)
+        return students, [ChannelMoments(reference.channel_moments(s), reference.channel_moments(t)) for s, t in pairs]
+    return moments.channel_moments(backend, students, teachers)
 
 
 def channel_divergence_losses(students: list[Tensor], teachers: list[Tensor], temperature: float) -> Tensor:

@@ -15,6 +15,7 @@ from ._warnings import can_watch
 from .autograd.channel_l2 import ChannelLevels, channel_l2_squares
 from .autograd.sum_over_processes import SumOverProcessesFunction
 from .autograd.weighted_roots import weighted_roots
+from .feature_norm import standardised
 from .level import FBKDLevel, FBKDLevels
 from .losses.feature_loss import Channels, FeatureLoss, count_levels
 from .ops.adapted_masked_l2 import AdaptedLevels
@@ -61,7 +62,7 @@ class FBKDLoss(FeatureLoss):
             ``spatial_temperature``, ``channel_temperature``, ``mask_rule``, ``use_channel_mask``,
             ``channel_mask_source``, ``feature_weight``, ``channel_weight``, ``spatial_weight``, ``relation_weight``,
             ``inter_channels``, ``stride``, ``pool_order``, ``mode``, ``use_scale``, ``norm``, ``conv_out_bias``,
-            ``pooled_terms``, ``normalize``.
+            ``pooled_terms``, ``normalize``, ``feature_norm``.
 
     Warns:
         UserWarning: once each, in training outside compiled graphs: student features without a gradient, teacher
@@ -296,6 +297,7 @@ def _feature_terms(
         [mask[0] for mask in masks],
         [mask[1] for mask in masks],
     )
+    arguments = standardised(arguments, [level.settings.feature_norm == "channel" for level in levels])
     squares, pools_s, students = dispatch.student_pyramid(arguments, pools_s, memory_efficient)
     return students, pools_s, squares
 

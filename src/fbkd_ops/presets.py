@@ -29,6 +29,7 @@ __all__ = [
     "MODES",
     "PRESETS",
     "TERMS",
+    "FeatureNorm",
     "LevelSettings",
     "LossArguments",
     "MaskRule",
@@ -51,6 +52,7 @@ PoolOrder = Literal["single", "nested"]
 PooledTerms = Literal["mean", "attention"]
 ChannelMaskSource = Literal["both", "teacher"]
 Normalize = Literal["none", "mean"]
+FeatureNorm = Literal["none", "channel"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class LevelSettings:
         conv_out_bias: whether that convolution has a bias.
         pooled_terms: whether the channel and spatial terms compare plain means (``"mean"``) or means of
             absolute values (``"attention"``).
+        feature_norm: ``"channel"`` for a feature term of maps that are standardised per channel over the batch, the
+            student's before the adaptation. The masks and the other terms are those of the maps as they are.
         normalize: ``"none"`` for the paper's root of a sum over the batch, ``"mean"`` for the root of the mean.
     """
 
@@ -102,6 +106,7 @@ class LevelSettings:
     pooled_terms: PooledTerms = "mean"
     channel_mask_source: ChannelMaskSource = "both"
     normalize: Normalize = "none"
+    feature_norm: FeatureNorm = "none"
 
     def __post_init__(self):
         for name in ("spatial_temperature", "channel_temperature"):
@@ -144,6 +149,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pooled_terms": get_args(PooledTerms),
     "channel_mask_source": get_args(ChannelMaskSource),
     "normalize": get_args(Normalize),
+    "feature_norm": get_args(FeatureNorm),
 }
 
 
@@ -168,6 +174,7 @@ class Overrides(TypedDict, total=False):
     pooled_terms: PerLevel[PooledTerms]
     channel_mask_source: PerLevel[ChannelMaskSource]
     normalize: PerLevel[Normalize]
+    feature_norm: PerLevel[FeatureNorm]
 
 
 PresetName = Literal["two_stage", "one_stage", "mmrazor", "paper"]

@@ -27,6 +27,7 @@ __all__ = [
     "attention_pool",
     "channel_correlation_loss",
     "channel_divergence_loss",
+    "channel_moments",
     "level_terms",
     "masked_l2_loss",
     "masked_l2_square",
@@ -36,6 +37,7 @@ __all__ = [
     "relation_square",
     "spatial_l2_loss",
     "spatial_l2_square",
+    "standardised",
 ]
 
 
@@ -161,6 +163,24 @@ def _standardised(x: Tensor, eps: float) -> Tensor:
     centred = x - x.sum(dim=(0, 2, 3), keepdim=True) / max(values, 1)
     variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(values - 1, 1)
     return centred / (root(variance) + eps)
+
+
+def channel_moments(x: Tensor) -> Tensor:
+    """Mean and variance of each channel of ``x (N, C, H, W)`` over the batch, ``(2, C)``."""
+    x = x.to(accumulation_dtype(x))
+    values = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
+    mean = x.sum(dim=(0, 2, 3)) / values
+    variance = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3)) / values
+    return torch.stack([mean, variance])
+
+
+def standardised(x: Tensor) -> Tensor:
+    """``x (N, C, H, W)`` as a BatchNorm in training without weights gives it.
+
+    Source: ``NormConnector`` of MMRazor, with ``dict(type="BN", affine=False, track_running_stats=False)``.
+    """
+    mean, variance = channel_moments(x)[:, :, None, None]
+    return (x - mean) / (variance + 1e-5).sqrt()
 
 
 def channel_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -312,8 +332,9 @@ def level_terms(student: Tensor, teacher: Tensor, level) -> dict[str, Tensor]:
     terms = {}
     if level.feature_adaptation is not None:
         layer = level.feature_adaptation
+        s, t = (standardised(x) if settings.feature_norm == "channel" else x for x in (student, teacher))
         terms["feature"] = adapted_masked_l2_loss(
-            student, layer.weight.flatten(1), layer.bias, teacher, *_masks(pool_s, pool_t, level)
+            s, layer.weight.flatten(1), layer.bias, t, *_masks(pool_s, pool_t, level)
         )
     attention = settings.pooled_terms == "attention"
     if level.channel_adaptation is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._layout import MatrixView, empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
+from ..ops.channel_correlation import COEFFICIENTS
 from .pairs import ALIGNED, CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
 from .pyramid import (
     Level,
@@ -90,7 +91,7 @@ def sum_products(
 def finish_channels(
     student,  # a level: (images, channels, pixels)
     teacher,  # a level: (images, channels, pixels)
-    coefficients,  # a level: (4, channels)
+    coefficients,  # a level: (6, channels)
     partials,  # a level: (parts, 5, channels)
     losses,  # a level: (channels,)
     sizes,
@@ -131,13 +132,15 @@ def finish_channels(
     tl.store(result + size.channels, shift + t_mean, mask=inside)
     tl.store(result + 2 * size.channels, of_student, mask=inside)
     tl.store(result + 3 * size.channels, -scale * (1 / (a * b)), mask=inside)
+    tl.store(result + 4 * size.channels, ss, mask=inside)
+    tl.store(result + 5 * size.channels, tt, mask=inside)
 
 
 @triton.jit
 def correlation_gradients(
     student,  # a level: (images, rows, cols)
     teacher,  # a level: (images, rows, cols)
-    coefficients,  # a level: (4, channels)
+    coefficients,  # a level: (6, channels)
     gradient,  # a level: (images, rows, cols), densely packed
     grad,  # (levels,)
     sizes,
@@ -219,7 +222,7 @@ def _launch(kernel, levels: list[Level], shared: Tensor) -> None:
 
 
 def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], eps: float) -> list[Tensor]:
-    """Each level's loss, ``(levels,)``, then its coefficients ``(4, C)`` for backward.
+    """Each level's loss, ``(levels,)``, then its coefficients ``(6, C)``; see ops/channel_correlation.py.
 
     Args:
         students, teachers: ``(N, C, H, W)``.
@@ -232,7 +235,7 @@ def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], 
     *slots, channel_count = accumulate(channels, initial=0)
     partials = students[0].new_empty(partial_count, dtype=torch.float64)
     losses = students[0].new_zeros(channel_count, dtype=torch.float64)
-    coefficients = [student.new_zeros((4, student.shape[1]), dtype=torch.float64) for student in students]
+    coefficients = [student.new_zeros((COEFFICIENTS, student.shape[1]), dtype=torch.float64) for student in students]
     places = list(zip(students, teachers, firsts, strict=True))
     levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]
     _launch(sum_products, levels, partials)

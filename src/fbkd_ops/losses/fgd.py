@@ -12,7 +12,9 @@ from .. import dispatch
 from .._numerics import accumulation_dtype, recordable, without_autocast
 from .._validation import Features, check_choice, check_positive, paired_levels
 from .._warnings import can_watch
+from ..feature_norm import standardised_students
 from ..ops.attention_masks import MaskRequest
+from ..presets import CHOICES, FeatureNorm
 from ..types import AttentionPool, present
 from .boxes import check_form, checked_boxes, inside_and_outside
 from .feature_loss import Channels, FeatureLoss, adaptations, count_levels, level_weights
@@ -64,6 +66,9 @@ class FGDLoss(FeatureLoss):
             level.
         attention_weight, global_weight: of these terms, the same.
         temperature: of the softmax of the attention maps, > 0.
+        feature_norm: ``"channel"`` for a focal term of maps that are standardised per channel over the batch, the
+            student's before the convolution; ``"none"`` by default. Attention and global term are those of the maps as
+            they are.
 
     Warns:
         UserWarning: as :class:`fbkd_ops.FBKDLoss`.
@@ -100,6 +105,7 @@ class FGDLoss(FeatureLoss):
         attention_weight: Weight | None = None,
         global_weight: Weight | None = None,
         temperature: float | None = None,
+        feature_norm: FeatureNorm = "none",
     ):
         constants = PRESETS[check_choice(preset, tuple(PRESETS), "preset")]
         levels = count_levels(student_channels, teacher_channels, num_levels, LEVELS)
@@ -117,6 +123,7 @@ class FGDLoss(FeatureLoss):
         self.foreground_weights, self.background_weights = weights["foreground_weight"], weights["background_weight"]
         self.attention_weights, self.global_weights = weights["attention_weight"], weights["global_weight"]
         self.temperature = check_positive(constants.temperature if temperature is None else temperature, "temperature")
+        self.feature_norm = check_choice(feature_norm, CHOICES["feature_norm"], "feature_norm")
         self._has_seen_boxes = False
         used = {*self._focal_levels(), *_levels_with(self.attention_weights), *_levels_with(self.global_weights)}
         self.adaptations = adaptations(self.widths, [level in used for level in range(levels)])
@@ -169,7 +176,7 @@ class FGDLoss(FeatureLoss):
                 self._has_seen_boxes = True
             pools = dispatch.attention_pools([*students, *teachers])
             sides = pools[: len(students)], pools[len(students) :]
-            focal = self._focal(students, teachers, sides[1], stacked, image_size)
+            focal = self._focal([pair[1] for pair in pairs], students, teachers, sides[1], stacked, image_size)
             attention = self._attention(*sides)
             context = self._global(students, teachers, *sides)
             values = dict(zip(self.term_names, (focal, attention, context), strict=True))
@@ -192,7 +199,8 @@ class FGDLoss(FeatureLoss):
 
     def _focal(
         self,
-        students: list[Tensor],
+        raw: list[Tensor],
+        adapted: list[Tensor],
         teachers: list[Tensor],
         teacher_pools: list[AttentionPool],
         boxes: Tensor,
@@ -213,8 +221,14 @@ class FGDLoss(FeatureLoss):
             inside, outside = inside_and_outside(boxes, image_size, mask.shape[1:])
             weight = self.foreground_weights[level] * inside + self.background_weights[level] * outside
             spatial_masks.append(mask * weight.to(mask.dtype))
-        maps = [students[level] for level in levels], [teachers[level] for level in levels]
-        squares = dispatch.masked_l2_squares(*maps, [*spatial_masks], [*masks[1::2]]) / max(len(boxes), 1)
+        maps, channel_masks = [adapted[level] for level in levels], masks[1::2]
+        targets = [teachers[level] for level in levels]
+        if self.feature_norm == "channel":
+            layers = [self.adaptations[level] for level in levels]
+            maps, channel_masks = standardised_students(
+                [raw[level] for level in levels], layers, targets, channel_masks
+            )
+        squares = dispatch.masked_l2_squares(maps, targets, [*spatial_masks], [*channel_masks]) / max(len(boxes), 1)
         return dict(zip(levels, squares.unbind(), strict=True))
 
     def _attention(self, student_pools: list[AttentionPool], teacher_pools: list[AttentionPool]) -> dict[int, Tensor]:

@@ -11,8 +11,9 @@ from .registry import kernel, register
 
 __all__ = ["COEFFICIENTS", "ChannelCorrelationFunction", "channel_correlation_losses"]
 
-# What forward keeps of a channel for backward: the means of both maps, and the factors of the centred maps.
-COEFFICIENTS = 4
+# What forward returns of a channel: the means of both maps, the factors of the centred maps in the gradient, and the
+# sums of the squares of both centred maps, which the gradient does not need.
+COEFFICIENTS = 6
 
 
 def channel_correlation_losses(backend: str, students: list[Tensor], teachers: list[Tensor], eps: float) -> Tensor:
