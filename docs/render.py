@@ -27,7 +27,7 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
-CHANNEL_OPS = "cpu-channel-ops.csv"
+CHANNEL_OPS, LOSSES = "cpu-channel-ops.csv", "cpu-losses.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
 STUDY, STUDY_COST, PILOT = "cpu-study.csv", "cpu-study-cost.csv", "cpu-study-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
@@ -203,11 +203,23 @@ def small() -> str:
     return f"`python -m benchmarks.small`: {machine}.\n\n{table(header, lines)}"
 
 
+def losses() -> str:
+    """A step of each loss: how many times as fast as plain PyTorch and as MMRazor, and milliseconds."""
+    report = report_of(LOSSES)
+    cells = report.rows.groupby(["row", "threads", "loss"]).apply(small_cell)
+    names = list(report.rows["loss"].unique())
+    places = list(report.rows.groupby(["row", "threads"], sort=False).groups)
+    lines = [[row, str(threads), *(cells.get((row, threads, name), "-") for name in names)] for row, threads in places]
+    machine = tables.machine(report.facts["environment"])
+    header = ["pyramid", "threads", *(f"`loss_{name}`" for name in names)]
+    return f"`python -m benchmarks.losses`: {machine}.\n\n{table(header, lines)}"
+
+
 def small_cell(found: pd.DataFrame) -> str:
     peers = found.set_index("peer")
     ratios = " / ".join(
-        f"{1 / peers.at[name, 'times_first']:.2f}" for name in ("reference", "mmrazor") if name in peers.index
-    )
+        f"{1 / peers.at[name, 'times_first']:.2f}" if name in peers.index else "-" for name in ("reference", "mmrazor")
+    ).removesuffix(" / -")
     return f"{ratios} ({peers.at['fbkd_ops', 'ms']:.3g} ms)"
 
 

@@ -298,13 +298,20 @@ class GlobalContext(nn.Module):
 def _addition(x: Tensor, context: nn.Module) -> Tensor:
     """Return ``(N, C)``, in the accumulation dtype."""
     assert isinstance(context, GlobalContext)
-    dtype = accumulation_dtype(x)
-    weights = torch.softmax(convolved(x, context.weight).flatten(1).to(dtype), dim=1)  # (N, HW)
-    mean = torch.bmm(x.flatten(2), weights.to(x.dtype)[:, :, None]).to(dtype)[..., None]  # (N, C, 1, 1)
-    reduced = convolved(mean, context.reduce)
+    dtype, columns = accumulation_dtype(x), x.flatten(2)  # (N, C, HW)
+    # Convolutions as products: those to a single channel and of a single pixel take several times as long.
+    logits = (context.weight.weight.flatten(1).to(x.dtype) @ columns)[:, 0].to(dtype) + context.weight.bias  # (N, HW)
+    weights = torch.softmax(logits, dim=1)
+    mean = torch.bmm(columns, weights.to(x.dtype)[:, :, None])[:, :, 0].to(dtype)  # (N, C)
     norm = context.norm
-    normed = F.layer_norm(reduced, norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
-    return convolved(normed.relu(), context.expand).flatten(1)
+    scale, shift = (parameter.flatten().to(dtype) for parameter in (norm.weight, norm.bias))
+    normed = F.layer_norm(_product(mean, context.reduce), scale.shape, scale, shift, norm.eps)
+    return _product(normed.relu(), context.expand)
+
+
+def _product(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Return what a 1x1 convolution makes of ``(N, C)``."""
+    return F.linear(x, layer.weight.flatten(1).to(x.dtype), present(layer.bias).to(x.dtype))
 
 
 def _levels_with(weights: list[float]) -> list[int]:
