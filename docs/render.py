@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_model_tables, plots, results, tables  # noqa: E402
+from benchmarks.losses import KINDS  # noqa: E402
 from benchmarks.results import Report  # noqa: E402
 from benchmarks.study import tables as study_tables  # noqa: E402
 from benchmarks.study.protocol import STUDIES  # noqa: E402
@@ -211,7 +212,7 @@ def losses() -> str:
     places = list(report.rows.groupby(["row", "threads"], sort=False).groups)
     lines = [[row, str(threads), *(cells.get((row, threads, name), "-") for name in names)] for row, threads in places]
     machine = tables.machine(report.facts["environment"])
-    header = ["pyramid", "threads", *(f"`loss_{name}`" for name in names)]
+    header = ["pyramid", "threads", *(f"`{KINDS[name].__name__}`" for name in names)]
     return f"`python -m benchmarks.losses`: {machine}.\n\n{table(header, lines)}"
 
 

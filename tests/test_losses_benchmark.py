@@ -1,5 +1,7 @@
 """The benchmark of all losses: what it measures, and that it refuses what computes something else."""
 
+import copy
+
 import pytest
 import torch
 from op_cases import NO_CPU
@@ -20,10 +22,10 @@ def test_the_result_has_every_loss_and_row():
 
 
 def test_no_loss_was_slower_than_plain_pytorch():
-    """MGD is PyTorch's convolutions up to a few percent."""
+    """MGD is PyTorch's convolutions, whose times spread more than what is ours takes."""
     beside = ROWS[ROWS["peer"] == "reference"].set_index(["loss", "row", "threads"])["times_first"]
     assert len(beside) >= 50 and beside.drop("mgd").max() <= 1
-    assert beside["mgd"].max() < 1.1
+    assert beside["mgd"].median() < 1.02
 
 
 @NO_CPU
@@ -34,7 +36,9 @@ def test_peers(name):
     row = small.pyramid("", "mmrazor", 2, [(16, 16)] * 2, [(8, 8), (4, 4)])
     features, loss = row.features(torch.float32), losses.loss_of(name, row)
     others = losses.needed(loss, row)
-    ours, plain = (float(losses.our_step(loss, features, others, backend)()) for backend in ("auto", "reference"))
+    ours, plain = (
+        float(losses.our_step(copy.deepcopy(loss), features, others, backend)()) for backend in ("auto", "reference")
+    )
     assert ours == pytest.approx(plain, rel=1e-5) and ours > 0
     theirs = losses.their_step(name, row, features)
     assert (theirs is None) == (name in ("fgd", "score"))
