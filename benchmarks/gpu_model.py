@@ -1,4 +1,4 @@
-"""Predicts what a training step of ``FBKDLoss`` takes on an H200, without a GPU.
+"""Predicts what a training step of a loss takes on an H200, without a GPU.
 
     python -m benchmarks.gpu_model [--csv benchmarks/results/gpu-model.csv]
 
@@ -20,6 +20,7 @@ import os
 import random
 import re
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,14 @@ from benchmarks.gpu_model_machine import CONSTANTS, constant
 from benchmarks.gpu_model_sass import Block, Loop, machine_code
 from benchmarks.gpu_model_step import ARCH, CUDA_SOURCES, CudaLaunch, SmallOp, Step, TritonLaunch, captured_step
 from benchmarks.gpu_model_ttir import Program, evaluate, triton_code
-from benchmarks.inputs import LEVELS, Case
+from benchmarks.inputs import LEVELS, Case, Cost
 from benchmarks.loss_suites import FBKD_LOSS, STRIDES
 from benchmarks.results import write
+from benchmarks.suites import SUITES
 
 CASES = ((16, "bfloat16"), (1, "bfloat16"), (16, "float32"), (1, "float32"))
+# Losses of one op beside it, with the suite that knows their least traffic.
+OTHERS = {"PKDLoss": "channel_correlation", "CWDLoss": "channel_divergence"}
 # Neighbouring programs that stand for all of a launch, and how many such groups there are.
 GROUP, GROUPS = 4, 24
 KERNELS_OF_OP = {"select_backward": 2, "slice_backward": 2}  # zeros, then a copy into them
@@ -265,18 +269,26 @@ def host_us(step: Step) -> float:
     )
 
 
-def roofline_us(case: Case) -> float:
+def least_cost(case: Case, loss: str) -> Cost:
+    """What any implementation has to move and to multiply: of the other losses that of each level's op."""
+    if loss not in OTHERS:
+        return FBKD_LOSS.cost(case)
+    levels = [SUITES[OTHERS[loss]].cost(Case(shape, case.dtype)) for shape in case.shapes]
+    return Cost(*(sum(column) for column in zip(*map(astuple, levels), strict=True)))
+
+
+def roofline_us(case: Case, loss: str) -> float:
     """The least time for the products and the bytes that any implementation needs."""
-    cost = FBKD_LOSS.cost(case)
+    cost = least_cost(case, loss)
     rate = constant("TF32" if case.dtype == "float32" else "BF16")
     passes = ((cost.forward_bytes, cost.forward_flops), (cost.backward_bytes, cost.backward_flops))
     return 1e6 * sum(max(moved / constant("dram"), flops / rate) for moved, flops in passes)
 
 
-def predict(case: Case, kernels: dict[str, Kernel]) -> tuple[dict, list[dict]]:
+def predict(case: Case, kernels: dict[str, Kernel], loss: str = "FBKDLoss") -> tuple[dict, list[dict]]:
     """Return a step's figures and the rows of its launches; ``kernels`` keeps what was read of compiled ones."""
-    step = captured_step(case)
-    key, rows = {"images": case.shape[0], "dtype": case.dtype}, []
+    step = captured_step(case, loss)
+    key, rows = {"loss": loss, "images": case.shape[0], "dtype": case.dtype}, []
     for launch in step.launches:
         if isinstance(launch, CudaLaunch):
             rows.append(key | predict_cuda(launch))
@@ -288,8 +300,9 @@ def predict(case: Case, kernels: dict[str, Kernel]) -> tuple[dict, list[dict]]:
     ops = [op for phase in step.ops.values() for op in phase]
     fused, small, host = sum(row["predicted_us"] for row in rows), sum(map(small_op_us, ops)), host_us(step)
     times = {"fused_us": fused, "small_us": small, "gpu_us": fused + small, "host_us": host}
-    times |= {"eager_us": max(fused + small, host), "roofline_us": roofline_us(case)}
+    times |= {"eager_us": max(fused + small, host), "roofline_us": roofline_us(case, loss)}
     counts = {"small_ops": len(ops), "views": step.views, "nodes": step.nodes}
+    times["floor_us"] = sum(row["floor_us"] for row in rows)
     return key | counts | {name: round(us, 1) for name, us in times.items()}, rows
 
 
@@ -302,7 +315,8 @@ def report() -> tuple[dict, list[dict]]:
     shape = LEVELS["P2"][1:]
     facts = {"revision": revision(), "modified": modified(), "torch": torch.__version__, "triton": triton.__version__}
     facts["constants"] = {name: each.value for name, each in CONSTANTS.items()}
-    steps = [predict(Case((images, *shape), dtype, strides=STRIDES), kernels) for images, dtype in CASES]
+    cases = [Case((images, *shape), dtype, strides=STRIDES) for images, dtype in CASES]
+    steps = [predict(case, kernels, loss) for loss in ("FBKDLoss", *OTHERS) for case in cases]
     return facts | {"steps": [figures for figures, _ in steps]}, [row for _, rows in steps for row in rows]
 
 

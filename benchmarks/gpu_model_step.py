@@ -1,4 +1,4 @@
-"""What one training step of ``FBKDLoss`` would have a GPU do, found out without one.
+"""What one training step of a loss would have a GPU do, found out without one.
 
 The step runs on meta tensors, which have sizes and no memory, with the ops resolved as on a GPU. Triton kernels are
 compiled for sm_90 in place of being launched; ops of the CUDA library and PyTorch's own are noted with their sizes.
@@ -26,6 +26,7 @@ from benchmarks.gpu_model_ttir import Pointer, Value
 from benchmarks.inputs import Case
 from fbkd_ops import backends, kernels
 from fbkd_ops._warnings import UpdateWatch
+from fbkd_ops.losses.registry import LOSSES
 
 ARCH = 90
 CUDA_SOURCES = Path(fbkd_ops.__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -70,13 +71,14 @@ class Step:
     nodes: int = 0  # of the autograd graph, but for those that accumulate gradients
 
 
-def captured_step(case: Case) -> Step:
-    """The step of the loss on ``case``; features have its dtype, parameters are float32."""
+def captured_step(case: Case, loss_name: str = "FBKDLoss") -> Step:
+    """The step of a loss that needs nothing but features; those have the case's dtype, parameters are float32."""
     students, teachers = (
         [torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta") for shape in case.shapes] for _ in range(2)
     )
     step, channels = Step(), case.shape[1]
-    loss = fbkd_ops.FBKDLoss(channels, num_levels=len(students), preset="mmrazor").to("meta")
+    preset = {"preset": "mmrazor"} if loss_name == "FBKDLoss" else {}
+    loss = LOSSES[loss_name](channels, num_levels=len(students), **preset).to("meta")
     inputs = [*(x.requires_grad_() for x in students), *loss.parameters()]
     with _as_on_a_gpu(), launches_noted(step.launches), _Noted(step) as noted:
         total = sum(loss(students, teachers).values())

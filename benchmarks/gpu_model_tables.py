@@ -1,5 +1,6 @@
 """Markdown of what ``benchmarks.gpu_model`` predicts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -8,6 +9,7 @@ from benchmarks.gpu_model_machine import CONSTANTS
 from benchmarks.results import Report
 from benchmarks.tables import ABSENT, table
 
+FBKD = "FBKDLoss"
 KEY = ["images", "dtype"]  # of a step
 STEP_COLUMNS = {
     "fused_us": "fused kernels ms",
@@ -18,12 +20,22 @@ STEP_COLUMNS = {
     "eager_us": "eager step ms",
     "roofline_us": "roofline ms",
 }
+OTHER_COLUMNS = {
+    "fused_us": "fused kernels ms",
+    "floor_us": "floor ms",
+    "small_us": "small ops ms",
+    "host_us": "host ms",
+    "roofline_us": "roofline ms",
+}
 KERNEL_HEADER = ["kernel", "launches", "warps", "registers / shared KB / programs at once", "waves", "GFLOP"]
 KERNEL_HEADER += ["L2 GB", "most used", "floor ms", "predicted ms"]
 
 
 def model_tables(report: Report, before: Report) -> str:
-    """The steps, the kernels of the first one, and the constants; ``before`` is a result of an earlier revision."""
+    """FBKD's steps, the kernels of the first one, the other losses' steps, and the constants.
+
+    ``before`` is a result of an earlier revision, of FBKD alone.
+    """
     facts, first = report.facts, report.facts["steps"][0]
     revision = f"{_revision(facts).capitalize()}, Triton {facts['triton']}, torch {facts['torch']}."
     parts = [
@@ -31,6 +43,8 @@ def model_tables(report: Report, before: Report) -> str:
         _steps(report, before),
         f"Kernels, {first['images']} images, {first['dtype']}:",
         _kernels(_launches(report, first), _launches(before, first)),
+        "The step of losses of one op, of equal widths:",
+        _others(facts["steps"]),
         "The machine, as the model knows it:",
         _constants(facts["constants"]),
     ]
@@ -43,13 +57,31 @@ def _revision(facts: dict[str, Any]) -> str:
 
 def _steps(report: Report, before: Report) -> str:
     now, earlier = (
-        pd.DataFrame(each.facts["steps"]).set_index(KEY)[list(STEP_COLUMNS)].apply(_shown) for each in (report, before)
+        pd.DataFrame([step for step in each.facts["steps"] if _loss(step) == FBKD])
+        .set_index(KEY)[list(STEP_COLUMNS)]
+        .apply(_shown)
+        for each in (report, before)
     )
     rows = []
     for key, cells in now.iterrows():
         old = earlier.loc[key] if key in earlier.index else cells
         rows.append([*map(str, key), *map(_change, old, cells)])
     return table(["images", "features", *STEP_COLUMNS.values()], rows)
+
+
+def _others(steps: list[dict[str, Any]]) -> str:
+    """A row per step of the other losses."""
+    lines = [
+        [f"`{_loss(step)}`", str(step["images"]), step["dtype"], *(_ms(step[name]) for name in OTHER_COLUMNS)]
+        for step in steps
+        if _loss(step) != FBKD
+    ]
+    return table(["loss", "images", "features", *OTHER_COLUMNS.values()], lines)
+
+
+def _loss(step: Mapping[str, Any]) -> str:
+    """Return the name of a step's loss; results that are older than the other losses do not name it."""
+    return step.get("loss", FBKD)
 
 
 def _shown(column: pd.Series) -> pd.Series:
@@ -62,6 +94,8 @@ def _change(before: str, now: str) -> str:
 
 def _launches(report: Report, step: dict[str, Any]) -> pd.DataFrame:
     rows = report.rows
+    if "loss" in rows:
+        rows = rows[rows["loss"] == _loss(step)]
     return rows[(rows["images"] == step["images"]) & (rows["dtype"] == step["dtype"])]
 
 
