@@ -161,7 +161,8 @@ class _Noted(TorchDispatchMode):
         if name in ALLOCATIONS or any(alias is not None and not alias.is_write for alias in aliases):
             self.step.views += 1
         else:
-            self.step.ops[self.phase].append(SmallOp(name, _bytes((args, kwargs, result)), _flops(func, args, result)))
+            read = () if name.startswith("new_") else (args, kwargs)  # those take a tensor for its dtype and device
+            self.step.ops[self.phase].append(SmallOp(name, _bytes((read, result)), _flops(func, args, result)))
         return result
 
     def _fused(self, func, name: str, args, kwargs):

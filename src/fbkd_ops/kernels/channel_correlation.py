@@ -235,7 +235,7 @@ def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], 
     *slots, channel_count = accumulate(channels, initial=0)
     partials = students[0].new_empty(partial_count, dtype=torch.float64)
     losses = students[0].new_zeros(channel_count, dtype=torch.float64)
-    coefficients = [student.new_zeros((COEFFICIENTS, student.shape[1]), dtype=torch.float64) for student in students]
+    coefficients = [_empty_coefficients(student) for student in students]
     places = list(zip(students, teachers, firsts, strict=True))
     levels = [_level(student, teacher, (), 0, first) for student, teacher, first in places]
     _launch(sum_products, levels, partials)
@@ -245,6 +245,12 @@ def channel_correlation_forward(students: list[Tensor], teachers: list[Tensor], 
     launch(finish_channels, finish, partials, losses, EPS=eps, BLOCK=CHANNELS, PARTS=TILES)
     sums = add_partial_sums(losses, channels)
     return [sums.to(accumulation_dtype(*students, *teachers)), *coefficients]
+
+
+def _empty_coefficients(student: Tensor) -> Tensor:
+    """Return memory for a level's coefficients: zeros where no program will write them."""
+    make = student.new_empty if student.numel() else student.new_zeros
+    return make((COEFFICIENTS, student.shape[1]), dtype=torch.float64)
 
 
 def _parts(student: Tensor) -> int:
