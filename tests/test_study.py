@@ -67,6 +67,7 @@ def built(small, arm):
     if recipe(arm).loss != "fbkd":
         return found
     levels, terms = [level.settings for level in trained.loss.levels], weighted_terms(trained.loss)
+    found["norm"] = {level.feature_norm for level in levels}
     weights = [(each.normalize, *(getattr(each, f"{term}_weight") for term in terms)) for each in levels]
     proportions = {"proportions": weights} if terms == protocol.TERMS else {}
     return found | {"terms": terms, **proportions}
@@ -125,6 +126,8 @@ def test_switches_reach_the_distiller(small):
         assert type(each.loss).__name__ == f"{recipe(arm).loss.upper()}Loss"
     made = {arm: each for arm, each in made.items() if recipe(arm).loss == "fbkd"}
     assert {arm: weighted_terms(each.loss) for arm, each in made.items()} == {arm: recipe(arm).terms for arm in made}
+    norms = {arm for arm, each in made.items() if each.loss.levels[0].settings.feature_norm == "channel"}
+    assert norms == {"norm"}
     means = {arm for arm, each in made.items() if each.loss.levels[0].settings.normalize == "mean"}
     assert means == {arm for arm in made if recipe(arm).proportions == "size_free"} == made.keys() - {"preset", "share"}
 

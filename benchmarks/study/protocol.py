@@ -53,6 +53,7 @@ class Recipe:
             each term on small pictures as the preset does on large ones.
         loss: the name of the loss; proportions and terms are FBKD's.
         terms: the terms whose weights are not 0.
+        feature_norm: of the FBKD loss.
         inherits: whether the setting's inheritable modules start as copies of the teacher's.
         stop: the fraction of the steps after which the terms stop; None for none.
         calibration: the fraction of the steps after which the factor of the share stays as it is; None for none.
@@ -63,6 +64,7 @@ class Recipe:
     proportions: str = "preset"
     loss: str = "fbkd"
     terms: tuple[str, ...] = TERMS
+    feature_norm: str = "none"
     inherits: bool = False
     stop: float | None = None
     calibration: float | None = None
@@ -119,6 +121,7 @@ ARMS: dict[str, tuple[str | None, dict]] = {
     "masks": ("size_free", {"terms": ("channel", "spatial")}),
     "relation": ("size_free", {"terms": ("relation",)}),
     "weak": ("size_free", {"pull": 0.1}),
+    "norm": ("size_free", {"feature_norm": "channel"}),
     "stop": ("size_free", {"stop": 0.9}),
     "calibrated": ("size_free", {"calibration": 0.1}),
     "inherit": ("baseline", {"inherits": True}),
@@ -140,6 +143,7 @@ COSTS_LIKE = {
 }
 RECIPE = "size_free"  # the default that the study confirms
 BASELINES = ("baseline", "time_matched", "doubled")
+LOOKED_INTO = ("weak", "norm", "inherit", "inherit_size_free", "pkd")  # where the recipe brought nothing
 HEADLINE = (*BASELINES, RECIPE, "inherit", "inherit_size_free")
 
 
@@ -163,7 +167,8 @@ STUDIES = {
     "digits": Study("digits", tuple(ARMS), range(100, 108)),
     "retinanet": Study("retinanet", (RECIPE,), range(3000, 3002)),
     "retinanet_96": Study("retinanet", (RECIPE,), range(3000, 3002), "image_size=96"),
-    "bccd": Study("bccd", (*BASELINES, "preset", RECIPE), range(100, 106)),
+    "bccd": Study("bccd", (*BASELINES, "preset", RECIPE, *LOOKED_INTO), range(100, 106)),
+    "bccd_few": Study("bccd", ("baseline", "time_matched", RECIPE), range(4000, 4006), "pictures=60"),
 }
 
 

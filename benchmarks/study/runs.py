@@ -95,8 +95,9 @@ def distiller(
     if chosen.proportions == "size_free":
         options = {"normalize": "mean", **size_free_weights(setting.preset, len(pyramids[0]))}
     options.update({f"{term}_weight": 0.0 for term in TERMS if term not in chosen.terms})
+    options["feature_norm"] = chosen.feature_norm
     if chosen.loss != "fbkd":
-        options = {}  # proportions and terms are FBKD's
+        options = {}  # proportions, terms and norm are FBKD's
     loss = LOSSES[f"{chosen.loss.upper()}Loss"].from_features(*pyramids, preset=setting.preset, **options)
     stop_step, share_steps = (
         None if part is None else round(part * total_steps) for part in (chosen.stop, chosen.calibration)
