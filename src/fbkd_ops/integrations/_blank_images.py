@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ __all__ = ["blank_image_features", "image_channels"]
 SIZES = (128, 224, 384, 512, 1024)
 
 
-def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: str) -> Features:
+def blank_image_features(
+    model: nn.Module, layers: Layers, name: str, remedy: str, make_input: Callable[[Tensor], Any] | None = None
+) -> Features:
     """Return the features at ``layers``, maps of ``(1, C, H, W)``, for the first blank image that the model takes.
 
     Args:
@@ -26,6 +28,7 @@ def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: st
         layers: as for :class:`fbkd_ops.FeatureTap`.
         name: what an error calls the layers.
         remedy: what the error for a model that takes no blank image tells the user to do.
+        make_input: makes what the model is given of the image; the image itself by default.
 
     Raises:
         ValueError: a model that takes no blank image, a module path that does not exist.
@@ -38,7 +41,7 @@ def blank_image_features(model: nn.Module, layers: Layers, name: str, remedy: st
         tap = FeatureTap(model, layers, name=name, stop_when_complete=True)
         tap.close()
     with _eval_mode(model), torch.no_grad():
-        output = _run(model, tap, remedy)
+        output = _run(model, tap, remedy, make_input)
     return tap.features_of(output)
 
 
@@ -47,7 +50,7 @@ def image_channels(model: nn.Module) -> int:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
-def _run(model: nn.Module, tap: FeatureTap | OutputTap, remedy: str) -> Any:
+def _run(model: nn.Module, tap: FeatureTap | OutputTap, remedy: str, make_input: Callable[[Tensor], Any] | None) -> Any:
     """Run the first blank image that the model takes; None where the tap ended the run, else the output."""
     first = image_channels(model)
     channels = list(dict.fromkeys((first, 3, max(first // 4, 1))))  # a YOLOX stem makes four channels of one
@@ -55,7 +58,8 @@ def _run(model: nn.Module, tap: FeatureTap | OutputTap, remedy: str) -> Any:
     for size, count in itertools.product(SIZES, channels):
         try:
             with tap:
-                output = model(_blank(model, count, size))
+                blank = _blank(model, count, size)
+                output = model(blank if make_input is None else make_input(blank))
             return output
         except Exception as error:  # models refuse images by errors of any type
             refusal = refusal or error

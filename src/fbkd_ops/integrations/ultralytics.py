@@ -1,22 +1,29 @@
-"""FBKD in Ultralytics' own trainer, for its YOLO detectors."""
+"""FBKD in Ultralytics' own trainers, for its YOLO models of boxes, masks, keypoints and oriented boxes."""
 
 import contextlib
+import os
+import tempfile
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.models.yolo.world import WorldTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import RANK
 
-from .._validation import check_number
+from .._validation import Features, check_callable, check_number
 from .._warnings import TeacherWatch
 from ..losses.feature_loss import FeatureLoss
-from ..training.feature_tap import FeatureTap, Layer, unwrapped
+from ..training.feature_tap import FeatureTap, Layer, Layers, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
 from ..training.schedule import Decay, Schedule
@@ -26,11 +33,22 @@ from ..types import present
 from ._arguments import loss_settings
 from ._blank_images import blank_image_features, image_channels
 
-__all__ = ["FBKDTrainer"]
+__all__ = [
+    "FBKDOBBTrainer",
+    "FBKDPoseTrainer",
+    "FBKDSegmentationTrainer",
+    "FBKDTrainer",
+    "FBKDWorldTrainer",
+]
 
+SHORT = {"feature": "feat", "channel": "chan", "spatial": "spat", "relation": "rel", "attention": "attn"}
 WEIGHTS = "fbkd.pt"
 STEP, SHARE = "schedule.step", "gradient_share."  # in that file, beside the loss's own names
-STUDENT_HEADS = ("Detect", "v10Detect")  # others have losses, or inputs, that a DetectionTrainer does not know
+ARGUMENTS = "arguments"  # the trainer's own, likewise, where they are plain values
+# The environment variable by which a run's worker processes find their trainer's arguments.
+WORKERS = "FBKD_OPS_ULTRALYTICS_ARGUMENTS"
+# Ultralytics' trainers name an optimizer that they do not know in their error.
+RESUME = " (this run is FBKDTrainer's: resume it with trainer=FBKDTrainer)"
 
 Teacher = str | Path | nn.Module
 
@@ -46,26 +64,57 @@ def _maps(inputs: Any) -> Any:
 HEAD_INPUTS = Layer("model.-1", inputs=True, select=_maps)
 
 
+class Settings(NamedTuple):
+    """The trainer's own arguments, as they were given."""
+
+    teacher: Teacher | None
+    loss: Mapping[str, Any] | None
+    student_layers: Layers | None
+    teacher_layers: Layers | None
+    teacher_input: Callable[[Tensor], Any] | None
+    weight: float
+    gradient_share: float | None
+    share_every: int
+    share_steps: int | None
+    start_step: int
+    stop_step: int | float | None
+    warmup_steps: int
+    decay: Decay | None
+    total_steps: int | None
+
+
 class FBKDTrainer(DetectionTrainer):
-    """Ultralytics' trainer of detectors with the FBKD terms between the maps that the two heads are given.
+    """Ultralytics' trainer with the terms of a loss between the maps that the heads of student and teacher are given.
+
+    It trains what the student's task says: boxes, or with ``FBKDSegmentationTrainer``, ``FBKDPoseTrainer`` and
+    ``FBKDOBBTrainer``, which it becomes by itself, masks, keypoints and oriented boxes. A YOLOWorld is trained by
+    ``FBKDWorldTrainer``, which has to be named.
 
     The terms join the student's losses in each training batch, times the batch's size as those are, and stand beside
     them in the progress line and in ``results.csv`` (where ``val/`` columns of theirs, if the version has such, are 0).
     The learned layers of the loss are in the optimizer but, unlike the student's, not in Ultralytics' gradient
     clipping. They are saved as ``weights/fbkd.pt`` beside the checkpoints, which stay those of the student alone and
-    load without this package, with the step and the measured share where there is a schedule or a share; a resumed run
-    reads them, as does Ultralytics' recovery from a loss that is NaN.
+    load without this package. With them is saved what a resumed run needs, so that ``train(resume=True,
+    trainer=FBKDTrainer)`` goes on with the same teacher, unless that or another argument was an object; Ultralytics'
+    recovery from a loss that is NaN reads the file too. A plain ``train(resume=True)`` says which trainer it needs.
+
+    On several devices each process has a teacher and a loss of its own; the gradients of the loss are averaged as
+    those of the student are.
 
     Under ``amp`` distances and sums are computed in float32. A gradient that overflows makes the trainer's
     ``GradScaler`` skip the step for the student and the loss alike.
 
     Args:
         teacher: a checkpoint (``"yolo11m.pt"``), a YAML, one of Ultralytics' models (``YOLO``, ``RTDETR``,
-            ``YOLOWorld``, ...) or the module in it. It is frozen. Its head, of whatever class, is given as many maps
-            as the student's, of the same sizes and of any widths. A teacher of colour images sees grey ones in three
-            equal channels.
+            ``YOLOWorld``, ...) or the module in it; any other module with ``teacher_layers``. It is frozen. Its head,
+            of whatever class, is given as many maps as the student's, of the same sizes and of any widths. A teacher
+            of colour images sees grey ones in three equal channels.
         loss: arguments of :class:`fbkd_ops.FBKDLoss`, or of another loss whose name is the ``type`` among them
             (``"PKDLoss"``); ``preset="one_stage"`` by default. The widths are read off a blank image.
+        student_layers, teacher_layers: other maps than the heads' inputs, as of :class:`fbkd_ops.Distiller`:
+            ``["model.16", "model.19"]``.
+        teacher_input: makes what the teacher is given of the batch's images ``(N, C, H, W)`` in 0..1: one that wants
+            normalised images, or a list of them.
         weight, gradient_share, share_every, share_steps: as of :class:`fbkd_ops.Distiller`.
         start_step, stop_step, warmup_steps, decay, total_steps: the same; a step is a training batch, and
             ``total_steps`` is by default that of all epochs. With a schedule or a share the columns ``weight`` (what
@@ -77,11 +126,10 @@ class FBKDTrainer(DetectionTrainer):
         fbkd: the loss, once training started.
 
     Raises:
-        NotImplementedError: several devices; the trainer's worker processes would know of no teacher.
-        TypeError: a teacher of another type, an exported one, one whose last module is no head; a student whose head is
-            no ``Detect``.
-        ValueError: another task than detection, Ultralytics' own ``distill_model=`` besides, a teacher of other maps
-            or of images with other channels, or one that shares parameters with the student.
+        TypeError: no teacher, or one of another type, an exported one, one whose last module is no head; a student
+            whose head is none of its task.
+        ValueError: a task without a trainer, Ultralytics' own ``distill_model=`` besides, a teacher of other maps or
+            of images with other channels, or one that shares parameters with the student.
         FileNotFoundError: a run to be resumed whose ``fbkd.pt`` is gone.
 
     Warns:
@@ -95,15 +143,26 @@ class FBKDTrainer(DetectionTrainer):
     Seen to train with Ultralytics 8.3.40 to 8.4.190; not yet measured on a GPU.
     """
 
+    # Heads of other classes have losses, or inputs, that the trainer does not know.
+    student_task: str = "detect"
+    student_heads: tuple[str, ...] = ("Detect", "v10Detect")
+
     model: Any  # Ultralytics' own: a path, and the module in its place once training started
     teacher: nn.Module
     fbkd: FeatureLoss
 
+    def __new__(cls, *args: Any, **arguments: Any) -> "FBKDTrainer":
+        task = _overrides(args, arguments).get("task") or "detect"
+        return super().__new__(TRAINERS.get(task, cls) if cls is FBKDTrainer else cls)
+
     def __init__(
         self,
         *args: Any,
-        teacher: Teacher,
-        loss: dict[str, Any] | None = None,
+        teacher: Teacher | None = None,
+        loss: Mapping[str, Any] | None = None,
+        student_layers: Layers | None = None,
+        teacher_layers: Layers | None = None,
+        teacher_input: Callable[[Tensor], Any] | None = None,
         weight: float = 1.0,
         gradient_share: float | None = None,
         share_every: int = 10,
@@ -115,51 +174,117 @@ class FBKDTrainer(DetectionTrainer):
         total_steps: int | None = None,
         **arguments: Any,
     ):
-        if not isinstance(teacher, (str, Path, nn.Module)):
-            raise TypeError(f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(teacher).__name__}")
-        if _is_yaml(teacher):
-            warnings.warn(
-                f"the teacher is built from {teacher}, without trained weights, so the student would learn from a "
-                "random one: give a checkpoint, or a model that has its weights"
-            )
-        self._given_teacher, self.loss_settings = teacher, loss_settings(loss, preset="one_stage")
-        self.weight = check_number(weight, "a finite number >= 0", lambda value: value >= 0, "weight")
-        self.schedule = Schedule(start_step, stop_step, warmup_steps, decay, total_steps).checked()
-        self._share_settings = checked_settings(gradient_share, share_every, share_steps)
-        self.share: GradientShare | None = None
+        overrides = _overrides(args, arguments)
+        settings = Settings(
+            teacher,
+            loss,
+            student_layers,
+            teacher_layers,
+            teacher_input,
+            weight,
+            gradient_share,
+            share_every,
+            share_steps,
+            start_step,
+            stop_step,
+            warmup_steps,
+            decay,
+            total_steps,
+        )
+        self._settings = settings if teacher is not None else _remembered(overrides) or settings
+        self._check_settings()
         self._step: int | None = None  # of the schedule, counted in training batches; unknown before the training
         self._logged_weights: dict[str, Tensor] = {}
+        self.share: GradientShare | None = None
         self._student_tap: FeatureTap | None = None
         self._listening = contextlib.ExitStack()
         self._criterion: Any = None
-        overrides = arguments.get("overrides", args[1] if len(args) > 1 else None)
-        _check_arguments(overrides or {})  # here, as Ultralytics refuses several devices and loads data by the task
+        _check_arguments(overrides, self.student_task)  # here, as Ultralytics loads data by the task
         super().__init__(*args, **arguments)
-        _check_arguments(vars(self.args))
+        _check_arguments(vars(self.args), self.student_task)
+
+    def _check_settings(self) -> None:
+        """Check the trainer's own arguments, and keep them as the training needs them."""
+        given = self._settings
+        if given.teacher is None:
+            raise TypeError(
+                "teacher is needed: functools.partial(FBKDTrainer, teacher=...); a resumed run knows its own where all "
+                "of the trainer's arguments were names and numbers"
+            )
+        if not isinstance(given.teacher, (str, Path, nn.Module)):
+            raise TypeError(
+                f"teacher must be a checkpoint, a YAML, a YOLO or its model, got {type(given.teacher).__name__}"
+            )
+        if _is_yaml(given.teacher) and RANK in (-1, 0):
+            warnings.warn(
+                f"the teacher is built from {given.teacher}, without trained weights, so the student would learn from "
+                "a random one: give a checkpoint, or a model that has its weights"
+            )
+        if given.teacher_input is not None:
+            check_callable(given.teacher_input, "teacher_input")
+        self.loss_settings = loss_settings(given.loss, preset="one_stage")
+        self.weight = check_number(given.weight, "a finite number >= 0", lambda value: value >= 0, "weight")
+        self.schedule = Schedule(
+            given.start_step, given.stop_step, given.warmup_steps, given.decay, given.total_steps
+        ).checked()
+        self._share_settings = checked_settings(given.gradient_share, given.share_every, given.share_steps)
+
+    def check_resume(self, overrides: Any) -> None:
+        super().check_resume(overrides)
+        self.args.optimizer = str(self.args.optimizer).partition(RESUME)[0]
 
     def get_model(self, cfg: Any = None, *args: Any, **arguments: Any) -> nn.Module:
         head = (cfg if isinstance(cfg, dict) else yaml_model_load(cfg))["head"][-1][2]
-        if head not in STUDENT_HEADS:
-            raise TypeError(f"student: the last module must be a Detect head, got {head}")
+        if head not in self.student_heads:
+            raise TypeError(f"student: the last module must be a {self.student_heads[0]} head, got {head}")
         return super().get_model(cfg, *args, **arguments)
 
     def setup_model(self) -> Any:
         checkpoint = super().setup_model()
-        self.teacher = _model_of(self._given_teacher).float().eval().requires_grad_(False).to(self.device)
-        check_apart(unwrapped(self.model), unwrapped(self.teacher))
-        if not _is_yaml(self._given_teacher):  # which is warned of already
-            TeacherWatch().see(self.teacher, lambda: None)
-        self._teacher_channels = _checked_channels(self.teacher, self.model)
-        widths = _widths(self.model, self.teacher)
-        kind, given = self.loss_settings
-        self.fbkd = kind(**(widths | given)).to(self.device)
-        if self._share_settings is not None:
-            self.share = GradientShare(self._share_settings, 1, self.device)
+        chosen = self._settings.student_layers, self._settings.teacher_layers
+        self._layers = tuple(HEAD_INPUTS if layers is None else layers for layers in chosen)
+        self._set_up_teacher()
+        self._set_up_loss()
         if self.resume:
             self._load_loss(Path(self.args.model).with_name(WEIGHTS))
-        self._teacher_tap = FeatureTap(self.teacher, HEAD_INPUTS, name="teacher", stop_when_complete=True)
-        self._teacher_tap.close()
         return checkpoint
+
+    def _set_up_teacher(self) -> None:
+        given: Any = self._settings.teacher
+        model = _model_of(given, any_module=self._settings.teacher_layers is not None)
+        self.teacher = model.float().eval().requires_grad_(False).to(self.device)
+        check_apart(unwrapped(self.model), unwrapped(self.teacher))
+        if not _is_yaml(given):  # which is warned of already
+            TeacherWatch().see(self.teacher, lambda: None)
+        self._teacher_channels = 0 if self._settings.teacher_input else _checked_channels(self.teacher, self.model)
+        self._teacher_tap = FeatureTap(self.teacher, self._layers[1], name="teacher", stop_when_complete=True)
+        self._teacher_tap.close()
+
+    def _set_up_loss(self) -> None:
+        kind, arguments = self.loss_settings
+        widths = self._widths(same_sizes=arguments.get("resize") is None)
+        self.fbkd = kind(**(widths | arguments)).to(self.device)
+        _send_to_all(self.fbkd)
+        if self._share_settings is not None:
+            self.share = GradientShare(self._share_settings, 1, self.device)
+
+    def _widths(self, same_sizes: bool) -> dict[str, list[int]]:
+        """Channels of both sides' maps, as the loss's arguments."""
+        remedy = "FBKDTrainer needs a detector that takes images alone"
+        students = blank_image_features(self.model, self._layers[0], "student", remedy)
+        teachers = blank_image_features(self.teacher, self._layers[1], "teacher", remedy, self._settings.teacher_input)
+        sides = {"student": list(_levels(students)), "teacher": list(_levels(teachers))}
+        sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides.values()]
+        if same_sizes and sizes[0] != sizes[1]:
+            who = f"{type(unwrapped(self.teacher)).__name__}'s layers"
+            if self._settings.teacher_layers is None:
+                whole: Any = unwrapped(self.teacher)
+                who = f"head ({type(whole.model[-1]).__name__})"
+            raise ValueError(
+                f"the teacher's {who} must be given maps of the same sizes as the student's, {sizes[0]} for a blank "
+                f"image, got {sizes[1]}; student_layers and teacher_layers choose other maps"
+            )
+        return {f"{name}_channels": [feature.shape[1] for feature in features] for name, features in sides.items()}
 
     def build_optimizer(self, model: nn.Module, *args: Any, **arguments: Any) -> torch.optim.Optimizer:
         """One for the student, under the names that Ultralytics knows its layers by, and the loss."""
@@ -181,10 +306,16 @@ class FBKDTrainer(DetectionTrainer):
         super().run_callbacks(event)
 
     def train(self) -> Any:
+        several = RANK == -1 and _several_devices(vars(self.args).get("device"))
         try:
-            return super().train()
+            with _arguments_of_workers(self._settings) if several else contextlib.nullcontext():
+                return super().train()
         finally:
             self._stop_listening()
+
+    def optimizer_step(self) -> None:
+        _average_gradients(self.fbkd)
+        super().optimizer_step()
 
     def validate(self) -> Any:
         # Losses in a tensor are added up in one of the same shape, and a validator has those of the student.
@@ -193,14 +324,21 @@ class FBKDTrainer(DetectionTrainer):
         return super().validate()
 
     def save_model(self) -> Any:
-        saved = super().save_model()
-        torch.save(self._loss_state(), self.wdir / WEIGHTS)
+        optimizer = self.args.optimizer
+        self.args.optimizer = f"{optimizer}{RESUME}"
+        try:
+            saved = super().save_model()
+        finally:
+            self.args.optimizer = optimizer
+        arguments = self._settings._asdict() | {"teacher": _plain_path(self._settings.teacher)}
+        remembered = {ARGUMENTS: arguments} if _is_plain_value(arguments) else {}
+        torch.save(self._loss_state() | remembered, self.wdir / WEIGHTS)
         return saved
 
     def _own_columns(self) -> list[str]:
         """Return what stands behind the student's losses in the log."""
         weights = [] if self._is_plain() else ["weight"] if self.share is None else ["weight", "share"]
-        return [*map(_short, self.fbkd.term_names), *weights]
+        return [*map(_column, self.fbkd.term_names), *weights]
 
     def _is_plain(self) -> bool:
         """Whether the terms have one weight throughout."""
@@ -239,7 +377,7 @@ class FBKDTrainer(DetectionTrainer):
         model: Any = unwrapped(self.model)
         self._criterion = getattr(model, "criterion", None) or model.init_criterion()
         model.criterion = self._losses
-        self._student_tap = FeatureTap(self.model, HEAD_INPUTS, name="student")
+        self._student_tap = FeatureTap(self.model, self._layers[0], name="student")
         self._weight_now = self._step_weight(present(self._step))
 
     def _stop_listening(self) -> None:
@@ -258,7 +396,7 @@ class FBKDTrainer(DetectionTrainer):
         self._step = present(self._step) + 1
         terms = self._terms(student_features, batch)
         loss = loss.sum() + len(batch["img"]) * sum(terms.values())
-        logged = {_short(name): term.detach() for name, term in terms.items()}
+        logged = {_column(name): term.detach() for name, term in terms.items()}
         return loss, _joined(items, logged | self._logged_weights)
 
     def _terms(self, student_features: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -266,8 +404,9 @@ class FBKDTrainer(DetectionTrainer):
         weight = self._weight_now
         if isinstance(weight, float) and weight == 0:
             return {name: torch.zeros((), device=self.device) for name in self.fbkd.term_names}
+        make_input, images = self._settings.teacher_input, batch["img"]
         with torch.no_grad(), self._teacher_tap:
-            self.teacher(batch["img"].expand(-1, self._teacher_channels, -1, -1))
+            self.teacher(make_input(images) if make_input else images.expand(-1, self._teacher_channels, -1, -1))
         teacher_features, others = self._teacher_tap.features(), dict[str, Any]()
         if "boxes" in self.fbkd.needs:
             others |= boxes_of_call((batch,), {})._asdict()
@@ -290,6 +429,7 @@ class FBKDTrainer(DetectionTrainer):
                 f"{path} is missing: the loss's weights, which FBKDTrainer saved with the checkpoint"
             )
         state = torch.load(path, map_location=self.device, weights_only=True)
+        state.pop(ARGUMENTS, None)
         share = {name.removeprefix(SHARE): state.pop(name) for name in list(state) if name.startswith(SHARE)}
         step = state.pop(STEP, None)
         if step is not None:
@@ -304,9 +444,10 @@ def _is_yaml(teacher: Teacher) -> bool:
     return isinstance(teacher, (str, Path)) and Path(teacher).suffix in (".yaml", ".yml")
 
 
-def _short(name: str) -> str:
-    """Return a term's name in the progress line, whose columns are narrow."""
-    return name.removeprefix("loss_").removeprefix("fbkd_")
+def _column(name: str) -> str:
+    """Return a term's name in the log: at most 11 letters, for the progress line, and "loss", by which it is drawn."""
+    word = name.rsplit("_", 1)[-1] if name.startswith(("loss_fbkd", "loss_fgd")) else name.split("_")[1]
+    return f"{SHORT.get(word, word)}_loss"
 
 
 def _joined(items: Any, terms: dict[str, Tensor]) -> Any:
@@ -316,14 +457,11 @@ def _joined(items: Any, terms: dict[str, Tensor]) -> Any:
     return torch.cat([items, torch.stack(list(terms.values())).to(items)])
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
+def _check_arguments(arguments: Mapping[str, Any], task: str) -> None:
     """Refuse arguments of Ultralytics that this trainer cannot follow; not all of them need to be there."""
-    device, task = arguments.get("device"), arguments.get("task") or "detect"
-    several = isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
-    if several or RANK != -1:
-        raise NotImplementedError(f"FBKDTrainer trains on one device, got device={device!r}, RANK={RANK}")
-    if task != "detect":
-        raise ValueError(f"FBKDTrainer trains detectors, got a student of task={task!r}")
+    given = arguments.get("task") or task
+    if given != task:
+        raise ValueError(f"FBKDTrainer trains the tasks {', '.join(TRAINERS)}, here {task}, got task={given!r}")
     if arguments.get("distill_model") is not None:
         raise ValueError(
             f"distill_model={arguments['distill_model']!r} is Ultralytics' own distillation and would train with a "
@@ -331,17 +469,96 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         )
 
 
-def _model_of(teacher: Teacher) -> nn.Module:
-    """Return the module whose last layer is the head."""
+def _overrides(args: tuple[Any, ...], arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the overrides among what a trainer of Ultralytics is given."""
+    return arguments.get("overrides", args[1] if len(args) > 1 else None) or {}
+
+
+def _several_devices(device: Any) -> bool:
+    return isinstance(device, (list, tuple)) and len(device) > 1 or isinstance(device, str) and "," in device
+
+
+@contextlib.contextmanager
+def _arguments_of_workers(settings: Settings) -> Iterator[None]:
+    """Leave the trainer's arguments where the processes that Ultralytics starts find them."""
+    if isinstance(settings.teacher, Model):
+        settings = settings._replace(teacher=_model_of(settings.teacher))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "arguments.pt"
+        torch.save(settings._asdict(), path)
+        os.environ[WORKERS] = str(path)
+        try:
+            yield
+        finally:
+            del os.environ[WORKERS]
+
+
+def _remembered(overrides: Mapping[str, Any]) -> Settings | None:
+    """Return the arguments that a worker's run or a resumed one was started with; None where none are known."""
+    if WORKERS in os.environ and RANK != -1:
+        return Settings(**torch.load(os.environ[WORKERS], weights_only=False))
+    resumed = overrides.get("resume")
+    path = Path(resumed).with_name(WEIGHTS) if isinstance(resumed, (str, Path)) else None
+    if path is None or not path.exists():
+        return None
+    arguments = torch.load(path, map_location="cpu", weights_only=True).get(ARGUMENTS)
+    return None if arguments is None else Settings(**arguments)
+
+
+def _plain_path(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_plain_value(value: Any) -> bool:
+    """Whether a file of weights may hold it."""
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(map(_is_plain_value, (*value, *value.values())))
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_plain_value, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def _is_parallel() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _send_to_all(module: nn.Module) -> None:
+    """Give all processes the first one's weights: Ultralytics seeds each differently."""
+    if _is_parallel():
+        for tensor in module.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def _average_gradients(module: nn.Module) -> None:
+    """Replace gradients by their means over all processes; one that none of them has stays absent."""
+    parameters = [each for each in module.parameters() if each.requires_grad]
+    if not (_is_parallel() and parameters):
+        return
+    grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    given = torch.tensor([each.grad is not None for each in parameters]).to(grads[0])
+    sums = torch.cat([*(grad.flatten() for grad in grads), given])
+    torch.distributed.all_reduce(sums)
+    *means, counts = (sums / torch.distributed.get_world_size()).split([*(grad.numel() for grad in grads), len(grads)])
+    for parameter, mean, count in zip(parameters, means, counts.tolist(), strict=True):
+        parameter.grad = mean.view_as(parameter) if count > 0 else None
+
+
+def _levels(features: Features) -> Iterable[Tensor]:
+    return features.values() if isinstance(features, Mapping) else features
+
+
+def _model_of(teacher: Teacher, any_module: bool = False) -> nn.Module:
+    """Return the module whose last layer is the head, or any module."""
     given = teacher
     if isinstance(teacher, (str, Path)):
         teacher = YOLO(teacher)
     model = teacher.model if isinstance(teacher, Model) else teacher
     if not isinstance(model, nn.Module):
         raise TypeError(f"teacher {given}: an exported model has no layers to listen to, give its .pt checkpoint")
-    if not isinstance(getattr(unwrapped(model), "model", None), nn.Sequential):
+    if not any_module and not isinstance(getattr(unwrapped(model), "model", None), nn.Sequential):
         raise TypeError(
-            f"teacher must be a model of Ultralytics with a head as its last layer, got {type(model).__name__}"
+            "teacher must be a model of Ultralytics with a head as its last layer, or any module with teacher_layers, "
+            f"got {type(model).__name__}"
         )
     return model
 
@@ -354,18 +571,28 @@ def _checked_channels(teacher: nn.Module, student: nn.Module) -> int:
     return channels
 
 
-def _widths(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
-    """Channels of the maps that each side's head is given, as the loss's arguments."""
-    remedy = "FBKDTrainer needs a detector that takes images alone"
-    sides = {
-        name: blank_image_features(model, HEAD_INPUTS, name, remedy)
-        for name, model in (("student", student), ("teacher", teacher))
-    }
-    sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides.values()]
-    if sizes[0] != sizes[1]:
-        whole: Any = unwrapped(teacher)
-        raise ValueError(
-            f"the teacher's head ({type(whole.model[-1]).__name__}) must be given maps of the same sizes "
-            f"as the student's, {sizes[0]} for a blank image, got {sizes[1]}"
-        )
-    return {f"{name}_channels": [feature.shape[1] for feature in features] for name, features in sides.items()}
+class FBKDSegmentationTrainer(FBKDTrainer, SegmentationTrainer):
+    """:class:`FBKDTrainer` of models that find masks."""
+
+    student_task, student_heads = "segment", ("Segment", "Segment26")
+
+
+class FBKDPoseTrainer(FBKDTrainer, PoseTrainer):  # type: ignore[misc]  # get_model takes anything and hands it on
+    """:class:`FBKDTrainer` of models that find keypoints."""
+
+    student_task, student_heads = "pose", ("Pose", "Pose26")
+
+
+class FBKDOBBTrainer(FBKDTrainer, OBBTrainer):  # type: ignore[misc]  # get_model takes anything and hands it on
+    """:class:`FBKDTrainer` of models that find oriented boxes."""
+
+    student_task, student_heads = "obb", ("OBB", "OBB26")
+
+
+class FBKDWorldTrainer(FBKDTrainer, WorldTrainer):  # type: ignore[misc]  # get_model takes anything and hands it on
+    """:class:`FBKDTrainer` of a YOLOWorld, whose classes are words."""
+
+    student_heads = ("WorldDetect",)
+
+
+TRAINERS = {kind.student_task: kind for kind in (FBKDTrainer, FBKDSegmentationTrainer, FBKDPoseTrainer, FBKDOBBTrainer)}

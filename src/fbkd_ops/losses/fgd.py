@@ -300,8 +300,8 @@ def _addition(x: Tensor, context: nn.Module) -> Tensor:
     assert isinstance(context, GlobalContext)
     dtype, columns = accumulation_dtype(x), x.flatten(2)  # (N, C, HW)
     # Convolutions as products: those to a single channel and of a single pixel take several times as long.
-    logits = (context.weight.weight.flatten(1).to(x.dtype) @ columns)[:, 0].to(dtype) + context.weight.bias  # (N, HW)
-    weights = torch.softmax(logits, dim=1)
+    logits = (context.weight.weight.flatten(1).to(x.dtype) @ columns)[:, 0].to(dtype)  # (N, HW)
+    weights = torch.softmax(logits + present(context.weight.bias), dim=1)
     mean = torch.bmm(columns, weights.to(x.dtype)[:, :, None])[:, :, 0].to(dtype)  # (N, C)
     norm = context.norm
     scale, shift = (parameter.flatten().to(dtype) for parameter in (norm.weight, norm.bias))
