@@ -1,28 +1,49 @@
 """A training step in Ultralytics' trainer: alone, with its built-in distillation and with ``FBKDTrainer``.
 
-    python -m benchmarks.ultralytics_step [--student yolo11n.yaml] [--teacher yolo11s.yaml] [--imgsz 160] [--batch 4]
-        [--steps 30] [--warmup 10] [--threads 1] [--json FILE]
+    python -m benchmarks.ultralytics_step [--student yolo11n.yaml] [--teacher yolo11s.yaml] [--imgsz 160 640]
+        [--batch 4 16] [--images 160] [--threads 2] [--json FILE]
 
 Three trainers take turns: each step runs from the batch's start to its end, optimizer included, while the others wait.
-The weights are random, for models from YAMLs; the images are noise with boxes.
+The memory is the largest of a process that trains in one way alone. The weights are random, for models from YAMLs; the
+images are noise with boxes.
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
+import multiprocessing
 import os
 import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.memory import peak_bytes
 from benchmarks.results import write_json
 
 WAYS = ("alone", "built-in", "fbkd_ops")
+# Steps that are not counted, the fewest and the most that are; of a process whose memory is measured.
+WARMUP, FEWEST, MOST, MEMORY_STEPS = 2, 5, 30, 3
+
+
+class Run(NamedTuple):
+    """What is trained."""
+
+    student: str
+    teacher: str
+    imgsz: int
+    batch: int
+    steps: int
+    threads: int
 
 
 class Turns:
@@ -77,16 +98,16 @@ def saved_teacher(teacher: str, folder: Path) -> str:
     return str(path)
 
 
-def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, folder: Path, turns: Turns) -> None:
+def train(way: str, run: Run, data: str, folder: Path, turns: Turns) -> None:
     from ultralytics import YOLO
 
     from fbkd_ops.integrations.ultralytics import FBKDTrainer
 
     settings = dict(
         data=data,
-        imgsz=arguments.imgsz,
-        batch=arguments.batch,
-        nbs=arguments.batch,
+        imgsz=run.imgsz,
+        batch=run.batch,
+        nbs=run.batch,
         epochs=1,
         warmup_epochs=0,
         optimizer="SGD",
@@ -100,10 +121,10 @@ def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, fold
         name=way,
     )
     if way == "built-in":
-        settings["distill_model"] = teacher
+        settings["distill_model"] = run.teacher
     elif way == "fbkd_ops":
-        settings["trainer"] = functools.partial(FBKDTrainer, teacher=teacher)
-    model = YOLO(arguments.student)
+        settings["trainer"] = functools.partial(FBKDTrainer, teacher=run.teacher)
+    model = YOLO(run.student)
     model.add_callback("on_train_batch_start", lambda _: turns.begin(way))
     model.add_callback("on_train_batch_end", lambda _: turns.end(way))
     try:
@@ -112,44 +133,84 @@ def train(way: str, arguments: argparse.Namespace, data: str, teacher: str, fold
         turns.leave(way)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+@contextlib.contextmanager
+def prepared(run: Run) -> Iterator[tuple[Run, str, Path]]:
+    """Yield the run with a teacher that is a file, its data and a folder; Ultralytics' settings lie there."""
+    torch.set_num_threads(run.threads)
+    with tempfile.TemporaryDirectory() as name:
+        os.environ.update(YOLO_CONFIG_DIR=name, YOLO_OFFLINE="true", YOLO_VERBOSE="false")
+        folder = Path(name)
+        data = make_data(folder / "data", run.steps * run.batch, run.imgsz)
+        yield run._replace(teacher=saved_teacher(run.teacher, folder)), data, folder
+
+
+def seconds_of(run: Run) -> dict[str, list[float]]:
     """Seconds of each way's steps after the warm-up."""
-    steps = arguments.steps + arguments.warmup
-    data = make_data(folder / "data", steps * arguments.batch, arguments.imgsz)
-    teacher = saved_teacher(arguments.teacher, folder)
-    turns = Turns(WAYS)
-    threads = [threading.Thread(target=train, args=(way, arguments, data, teacher, folder, turns)) for way in WAYS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {way: seconds[arguments.warmup :] for way, seconds in turns.seconds.items()}
+    with prepared(run) as (ready, data, folder):
+        turns = Turns(WAYS)
+        threads = [threading.Thread(target=train, args=(way, ready, data, folder, turns)) for way in WAYS]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return {way: seconds[WARMUP:] for way, seconds in turns.seconds.items()}
+
+
+def peak_mb(way: str, run: Run) -> float:
+    """The largest memory of this process, which trains in one way."""
+    with prepared(run) as (ready, data, folder):
+        train(way, ready, data, folder, Turns((way,)))
+    return peak_bytes() / 1e6
+
+
+def alone(function, *arguments):
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def rows_of(run: Run) -> Iterator[dict]:
+    """Yield the figures of each way; ``times_built_in`` is of the same rounds."""
+    seconds = alone(seconds_of, run)
+    for way in WAYS:
+        ratios = [ours / theirs for ours, theirs in zip(seconds[way], seconds["built-in"], strict=True)]
+        yield {
+            "imgsz": run.imgsz,
+            "batch": run.batch,
+            "way": way,
+            "steps": len(ratios),
+            "ms": round(1e3 * statistics.median(seconds[way]), 1),
+            "images_a_second": round(run.batch / statistics.median(seconds[way]), 2),
+            "times_built_in": round(statistics.median(ratios), 3),
+            "peak_mb": round(alone(peak_mb, way, run._replace(steps=MEMORY_STEPS))),
+        }
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="yolo11n.yaml")
     parser.add_argument("--teacher", default="yolo11s.yaml")
-    for name, default in (("imgsz", 160), ("batch", 4), ("steps", 30), ("warmup", 10), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--imgsz", type=int, nargs="+", default=[160, 640])
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--images", type=int, default=160, help="to train on, at a size of 160; fewer at a larger one")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(YOLO_CONFIG_DIR=folder, YOLO_OFFLINE="true", YOLO_VERBOSE="false")
-        seconds = measure(arguments, Path(folder))
-    medians = {way: 1e3 * statistics.median(times) for way, times in seconds.items()}
-    for way, milliseconds in medians.items():
-        ratio = milliseconds / medians["built-in"]
-        print(f"{way:10} {milliseconds:7.1f} ms a step, {ratio:.2f} times the built-in distillation's")
-    if arguments.json:
-        size = {name: value for name, value in vars(arguments).items() if name != "json"}
-        report = {"environment": environment("cpu", arguments.threads), "size": size, "milliseconds": medians}
-        write_json(arguments.json, report)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse(words)
+    report = {"environment": environment("cpu", arguments.threads), "rows": []}
+    report |= {"student": arguments.student, "teacher": arguments.teacher}
+    for imgsz, batch in itertools.product(arguments.imgsz, arguments.batch):
+        counted = arguments.images * (160 / imgsz) ** 2 / batch
+        steps = WARMUP + min(max(round(counted), FEWEST), MOST)
+        run = Run(arguments.student, arguments.teacher, imgsz, batch, steps, arguments.threads)
+        for row in rows_of(run):
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            report["rows"].append(row)
+            if arguments.json:
+                write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_every_task(sets, tmp_path, task, suffix, family, teacher):
         pytest.skip("this version has no such model")
     assert trainer.student_task == task and type(trainer).__name__.startswith("FBKD")
     rows = columns(trainer)
-    assert len(rows) == 2 and all(row["train/pkd_loss"] > 0 and row["val/pkd_loss"] == 0 for row in rows)
+    assert len(rows) == 2 and all(row["train/pkd_loss"] > 0 and row.get("val/pkd_loss", 0) == 0 for row in rows)
     assert all(row["train/box_loss"] > 0 and row["val/box_loss"] > 0 for row in rows)
 
 
@@ -132,9 +132,18 @@ def test_a_resumed_run_knows_its_teacher_and_its_loss(sets, tmp_path):
     assert [row["epoch"] for row in columns(trainer)] == [1, 2, 3]
 
 
+def is_old() -> bool:
+    """Whether Ultralytics is of 2025 or older."""
+    from ultralytics.cfg import CFG_BOOL_KEYS
+
+    return "multi_scale" in CFG_BOOL_KEYS
+
+
 def test_a_plain_resumption_says_what_it_needs(sets, tmp_path):
     from ultralytics import YOLO
 
+    if is_old():
+        pytest.skip("this version does not name the optimizer that it does not know")
     last = interrupted(sets, tmp_path)
     with pytest.raises(NotImplementedError, match="this run is FBKDTrainer's: resume it with trainer=FBKDTrainer"):
         YOLO(last).train(resume=True)
@@ -358,6 +367,8 @@ def good_enough(trainer):
     ids=str,
 )
 def test_ultralytics_own_options(sets, tmp_path, settings, epochs):
+    if is_old() and "patience" not in settings:
+        pytest.skip("this version has other options")
     callbacks = dict(on_train_start=good_enough) if "patience" in settings else {}
     trainer = train("yolo11n.yaml", "yolo11s.yaml", sets("detect"), tmp_path, callbacks, **settings)
     rows = columns(trainer)
