@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -194,7 +195,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--images", type=int, default=160, help="to train on, at a size of 160; fewer at a larger one")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="sizes that are in it already are kept")
     return parser.parse_args(words)
 
 
@@ -202,7 +203,11 @@ def main(words: list[str] | None = None) -> None:
     arguments = parse(words)
     report = {"environment": environment("cpu", arguments.threads), "rows": []}
     report |= {"student": arguments.student, "teacher": arguments.teacher}
-    for imgsz, batch in itertools.product(arguments.imgsz, arguments.batch):
+    measured = list(itertools.product(arguments.imgsz, arguments.batch))
+    if arguments.json and arguments.json.exists():
+        earlier = json.loads(arguments.json.read_text())
+        report["rows"] = [row for row in earlier["rows"] if (row["imgsz"], row["batch"]) not in measured]
+    for imgsz, batch in measured:
         counted = arguments.images * (160 / imgsz) ** 2 / batch
         steps = WARMUP + min(max(round(counted), FEWEST), MOST)
         run = Run(arguments.student, arguments.teacher, imgsz, batch, steps, arguments.threads)
