@@ -3,7 +3,8 @@
     python -m benchmarks.ultralytics_step [--student yolo11n.yaml] [--teacher yolo11s.yaml] [--imgsz 160 640]
         [--batch 4 16] [--images 160] [--threads 2] [--json FILE]
 
-Three trainers take turns: each step runs from the batch's start to its end, optimizer included, while the others wait.
+Three trainers take turns: a step is all that one does from a batch's start to the next one's, optimizer and the loading
+of the next batch included, while the others wait.
 The memory is the largest of a process that trains in one way alone. The weights are random, for models from YAMLs; the
 images are noise with boxes.
 """
@@ -53,20 +54,23 @@ class Turns:
     def __init__(self, names: tuple[str, ...]):
         self.waiting, self.condition = list(names), threading.Condition()
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.began: float | None = None  # of the step of the first of those who wait
 
     def begin(self, name: str) -> None:
+        """End this thread's last step, let the others have theirs, and begin the next one."""
+        if self.began is not None and self.waiting[0] == name:
+            self.seconds[name].append(time.perf_counter() - self.began)
+            with self.condition:
+                self.waiting.append(name)
+                self.leave(name)
         with self.condition:
             self.condition.wait_for(lambda: self.waiting[0] == name)
         self.began = time.perf_counter()
 
-    def end(self, name: str) -> None:
-        self.seconds[name].append(time.perf_counter() - self.began)
-        with self.condition:
-            self.waiting.append(name)
-            self.leave(name)
-
     def leave(self, name: str) -> None:
+        """Pass the turn on."""
         with self.condition:
+            self.began = None
             self.waiting.remove(name)
             self.condition.notify_all()
 
@@ -127,7 +131,6 @@ def train(way: str, run: Run, data: str, folder: Path, turns: Turns) -> None:
         settings["trainer"] = functools.partial(FBKDTrainer, teacher=run.teacher)
     model = YOLO(run.student)
     model.add_callback("on_train_batch_start", lambda _: turns.begin(way))
-    model.add_callback("on_train_batch_end", lambda _: turns.end(way))
     try:
         model.train(**settings)
     finally:
@@ -146,7 +149,7 @@ def prepared(run: Run) -> Iterator[tuple[Run, str, Path]]:
 
 
 def seconds_of(run: Run) -> dict[str, list[float]]:
-    """Seconds of each way's steps after the warm-up."""
+    """Seconds of each way's steps after the warm-up, but for the last one, behind which other things follow."""
     with prepared(run) as (ready, data, folder):
         turns = Turns(WAYS)
         threads = [threading.Thread(target=train, args=(way, ready, data, folder, turns)) for way in WAYS]
@@ -209,7 +212,7 @@ def main(words: list[str] | None = None) -> None:
         report["rows"] = [row for row in earlier["rows"] if (row["imgsz"], row["batch"]) not in measured]
     for imgsz, batch in measured:
         counted = arguments.images * (160 / imgsz) ** 2 / batch
-        steps = WARMUP + min(max(round(counted), FEWEST), MOST)
+        steps = WARMUP + 1 + min(max(round(counted), FEWEST), MOST)
         run = Run(arguments.student, arguments.teacher, imgsz, batch, steps, arguments.threads)
         for row in rows_of(run):
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
