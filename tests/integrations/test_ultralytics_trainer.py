@@ -127,7 +127,7 @@ def test_a_resumed_run_knows_its_teacher_and_its_loss(sets, tmp_path):
     model.train(resume=True, trainer=FBKDTrainer)
     trainer = model.trainer
     assert isinstance(trainer.fbkd, PKDLoss) and trainer.fbkd.eps == 1e-4 and trainer.share.settings.target == 0.3
-    assert trainer.teacher.yaml["yaml_file"].endswith("yolo11s.yaml") or "yolo11" in trainer.teacher.yaml["yaml_file"]
+    assert trainer.teacher.yaml["scale"] == "s"
     assert trainer.epoch == 2 and trainer.args.optimizer == "SGD"
     assert [row["epoch"] for row in columns(trainer)] == [1, 2, 3]
 
@@ -156,13 +156,45 @@ def test_a_teacher_that_is_an_object_has_to_be_given_again(sets, tmp_path):
 
     teacher = YOLO("yolo11s.yaml")
     with pytest.raises(Interruption):
-        train("yolo11n.yaml", teacher, sets("detect"), tmp_path, dict(on_fit_epoch_end=interrupt), epochs=2)
+        train(
+            "yolo11n.yaml",
+            teacher,
+            sets("detect"),
+            tmp_path,
+            dict(on_fit_epoch_end=interrupt),
+            dict(weight=3),
+            epochs=2,
+        )
     last = tmp_path / "run" / "weights" / "last.pt"
-    with pytest.raises(TypeError, match="teacher is needed: .* a resumed run knows its own where all"):
+    with pytest.raises(TypeError, match="teacher is needed: .* a resumed run knows its own where that was a name"):
         YOLO(last).train(resume=True, trainer=FBKDTrainer)
     model = YOLO(last)
     model.train(resume=True, trainer=functools.partial(FBKDTrainer, teacher=teacher))
-    assert model.trainer.epoch == 1
+    assert model.trainer.epoch == 1 and model.trainer.weight == 3
+
+
+def test_arguments_of_a_resumption_take_the_place_of_the_remembered_ones(sets, tmp_path):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    last = interrupted(sets, tmp_path, weight=3.0, start_step=2)
+    overrides = dict(resume=str(last), task="detect")
+    trainer = FBKDTrainer(overrides=overrides, weight=0.5)
+    assert trainer.weight == 0.5 and trainer.schedule.start_step == 2
+    with pytest.warns(UserWarning, match="optimizer='Adam' is ignored: a resumed run goes on with 'SGD'"):
+        trainer = FBKDTrainer(overrides=overrides | dict(optimizer="Adam"))
+    assert trainer.args.optimizer == "SGD"
+
+
+def test_a_loss_of_another_epoch_is_refused(sets, tmp_path):
+    from ultralytics import YOLO
+
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    last = interrupted(sets, tmp_path)
+    path = last.with_name("fbkd.pt")
+    torch.save(torch.load(path, weights_only=True) | {"epoch": 4}, path)
+    with pytest.raises(ValueError, match="has the loss of epoch 5, but the checkpoint is of epoch 1: resume last.pt"):
+        YOLO(last).train(resume=True, trainer=FBKDTrainer)
 
 
 def free_port() -> str:
@@ -277,38 +309,52 @@ def test_synchronized_terms_of_two_processes_are_those_of_the_joined_batch(sets,
     ours = noted[0]["grads"]
     for side in expected:
         expected[side] = {name: grad for name, grad in expected[side].items() if grad.any()}
+        assert not any(grad.any() for name, grad in ours[side].items() if name not in expected[side])
         ours[side] = {name: ours[side][name] for name in expected[side]}
     assert_alike(ours, expected)
 
 
-def test_workers_get_the_trainers_arguments(monkeypatch, tmp_path):
-    """Ultralytics starts them with what it knows: the trainer's class and its own arguments."""
-    from ultralytics import YOLO
-    from ultralytics.models.yolo.detect import DetectionTrainer
+SCRIPT = """
+import os, subprocess, sys
+from types import SimpleNamespace
+import torch
+from torch import nn
+from ultralytics.models.yolo.detect import DetectionTrainer
+from fbkd_ops.integrations import ultralytics
 
-    from fbkd_ops.integrations import ultralytics
+class Backbone(nn.Module):  # only this script knows it
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
 
-    found = {}
+WORKER = '''
+from fbkd_ops.integrations import ultralytics
+settings = ultralytics._remembered({})
+print("worker", type(settings["teacher"]).__name__, settings["teacher_input"](3), settings["loss"]["type"])
+'''
 
-    def in_a_worker(self):
-        with monkeypatch.context() as patch:
-            patch.setattr(ultralytics, "RANK", 0)
-            found["settings"] = ultralytics._remembered({})
-        assert not {**os.environ}.get("nothing")
+def start(self, *args, **options):
+    self.args = SimpleNamespace(device="0,1", task="detect")
 
-    monkeypatch.setattr(DetectionTrainer, "__init__", lambda self, *args, **options: setattr(self, "args", ARGUMENTS))
-    monkeypatch.setattr(DetectionTrainer, "train", in_a_worker)
-    from types import SimpleNamespace
+def work(self):
+    environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
+    done = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
 
-    ARGUMENTS = SimpleNamespace(device="0,1", task="detect")
-    teacher = YOLO("yolo11s.yaml")
-    trainer = ultralytics.FBKDTrainer(teacher=teacher, loss=dict(type="CWDLoss"), gradient_share=0.2)
-    trainer.train()
-    settings = found["settings"]
-    assert settings.loss == dict(type="CWDLoss") and settings.gradient_share == 0.2
-    state = teacher.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in settings.teacher.state_dict().items())
-    assert ultralytics.WORKERS not in os.environ and ultralytics._remembered({}) is None
+DetectionTrainer.__init__, DetectionTrainer.train = start, work
+settings = dict(teacher_layers=["layer"], teacher_input=lambda x: x + 1, loss={"type": "CWDLoss"})
+ultralytics.FBKDTrainer(teacher=Backbone(), **settings).train()
+assert ultralytics.WORKERS not in os.environ
+"""
+
+
+def test_workers_get_the_trainers_arguments(tmp_path):
+    """Ultralytics starts them with the trainer's class and its own arguments; the rest lies in a file."""
+    pytest.importorskip("cloudpickle")  # Ultralytics installs it before it starts workers
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
+    assert "worker Backbone 4 CWDLoss" in done.stdout, done.stdout + done.stderr
 
 
 class Backbone(nn.Module):
@@ -341,6 +387,28 @@ def test_a_teacher_of_another_family(sets, tmp_path):
     )
     trainer = train("yolo11n.yaml", Backbone(), sets("detect"), tmp_path, own=own, epochs=1)
     assert trainer.fbkd.widths == [(128, 16), (128, 20)] and columns(trainer)[0]["train/pkd_loss"] > 0
+
+
+@pytest.mark.parametrize("family", ["torchvision", "timm"])
+def test_a_backbone_teaches(sets, tmp_path, family):
+    if family == "torchvision":
+        teacher, layers = pytest.importorskip("torchvision").models.resnet18(), ["layer2", "layer3", "layer4"]
+    else:
+        timm = pytest.importorskip("timm")
+        teacher, layers = timm.create_model("resnet18", pretrained=False), ["layer2", "layer3", "layer4"]
+    own = dict(teacher_layers=layers, teacher_input=normalised, loss=dict(type="PKDLoss"))
+    trainer = train("yolo11n.yaml", teacher, sets("detect"), tmp_path, own=own, epochs=1)
+    assert [width for _, width in trainer.fbkd.widths] == [128, 256, 512]
+    assert columns(trainer)[0]["train/pkd_loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["FGDLoss", "ScoreWeightedLoss"])
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
+def test_losses_that_need_more_than_features_in_every_task(sets, tmp_path, task, name):
+    suffix = {"segment": "seg"}.get(task, task)
+    pair = f"yolo11n-{suffix}.yaml", f"yolo11s-{suffix}.yaml"
+    trainer = train(*pair, sets(task), tmp_path, own=dict(loss=dict(type=name)), epochs=1)
+    assert all(columns(trainer)[0][f"train/{name}"] > 0 for name in trainer.loss_names[-len(trainer.fbkd.term_names) :])
 
 
 def test_layers_of_other_sizes_are_refused(sets, tmp_path):
@@ -381,16 +449,23 @@ import sys
 sys.modules["fbkd_ops"] = None
 import torch
 from ultralytics import YOLO
-path = YOLO(sys.argv[1]).export(format="torchscript", imgsz=64)
-model = torch.jit.load(path)
-boxes = model(torch.rand(1, 3, 64, 64))
-print("exported", tuple(boxes.shape))
+path = YOLO(sys.argv[1]).export(format=sys.argv[2], imgsz=64, **({"simplify": False} if sys.argv[2] == "onnx" else {}))
+if sys.argv[2] == "onnx":
+    import onnx
+    onnx.checker.check_model(path)
+    sizes = [size.dim_value for size in onnx.load(path).graph.output[0].type.tensor_type.shape.dim]
+else:
+    sizes = torch.jit.load(path)(torch.rand(1, 3, 64, 64)).shape
+print("exported", tuple(sizes))
 """
 
 
-def test_the_best_checkpoint_is_exported_without_this_package(sets, tmp_path):
+@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
+def test_the_best_checkpoint_is_exported_without_this_package(sets, tmp_path, kind):
+    if kind == "onnx":
+        pytest.importorskip("onnx")
     trainer = train("yolo11n.yaml", "yolo11s.yaml", sets("detect"), tmp_path, epochs=1)
-    command = [sys.executable, "-c", EXPORT, str(trainer.best)]
+    command = [sys.executable, "-c", EXPORT, str(trainer.best), kind]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "exported (1, 6, 84)" in done.stdout, done.stdout + done.stderr
 

@@ -324,7 +324,7 @@ def test_the_student_is_no_teacher_of_its_own(data, tmp_path):
 
 
 def test_a_task_without_a_trainer_is_refused(data, tmp_path):
-    message = "FBKDTrainer trains the tasks detect, segment, pose, obb, here detect, got task='classify'"
+    message = "FBKDTrainer trains the task detect, got task='classify'; the tasks are detect, segment, pose, obb"
     with pytest.raises(ValueError, match=message):
         train("yolov8n-cls.yaml", data, tmp_path, teacher="yolov8n.yaml")
 
@@ -356,12 +356,12 @@ def test_a_teacher_without_trained_weights_is_warned_of(tmp_path):
 
     overrides = dict(data="none", task="classify")  # ends the construction
     warning = "built from yolov8n.yaml, without trained weights, .* give a checkpoint"
-    with pytest.warns(UserWarning, match=warning), pytest.raises(ValueError, match="trains the tasks"):
+    with pytest.warns(UserWarning, match=warning), pytest.raises(ValueError, match="trains the task"):
         FBKDTrainer(teacher="yolov8n.yaml", overrides=overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for teacher in ("yolov8n.pt", YOLO("yolov8n.yaml")):
-            with pytest.raises(ValueError, match="trains the tasks"):
+            with pytest.raises(ValueError, match="trains the task"):
                 FBKDTrainer(teacher=teacher, overrides=overrides)
 
 

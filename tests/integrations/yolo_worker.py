@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
 
 from fbkd_ops.integrations.ultralytics import FBKDTrainer
 
@@ -28,13 +29,12 @@ class Trainer(FBKDTrainer):
     def _setup_ddp(self):
         torch.distributed.init_process_group("gloo")
 
-    def optimizer_step(self):
-        from fbkd_ops.integrations import ultralytics
 
-        ultralytics._average_gradients(self.fbkd)
-        modules = {"student": self.model.module, "fbkd": self.fbkd}
-        self.grads = {side: grads_of(module) for side, module in modules.items()}
-        raise Done
+def note_gradients(trainer):
+    """In the place of Ultralytics' own step: what FBKDTrainer does before it has been done."""
+    modules = {"student": trainer.model.module, "fbkd": trainer.fbkd}
+    trainer.grads = {side: grads_of(module) for side, module in modules.items()}
+    raise Done
 
 
 def grads_of(module):
@@ -44,6 +44,7 @@ def grads_of(module):
 def main(folder: Path, data: str, **arguments) -> None:
     parallel = nn.parallel.DistributedDataParallel
     nn.parallel.DistributedDataParallel = lambda module, device_ids, **options: parallel(module, **options)
+    BaseTrainer.optimizer_step = note_gradients
     seen = {}
 
     def start(trainer):

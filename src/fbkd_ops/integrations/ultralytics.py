@@ -18,7 +18,8 @@ from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.models.yolo.world import WorldTrainer
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import RANK
+from ultralytics.utils import LOCAL_RANK, RANK
+from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
 from .._validation import Features, check_callable, check_number
 from .._warnings import TeacherWatch
@@ -44,11 +45,11 @@ __all__ = [
 SHORT = {"feature": "feat", "channel": "chan", "spatial": "spat", "relation": "rel", "attention": "attn"}
 WEIGHTS = "fbkd.pt"
 STEP, SHARE = "schedule.step", "gradient_share."  # in that file, beside the loss's own names
-ARGUMENTS = "arguments"  # the trainer's own, likewise, where they are plain values
+ARGUMENTS, EPOCH = "arguments", "epoch"  # likewise the trainer's own, of those that are plain values
 # The environment variable by which a run's worker processes find their trainer's arguments.
 WORKERS = "FBKD_OPS_ULTRALYTICS_ARGUMENTS"
-# Ultralytics' trainers name an optimizer that they do not know in their error.
-RESUME = " (this run is FBKDTrainer's: resume it with trainer=FBKDTrainer)"
+# Behind the optimizer's name in a checkpoint: Ultralytics' trainers say which optimizer it is that they do not know.
+NOTE = " (this run is "
 
 Teacher = str | Path | nn.Module
 
@@ -67,20 +68,25 @@ HEAD_INPUTS = Layer("model.-1", inputs=True, select=_maps)
 class Settings(NamedTuple):
     """The trainer's own arguments, as they were given."""
 
-    teacher: Teacher | None
-    loss: Mapping[str, Any] | None
-    student_layers: Layers | None
-    teacher_layers: Layers | None
-    teacher_input: Callable[[Tensor], Any] | None
-    weight: float
-    gradient_share: float | None
-    share_every: int
-    share_steps: int | None
-    start_step: int
-    stop_step: int | float | None
-    warmup_steps: int
-    decay: Decay | None
-    total_steps: int | None
+    teacher: Teacher | None = None
+    loss: Mapping[str, Any] | None = None
+    student_layers: Layers | None = None
+    teacher_layers: Layers | None = None
+    teacher_input: Callable[[Tensor], Any] | None = None
+    weight: float = 1.0
+    gradient_share: float | None = None
+    share_every: int = 10
+    share_steps: int | None = None
+    start_step: int = 0
+    stop_step: int | float | None = None
+    warmup_steps: int = 0
+    decay: Decay | None = None
+    total_steps: int | None = None
+
+    def completed(self, known: Mapping[str, Any]) -> "Settings":
+        """Return these settings, with what is known in the place of those that have their defaults."""
+        changed = {name for name, value in self._asdict().items() if value != Settings._field_defaults[name]}
+        return self._replace(**{name: value for name, value in known.items() if name not in changed})
 
 
 class FBKDTrainer(DetectionTrainer):
@@ -94,9 +100,10 @@ class FBKDTrainer(DetectionTrainer):
     them in the progress line and in ``results.csv`` (where ``val/`` columns of theirs, if the version has such, are 0).
     The learned layers of the loss are in the optimizer but, unlike the student's, not in Ultralytics' gradient
     clipping. They are saved as ``weights/fbkd.pt`` beside the checkpoints, which stay those of the student alone and
-    load without this package. With them is saved what a resumed run needs, so that ``train(resume=True,
-    trainer=FBKDTrainer)`` goes on with the same teacher, unless that or another argument was an object; Ultralytics'
-    recovery from a loss that is NaN reads the file too. A plain ``train(resume=True)`` says which trainer it needs.
+    load without this package. With them are saved the trainer's arguments, so that ``train(resume=True,
+    trainer=FBKDTrainer)`` goes on with the same teacher and loss; what is given besides takes their place. An argument
+    that was an object, such as a module, has to be given again. Ultralytics' recovery from a loss that is NaN reads the
+    file too. A plain ``train(resume=True)`` says which trainer it needs, with Ultralytics 8.4.
 
     On several devices each process has a teacher and a loss of its own; the gradients of the loss are averaged as
     those of the student are.
@@ -191,7 +198,7 @@ class FBKDTrainer(DetectionTrainer):
             decay,
             total_steps,
         )
-        self._settings = settings if teacher is not None else _remembered(overrides) or settings
+        self._settings = settings.completed(_remembered(overrides))
         self._check_settings()
         self._step: int | None = None  # of the schedule, counted in training batches; unknown before the training
         self._logged_weights: dict[str, Tensor] = {}
@@ -208,8 +215,8 @@ class FBKDTrainer(DetectionTrainer):
         given = self._settings
         if given.teacher is None:
             raise TypeError(
-                "teacher is needed: functools.partial(FBKDTrainer, teacher=...); a resumed run knows its own where all "
-                "of the trainer's arguments were names and numbers"
+                "teacher is needed: functools.partial(FBKDTrainer, teacher=...); a resumed run knows its own where "
+                "that was a name"
             )
         if not isinstance(given.teacher, (str, Path, nn.Module)):
             raise TypeError(
@@ -230,8 +237,12 @@ class FBKDTrainer(DetectionTrainer):
         self._share_settings = checked_settings(given.gradient_share, given.share_every, given.share_steps)
 
     def check_resume(self, overrides: Any) -> None:
-        super().check_resume(overrides)
-        self.args.optimizer = str(self.args.optimizer).partition(RESUME)[0]
+        others = {name: value for name, value in (overrides or {}).items() if name != "optimizer"}
+        super().check_resume(others)
+        self.args.optimizer = str(self.args.optimizer).partition(NOTE)[0]
+        asked = (overrides or {}).get("optimizer", self.args.optimizer)
+        if self.resume and asked != self.args.optimizer:
+            warnings.warn(f"optimizer={asked!r} is ignored: a resumed run goes on with {self.args.optimizer!r}")
 
     def get_model(self, cfg: Any = None, *args: Any, **arguments: Any) -> nn.Module:
         head = (cfg if isinstance(cfg, dict) else yaml_model_load(cfg))["head"][-1][2]
@@ -246,13 +257,15 @@ class FBKDTrainer(DetectionTrainer):
         self._set_up_teacher()
         self._set_up_loss()
         if self.resume:
-            self._load_loss(Path(self.args.model).with_name(WEIGHTS))
+            self._load_loss(Path(self.args.model).with_name(WEIGHTS), checkpoint["epoch"])
         return checkpoint
 
     def _set_up_teacher(self) -> None:
         given: Any = self._settings.teacher
-        model = _model_of(given, any_module=self._settings.teacher_layers is not None)
+        with torch_distributed_zero_first(LOCAL_RANK):  # one process downloads it
+            model = _model_of(given, any_module=self._settings.teacher_layers is not None)
         self.teacher = model.float().eval().requires_grad_(False).to(self.device)
+        _send_to_all(self.teacher)  # each would draw another one of a YAML
         check_apart(unwrapped(self.model), unwrapped(self.teacher))
         if not _is_yaml(given):  # which is warned of already
             TeacherWatch().see(self.teacher, lambda: None)
@@ -294,16 +307,23 @@ class FBKDTrainer(DetectionTrainer):
 
     def run_callbacks(self, event: str) -> None:
         if event == "on_train_start":
-            batches = len(self.train_loader)
-            if self._step is None:
-                self._step = self.start_epoch * batches
-            if self.schedule.needs_length():
-                self.schedule = self.schedule._replace(total_steps=self.epochs * batches).checked()
+            self._first_step, self._first_schedule = self._step, self.schedule
+            self._count_batches()
             if self.loss_names:  # else the trainer takes them from the first losses
                 self.loss_names = (*self.loss_names, *self._own_columns())
+        elif event == "on_train_epoch_start" and vars(self).get("_oom_retries"):
+            self._count_batches()  # memory was out: the epoch begins again, with smaller batches
         elif event == "on_train_batch_start":
             self._listen()
         super().run_callbacks(event)
+
+    def _count_batches(self) -> None:
+        """Set the step and, where the schedule needs it, the length of the training."""
+        batches = len(self.train_loader)
+        self._step = self.start_epoch * batches if self._first_step is None else self._first_step
+        self.schedule = self._first_schedule
+        if self.schedule.needs_length():
+            self.schedule = self.schedule._replace(total_steps=self.epochs * batches).checked()
 
     def train(self) -> Any:
         several = RANK == -1 and _several_devices(vars(self.args).get("device"))
@@ -325,14 +345,17 @@ class FBKDTrainer(DetectionTrainer):
 
     def save_model(self) -> Any:
         optimizer = self.args.optimizer
-        self.args.optimizer = f"{optimizer}{RESUME}"
+        name = type(self).__name__
+        self.args.optimizer = f"{optimizer}{NOTE}{name}'s: resume it with trainer={name})"
         try:
             saved = super().save_model()
         finally:
             self.args.optimizer = optimizer
+        if saved is False:  # of some versions: no checkpoint to stand beside
+            return saved
         arguments = self._settings._asdict() | {"teacher": _plain_path(self._settings.teacher)}
-        remembered = {ARGUMENTS: arguments} if _is_plain_value(arguments) else {}
-        torch.save(self._loss_state() | remembered, self.wdir / WEIGHTS)
+        known = {name: value for name, value in arguments.items() if _is_plain_value(value)}
+        torch.save(self._loss_state() | {ARGUMENTS: known, EPOCH: self.epoch}, self.wdir / WEIGHTS)
         return saved
 
     def _own_columns(self) -> list[str]:
@@ -423,13 +446,19 @@ class FBKDTrainer(DetectionTrainer):
             self._load_loss(self.wdir / WEIGHTS)
         return has_recovered
 
-    def _load_loss(self, path: Path) -> None:
+    def _load_loss(self, path: Path, epoch: int | None = None) -> None:
+        """Load what stands beside a checkpoint, and refuse what is of another epoch than that."""
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing: the loss's weights, which FBKDTrainer saved with the checkpoint"
             )
         state = torch.load(path, map_location=self.device, weights_only=True)
         state.pop(ARGUMENTS, None)
+        own = state.pop(EPOCH, None)
+        if epoch is not None and epoch >= 0 and own is not None and own != epoch:  # a finished run's is -1
+            raise ValueError(
+                f"{path} has the loss of epoch {own + 1}, but the checkpoint is of epoch {epoch + 1}: resume last.pt"
+            )
         share = {name.removeprefix(SHARE): state.pop(name) for name in list(state) if name.startswith(SHARE)}
         step = state.pop(STEP, None)
         if step is not None:
@@ -461,7 +490,8 @@ def _check_arguments(arguments: Mapping[str, Any], task: str) -> None:
     """Refuse arguments of Ultralytics that this trainer cannot follow; not all of them need to be there."""
     given = arguments.get("task") or task
     if given != task:
-        raise ValueError(f"FBKDTrainer trains the tasks {', '.join(TRAINERS)}, here {task}, got task={given!r}")
+        remedy = f"take {TRAINERS[given].__name__}" if given in TRAINERS else f"the tasks are {', '.join(TRAINERS)}"
+        raise ValueError(f"{TRAINERS[task].__name__} trains the task {task}, got task={given!r}; {remedy}")
     if arguments.get("distill_model") is not None:
         raise ValueError(
             f"distill_model={arguments['distill_model']!r} is Ultralytics' own distillation and would train with a "
@@ -485,7 +515,7 @@ def _arguments_of_workers(settings: Settings) -> Iterator[None]:
         settings = settings._replace(teacher=_model_of(settings.teacher))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arguments.pt"
-        torch.save(settings._asdict(), path)
+        torch.save(settings._asdict(), path, pickle_module=_pickle())
         os.environ[WORKERS] = str(path)
         try:
             yield
@@ -493,16 +523,26 @@ def _arguments_of_workers(settings: Settings) -> Iterator[None]:
             del os.environ[WORKERS]
 
 
-def _remembered(overrides: Mapping[str, Any]) -> Settings | None:
-    """Return the arguments that a worker's run or a resumed one was started with; None where none are known."""
+def _pickle() -> Any:
+    """Return what Ultralytics pickles for its workers with: it takes what a script defines, too, along."""
+    try:
+        import cloudpickle
+    except ImportError:
+        import pickle
+
+        return pickle
+    return cloudpickle
+
+
+def _remembered(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of the arguments that a worker's run or a resumed one was started with."""
     if WORKERS in os.environ and RANK != -1:
-        return Settings(**torch.load(os.environ[WORKERS], weights_only=False))
+        return torch.load(os.environ[WORKERS], map_location="cpu", weights_only=False)
     resumed = overrides.get("resume")
     path = Path(resumed).with_name(WEIGHTS) if isinstance(resumed, (str, Path)) else None
     if path is None or not path.exists():
-        return None
-    arguments = torch.load(path, map_location="cpu", weights_only=True).get(ARGUMENTS)
-    return None if arguments is None else Settings(**arguments)
+        return {}
+    return torch.load(path, map_location="cpu", weights_only=True).get(ARGUMENTS, {})
 
 
 def _plain_path(value: Any) -> Any:
@@ -530,17 +570,18 @@ def _send_to_all(module: nn.Module) -> None:
 
 
 def _average_gradients(module: nn.Module) -> None:
-    """Replace gradients by their means over all processes; one that none of them has stays absent."""
-    parameters = [each for each in module.parameters() if each.requires_grad]
-    if not (_is_parallel() and parameters):
+    """Replace gradients by their means over all processes.
+
+    Which of them there are depends on the schedule alone, which is the same in all processes.
+    """
+    grads = [each.grad for each in module.parameters() if each.grad is not None]
+    if not (_is_parallel() and grads):
         return
-    grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-    given = torch.tensor([each.grad is not None for each in parameters]).to(grads[0])
-    sums = torch.cat([*(grad.flatten() for grad in grads), given])
+    sums = torch.cat([grad.flatten() for grad in grads])
     torch.distributed.all_reduce(sums)
-    *means, counts = (sums / torch.distributed.get_world_size()).split([*(grad.numel() for grad in grads), len(grads)])
-    for parameter, mean, count in zip(parameters, means, counts.tolist(), strict=True):
-        parameter.grad = mean.view_as(parameter) if count > 0 else None
+    means = (sums / torch.distributed.get_world_size()).split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(mean.view_as(grad))
 
 
 def _levels(features: Features) -> Iterable[Tensor]:

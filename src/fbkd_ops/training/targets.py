@@ -121,10 +121,12 @@ def _of_hugging_face(images: Tensor, labels: Sequence[Mapping[str, Tensor]]) -> 
 
 
 def _corners(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Return x1, y1, x2, y2 in pixels of centre and size in parts of the image."""
-    x, y, w, h = boxes.unbind(1)
-    left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
-    return torch.stack([left * width, top * height, right * width, bottom * height], dim=1)
+    """Return x1, y1, x2, y2 in pixels of centre and size in parts of the image, and around a box with an angle."""
+    x, y, w, h = (column * side for column, side in zip(boxes.unbind(1), (width, height, width, height), strict=False))
+    if boxes.shape[1] == 5:
+        cosine, sine = boxes[:, 4].cos().abs(), boxes[:, 4].sin().abs()
+        w, h = w * cosine + h * sine, w * sine + h * cosine
+    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=1)
 
 
 def _image_size(values: Sequence[Any]) -> tuple[int, ...] | None:
