@@ -269,12 +269,13 @@ class Step:
 
 
 def assert_alike(ours, expected):
-    """Of both modules, up to the rounding of sums in another order."""
+    """Of both modules, each parameter's up to the rounding of sums in another order."""
     for side in expected:
         assert set(ours[side]) == set(expected[side]) and len(ours[side]) > 10
         size = max(grad.norm() for grad in expected[side].values())
         for name, grad in expected[side].items():
-            torch.testing.assert_close(ours[side][name], grad, rtol=1e-3, atol=1e-5 * size.item(), msg=name)
+            error = (ours[side][name] - grad).norm()
+            assert error <= 1e-2 * grad.norm() + 1e-7 * size, (side, name, error, grad.norm())
 
 
 def joined(halves):
