@@ -209,16 +209,16 @@ def test_costs_are_a_row_for_each_peer(render, tmp_path):
         for row, peer, threads in places
     ]
     results.write(tmp_path / render.SMALL, {"environment": MACHINE}, small)
-    times = {"alone": 1.0, "built-in": 3.0, "fbkd_ops": 2.0}
-    size = {"student": "yolo11n.yaml", "teacher": "yolo11s.yaml", "batch": 4, "imgsz": 160}
-    trainer = {"environment": MACHINE, "milliseconds": times, "size": size}
+    ways = [("alone", 160, 0.5), ("built-in", 160, 1.0), ("fbkd_ops", 160, 0.5), ("fbkd_ops", 640, 0.8)]
+    steps = [{"way": way, "imgsz": pixels, "times_built_in": ratio} for way, pixels, ratio in ways]
+    trainer = {"environment": MACHINE, "rows": steps, "student": "yolo11n.yaml", "teacher": "yolo11s.yaml"}
     (tmp_path / render.ULTRALYTICS).write_text(json.dumps(trainer))
     _, mmrazor, compiled, relation, whole, yolo, retinanet, trainer = cells_of(render.costs().partition("\n\n")[0])
     assert mmrazor[1:] == ["MMRazor", "3.0 / 3.0", "1/15.0"]
     assert compiled[1:] == ["MMRazor, compiled", "4.0 / 0.8", "1/1.2"]
     assert relation[2:] == ["3.0", ""] and whole[2:] == ["0.5", ""]
     assert yolo[1:3] == ["the literal formulas", "2.0 / 4.0"] and retinanet[1:3] == ["MMRazor", "2.0 / 4.0"]
-    assert "YOLO11n from YOLO11s" in trainer[0] and trainer[2] == "1.50"
+    assert "YOLO11n from YOLO11s" in trainer[0] and "160 and 640 px" in trainer[0] and trainer[2] == "1.25 to 2.00"
 
 
 def test_where_several_runs_were_made_is_one_sentence(render):

@@ -345,7 +345,7 @@ def work(self):
 DetectionTrainer.__init__, DetectionTrainer.train = start, work
 settings = dict(teacher_layers=["layer"], teacher_input=lambda x: x + 1, loss={"type": "CWDLoss"})
 ultralytics.FBKDTrainer(teacher=Backbone(), **settings).train()
-assert ultralytics.WORKERS not in os.environ
+assert "FBKD_OPS_ULTRALYTICS_ARGUMENTS" not in os.environ
 """
 
 

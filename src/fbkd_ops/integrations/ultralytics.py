@@ -46,8 +46,6 @@ SHORT = {"feature": "feat", "channel": "chan", "spatial": "spat", "relation": "r
 WEIGHTS = "fbkd.pt"
 STEP, SHARE = "schedule.step", "gradient_share."  # in that file, beside the loss's own names
 ARGUMENTS, EPOCH = "arguments", "epoch"  # likewise the trainer's own, of those that are plain values
-# The environment variable by which a run's worker processes find their trainer's arguments.
-WORKERS = "FBKD_OPS_ULTRALYTICS_ARGUMENTS"
 # Behind the optimizer's name in a checkpoint: Ultralytics' trainers say which optimizer it is that they do not know.
 NOTE = " (this run is "
 
@@ -516,11 +514,11 @@ def _arguments_of_workers(settings: Settings) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arguments.pt"
         torch.save(settings._asdict(), path, pickle_module=_pickle())
-        os.environ[WORKERS] = str(path)
+        os.environ["FBKD_OPS_ULTRALYTICS_ARGUMENTS"] = str(path)
         try:
             yield
         finally:
-            del os.environ[WORKERS]
+            del os.environ["FBKD_OPS_ULTRALYTICS_ARGUMENTS"]
 
 
 def _pickle() -> Any:
@@ -536,8 +534,9 @@ def _pickle() -> Any:
 
 def _remembered(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of the arguments that a worker's run or a resumed one was started with."""
-    if WORKERS in os.environ and RANK != -1:
-        return torch.load(os.environ[WORKERS], map_location="cpu", weights_only=False)
+    of_workers = os.environ.get("FBKD_OPS_ULTRALYTICS_ARGUMENTS")
+    if of_workers is not None and RANK != -1:
+        return torch.load(of_workers, map_location="cpu", weights_only=False)
     resumed = overrides.get("resume")
     path = Path(resumed).with_name(WEIGHTS) if isinstance(resumed, (str, Path)) else None
     if path is None or not path.exists():
