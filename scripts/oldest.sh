@@ -14,7 +14,7 @@ readonly arch=9.0
 cuda=$(command -v nvcc > /dev/null && echo 1 || echo 0) # without nvcc nothing of CUDA is compiled
 readonly cuda
 files=(tests/test_{channel_l2,weighted_roots,cell_relation,collapsed_relation,loss,compile,oldest}.py) together=()
-files+=(tests/test_channel_{correlation,divergence}.py)
+files+=(tests/test_channel_{correlation,divergence}.py tests/test_feature_norm.py)
 ops=(attention_pool attention_masks masked_l2 adapted_masked_l2 spatial_l2 channel_ops non_local_statistics)
 for op in "${ops[@]}" relation_residual; do
     part=$([[ $op == attention_masks ]] && echo masks || echo levels)
