@@ -13,13 +13,11 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import fbkd_ops
-from benchmarks import mmrazor, results, small
-from benchmarks.environment import environment
+from benchmarks import mmrazor, small
 from fbkd_ops.losses.feature_loss import FeatureLoss
 from fbkd_ops.losses.registry import LOSSES
 
@@ -137,12 +135,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
-    facts, made = {"environment": environment("cpu", max(options.threads))}, []
-    for found in measure(options):
-        print(pd.DataFrame(found).to_string(index=False), flush=True)
-        made += found
-        if options.csv:
-            results.write(options.csv, facts, made)
+    small.report(measure(options), options)
 
 
 if __name__ == "__main__":

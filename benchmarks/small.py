@@ -233,8 +233,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
+    report(measure(options), options)
+
+
+def report(measured: Iterator[list[dict]], options: argparse.Namespace) -> None:
+    """Print each table as it comes, and write all so far into ``options.csv``, where there is one."""
     facts, made = {"environment": environment("cpu", max(options.threads))}, []
-    for found in measure(options):
+    for found in measured:
         print(pd.DataFrame(found).dropna(axis=1).to_string(index=False), flush=True)
         made += found
         if options.csv:

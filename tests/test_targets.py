@@ -1,5 +1,6 @@
 """The boxes of a batch, in the forms in which frameworks give them."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,17 @@ def test_known_forms(call):
     assert tuple(size) == (HEIGHT, WIDTH)
     for mine, expected in zip(boxes, PIXELS, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, -0.7, 2.5])
+def test_a_box_with_an_angle_is_enclosed(angle):
+    """Ultralytics' oriented boxes: parts of the image, and radians in the image."""
+    batch = {"img": IMAGES[:1], "bboxes": torch.tensor([[0.5, 0.5, 0.25, 0.5, angle]]), "batch_idx": torch.zeros(1)}
+    (boxes,), _ = boxes_of_call((batch,), {})
+    sides = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * torch.tensor([6.0, 8.0])  # half of 12 x 16 pixels
+    cosine, sine = math.cos(angle), math.sin(angle)
+    corners = sides @ torch.tensor([[cosine, sine], [-sine, cosine]]) + torch.tensor([24.0, 16.0])
+    torch.testing.assert_close(boxes[0], torch.cat([corners.amin(0), corners.amax(0)]))
 
 
 @pytest.mark.parametrize(

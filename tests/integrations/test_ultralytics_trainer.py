@@ -17,7 +17,7 @@ from torch import nn
 if importlib.util.find_spec("ultralytics") is None:
     pytest.skip("ultralytics is not installed", allow_module_level=True)
 
-from yolo_data import write_set
+from yolo_data import own_settings, write_set
 
 HERE = Path(__file__).parent
 SETTINGS = dict(imgsz=64, batch=4, nbs=4, epochs=2, warmup_epochs=0, optimizer="SGD", device="cpu", workers=0)
@@ -26,10 +26,7 @@ SETTINGS |= dict(plots=False, verbose=False, name="run")
 
 @pytest.fixture(scope="module", autouse=True)
 def framework(tmp_path_factory):
-    from process_state import kept
-
-    with kept():
-        os.environ.update(YOLO_CONFIG_DIR=str(tmp_path_factory.mktemp("settings")), YOLO_OFFLINE="true")
+    with own_settings(tmp_path_factory.mktemp("settings")):
         yield
 
 

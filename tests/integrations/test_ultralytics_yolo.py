@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -18,6 +17,8 @@ from helpers import TEST_ALL
 # Its import patches other packages, so it waits for the fixture that puts them back.
 if importlib.util.find_spec("ultralytics") is None:
     pytest.skip("ultralytics is not installed", allow_module_level=True)
+
+from yolo_data import own_settings, write_set
 
 TERMS = ("feat_loss", "chan_loss", "spat_loss", "rel_loss")
 SETTINGS = dict(
@@ -37,17 +38,12 @@ PAIRS = {"yolov8n.yaml": "yolov8m.yaml", "yolo11n.yaml": "yolo11m.yaml"}
 
 @pytest.fixture(scope="module", autouse=True)
 def framework(tmp_path_factory):
-    from process_state import kept
-
-    with kept():
-        os.environ.update(YOLO_CONFIG_DIR=str(tmp_path_factory.mktemp("settings")), YOLO_OFFLINE="true")
+    with own_settings(tmp_path_factory.mktemp("settings")):
         yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    from yolo_data import write_set
-
     return write_set(tmp_path_factory.mktemp("data"))
 
 

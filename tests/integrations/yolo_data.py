@@ -1,10 +1,23 @@
-"""Tiny sets of pictures with the labels of each of Ultralytics' tasks."""
+"""Tiny sets of pictures with the labels of each of Ultralytics' tasks, and settings of its own for a test file."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 PIXELS = 64
+
+
+@contextlib.contextmanager
+def own_settings(folder: Path) -> Iterator[None]:
+    """Ultralytics' settings in a folder, no downloads, and what its import patches put back behind it."""
+    from process_state import kept
+
+    with kept():
+        os.environ.update(YOLO_CONFIG_DIR=str(folder), YOLO_OFFLINE="true")
+        yield
 
 
 def corners(x, y, width, height) -> np.ndarray:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
-from .._validation import Features, check_callable, check_number
+from .._validation import check_callable, check_number, feature_levels
 from .._warnings import TeacherWatch
 from ..losses.feature_loss import FeatureLoss
 from ..training.feature_tap import FeatureTap, Layer, Layers, unwrapped
@@ -284,7 +284,10 @@ class FBKDTrainer(DetectionTrainer):
         remedy = "FBKDTrainer needs a detector that takes images alone"
         students = blank_image_features(self.model, self._layers[0], "student", remedy)
         teachers = blank_image_features(self.teacher, self._layers[1], "teacher", remedy, self._settings.teacher_input)
-        sides = {"student": list(_levels(students)), "teacher": list(_levels(teachers))}
+        sides = {
+            "student": list(feature_levels(students, "student").values()),
+            "teacher": list(feature_levels(teachers, "teacher").values()),
+        }
         sizes = [[tuple(feature.shape[2:]) for feature in features] for features in sides.values()]
         if same_sizes and sizes[0] != sizes[1]:
             who = f"{type(unwrapped(self.teacher)).__name__}'s layers"
@@ -581,10 +584,6 @@ def _average_gradients(module: nn.Module) -> None:
     means = (sums / torch.distributed.get_world_size()).split([grad.numel() for grad in grads])
     for grad, mean in zip(grads, means, strict=True):
         grad.copy_(mean.view_as(grad))
-
-
-def _levels(features: Features) -> Iterable[Tensor]:
-    return features.values() if isinstance(features, Mapping) else features
 
 
 def _model_of(teacher: Teacher, any_module: bool = False) -> nn.Module:
