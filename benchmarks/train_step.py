@@ -21,7 +21,7 @@ CLASSES, BOXES = 91, 8
 LEVEL_NAMES = ("0", "1", "2", "3")  # P2..P5; torchvision's fifth has no counterpart in the preset
 
 
-def _detector(case: Case, depth: int) -> nn.Module:
+def make_detector(case: Case, depth: int) -> nn.Module:
     """At the same random weights for all."""
     torch.manual_seed(0)
     try:
@@ -37,7 +37,7 @@ def _detector(case: Case, depth: int) -> nn.Module:
     return detector.to(case.device, case.parameter_dtype, memory_format=LAYOUTS[case.layout])
 
 
-def _images(case: Case) -> list[Tensor]:
+def images_of(case: Case) -> list[Tensor]:
     n, _, height, width = case.shape
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(n, 3, FINEST_STRIDE * height, FINEST_STRIDE * width, generator=generator)
@@ -81,14 +81,14 @@ class TheirTerms(nn.Module):
 
 
 def _alone(case: Case) -> Implementation:
-    return Step(_detector(case, 50), case)
+    return Step(make_detector(case, 50), case)
 
 
 def _distilled(make_loss: Callable[[Case], nn.Module]) -> Callable[[Case], Implementation]:
     def made(case: Case) -> Implementation:
         places: dict[str, Any] = dict(student_layers="backbone", teacher_entry="backbone")
         levels = dict(student_levels=LEVEL_NAMES, teacher_levels=LEVEL_NAMES)
-        models = _detector(case, 50), _detector(case, 101)
+        models = make_detector(case, 50), make_detector(case, 101)
         loss = make_loss(case).to(case.parameter_dtype)
         return Step(fbkd_ops.Distiller(*models, loss, **places, **levels), case)
 
@@ -101,7 +101,7 @@ def _compiled(case: Case) -> nn.Module:
 
 TRAIN_STEP = Suite(
     "relation_loss",
-    _images,
+    images_of,
     {
         "no_distillation": _alone,
         "mmrazor": _distilled(lambda case: TheirTerms(their_loss_of(case))),

@@ -342,6 +342,17 @@ CALLABLES = {
         dict(student=([0.5], [0.5]), teacher=([0.4], [0.3])),
         {side: [None, 3, "pair", [0.5], ([0.5], [0.0]), ([0.5], [0.5, 0.5])] for side in ("student", "teacher")},
     ),
+    "TokenMaps": Public(
+        fbkd_ops.TokenMaps,
+        dict(model=nn.Sequential(nn.Identity()), layers="0", patch_size=4),
+        {
+            "model": [None, *MODULE],
+            "layers": [None, 3, b"0", [], {}, ["0", "0"], ["0", 3], {"0"}, nn.Identity(), "1"],
+            "stride": INT,
+            "patch_size": INT,
+            "call": [3, "call", []],
+        },
+    ),
     "inherit": Public(
         fbkd_ops.inherit,
         dict(student=nn.Linear(2, 2), teacher=nn.Linear(2, 2), modules=""),

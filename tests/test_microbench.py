@@ -148,8 +148,8 @@ def test_a_whole_step_has_figures_without_a_ceiling(inside, monkeypatch, capsys,
     )
     few = dict(rpn_pre_nms_top_n_train=20, rpn_pre_nms_top_n_test=20, box_batch_size_per_image=16, box_roi_pool=pool)
     monkeypatch.setattr(detection, "FasterRCNN", functools.partial(detection.FasterRCNN, **few))
-    detector, smaller = train_step._detector, {50: 18, 101: 34}
-    monkeypatch.setattr(train_step, "_detector", lambda case, depth: detector(case, smaller[depth]))
+    detector, smaller = train_step.make_detector, {50: 18, 101: 34}
+    monkeypatch.setattr(train_step, "make_detector", lambda case, depth: detector(case, smaller[depth]))
     monkeypatch.setattr(measurement, "_wrong", lambda *arguments: "")
     peers = ["no_distillation", "fbkd_ops"]
     arguments = ["--suite", "train_step", "--shapes", "1,256,16,16", "--peers", *peers]

@@ -173,7 +173,8 @@ def test_lists_and_keywords_of_images(form):
 
 def test_an_argument_that_is_not_there_is_named():
     distiller = make_distiller(teacher_input=renormalize())
-    distiller._unregistered_input = (renormalize(), "pixels")  # as of a teacher whose forward names it so
+    (side,) = distiller._sides.values()
+    side.first_argument = "pixels"  # as of a teacher whose forward names it so
     message = "teacher_input makes the teacher's first argument, pixels, but the teacher is given 'images', 'targets'"
     with pytest.raises(TypeError, match=message):
         distiller(images=images(), targets=TARGETS)

@@ -11,7 +11,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import results  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.study import tables  # noqa: E402
-from benchmarks.study.jobs import KEY, TEACHER, Job, check_teacher, is_done, jobs_of, run  # noqa: E402
+from benchmarks.study.jobs import KEY, TEACHER, check_teacher, is_done, jobs_of, run  # noqa: E402
 from benchmarks.study.protocol import ARMS, STUDIES  # noqa: E402
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results/cpu-study.csv"), Path("build/study/quick.csv")
 
 
-def finish(jobs: list[Job], processes: int, output: Path) -> None:
-    """Do the jobs that are missing in ``output``, ``processes`` at a time; write every line as soon as there is one."""
+def finish(jobs: Sequence[Any], processes: int, output: Path, do: Callable[[Any], dict[str, Any]] = run) -> None:
+    """Do the jobs that are missing in ``output``; write every line as soon as there is one.
+
+    Args:
+        jobs: the teacher's, then its students'.
+        processes: how many are done at a time.
+        output: the table.
+        do: does a job in a process of its own, and returns its line.
+    """
     rows: list[dict[str, Any]] = list(results.text_rows(output)) if output.exists() else []
     facts = {"command": "python -m benchmarks.study", "environment": environment("cpu", 1)}
     left = [job for job in jobs if not is_done(job, rows)]
@@ -38,7 +45,7 @@ def finish(jobs: list[Job], processes: int, output: Path) -> None:
         for stage in (teachers, students):
             if stage is students:
                 check_teacher(jobs[0], rows)
-            for done in as_completed([pool.submit(run, job) for job in stage]):
+            for done in as_completed([pool.submit(do, job) for job in stage]):
                 row = _result(done, pool)
                 rows = [each for each in rows if any(str(each[name]) != str(row[name]) for name in KEY)] + [row]
                 results.write(output, facts, rows)

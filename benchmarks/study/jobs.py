@@ -68,10 +68,10 @@ def run(job: Job) -> dict[str, Any]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), partial)
         partial.replace(job.teacher_path)
-        return _line(job, setting.teacher_steps, outcome)
+        return line(job, setting.teacher_steps, outcome)
     teacher = runs.detector(setting, "teacher", data, runs.TEACHER_SEED)
     teacher.load_state_dict(torch.load(job.teacher_path, weights_only=True))
-    return _line(job, steps(setting, job.arm), _outcome(job, data, teacher.eval()))
+    return line(job, steps(setting, job.arm), _outcome(job, data, teacher.eval()))
 
 
 def _outcome(job: Job, data: DetectionData, teacher: nn.Module) -> runs.Outcome:
@@ -111,7 +111,8 @@ def _pictures(job: Job) -> DetectionData:
     return runs.load(job.numbers, job.folder)
 
 
-def _line(job: Job, count: int, outcome: runs.Outcome) -> dict[str, Any]:
+def line(job: Any, count: int, outcome: runs.Outcome) -> dict[str, Any]:
+    """Return the line of a training of ``count`` steps; the first fields of ``job`` are the ``KEY``."""
     second_half = outcome.shares[len(outcome.shares) // 2 :]
     low, middle, high = np.quantile(second_half, [0.1, 0.5, 0.9]) if second_half else ("", "", "")
     return {

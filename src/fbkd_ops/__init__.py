@@ -22,6 +22,7 @@ from .training.feature_tap import FeatureTap, Layer
 from .training.inherit import inherit
 from .training.student_losses import sum_losses
 from .training.teacher_input import Renormalize
+from .training.token_maps import TokenMaps
 from .types import AttentionPool, NonLocalWeights
 
 register_earlier_paths()
@@ -45,6 +46,7 @@ __all__ = [
     "Renormalize",
     "ScoreWeightedLoss",
     "TeacherImagesWarning",
+    "TokenMaps",
     "UntrainedTeacherWarning",
     "distributed",
     "functional",

@@ -2,14 +2,12 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._numerics import accumulation_dtype
 from .._validation import (
     Features,
     as_list,
@@ -18,38 +16,30 @@ from .._validation import (
     check_number,
     check_text,
 )
-from .._warnings import BackwardWatch, SizeWatch, TeacherWatch
+from .._warnings import BackwardWatch, SizeWatch
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
     Branches,
     FeatureTap,
-    Layer,
     Layers,
     OutputTap,
-    find_module,
-    is_output,
     kept_arguments,
     unwrapped,
     versions,
 )
 from .gradient_share import GradientShare, ShareSettings, checked_settings
-from .levels import Levels, checked_levels, chosen_levels
-from .loss_dict import LossDict, needs_of
-from .normalization import difference, find_normalization
-from .pairing import (
-    check_apart,
-    check_exported_mode,
-    check_same_images,
-    put_teacher_into_eval_mode,
-    training_modules,
-)
+from .levels import Levels, checked_levels, matched
+from .loss_dict import ByTeacher, LossDict, needs_of
+from .pairing import check_apart, check_exported_mode, put_teacher_into_eval_mode, training_modules
 from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, checked_terms, own_losses
 from .targets import BoxSource
-from .teacher_input import TeacherInput, checked_teacher_input, first_argument, with_first_argument
-from .teacher_scores import ScoreFunction, checked_score_function, resized_scores, scores_of
+from .teacher_input import TeacherInput
+from .teacher_scores import ScoreFunction
+from .teacher_side import Entry, TeacherSide, tapped
+from .teachers import ONLY, Device, named_teachers, teacher_sides
 
 __all__ = ["Distiller"]
 
@@ -65,7 +55,9 @@ class Distiller(StudentAttributes, nn.Module):
     Args:
         student: a detector that returns its losses in training: a dict or list of them, one scalar, or an object or
             dict whose ``loss`` is one (Hugging Face).
-        teacher: a trained detector.
+        teacher: a trained detector. Or several in a dict with a name for each: each has a loss of the same name, and
+            every argument below that begins with ``teacher_`` (but for ``teacher_every``) may be a dict with what is
+            for each.
         loss: an :class:`fbkd_ops.FBKDLoss`, or any module of two feature lists that returns a dict of scalars. Or
             several in a dict with a name for each: their terms come together, and a term that two of them give gets
             the loss's name behind its own.
@@ -74,11 +66,18 @@ class Distiller(StudentAttributes, nn.Module):
         teacher_layers: the same for the teacher; the student's by default.
         teacher_entry: path of a module, in both, at which the teacher starts: its module is called with what the
             student's was given. With ``"backbone"`` a torchvision teacher sees the student's images as they were
-            resized (at random) and padded.
+            resized (at random) and padded. A pair has the student's path and the teacher's: ``("backbone", "")`` calls
+            the whole teacher with what the student's backbone was given.
         teacher_input: makes the teacher's images of the student's, where the teacher was trained with others: a
             function, :class:`fbkd_ops.Renormalize`, or a dict of the latter's arguments. It gets the first argument
             that the teacher (with ``teacher_entry``: its module) would be given, by position or by its name, and
             returns the one that it is given instead; it runs without gradient and leaves what it gets as it is.
+        teacher_device: where the teacher runs and stays, wherever the distiller is moved. What it is given is brought
+            there, and its features to the student's device, without waiting for either where these are GPUs.
+        teacher_dtype: a dtype of floats in which the teacher runs and stays, and which its images and features have;
+            the student's autocast does not reach it. The loss computes as it does for mixed dtypes.
+        teacher_every: runs the teacher, and adds the terms, in every k-th step only, counted from ``start_step``. There
+            the terms count k times, so that they pull as hard over all steps; between them they are 0.
         student_levels: which of the features to use, by index or key, and in what order; all by default. Of several
             losses a dict may have each one's.
         teacher_levels: the same for the teacher, to be matched with the student's by position.
@@ -95,7 +94,8 @@ class Distiller(StudentAttributes, nn.Module):
         weight: what all terms are multiplied with, >= 0. It is an attribute that can be set at any time.
         gradient_share: instead of guessing ``weight``: the share of the detector's own gradient that the terms together
             send into the tapped maps, > 0: the ratio of the L2 norms over all tapped maps that the loss reads. It is
-            measured in the training's own backward passes, and sets a factor beside ``weight`` that starts at 1e-3. The
+            measured in the training's own backward passes, and sets a factor beside ``weight`` that starts at 1e-3.
+            With ``teacher_every`` it is the share of a mean step. The
             own gradient of a map also has what the terms send down from maps that are made of it (backbone stages, the
             neck of a YOLO). Of several losses a dict has each one's share, and each has a factor of its own.
         share_every: how many steps lie between two measurements.
@@ -140,13 +140,16 @@ class Distiller(StudentAttributes, nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Mapping[str, nn.Module],
         loss: nn.Module | Mapping[str, nn.Module],
         *,
         student_layers: Layers,
-        teacher_layers: Layers | None = None,
-        teacher_entry: str | None = None,
-        teacher_input: TeacherInput | None = None,
+        teacher_layers: Layers | Mapping[str, Layers] | None = None,
+        teacher_entry: Entry | Mapping[str, Entry] = None,
+        teacher_input: TeacherInput | Mapping[str, TeacherInput | None] | None = None,
+        teacher_device: Device | Mapping[str, Device] = None,
+        teacher_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
+        teacher_every: int = 1,
         student_levels: Levels | Mapping[str, Levels] = None,
         teacher_levels: Levels | Mapping[str, Levels] = None,
         resize: bool = False,
@@ -160,52 +163,55 @@ class Distiller(StudentAttributes, nn.Module):
         share_every: int = 10,
         share_steps: int | None = None,
         boxes: Callable[..., Any] | None = None,
-        teacher_scores: ScoreFunction | None = None,
+        teacher_scores: ScoreFunction | Mapping[str, ScoreFunction | None] | None = None,
         total: Total = TOTALS,
         combine: Callable[[Any, dict[str, Tensor]], Any] | None = None,
     ):
         super().__init__()
-        names: tuple[str, ...] = ()
+        teachers = named_teachers(teacher, loss)
+        teacher = teachers[ONLY] if ONLY in teachers else nn.ModuleDict(teachers)
+        losses: tuple[str, ...] = ()
         if isinstance(loss, (Mapping, nn.ModuleDict)):
-            names, loss = tuple(loss), LossDict(dict(loss.items()), student_levels, teacher_levels)
+            losses, loss = tuple(loss), LossDict(dict(loss.items()), student_levels, teacher_levels, resize)
             student_levels = teacher_levels = None  # each loss chooses
         _check_modules(student, teacher, loss)
         check_apart(student, teacher)
         check_exported_mode(teacher)
-        Schedule(start_step, stop_step, warmup_steps, decay, total_steps).checked()
+        Schedule(start_step, stop_step, warmup_steps, decay, total_steps, teacher_every).checked()
         if combine is not None:
             check_callable(combine, "combine")
         # The student's place in parameters(). It comes last itself: names that are assigned after it may be its own.
         self.register_module("student", None)
         self.loss = loss
+        self._student_tap = tapped(student, student_layers, "student_layers")
         # In a tuple, so that nn.Module does not register the teacher.
         self._unregistered_teacher = (teacher,)
-        self._student_tap = _tap(student, student_layers, "student_layers")
-        teacher_layers = student_layers if teacher_layers is None else teacher_layers
-        self._teacher_tap = _tap(teacher, teacher_layers, "teacher_layers", stop_when_complete=True)
-        self._teacher_entry = teacher_entry
-        self._entry_tap: FeatureTap | None = None
-        if teacher_entry is None:
-            check_same_images(student, teacher)
-        else:
-            _check_entry(teacher, teacher_entry, teacher_layers)
-            self._entry_tap = _closed_tap(student, Layer(teacher_entry, inputs=True), "teacher_entry")
-        # In a tuple, as the teacher: it may be a module. With the name of the argument that it makes.
-        self._unregistered_input = (checked_teacher_input(teacher_input), first_argument(self._teacher_start()))
+        self._sides = teacher_sides(
+            student,
+            teachers,
+            loss,
+            student_layers,
+            teacher_layers=teacher_layers,
+            teacher_entry=teacher_entry,
+            teacher_input=teacher_input,
+            teacher_device=teacher_device,
+            teacher_dtype=teacher_dtype,
+            teacher_scores=teacher_scores,
+        )
         self._box_source = _box_source(loss, student, boxes)
-        self._score_function = _score_function(loss, teacher, teacher_scores)
         self.student_levels = checked_levels(student_levels, "student_levels")
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
-        self.decay, self._total_steps = decay, total_steps
+        self.decay, self._total_steps, self.teacher_every = decay, total_steps, teacher_every
         self.weight = weight
         device = next((parameter.device for parameter in student.parameters()), None)
-        settings = checked_settings(gradient_share, share_every, share_steps, names)
+        settings = checked_settings(gradient_share, share_every, share_steps, losses)
         self.share = None if settings is None else _gradient_share(settings, self._student_tap, device)
         self.total, self.combine = _checked_total(total), combine
-        self._step, self._warned_of_training, self._warned_of_eval = 0, False, False
-        self._backward_watch, self._size_watch, self._teacher_watch = BackwardWatch(), SizeWatch(), TeacherWatch()
+        self._step, self._is_unlabelled = 0, False
+        self._warned_of_training = self._warned_of_eval = False
+        self._backward_watch, self._size_watch = BackwardWatch(), SizeWatch()
         self._terms: dict[str, Tensor] = {}
         self.register_state_dict_post_hook(drop_shared_names)
         self.register_load_state_dict_pre_hook(fit_names)
@@ -215,11 +221,14 @@ class Distiller(StudentAttributes, nn.Module):
 
     @property
     def teacher(self) -> nn.Module:
+        """The teacher; several are in a ``ModuleDict``."""
         return self._unregistered_teacher[0]
 
     @property
-    def teacher_input(self) -> Callable[[Any], Any] | None:
-        return self._unregistered_input[0]
+    def teacher_input(self) -> Callable[[Any], Any] | dict[str, Callable[[Any], Any] | None] | None:
+        """What makes the teacher's images, of several teachers by name."""
+        inputs = {name: side.teacher_input for name, side in self._sides.items()}
+        return inputs.get(ONLY, inputs)
 
     @property
     def step(self) -> int:
@@ -250,7 +259,9 @@ class Distiller(StudentAttributes, nn.Module):
         self._total_steps = total_steps
 
     def _schedule(self) -> Schedule:
-        return Schedule(self.start_step, self.stop_step, self.warmup_steps, self.decay, self._total_steps)
+        return Schedule(
+            self.start_step, self.stop_step, self.warmup_steps, self.decay, self._total_steps, self.teacher_every
+        )
 
     def step_weight(self) -> float:
         """Return ``weight`` times the schedule of the next training step; 0 where no terms are added.
@@ -286,17 +297,17 @@ class Distiller(StudentAttributes, nn.Module):
         if not self.training:
             return self.student(*args, **kwargs)
         self._check_student_mode()
-        if not self._teacher_watch.looked:
-            self._teacher_watch.see(self.teacher, self._difference_of_images)
+        for side in self._sides.values():
+            if not side.watch.looked:
+                # A framework's wrapper may have a preprocessor in place of the student's.
+                side.look(self.student, getattr(self, "data_preprocessor", None))
+        if self._is_unlabelled:
+            return self._terms_alone(args, kwargs)
         weight = self.step_weight()
         self._collect_share()
         if weight == 0:
             output, terms = self._run_student(args, kwargs), self._idle_terms()
-            self._student_tap.clear()
-            if self._entry_tap is not None:
-                self._entry_tap.clear()
-            if self._box_source is not None:
-                self._box_source.clear()
+            self._forget()
         elif self.share is None:
             output, terms = self._weighted_terms(weight, args, kwargs)
             if self.combine is None and not self._size_watch.looked:
@@ -309,6 +320,45 @@ class Distiller(StudentAttributes, nn.Module):
         if self.combine is not None:
             return self.combine(output, terms)
         return add_terms(output, terms, self.total, self._student_learns())
+
+    @contextlib.contextmanager
+    def unlabelled(self) -> Iterator[None]:
+        """Inside the block, let training forwards return the terms alone, for images without labels.
+
+        The student runs up to its last tapped module, so its own losses are not computed (at student_layers by the
+        model's output, and in a compiled student, it runs through). What the detector asks of targets before that it
+        has to be given: a torchvision detector takes empty ones. Such a forward is no training step: ``step`` stays,
+        ``terms()`` are those of the last step with labels, and no gradient share is measured, for there is no own
+        gradient to compare with. The terms have the weight of the step at hand; ``teacher_every`` does not count.
+
+        Example:
+            >>> distiller = Distiller(student, teacher, FBKDLoss(256, num_levels=5), student_layers="backbone")
+            >>> with distiller.unlabelled():
+            ...     terms = distiller(images, targets)
+            >>> sum_losses(terms).backward()
+        """
+        before, self._is_unlabelled = self._is_unlabelled, True
+        try:
+            yield
+        finally:
+            self._is_unlabelled = before
+
+    def _terms_alone(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the weighted terms of images without labels."""
+        self._collect_share()
+        weight = self._weight * self._schedule()._replace(every=1).factor(self._step)
+        if weight == 0:
+            return self._idle_terms()
+        with self._student_tap.ending():
+            return self._weighted_terms(weight if self.share is None else self.share.factor(weight), args, kwargs)[1]
+
+    def _forget(self) -> None:
+        """Forget what was caught in a step without terms."""
+        self._student_tap.clear()
+        for side in self._sides.values():
+            side.clear()
+        if self._box_source is not None:
+            self._box_source.clear()
 
     def _collect_share(self) -> None:
         """Take in what the last backward pass has measured, once."""
@@ -330,7 +380,7 @@ class Distiller(StudentAttributes, nn.Module):
     ) -> tuple[Any, dict]:
         """Return the same with the factor that ``share`` has found, and measure it in this step where that is due."""
         factor = share.factor(weight)
-        if not share.is_due(self._step - self.start_step):
+        if not share.is_due((self._step - self.start_step) // self.teacher_every):
             return self._weighted_terms(factor, args, kwargs)
         share.begin(factor)
         tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
@@ -360,57 +410,45 @@ class Distiller(StudentAttributes, nn.Module):
         before = versions(given)
         output = self._run_student(args, kwargs)
         student_features = self._student_tap.features_of(output)
-        if not isinstance(student_features, Branches):
-            student_features = chosen_levels(student_features, self.student_levels, "student_levels")
-        if self._entry_tap is not None:
-            (given,) = self._entry_tap.caught()
-        elif versions(given) != before:
+        if any(side.entry_tap is None for side in self._sides.values()) and versions(given) != before:
             raise RuntimeError(
                 "the student changed its inputs in place, so the teacher would not see the same: give a teacher_entry "
                 "after that change, or make the student work on copies"
             )
-        teacher_features, scores = self._run_teacher(*given)
-        teacher_features = chosen_levels(teacher_features, self.teacher_levels, "teacher_levels")
-        if self.resize:
-            like = student_features[0] if isinstance(student_features, Branches) else student_features
-            teacher_features = _resized(teacher_features, like)
-        others: dict[str, Any] = {}
+        teacher_features, scores = self._run_teachers(given, _device_of(student_features))
+        others: dict[str, Any] = {} if scores is None else {"scores": scores}
+        if not isinstance(unwrapped(self.loss), LossDict):  # whose losses choose, each its own
+            levels = self.student_levels, self.teacher_levels
+            student_features, teacher_features, others = matched(
+                student_features, teacher_features, others, levels, self.resize
+            )
         if self._box_source is not None:
             others |= self._box_source.of_call(args, kwargs)._asdict()
-        if scores is not None:
-            scores = chosen_levels(scores, self.teacher_levels, "teacher_levels")
-            others["scores"] = resized_scores(scores, teacher_features) if self.resize else scores
         return output, student_features, teacher_features, others
 
     def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Also in steps without terms under the taps: a graph compiled without them would not have them later."""
-        boxes = contextlib.nullcontext() if self._box_source is None else self._box_source.listening()
-        with self._student_tap, self._entry_tap or contextlib.nullcontext(), boxes:
+        with contextlib.ExitStack() as listening:
+            listening.enter_context(self._student_tap)
+            for side in self._sides.values():
+                listening.enter_context(side.listening())
+            if self._box_source is not None:
+                listening.enter_context(self._box_source.listening())
             return self.student(*args, **kwargs)
 
-    def _teacher_start(self) -> nn.Module:
-        """Return the module with which the teacher starts."""
-        if self._teacher_entry is None:
-            return self.teacher
-        return find_module(self.teacher, self._teacher_entry, "teacher_entry")
-
-    def _run_teacher(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Features, Any]:
-        """Return the teacher's features, and where the loss needs them its scores of them."""
-        module = self._teacher_start()
-        output, shared = None, self._teacher_in_eval_mode()
+    def _run_teachers(self, given: tuple[tuple, dict[str, Any]], device: torch.device) -> tuple[Any, Any]:
+        """Return the teacher's features on a device, and its scores of them or None; of several teachers by name."""
+        shared = self._teacher_in_eval_mode()
         try:
-            with torch.no_grad(), self._teacher_tap:
-                change, name = self._unregistered_input
-                if change is not None:
-                    args, kwargs = with_first_argument(change, name, args, kwargs)
-                output = module(*args, **kwargs)
-            features = self._teacher_tap.features_of(output)
-            score = self._score_function
-            scores = None if score is None else scores_of(score, self.teacher, features)
+            found = {name: side.run(*side.arguments(given), device) for name, side in self._sides.items()}
         finally:
             for each in shared:  # the student's backward pass may call them again
                 each.training = True
-        return features, scores
+        if ONLY in found:
+            return found[ONLY]
+        features = ByTeacher({name: own for name, (own, _) in found.items()})
+        scores = ByTeacher({name: own for name, (_, own) in found.items() if own is not None})
+        return features, scores or None
 
     def _teacher_in_eval_mode(self) -> list[nn.Module]:
         """Put the teacher into eval mode; return the modules that the student has in training mode too."""
@@ -434,15 +472,6 @@ class Distiller(StudentAttributes, nn.Module):
             "the student is in eval mode while the distiller is in training mode, so it may return no losses, and its "
             "BatchNorm and dropout are as in evaluation; distiller.train() puts both into training mode (said once)"
         )
-
-    def _difference_of_images(self) -> str | None:
-        """Return how the teacher's images differ from those of its training; a ``teacher_input`` is trusted."""
-        if self.teacher_input is not None:
-            return None
-        # A framework's wrapper may have a preprocessor in place of the student's.
-        student = find_normalization(self.student, getattr(self, "data_preprocessor", None))
-        entry = self._teacher_start() if self._teacher_entry else None
-        return difference(student, find_normalization(self.teacher), entry)
 
     def _student_learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.student.parameters())
@@ -480,7 +509,7 @@ class Distiller(StudentAttributes, nn.Module):
         weight = self.step_weight()
         if self.share is None:
             return {"fbkd_weight": torch.tensor(weight, device="cpu")}
-        found = {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share.clone()}
+        found = {"fbkd_weight": self.share.factor(weight), "fbkd_gradient_share": self.share.share / self.teacher_every}
         if not self.share.settings.shape():
             return found
         losses = cast(LossDict, unwrapped(self.loss))
@@ -512,6 +541,8 @@ class Distiller(StudentAttributes, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give an object that an earlier release pickled the attributes that were added since."""
         present = {*state, *state["_modules"]}
+        if "_sides" not in present:
+            state = state | {"_sides": {ONLY: TeacherSide.of_earlier_state(state)}}
         added = {name: value for name, value in _later_attributes().items() if name not in present}
         super().__setstate__(state | added)
 
@@ -523,9 +554,8 @@ class Distiller(StudentAttributes, nn.Module):
         self.step = int(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        for module in (self.teacher, self.teacher_input):
-            if isinstance(module, nn.Module):
-                module._apply(fn, recurse)
+        for side in self._sides.values():
+            side.move(fn)
         return super()._apply(fn, recurse)
 
 
@@ -537,24 +567,12 @@ def _later_attributes() -> dict[str, Any]:
         "decay": None,
         "_total_steps": None,
         "share": None,
-        "_unregistered_input": (None, None),
+        "teacher_every": 1,
+        "_is_unlabelled": False,
         "_box_source": None,
-        "_score_function": None,
         "_backward_watch": BackwardWatch(),
         "_size_watch": SizeWatch(),
-        "_teacher_watch": TeacherWatch(),
     }
-
-
-def _tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap | OutputTap:
-    return OutputTap(layers, name) if is_output(layers) else _closed_tap(model, layers, name, stop_when_complete)
-
-
-def _closed_tap(model: nn.Module, layers: Layers, name: str, stop_when_complete: bool = False) -> FeatureTap:
-    """Return a tap that is on its model during a step only, so that models are copied and saved without it."""
-    tap = FeatureTap(model, layers, name=name, stop_when_complete=stop_when_complete)
-    tap.close()
-    return tap
 
 
 def _box_source(loss: nn.Module, student: nn.Module, boxes: Any) -> BoxSource | None:
@@ -563,15 +581,6 @@ def _box_source(loss: nn.Module, student: nn.Module, boxes: Any) -> BoxSource | 
         return BoxSource(student, boxes)
     if boxes is not None:
         raise ValueError("boxes is for a loss that needs them, such as FGDLoss, and this one does not")
-    return None
-
-
-def _score_function(loss: nn.Module, teacher: nn.Module, function: Any) -> ScoreFunction | None:
-    """Return what makes the teacher's scores for a loss that needs them."""
-    if "scores" in needs_of(loss):
-        return checked_score_function(teacher, function)
-    if function is not None:
-        raise ValueError("teacher_scores is for a loss that needs them, such as ScoreWeightedLoss; this one does not")
     return None
 
 
@@ -591,10 +600,9 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
-    for name, module in (("student", student), ("teacher", teacher), ("loss", loss)):
+    for name, module in (("student", student), ("loss", loss)):
         if not isinstance(module, nn.Module):
-            hint = ": its module() is one" if isinstance(module, torch.export.ExportedProgram) else ""
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}{hint}")
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if unwrapped(student) is unwrapped(teacher):
         raise ValueError("student and teacher must be two modules, got the same object twice")
 
@@ -608,32 +616,8 @@ def _checked_total(total: Any) -> Total:
     return tuple(names)
 
 
-def _check_entry(teacher: nn.Module, entry: Any, layers: Layers) -> None:
-    check_text(entry, "teacher_entry")
-    find_module(teacher, entry, "teacher_entry")
-    if entry and is_output(layers):
-        raise ValueError(
-            f"teacher_layers reads the teacher's output, but with teacher_entry {entry!r} only that module runs: give "
-            "teacher_layers as paths, or no teacher_entry"
-        )
-
-
-def _resized(teacher: Features, student: Features) -> Features:
-    """Return the teacher's maps in the sizes of the student's, matched as the loss does it."""
-    if isinstance(teacher, Mapping) and isinstance(student, Mapping):
-        return {key: _resized_map(t, student[key]) if key in student else t for key, t in teacher.items()}
-    teachers = list(teacher.values()) if isinstance(teacher, Mapping) else list(teacher)
-    students = list(student.values()) if isinstance(student, Mapping) else list(student)
-    if len(teachers) != len(students):
-        return teacher
-    return [_resized_map(t, s) for t, s in zip(teachers, students, strict=True)]
-
-
-def _resized_map(teacher: Tensor, student: Tensor) -> Tensor:
-    """``(N, Ct, Hs, Ws)``."""
-    are_maps = all(isinstance(each, Tensor) and each.dim() == 4 for each in (teacher, student))
-    size = student.shape[-2:] if are_maps else None
-    if not are_maps or teacher.shape[-2:] == size:
-        return teacher
-    wide = teacher.to(accumulation_dtype(teacher))
-    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True)
+def _device_of(features: Any) -> torch.device:
+    """Return where a student's features are."""
+    if isinstance(features, Tensor):
+        return features.device
+    return _device_of(next(iter(features.values() if isinstance(features, Mapping) else features)))

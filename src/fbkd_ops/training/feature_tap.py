@@ -109,8 +109,8 @@ class FeatureTap:
         self._is_named = isinstance(layers, Mapping)
         for layer in self._layers.values():
             _check_listening(model, layer.path, name)
-        compiled = any(_is_inside_compiled(model, layer.path, name) for layer in self._layers.values())
-        self._recorder = _Recorder(len(self._layers), stop_when_complete and not compiled)
+        self._is_compiled = any(_is_inside_compiled(model, layer.path, name) for layer in self._layers.values())
+        self._recorder = _Recorder(len(self._layers), stop_when_complete and not self._is_compiled)
         self._handles: list[Any] = []
         self.open()
 
@@ -144,6 +144,19 @@ class FeatureTap:
         return len(self._layers)
 
     @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Inside the block, end the model's forward as with ``stop_when_complete``."""
+        before, self._recorder.stops = self._recorder.stops, not self._is_compiled
+        try:
+            yield
+        finally:
+            self._recorder.stops = before
+
+    def paths(self) -> list[str]:
+        """Return the paths of the tapped modules."""
+        return [layer.path for layer in self._layers.values()]
+
+    @contextlib.contextmanager
     def split(
         self,
         split: Callable[[int, Any], tuple[Any, Any]],
@@ -162,7 +175,7 @@ class FeatureTap:
         except RuntimeError as error:
             if "is a view and is being modified inplace" not in str(error):
                 raise
-            paths = " or ".join(repr(layer.path) for layer in self._layers.values())
+            paths = " or ".join(map(repr, self.paths()))
             raise RuntimeError(_changed_in_place(self.name, paths)) from error
         finally:
             self._recorder.split = self._branches = None
@@ -173,10 +186,10 @@ class FeatureTap:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
         self.close()
-        is_end = isinstance(error, _Complete) and error.recorder is self._recorder
+        is_end = isinstance(error, _Complete)  # of this tap, or of one around it that has seen enough
         if error is not None and not is_end:
             self.clear()
-        return is_end
+        return is_end and error.recorder is self._recorder
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -264,6 +277,10 @@ class OutputTap:
 
     def clear(self) -> None:
         """There is nothing to forget."""
+
+    def ending(self) -> contextlib.AbstractContextManager:
+        """Return a block in which nothing changes: the model's forward ends with its output."""
+        return contextlib.nullcontext()
 
     def __enter__(self) -> "OutputTap":
         return self

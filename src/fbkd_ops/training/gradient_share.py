@@ -4,11 +4,8 @@ Every tapped map leaves its module on two branches, into the loss and back into 
 an identity on each of them tells, in the backward pass, the squares of the gradient that comes back through it.
 """
 
-import copy
-import functools
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +16,7 @@ from .._numerics import constant_vector
 from .._validation import check_number, is_int
 from .._warnings import ShareWatch
 from .feature_tap import Branches
+from .nested import mapped
 
 __all__ = ["SHARE_STATE", "GradientShare", "ShareSettings", "checked_settings"]
 
@@ -188,11 +186,12 @@ class GradientShare(nn.Module):
     def _measured(self, row: int, layer: int, value: Any) -> Any:
         """Return the value with maps whose gradients' sums of squares arrive in a row of the sums."""
         maps: list[Tensor] = []
-        _replaced(value, maps.append)
+        mapped(value, lambda leaf: maps.append(leaf) if _has_gradient(leaf) else None)
         maps = maps[:MAPS]
         if not maps or self._sums is None:
             return value
-        return _replaced(value, functools.partial(_next, iter(BranchSquares.apply(self._sums[row, layer], *maps))))
+        branch = iter(BranchSquares.apply(self._sums[row, layer], *maps))
+        return mapped(value, lambda leaf: next(branch, leaf) if _has_gradient(leaf) else leaf)
 
     def is_waiting(self) -> bool:
         """Whether a measurement may have come."""
@@ -278,26 +277,5 @@ def _measurement(waiting: _Waiting) -> Tensor:
     return torch.cat([torch.stack([*own_squares, *(each.sum() for each in terms)]), waiting.factor.reshape(-1)])
 
 
-def _next(branch: Iterator[Tensor], x: Tensor) -> Tensor:
-    """Return the branch's next map, beyond the last one x itself."""
-    return next(branch, x)
-
-
-def _replaced(value: Any, replace: Callable[[Tensor], Any]) -> Any:
-    """Return a tensor, list, tuple or dict with ``replace`` of each map that has a gradient in its place."""
-    if isinstance(value, Tensor):
-        return replace(value) if value.requires_grad and value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        parts = {name: _replaced(part, replace) for name, part in value.items()}
-        if type(value) in (dict, OrderedDict) or not isinstance(value, MutableMapping):
-            kind: Any = type(value)  # dynamo traces no copy.copy
-            return kind(parts)
-        changed = copy.copy(value)
-        for name, part in parts.items():
-            changed[name] = part
-        return changed
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replaced(part, replace) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replaced(part, replace) for part in value)
-    return value
+def _has_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from .._validation import Features, check_text
 from .feature_tap import Branches, unwrapped
-from .levels import Levels, checked_levels, chosen_levels
+from .levels import Levels, checked_levels, matched
 from .student_losses import checked_terms
 
-__all__ = ["LossDict", "needs_of"]
+__all__ = ["ByTeacher", "LossDict", "needs_of"]
+
+
+class ByTeacher(dict):
+    """What each of several teachers gave, by the name that its loss has too."""
 
 
 class LossDict(nn.ModuleDict):
@@ -23,10 +27,12 @@ class LossDict(nn.ModuleDict):
         losses: modules of two feature lists that return a dict of scalars.
         student_levels: which of the features each loss reads, by its name; None, or no entry: all.
         teacher_levels: the same for the teacher.
+        resize: whether the teacher's maps get the sizes of the student's.
     """
 
-    def __init__(self, losses: Mapping[str, nn.Module], student_levels: Any, teacher_levels: Any):
+    def __init__(self, losses: Mapping[str, nn.Module], student_levels: Any, teacher_levels: Any, resize: bool = False):
         super().__init__()
+        self.resize = resize
         if not losses:
             raise ValueError("loss is empty, expected at least one loss")
         for name, loss in losses.items():
@@ -62,22 +68,28 @@ class LossDict(nn.ModuleDict):
 
         Args:
             student_features: of all losses, or :class:`Branches`: of each its own.
-            teacher_features: of all losses.
+            teacher_features: of all losses, or :class:`ByTeacher`: of each its teacher's; what ``others`` has, too.
             factors: ``(losses,)``, what each loss's terms are multiplied with.
             **others: what ``needs`` names.
         """
         terms = {}
         for index, (name, loss) in enumerate(self.items()):
             features = student_features[index] if isinstance(student_features, Branches) else student_features
-            students = chosen_levels(features, self.student_levels[name], f"student_levels[{name!r}]")
-            teachers = chosen_levels(teacher_features, self.teacher_levels[name], f"teacher_levels[{name!r}]")
-            needed = {each: others[each] for each in needs_of(loss)}
-            if "scores" in needed:
-                levels = self.teacher_levels[name]
-                needed["scores"] = chosen_levels(needed["scores"], levels, f"teacher_levels[{name!r}]")
+            students, teachers, needed = matched(
+                features,
+                _of_teacher(teacher_features, name),
+                {each: _of_teacher(others[each], name) for each in needs_of(loss)},
+                (self.student_levels[name], self.teacher_levels[name]),
+                self.resize,
+                f"[{name!r}]",
+            )
             own = checked_terms(loss(students, teachers, **needed), f"loss[{name!r}]")
             terms[name] = own if factors is None else {key: factors[index] * term for key, term in own.items()}
         return _merged(terms)
+
+
+def _of_teacher(value: Any, name: str) -> Any:
+    return value[name] if isinstance(value, ByTeacher) else value
 
 
 def needs_of(loss: nn.Module) -> tuple[str, ...]:

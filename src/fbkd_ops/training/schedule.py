@@ -15,7 +15,8 @@ class Schedule(NamedTuple):
     """A factor of the terms' weight for each training step.
 
     It is 0 before ``start_step``, grows linearly over ``warmup_steps``, stays 1 or decays, and is 0 from the end on.
-    The end is ``stop_step``; with a ``decay`` and no ``stop_step`` it is ``total_steps``.
+    The end is ``stop_step``; with a ``decay`` and no ``stop_step`` it is ``total_steps``. With ``every`` it is that
+    many times as large in every so many-th step from ``start_step`` on, and 0 in between.
     """
 
     start_step: int = 0
@@ -23,10 +24,12 @@ class Schedule(NamedTuple):
     warmup_steps: int = 0
     decay: Decay | None = None  # from the end of the warm-up to the end
     total_steps: int | None = None  # of the whole training
+    every: int = 1  # the steps from one with terms to the next, in which they count as many times
 
     def is_constant(self) -> bool:
         """Return whether the factor is 1 in every step."""
-        return self.start_step == 0 and self.stop_step is None and self.warmup_steps <= 1 and self.decay is None
+        is_full = self.start_step == 0 and self.stop_step is None and self.warmup_steps <= 1
+        return is_full and self.decay is None and self.every == 1
 
     def needs_length(self) -> bool:
         """Return whether ``total_steps`` is needed and not there."""
@@ -46,6 +49,8 @@ class Schedule(NamedTuple):
         check_count(self.warmup_steps, "warmup_steps")
         if self.total_steps is not None and (not is_int(self.total_steps) or self.total_steps < 1):
             raise ValueError(f"total_steps must be None or an int >= 1, got {self.total_steps!r}")
+        if not is_int(self.every) or self.every < 1:
+            raise ValueError(f"teacher_every must be an int >= 1, got {self.every!r}")
         stop: Any = self.stop_step
         if not (stop is None or _is_fraction(stop) or (is_int(stop) and stop >= self.start_step)):
             raise ValueError(
@@ -81,10 +86,14 @@ class Schedule(NamedTuple):
         return self.total_steps if self.is_open() else self.stop_step  # type: ignore[return-value]
 
     def factor(self, step: int) -> float:
-        """Return the factor of a step, counted from 0, in [0, 1]."""
+        """Return the factor of a step, counted from 0, in [0, every]."""
         end = self.end()
-        if step < self.start_step or (end is not None and step >= end):
+        if step < self.start_step or (end is not None and step >= end) or (step - self.start_step) % self.every:
             return 0.0
+        return self.every * self._course(step, end)
+
+    def _course(self, step: int, end: int | None) -> float:
+        """Return how far the weight has grown or decayed, in [0, 1]."""
         decayed = step - self.start_step - self.warmup_steps
         if self.decay is None or end is None or decayed < 0:
             return min(1.0, (step - self.start_step + 1) / max(self.warmup_steps, 1))
