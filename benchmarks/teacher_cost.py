@@ -2,8 +2,8 @@
 
     python -m benchmarks.teacher_cost [--threads 2] [--size 320 512] [--csv FILE]
 
-torchvision's Faster R-CNN with a ResNet-50 learns from one with a ResNet-101, both at random weights; all ways take turns
-in one process. A turn is four steps, forward and backward, such that a teacher of every fourth step runs once in it.
+torchvision's Faster R-CNN with a ResNet-50 learns from one with a ResNet-101, both at random weights; all ways take
+turns in one process. A turn is four steps, forward and backward: a teacher of every fourth step runs once in it.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,46 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished, capsys):
     assert_bit_equal(*models_of)
     logs = [CsvLog(folder / "distilled/steps.csv").rows() for folder in (finished, output)]
     assert logs[0] == logs[1], "each update once"
+
+
+def test_pictures_without_labels_beside_each_batch(place, finished, tmp_path, capsys):
+    """More epochs than one pass over them, a broken one among them, and a run that goes on after a break."""
+    folder = tmp_path / "more" / "below"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        shutil.copy(place / "data" / "train" / f"{index:03}.png", folder / f"{index}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    weights = f"teacher.weights={finished / 'teacher' / 'model.pth'}"
+    common = [
+        str(place / "config.yaml"),
+        "tasks=[distilled]",
+        "device=cpu",
+        weights,
+        f"data.unlabelled={folder.parent}",
+    ]
+    common += ["distillation.teacher_dtype=bfloat16", "distillation.teacher_every=2", "schedule.kind=constant"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main([*common, f"output={whole}"]) == 0
+    printed = capsys.readouterr().out
+    assert "unlabelled: 5 pictures" in printed and "a batch of 5 pictures without labels besides" in printed
+    rows = CsvLog(whole / "distilled/steps.csv").rows()
+    assert all(float(row["loss_fbkd_feature_unlabelled"]) > 0 for row in rows)
+    assert "broken.png" in (whole / "findings-unlabelled.csv").read_text()
+    assert cli.main([*common, f"output={broken}", "schedule.epochs=1", "schedule.milestones=[]"]) == 0
+    assert cli.main([*common, f"output={broken}", "--resume"]) == 0
+    first, second = (newest(each / "distilled") for each in (whole, broken))
+    first.pop("config"), second.pop("config")
+    assert_bit_equal(first, second)
+
+
+def test_too_few_pictures_without_labels_are_named(place, finished, tmp_path, capsys):
+    shutil.copy(place / "data" / "train" / "001.png", tmp_path)
+    weights = f"teacher.weights={finished / 'teacher' / 'model.pth'}"
+    arguments = [str(place / "config.yaml"), f"output={tmp_path / 'out'}", "tasks=[distilled]", weights]
+    assert cli.main([*arguments, f"data.unlabelled={tmp_path}"]) == 2
+    assert "expected at most the number of pictures in data.unlabelled (1)" in capsys.readouterr().err
+    assert cli.main([*arguments, f"data.unlabelled={tmp_path / 'nowhere'}"]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path):

@@ -18,6 +18,7 @@ from .layout import SPLIT_SEED, SPLITS, VAL_FRACTION
 from .pictures import load_picture, open_picture
 from .reading import FORMATS, read_set
 from .records import DetectionSet, Finding, Findings, Picture, Target, Track
+from .unlabelled import read_unlabelled
 from .voc import read_voc
 from .yolo import read_yolo
 
@@ -38,6 +39,7 @@ __all__ = [
     "open_picture",
     "read_coco",
     "read_set",
+    "read_unlabelled",
     "read_voc",
     "read_yolo",
 ]

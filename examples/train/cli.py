@@ -63,7 +63,7 @@ def run(config: Config, processes: Processes, console: Console, resume: bool = F
 
 def _report_data(sets: Sets, folder: Path, console: Console) -> None:
     """Say what was wrong with the files, and leave their names in the folder."""
-    for split, pictures in (("train", sets.train), ("val", sets.val)):
+    for split, pictures in sets.by_name().items():
         findings = sets.findings[split]
         text = f"{split}: {len(pictures)} pictures, {len(sets.classes)} classes; {findings.summary()}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

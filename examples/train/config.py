@@ -40,6 +40,7 @@ class DataConfig:
     train_annotations: Path | None = None
     val_images: Path | None = None
     val_annotations: Path | None = None
+    unlabelled: Path | None = None  # a folder of pictures: a batch more in each step of `distilled`, of the terms alone
     classes: list[str] | None = None  # all that the training set has, by default
     background: bool = True  # whether pictures without a box are trained on, as background
     strict: bool = False  # stop at the first fault of the data
@@ -85,6 +86,8 @@ class DistillationConfig:
     student_levels: list[str] | None = None  # keys of the pyramid; all by default
     teacher_levels: list[str] | None = None
     resize: bool = False
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # that of the student and autocast's, else
+    teacher_every: Positive = 1  # forwards from one with the teacher to the next
     start_step: Count = 0  # steps are training forwards: with accumulation, several for each update
     stop_step: Count | None = None
     warmup_steps: Count = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from examples.datasets import DataError, DetectionSet, Findings, read_set
+from examples.datasets import DataError, DetectionSet, Findings, read_set, read_unlabelled
 
 from .config import Config, ConfigError, DataConfig
 from .processes import Processes
@@ -37,11 +38,17 @@ class Batch(NamedTuple):
 
 @dataclass
 class Sets:
-    """Both sets over the same classes, and what was wrong with their files."""
+    """Both sets over the same classes, pictures without labels if wanted, and what was wrong with their files."""
 
     train: DetectionSet
     val: DetectionSet
     findings: dict[str, Findings]
+    unlabelled: DetectionSet | None = None
+
+    def by_name(self) -> dict[str, DetectionSet]:
+        """Return the sets under the names that their findings have."""
+        sets = {"train": self.train, "val": self.val, "unlabelled": self.unlabelled}
+        return {name: each for name, each in sets.items() if each is not None}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -54,10 +61,13 @@ def read_sets(data: DataConfig) -> Sets:
     Raises:
         DataError: a folder or file that cannot be read; with ``strict``, the first fault.
     """
-    findings = {split: Findings(strict=data.strict) for split in ("train", "val")}
+    findings = {name: Findings(strict=data.strict) for name in ("train", "val", "unlabelled")}
     train = _read_split(data, "train", data.classes, findings["train"])
     val = _read_split(data, "val", train.classes, findings["val"])
-    return Sets(train, val, findings)
+    unlabelled = None
+    if data.unlabelled is not None:
+        unlabelled = read_unlabelled(data.unlabelled, findings=findings["unlabelled"])
+    return Sets(train, val, findings, unlabelled)
 
 
 def _read_split(data: DataConfig, split: str, classes: Sequence[str] | None, findings: Findings) -> DetectionSet:
@@ -88,7 +98,7 @@ class TrainingSet(Dataset[Any]):
         self.augmentation = build_augmentation(config.augmentation, config.data)
         empty = [bool(each.crowd.all()) for each in pictures.pictures]
         self.backgrounds = sum(empty)
-        keeps_all = config.data.background
+        keeps_all = config.data.background or not pictures.classes  # as those without labels
         self.indices = [index for index, is_empty in enumerate(empty) if keeps_all or not is_empty]
         if not self.indices:
             raise DataError("no picture of the training set has a box, and data.background is false")
@@ -163,8 +173,9 @@ class TrainingLoader:
                 f"training.accumulate ({processes.size} * {training.accumulate})"
             )
         if len(pictures) < training.batch_size:
+            which = "training pictures" if pictures.pictures.classes else "pictures in data.unlabelled"
             raise ConfigError(
-                f"training.batch_size: got {training.batch_size}, expected at most the number of training pictures "
+                f"training.batch_size: got {training.batch_size}, expected at most the number of {which} "
                 f"({len(pictures)})"
             )
         self.pictures, self.accumulate = pictures, training.accumulate
@@ -182,12 +193,20 @@ class TrainingLoader:
         )
         self.updates = len(self._loader) // training.accumulate
 
-    def epoch(self, number: int) -> Any:
+    def epoch(self, number: int) -> Iterator[Batch]:
         """Return an iterator over the batches of epoch ``number``: ``updates * accumulate`` of them."""
+        return itertools.islice(self._pass(number), self.updates * self.accumulate)
+
+    def endless(self, epoch: int, count: int) -> Iterator[Batch]:
+        """Return ``count`` batches for an epoch of another set, from as many passes over this one as that takes."""
+        passes = -(-count // len(self._loader))
+        batches = itertools.chain.from_iterable(map(self._pass, itertools.count(epoch * passes)))
+        return itertools.islice(batches, count)
+
+    def _pass(self, number: int) -> Iterator[Batch]:
         self.pictures.epoch = number
         self.sampler.set_epoch(number)
-        batches = iter(self._loader)
-        return (next(batches) for _ in range(self.updates * self.accumulate))
+        return iter(self._loader)
 
 
 def validation_loader(pictures: ValidationSet, config: Config, processes: Processes) -> DataLoader[Any]:

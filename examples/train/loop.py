@@ -8,7 +8,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .log import RunLog
 from .models import build_task_model
 from .processes import Processes
 
+WITHOUT_LABELS = "_unlabelled"  # ends the names of terms of such pictures
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Keys whose change leaves a resumed run as it was.
@@ -106,6 +107,9 @@ class Training:
         self.module, self.detector, self.remarks = build_task_model(task, config, sets.classes)
         self._prepare_model()
         self.loader = TrainingLoader(TrainingSet(sets.train, config), config, processes)
+        self.unlabelled: TrainingLoader | None = None
+        if sets.unlabelled is not None and isinstance(self.module, Distiller):
+            self.unlabelled = TrainingLoader(TrainingSet(sets.unlabelled, config), config, processes)
         self.validation = validation_loader(ValidationSet(sets.val, config), config, processes)
         self.optimizer = _build_optimizer(self.module, config)
         self.schedule = LambdaLR(
@@ -165,6 +169,8 @@ class Training:
             f"{used} in {loader.updates} updates; {pictures.backgrounds - left_out} pictures without a box are "
             f"background, {left_out} are left out"
         )
+        if self.unlabelled is not None:
+            self.log.say(f"each step has a batch of {len(self.unlabelled.pictures)} pictures without labels besides")
         for remark in self.remarks if path is None else ():
             self.log.say(remark)
         if resume:
@@ -219,7 +225,7 @@ class Training:
         start, updates = time.perf_counter(), self.loader.updates
         number, last = self.epoch + 1, self.config.schedule.epochs
         self.module.train()
-        batches = self.loader.epoch(self.epoch)
+        batches = self._batches()
         with self.log.progress(f"{self.task} {number}/{last}", updates) as advance:
             for _ in range(updates):
                 loss = self._run_update(batches, number)
@@ -232,15 +238,24 @@ class Training:
         self.log.say(text)
         self._save()
 
-    def _run_update(self, batches: Any, epoch: int) -> float:
+    def _batches(self) -> Iterator[tuple[Batch, Batch | None]]:
+        """Return the epoch's batches, each with one without labels where there are such pictures."""
+        batches = self.loader.epoch(self.epoch)
+        if self.unlabelled is None:
+            return ((batch, None) for batch in batches)
+        count = self.loader.updates * self.config.training.accumulate
+        return zip(batches, self.unlabelled.endless(self.epoch, count), strict=True)
+
+    def _run_update(self, batches: Iterator[tuple[Batch, Batch | None]], epoch: int) -> float:
         """Make one step of the optimizer, of ``accumulate`` batches; return the loss."""
         settings, accumulate = self.config, self.config.training.accumulate
         sums: dict[str, float] = {}
         for index in range(accumulate):
-            batch = next(batches)
-            self.log.report_unreadable(batch.unreadable, "training")
+            batch, other = next(batches)
+            for each in (batch, other):
+                self.log.report_unreadable(each.unreadable if each is not None else [], "training")
             is_last = index == accumulate - 1
-            for name, value in self._run_batch(batch, is_last).items():
+            for name, value in self._run_batch(batch, other, is_last).items():
                 sums[name] = sums.get(name, 0.0) + value / accumulate
         self.scaler.unscale_(self.optimizer)
         norm = self._clip_gradients()
@@ -262,35 +277,42 @@ class Training:
             self.log.step(row)
         return total
 
-    def _run_batch(self, batch: Batch, is_last: bool) -> dict[str, float]:
-        """Add the gradients of a batch; return its losses, means over all processes."""
+    def _run_batch(self, batch: Batch, other: Batch | None, is_last: bool) -> dict[str, float]:
+        """Add the gradients of a batch, and of one without labels; return its losses, means over all processes."""
         training, device = self.config.training, self.processes.device
-        moved = batch.to(device)
+        moved = [each.to(device) for each in (batch, other) if each is not None]
         waits = contextlib.nullcontext()
         if not is_last and self.parallel is not self.module:
             waits = self.parallel.no_sync()
         with waits:
             precision = PRECISIONS[training.precision]
             with torch.autocast(device.type, precision, enabled=training.precision != "float32"):
-                losses = self._forward(moved)
+                losses = self._forward(*moved)
                 total = sum(losses.values())
             own = torch.stack([loss.detach().float() for loss in losses.values()])
             values = dict(zip(losses, self.processes.mean(own.clone()).tolist(), strict=True))
-            self._check_losses(values, own.tolist(), batch)
+            self._check_losses(values, own.tolist(), batch, other)
             self.scaler.scale(total / training.accumulate).backward()
         return values
 
-    def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _forward(self, batch: Batch, other: Batch | None = None) -> dict[str, torch.Tensor]:
         try:
-            return self.parallel(batch.images, batch.targets)
+            losses = self.parallel(batch.images, batch.targets)
+            if other is None:
+                return losses
+            with self.module.unlabelled():
+                terms = self.parallel(other.images, other.targets)
+            return losses | {f"{name}{WITHOUT_LABELS}": term for name, term in terms.items()}
         except ValueError as error:  # maps that differ in size, a norm of a single value, ...
             raise TrainingError(f"{self.task}, step {self.update + 1}: {error}") from error
 
-    def _check_losses(self, values: Mapping[str, float], own: list[float], batch: Batch) -> None:
+    def _check_losses(self, values: Mapping[str, float], own: list[float], batch: Batch, other: Batch | None) -> None:
         """Stop where a term is not finite on any process; each whose own is not leaves its batch in the folder."""
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return
+        if other is not None and all(name.endswith(WITHOUT_LABELS) for name in wrong):
+            batch = other
         place = ""
         if not all(map(math.isfinite, own)):
             folder = self.folder / f"not-finite-step-{self.update + 1}-process-{self.processes.rank}"
