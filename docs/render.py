@@ -28,12 +28,14 @@ from fbkd_ops.presets import PRESETS, TERMS, default_num_levels  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 MICROBENCH, SWEEP, SMALL = "cpu-microbench.csv", "cpu-sweep.csv", "cpu-small.csv"
+TEACHER_COST = "cpu-teacher-cost.csv"
 CHANNEL_OPS, LOSSES = "cpu-channel-ops.csv", "cpu-losses.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
 STUDY, STUDY_COST, PILOT = "cpu-study.csv", "cpu-study-cost.csv", "cpu-study-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
-EXAMPLES, TESTS = ROOT / "examples" / "frameworks", ROOT / "tests" / "integrations"
+EXAMPLES, TEACHERS = ROOT / "examples" / "frameworks", ROOT / "examples" / "teachers"
+TESTS = ROOT / "tests" / "integrations"
 IMAGE, CHANNELS = (800, 1344), 256
 PYRAMID = {"P2": 4, "P3": 8, "P4": 16, "P5": 32, "P6": 64}
 
@@ -406,8 +408,26 @@ def framework_section(path: Path) -> str:
     return f"{heading}\n\n```python\n{code}\n```"
 
 
-def framework_examples() -> list[Path]:
-    return [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "__init__.py"]
+def teacher_code() -> str:
+    """Every file in examples/teachers likewise."""
+    return "\n\n".join(map(framework_section, framework_examples(TEACHERS)))
+
+
+def teacher_cost() -> str:
+    """What each way to make a teacher cheaper takes."""
+    if not (RESULTS / TEACHER_COST).exists():
+        return NOT_YET
+    report = report_of(TEACHER_COST)
+    header = ["pixels", "threads", "teacher", "ms a step", "without a teacher / with it", "teacher MB"]
+    lines = [
+        [row.pixels, str(row.threads), row.way, f"{row.ms:.0f}", f"{row.times_first:.2f}", f"{row.teacher_mb:.0f}"]
+        for row in report.rows.itertuples()
+    ]
+    return f"{tables.machine(report.facts['environment'])}.\n\n{table(header, lines)}"
+
+
+def framework_examples(folder: Path = EXAMPLES) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
 
 
 def described(path: Path) -> tuple[str, str]:
