@@ -196,7 +196,13 @@ def python_blocks(page: str) -> list[str]:
 def test_every_page_with_code_is_run():
     """By a test above; code on the pages of frameworks and teachers is of files that tests/integrations run."""
     losses = {"pkd", "cwd", "mgd", "fgd", "score_weighted"}
-    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {"training", "faq", "frameworks", "teachers", *losses}
+    assert {page.stem for page in PAGES if python_blocks(page.stem)} == {
+        "training",
+        "faq",
+        "frameworks",
+        "teachers",
+        *losses,
+    }
 
 
 def test_every_public_name_is_in_the_reference():

@@ -417,7 +417,7 @@ def test_a_student_without_a_preprocessor():
 
 
 def test_features_in_the_output_of_a_model_without_hooks():
-    from fbkd_ops.integrations._blank_images import blank_image_features
+    from fbkd_ops.training.blank_images import blank_image_features
 
     traced = torch.jit.trace(torch.nn.Conv2d(3, 8, 3, stride=8, padding=1), torch.zeros(1, 3, 64, 64))
     (feature,) = blank_image_features(traced, lambda output: [output], "teacher_layers", "")
@@ -444,7 +444,7 @@ def test_images_of_other_channels(channels):
 def test_a_stem_that_makes_four_channels_of_one(channels):
     from mmdet.models.backbones.csp_darknet import Focus
 
-    from fbkd_ops.integrations._blank_images import blank_image_features
+    from fbkd_ops.training.blank_images import blank_image_features
 
     (feature,) = blank_image_features(Focus(channels, 8), "conv", "layers", "")
     assert feature.shape[1] == 8
@@ -506,7 +506,7 @@ def test_levels_and_layers_are_checked(settings, error, message):
 
 
 def test_modes_and_statistics_stay_as_they_are():
-    from fbkd_ops.integrations._blank_images import blank_image_features
+    from fbkd_ops.training.blank_images import blank_image_features
 
     student = build(retinanet(18)).train()
     student.backbone.layer1.eval()

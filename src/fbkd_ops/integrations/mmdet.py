@@ -13,11 +13,11 @@ from mmengine.model import BaseModel, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
+from ..training.blank_images import blank_image_features
 from ..training.distiller import Distiller
 from ..training.feature_tap import Layers
 from ..training.levels import Levels, checked_levels, chosen_levels
 from ._arguments import loss_settings
-from ._blank_images import blank_image_features
 
 __all__ = ["FBKDDetector"]
 

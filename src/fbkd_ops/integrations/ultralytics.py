@@ -24,15 +24,16 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first
 from .._validation import check_callable, check_number, feature_levels
 from .._warnings import TeacherWatch
 from ..losses.feature_loss import FeatureLoss
-from ..training.feature_tap import FeatureTap, Layer, Layers, unwrapped
+from ..training.blank_images import blank_image_features, image_channels
+from ..training.feature_tap import FeatureTap, Layers, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
+from ..training.pyramids import HEAD_INPUTS
 from ..training.schedule import Decay, Schedule
 from ..training.targets import boxes_of_call
 from ..training.teacher_scores import of_ultralytics, scores_of
 from ..types import present
 from ._arguments import loss_settings
-from ._blank_images import blank_image_features, image_channels
 
 __all__ = [
     "FBKDOBBTrainer",
@@ -50,17 +51,6 @@ ARGUMENTS, EPOCH = "arguments", "epoch"  # likewise the trainer's own, of those 
 NOTE = " (this run is "
 
 Teacher = str | Path | nn.Module
-
-
-def _maps(inputs: Any) -> Any:
-    """Return the maps among a head's inputs: open-vocabulary heads are given text besides or, YOLOE's, behind them."""
-    if isinstance(inputs, Tensor):
-        return inputs
-    maps = inputs[0] if isinstance(inputs[0], (list, tuple)) else inputs
-    return [each for each in maps if each.dim() == 4]
-
-
-HEAD_INPUTS = Layer("model.-1", inputs=True, select=_maps)
 
 
 class Settings(NamedTuple):

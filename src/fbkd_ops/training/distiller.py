@@ -17,6 +17,7 @@ from .._validation import (
     check_text,
 )
 from .._warnings import BackwardWatch, SizeWatch
+from ..presets import PresetName
 from .balance import BalanceReport, balance_report, is_sharded
 from .checkpoints import drop_shared_names, fit_names
 from .feature_tap import (
@@ -32,6 +33,7 @@ from .gradient_share import GradientShare, ShareSettings, checked_settings
 from .levels import Levels, checked_levels, matched
 from .loss_dict import ByTeacher, LossDict, needs_of
 from .pairing import check_apart, check_exported_mode, put_teacher_into_eval_mode, training_modules
+from .proposals import proposal
 from .schedule import Decay, Schedule, check_count
 from .student_attributes import StudentAttributes
 from .student_losses import TOTALS, Total, add_terms, checked_terms, own_losses
@@ -218,6 +220,42 @@ class Distiller(StudentAttributes, nn.Module):
         self.student = student
         for module in put_teacher_into_eval_mode(student, teacher):
             module.training = True
+
+    @classmethod
+    def for_model(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: str = "FBKDLoss",
+        *,
+        preset: PresetName = "one_stage",
+        **settings: Any,
+    ) -> "Distiller":
+        """Return a distiller whose layers are found by themselves, and print what was chosen.
+
+        Known are torchvision's, Detectron2's, MMDetection's and Ultralytics' detectors (the module in a ``YOLO``), of
+        Hugging Face RT-DETR, D-FINE, RF-DETR, Deformable DETR, DETR, SegFormer and Mask2Former, models with a timm
+        backbone, and :class:`fbkd_ops.TokenMaps` as a teacher. Maps of equal strides are compared. The weights are the
+        recipe of the study: ``gradient_share=0.5``, and an FBKDLoss with ``size_free_weights``.
+
+        Args:
+            student, teacher: as of the class.
+            loss: the name of a loss; its widths are read off a blank image.
+            preset: of an FBKDLoss.
+            **settings: arguments of the class, in place of what would be chosen.
+
+        Raises:
+            ValueError: a model of no known family, one that takes no blank image, or no stride in common.
+
+        Example:
+            >>> make = torchvision.models.detection.retinanet_resnet50_fpn
+            >>> student, teacher = (make(weights=None, weights_backbone=None) for _ in range(2))
+            >>> distiller = Distiller.for_model(student, teacher)  # doctest: +NORMALIZE_WHITESPACE
+            student: torchvision detector, at 'backbone': '0': 256 channels, stride 8, '1': 256 channels, stride 16,
+                     '2': 256 channels, stride 32, 'p6': 256 channels, stride 64, 'p7': 256 channels, stride 128
+            ...
+        """
+        return cls(student, teacher, **proposal(student, teacher, loss, preset, settings))
 
     @property
     def teacher(self) -> nn.Module:

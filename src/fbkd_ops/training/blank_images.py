@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import Features
-from ..training.feature_tap import FeatureTap, Layers, OutputTap, is_output
+from .feature_tap import FeatureTap, Layers, OutputTap, is_output
 
 __all__ = ["blank_image_features", "image_channels"]
 

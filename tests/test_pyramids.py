@@ -1,0 +1,204 @@
+"""Layers that are found by themselves: each known family, and what is refused."""
+
+import pytest
+import torch
+from detectors import Detector
+from torch import nn
+
+import fbkd_ops
+from fbkd_ops import Distiller, TokenMaps
+from fbkd_ops.training.pyramids import find_pyramid, levels_by_stride
+
+torchvision = pytest.importorskip("torchvision")
+from torchvision.models import detection  # noqa: E402
+
+NONE = dict(weights=None, weights_backbone=None)
+
+
+@pytest.mark.parametrize(
+    "make, levels, channels, strides",
+    [
+        ("fasterrcnn_resnet50_fpn", ["0", "1", "2", "3", "pool"], [256] * 5, [4, 8, 16, 32, 64]),
+        ("fasterrcnn_mobilenet_v3_large_fpn", ["0", "1", "pool"], [256] * 3, [32, 32, 64]),
+        ("retinanet_resnet50_fpn", ["0", "1", "2", "p6", "p7"], [256] * 5, [8, 16, 32, 64, 128]),
+        ("fcos_resnet50_fpn", ["0", "1", "2", "p6", "p7"], [256] * 5, [8, 16, 32, 64, 128]),
+        ("ssdlite320_mobilenet_v3_large", list("012345"), [672, 480, 512, 256, 256, 128], [16, 32, 64, 128, 128, 128]),
+    ],
+)
+def test_torchvision(make, levels, channels, strides):
+    model = getattr(detection, make)(**NONE)
+    found = find_pyramid(model, "student")
+    assert (found.layers, found.entry, found.levels) == ("backbone", "backbone", levels)
+    assert (found.channels, found.strides) == (channels, strides) and model.training
+    assert str(found).startswith(
+        f"torchvision detector, at 'backbone': '0': {channels[0]} channels, stride {strides[0]}"
+    )
+
+
+HUGGING_FACE = {
+    "RTDetr": ([16] * 3, [8, 16, 32]),
+    "RTDetrV2": ([16] * 3, [8, 16, 32]),
+    "DFine": ([16] * 3, [8, 16, 32]),
+    "deformable_detr": ([32] * 4, [8, 16, 32, 64]),
+    "detr": ([32], [32]),
+    "segformer": ([8, 16, 24, 32], [4, 8, 16, 32]),
+    "mask2former": ([32] * 3, [32, 16, 8]),
+    "rf_detr": ([256], [14]),
+}
+
+
+def of_hugging_face(kind):
+    pytest.importorskip("transformers")
+    import hf_models
+
+    torch.manual_seed(0)
+    return hf_models.hybrid(kind) if kind[0].isupper() else getattr(hf_models, kind)()
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_hugging_face(kind):
+    found = find_pyramid(of_hugging_face(kind), "student")
+    assert (found.channels, found.strides) == HUGGING_FACE[kind] and found.entry is None
+    assert "Hugging Face" in str(found)
+
+
+@pytest.mark.parametrize("kind", ["RTDetrV2", "DFine", "detr", "deformable_detr"])
+def test_a_detector_of_hugging_face_learns(kind, capsys):
+    pytest.importorskip("scipy")
+    from hf_models import boxes
+
+    student, teacher = of_hugging_face(kind), of_hugging_face(kind)
+    distiller = Distiller.for_model(student, teacher).train()
+    assert "compared: 0 with 0" in capsys.readouterr().out
+    output = distiller(**boxes(2, 128))
+    output.loss.backward()
+    assert float(distiller.terms()["loss_fbkd_feature"]) > 0
+    assert all(parameter.grad is not None for parameter in distiller.loss.parameters())
+    distiller(**boxes(2, 128)).loss.backward()
+    assert float(distiller.share.share) > 0
+
+
+def test_a_segmenter_of_hugging_face_learns():
+    pytest.importorskip("transformers")
+    from hf_models import segformer
+
+    distiller = Distiller.for_model(segformer(8), segformer(16)).train()
+    labels = torch.randint(0, 3, (2, 64, 64))
+    for _ in range(2):
+        output = distiller(pixel_values=torch.rand(2, 3, 64, 64), labels=labels)
+        output.loss.backward()
+    assert [level.teacher_channels for level in distiller.loss.levels] == [16, 32, 48, 64]
+    assert float(distiller.share.share) > 0
+
+
+def test_ultralytics():
+    pytest.importorskip("ultralytics")
+    from ultralytics.nn.tasks import DetectionModel
+
+    found = find_pyramid(DetectionModel("yolo11n.yaml", verbose=False), "student")
+    assert (found.channels, found.strides, found.entry) == ([64, 128, 256], [8, 16, 32], None)
+    assert "at the inputs of 'model.-1'" in str(found)
+
+
+class OfTimm(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        return self.backbone(images)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(
+    "name, strides", [("resnet18", [4, 8, 16, 32]), ("swin_tiny_patch4_window7_224", [4, 8, 16, 32])]
+)
+def test_timm(name, strides, is_whole):
+    timm = pytest.importorskip("timm")
+    small = dict(img_size=128, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)) if "swin" in name else {}
+    backbone = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **small)
+    found = find_pyramid(backbone if is_whole else OfTimm(backbone), "student")
+    assert found.strides == [4, 8, 16, 32] and found.channels == backbone.feature_info.channels()
+
+
+def test_detectron2_on_its_stand_in():
+    from test_detectron2_rcnn import StandInRCNN
+
+    found = find_pyramid(StandInRCNN(4, 0.5), "student")
+    assert (found.levels, found.strides) == (["p2", "p3", "p4", "p5", "p6"], [4, 8, 16, 32, 64])
+    assert found.entry == "backbone" and found.channels == [4] * 5
+
+
+def test_maps_of_equal_strides_are_compared(capsys):
+    retinanet = detection.retinanet_resnet50_fpn(**NONE)
+    faster_rcnn = detection.fasterrcnn_resnet50_fpn(**NONE)
+    distiller = Distiller.for_model(retinanet, faster_rcnn, preset="two_stage", weight=0.5)
+    assert distiller.student_levels == ["0", "1", "2", "p6"] and distiller.teacher_levels == ["1", "2", "3", "pool"]
+    assert distiller.share.settings.target == 0.5 and distiller.weight == 0.5
+    printed = capsys.readouterr().out
+    assert "'p6' with 'pool'" in printed and "gradient_share=0.5" in printed
+    assert levels_by_stride(find_pyramid(retinanet, ""), find_pyramid(faster_rcnn, "")) == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+        (3, 4),
+    ]
+
+
+def test_equal_strides_are_compared_in_their_order():
+    mobile = find_pyramid(detection.fasterrcnn_mobilenet_v3_large_fpn(**NONE), "student")
+    assert levels_by_stride(mobile, mobile) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_tokens_are_compared_with_every_map():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1)
+    student = detection.retinanet_resnet50_fpn(**NONE, min_size=64, max_size=96)
+    distiller = Distiller.for_model(student, TokenMaps(vit, "norm"), "PKDLoss")
+    images, target = (
+        [torch.rand(3, 64, 64)] * 2,
+        {"boxes": torch.tensor([[3.0, 4, 30, 40]]), "labels": torch.tensor([1])},
+    )
+    losses = distiller(images, [target] * 2)
+    assert "loss_pkd" in losses and fbkd_ops.sum_losses(losses).isfinite()
+
+
+@pytest.mark.parametrize(
+    "student, teacher, message",
+    [
+        (lambda: Detector(4), lambda: Detector(4), "student: Detector is of no model family that is known; at its top"),
+        (
+            lambda: detection.retinanet_resnet50_fpn(**NONE),
+            nn.ReLU,
+            "teacher: ReLU is of no model family .* no modules",
+        ),
+        (
+            lambda: detection.fasterrcnn_mobilenet_v3_large_320_fpn(**NONE),
+            lambda: of_strides([4, 8]),
+            r"no stride in common: \[32, 32, 64\] and \[4, 8\]",
+        ),
+        (lambda: of_strides([4]), lambda: detection.retinanet_resnet50_fpn(**NONE), "no stride in common"),
+        (lambda: of_strides([8]), lambda: detection.retinanet_resnet50_fpn(**NONE), "prepares its images by itself"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        Distiller.for_model(student(), teacher())
+
+
+class OfStrides(nn.Module):
+    """A backbone of timm's kind."""
+
+    class feature_info:  # noqa: N801
+        channels = None
+
+    def __init__(self, strides):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3, 4, stride, stride) for stride in strides)
+
+    def forward(self, images):
+        return [stage(images) for stage in self.stages]
+
+
+def of_strides(strides):
+    return OfStrides(strides)
