@@ -1,8 +1,9 @@
 """A student of Ultralytics alone, with its built-in distillation and with ``FBKDTrainer``, over paired seeds.
 
-    python -m benchmarks.study.yolo [--seeds 100-105] [--arms baseline recipe] [--jobs 2]
+    python -m benchmarks.study.yolo --seeds 900-900 [--arms baseline recipe ScoreWeightedLoss:2] [--jobs 2]
 
-YOLO11n learns from YOLO11s, both from random weights, on the digits of the study. docs/ultralytics.md has the protocol.
+YOLO11n learns from YOLO11s, both from random weights, on the digits of the study. ``NAME:SHARE`` is an arm of a loss with
+a gradient share. There is no protocol yet: docs/ultralytics.md has what a pilot showed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from benchmarks.study.runs import TEACHER_SEED, Outcome  # noqa: E402
 from benchmarks.yolo_set import write_yolo_set  # noqa: E402
 from examples.demo.digits import load_digit_scenes  # noqa: E402
 from fbkd_ops import size_free_weights  # noqa: E402
+from fbkd_ops.losses.registry import LOSSES  # noqa: E402
 
-RESULTS = Path("benchmarks/results/cpu-study-yolo.csv")
+RESULTS = Path("benchmarks/results/cpu-study-yolo-pilot.csv")
 STUDENT_MODEL, TEACHER_MODEL, LEVELS = "yolo11n.yaml", "yolo11s.yaml", 3
 
 
@@ -50,8 +52,9 @@ class Budget(NamedTuple):
 
 
 BUDGET = Budget()
-ARMS = ("baseline", "time_matched", "built_in", "recipe")
-SEEDS = range(100, 106)
+RECIPE = f"FBKDLoss:{SHARE}"
+ARMS = ("baseline", "time_matched", "built_in", RECIPE)
+PILOT = range(900, 901)
 
 
 class Job(NamedTuple):
@@ -88,12 +91,15 @@ def settings_of(job: Job, teacher: str) -> dict[str, Any]:
     """
     if job.arm == "built_in":
         return {"distill_model": teacher}
-    if job.arm != "recipe":
+    name, _, share = job.arm.partition(":")
+    if not share:
         return {}
     from fbkd_ops.integrations.ultralytics import FBKDTrainer
 
-    loss = {"preset": "one_stage", "normalize": "mean", **size_free_weights("one_stage", LEVELS)}
-    return {"trainer": functools.partial(FBKDTrainer, teacher=teacher, loss=loss, gradient_share=SHARE)}
+    loss: dict[str, Any] = {"type": name}
+    if name == "FBKDLoss":
+        loss |= {"preset": "one_stage", "normalize": "mean", **size_free_weights("one_stage", LEVELS)}
+    return {"trainer": functools.partial(FBKDTrainer, teacher=teacher, loss=loss, gradient_share=float(share))}
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -200,10 +206,18 @@ class Watch:
         self.outcome = Outcome(box.map, box.map50, box.map75, seconds, [(trainer.epochs, box.map)], self.outcome.shares)
 
 
+def arm(text: str) -> str:
+    """An argparse type: one of ``ARMS``, or the name of a loss with its gradient share."""
+    name, _, share = text.partition(":")
+    if text not in ARMS and not (name in LOSSES and share.replace(".", "", 1).isdigit()):
+        raise argparse.ArgumentTypeError(f"expected of {', '.join(ARMS)} or a loss with its share, got {text!r}")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.yolo", description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--seeds", type=study.seeds, metavar="FIRST-LAST", default=SEEDS)
+    parser.add_argument("--arms", nargs="+", type=arm, default=ARMS, help=f"of {', '.join(ARMS)} or NAME:SHARE")
+    parser.add_argument("--seeds", type=study.seeds, metavar="FIRST-LAST", default=PILOT)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="CSV", default=RESULTS, help="%(default)s")
     options = parser.parse_args(arguments)
