@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.yolo --seeds 900-900 [--arms baseline recipe ScoreWeightedLoss:2] [--jobs 2]
 
-YOLO11n learns from YOLO11s, both from random weights, on the digits of the study. ``NAME:SHARE`` is an arm of a loss with
-a gradient share. There is no protocol yet: docs/ultralytics.md has what a pilot showed.
+YOLO11n learns from YOLO11s, both from random weights, on the digits of the study. ``NAME:SHARE`` is an arm of a loss
+with a gradient share. This is a pilot: there is no protocol yet.
 """
 
 from __future__ import annotations
