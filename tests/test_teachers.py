@@ -32,9 +32,11 @@ class Calls:
 # A dtype of its own.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_teacher_of_another_dtype(dtype):
-    plain, other = make(None), make(None, teacher_dtype=dtype)
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("is_name", [True, False])
+def test_a_teacher_of_another_dtype(name, is_name):
+    dtype = getattr(torch, name)
+    plain, other = make(None), make(None, teacher_dtype=name if is_name else dtype)
     calls = Calls(other.teacher.backbone.stage1)
     expected, found = plain(batch(0)), other(batch(0))
     assert {parameter.dtype for parameter in other.teacher.parameters()} == {dtype} == {calls.outputs[0].dtype}
@@ -148,7 +150,7 @@ def test_a_teacher_on_a_gpu_or_beside_one(student, teacher):
     [
         ({"teacher_device": "cudo"}, ValueError, "teacher_device must be a device such as 'cuda:1', got 'cudo'"),
         ({"teacher_dtype": torch.int64}, TypeError, "teacher_dtype must be a dtype of floats"),
-        ({"teacher_dtype": "bfloat16"}, TypeError, "teacher_dtype must be a dtype of floats"),
+        ({"teacher_dtype": "bf16"}, TypeError, "such as torch.bfloat16, or its name, got 'bf16'"),
         ({"teacher_every": 0}, ValueError, "teacher_every must be an int >= 1, got 0"),
         ({"teacher_every": 2.0}, ValueError, "teacher_every must be an int >= 1"),
         ({"teacher_entry": ("backbone", 3)}, TypeError, "teacher_entry"),

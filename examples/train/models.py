@@ -258,8 +258,6 @@ def build_distiller(
     arguments = {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name not in own
     }
-    if settings.teacher_dtype is not None:
-        arguments["teacher_dtype"] = getattr(torch, settings.teacher_dtype)
     layers = dict(student_layers="backbone", teacher_entry="backbone")
     return _configured("", Distiller, student, teacher, loss, **layers, **arguments), inherited
 

@@ -1,5 +1,7 @@
-"""Detectron2's example on a stand-in, a module with GeneralizedRCNN's interface; Detectron2 itself does not run."""
+"""Detectron2's example: on Detectron2 itself where it is installed, and on a module with its interface."""
 
+import contextlib
+import copy
 from collections import namedtuple
 
 import pytest
@@ -9,6 +11,7 @@ from contract import Calls, check_predictions, check_step, check_terms
 from torch import nn
 
 from examples.frameworks import detectron2_rcnn as example
+from fbkd_ops import Distiller
 
 ShapeSpec = namedtuple("ShapeSpec", "channels stride")
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
@@ -55,45 +58,170 @@ class StandInRCNN(nn.Module):
         return {"loss_rpn_cls": proposals.square().mean(), "loss_box_reg": (boxes.mean() - targets).square()}
 
 
-def batched_inputs():
-    sizes = [(60, 80), (50, 90)]
-    return [{"image": torch.rand(3, *size), "instances": torch.tensor(1.0), "image_id": 7} for size in sizes]
+class StandIn:
+    """What stands in for Detectron2."""
+
+    losses = {"loss_rpn_cls", "loss_box_reg"}
+    padded = (64, 96)
+
+    def model(self, width):
+        return StandInRCNN(width, 0.4 + 0.01 * width)
+
+    def instances(self, size):
+        return torch.tensor(1.0)
+
+    def storage(self):
+        return contextlib.nullcontext()
+
+    def predicted(self, output):
+        return [each["instances"] for each in output]
+
+
+class Real:
+    """Detectron2's Faster R-CNN with a ResNet-18, at random weights."""
+
+    losses = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    padded = (64, 96)
+
+    def __init__(self):
+        pytest.importorskip("detectron2")
+
+    def config(self, width):
+        from detectron2 import model_zoo
+        from detectron2.config import get_cfg
+
+        config = get_cfg()
+        config.merge_from_file(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+        config.MODEL.DEVICE, config.MODEL.WEIGHTS = "cpu", ""
+        config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+        config.MODEL.FPN.OUT_CHANNELS, config.MODEL.ROI_HEADS.NUM_CLASSES = width, 3
+        config.MODEL.ROI_BOX_HEAD.FC_DIM, config.MODEL.BACKBONE.FREEZE_AT = 16, 0
+        return config
+
+    def model(self, width):
+        from detectron2.modeling import build_model
+
+        return build_model(self.config(width))
+
+    def instances(self, size):
+        from detectron2.structures import Boxes, Instances
+
+        boxes, classes = Boxes(torch.tensor([[3.0, 4, 30, 40]])), torch.tensor([1])
+        return Instances(size, gt_boxes=boxes, gt_classes=classes)
+
+    def storage(self):
+        from detectron2.utils.events import EventStorage
+
+        return EventStorage()
+
+    def predicted(self, output):
+        return [each["instances"].pred_boxes.tensor for each in output]
+
+
+@pytest.fixture(params=[StandIn, Real], ids=["stand-in", "Detectron2"])
+def framework(request):
+    torch.manual_seed(0)
+    found = request.param()
+    with found.storage():
+        yield found
 
 
 @pytest.fixture
-def distiller():
-    return example.make_distiller(StandInRCNN(4, 0.5), StandInRCNN(6, 0.4))
+def distiller(framework):
+    return example.make_distiller(framework.model(4), framework.model(6))
 
 
-def test_stand_in_terms_of_a_padded_batch(distiller):
-    inputs, backbone = batched_inputs(), Calls(distiller.student.backbone)
+@pytest.fixture
+def inputs(framework):
+    sizes = [(60, 80), (50, 90)]
+    return [
+        {"image": 255 * torch.rand(3, *size), "instances": framework.instances(size), "image_id": 7} for size in sizes
+    ]
+
+
+def images(teacher, inputs):
+    """The teacher's own, as it normalizes and pads them."""
+    found = teacher.preprocess_image(inputs)
+    return getattr(found, "tensor", found)
+
+
+def test_terms_of_a_padded_batch(framework, distiller, inputs):
+    backbone = Calls(distiller.student.backbone)
     losses = check_terms(
         distiller,
         lambda: distiller(inputs),
-        lambda teacher: (backbone[-1][1], teacher.backbone(teacher.preprocess_image(inputs))),
+        lambda teacher: (backbone[-1][1], teacher.backbone(images(teacher, inputs))),
     )
-    assert backbone[-1][0][0].shape == (2, 3, 64, 96)
-    assert set(losses) == {"loss_rpn_cls", "loss_box_reg"} | set(distiller.terms())
+    assert backbone[-1][0][0].shape == (2, 3, *framework.padded)
+    assert set(losses) == framework.losses | set(distiller.terms())
 
 
-def test_stand_in_predictions_and_step(distiller):
-    inputs = batched_inputs()
-    check_predictions(distiller, lambda model: model(inputs))
+def test_predictions_and_step(framework, distiller, inputs):
+    check_predictions(distiller, lambda model: framework.predicted(model(inputs)))
     check_step(
         distiller,
-        lambda: example.train(distiller, [inputs], lr=0.1),
+        lambda: example.train(distiller, [inputs], lr=0.001),
         [distiller.teacher.proposal_generator, distiller.teacher.roi_heads],
         lambda: distiller.teacher(inputs),
     )
 
 
-def test_stand_in_resumes_from_fvcores_checkpointer(distiller, tmp_path):
+def test_fvcores_checkpointer_resumes(framework, distiller, inputs, tmp_path):
     """The real base of Detectron2's own checkpointer."""
     checkpoint = pytest.importorskip("fvcore.common.checkpoint")
-    example.train(distiller, [batched_inputs()] * 2)
+    example.train(distiller, [inputs] * 2, lr=0.001)
     checkpoint.Checkpointer(distiller, str(tmp_path)).save("model")
-    resumed = example.make_distiller(StandInRCNN(4, 0.5), distiller.teacher)
+    resumed = example.make_distiller(framework.model(4), distiller.teacher)
     checkpoint.Checkpointer(resumed).load(str(tmp_path / "model.pth"))
     assert resumed.step == 2
     for name, value in distiller.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value)
+
+
+def test_layers_are_found(framework, inputs, capsys):
+    distiller = Distiller.for_model(framework.model(4), framework.model(6), preset="two_stage", share_every=1).train()
+    levels = ", ".join(f"'p{level}': 4 channels, stride {2**level}" for level in range(2, 7))
+    assert f"student: Detectron2 detector, at 'backbone': {levels}\n" in capsys.readouterr().out
+    assert distiller.student_levels == ["p2", "p3", "p4", "p5", "p6"]
+    for _ in range(2):
+        sum(distiller(inputs).values()).backward()
+    assert float(distiller.share.share) > 0
+
+
+def test_detectron2s_own_trainer(tmp_path):
+    """As the example says: a ``DefaultTrainer`` whose ``build_model`` returns the distiller."""
+    real = Real()
+    from detectron2.data import build_detection_train_loader
+    from detectron2.engine import DefaultTrainer
+    from detectron2.evaluation import inference_on_dataset
+
+    torch.manual_seed(0)
+    config, teacher = real.config(4), real.model(6)
+    inputs = [
+        {"image": 255 * torch.rand(3, 60, 80), "instances": real.instances((60, 80)), "height": 60, "width": 80}
+        for _ in range(4)
+    ]
+    config.OUTPUT_DIR, config.SOLVER.MAX_ITER, config.SOLVER.CHECKPOINT_PERIOD = str(tmp_path), 4, 2
+    config.SOLVER.BASE_LR, config.TEST.EVAL_PERIOD = 0.001, 0
+
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_model(cls, config):
+            return example.make_distiller(real.model(4), teacher)
+
+        @classmethod
+        def build_train_loader(cls, config):
+            return build_detection_train_loader(inputs, mapper=copy.copy, total_batch_size=2, num_workers=0)
+
+        def build_hooks(self):
+            return [hook for hook in super().build_hooks() if type(hook).__name__ != "EvalHook"]
+
+    trainer = Trainer(config)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.model.step == 4 and not trainer.model.teacher.training
+    inference_on_dataset(trainer.model, [inputs], evaluator=None)
+    resumed = Trainer(config)
+    resumed.resume_or_load(resume=True)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value)

@@ -7,30 +7,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")  # the matcher of its loss
 
 from contract import Calls, check_predictions, check_step, check_terms  # noqa: E402
-from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig  # noqa: E402
+from hf_models import collate, rt_detr, samples  # noqa: E402
 
 from examples.frameworks import huggingface_rt_detr as example  # noqa: E402
 
 
-def rt_detr(width):
-    trunk = dict(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
-    encoder = dict(encoder_hidden_dim=width, encoder_ffn_dim=32, encoder_attention_heads=2)
-    decoder = dict(d_model=width, decoder_ffn_dim=32, decoder_attention_heads=2, decoder_layers=2, num_queries=10)
-    config = RTDetrConfig(
-        backbone_config=RTDetrResNetConfig(**trunk, out_indices=[2, 3, 4]),
-        encoder_in_channels=[16, 24, 32],
-        decoder_in_channels=[width] * 3,
-        num_labels=3,
-        num_denoising=4,
-        **encoder,
-        **decoder,
-    )
-    return RTDetrForObjectDetection(config)
-
-
 def batch():
-    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])}
-    return {"pixel_values": torch.rand(2, 3, 64, 64), "labels": [label, label]}
+    return collate(samples("rt_detr", 2))
 
 
 @pytest.fixture
@@ -72,14 +55,9 @@ def test_rt_detr_from_eval_mode(distiller):
     assert all(module.training for module in distiller.student.modules())
 
 
-def collate(images):
-    return {"pixel_values": torch.stack([image for image, _ in images]), "labels": [label for _, label in images]}
-
-
 def test_rt_detr_in_a_trainer_that_resumes(distiller, tmp_path):
     pytest.importorskip("accelerate")
-    inputs = batch()
-    dataset = list(zip(inputs["pixel_values"], inputs["labels"], strict=True)) * 2
+    dataset = samples("rt_detr", 2) * 2
     quiet = dict(report_to=[], disable_tqdm=True, use_cpu=True)
     arguments = dict(output_dir=tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, **quiet)
     before = {name: value.clone() for name, value in distiller.state_dict().items()}

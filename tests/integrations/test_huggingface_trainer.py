@@ -8,19 +8,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import hf_models  # noqa: E402
 from detectors import Backbone  # noqa: E402
 from helpers import pairs_of, randomise  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
-    ResNetConfig,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.utils import ModelOutput  # noqa: E402
 
 from fbkd_ops import Distiller, FBKDLoss  # noqa: E402
@@ -135,18 +127,13 @@ def test_the_distiller_takes_no_loss_kwargs():
     assert all(distil(kind()).accepts_loss_kwargs is False for kind in (Dense, Silent, Declining, Dividing))
 
 
-def segformer(width=8):
-    sizes = dict(hidden_sizes=[width] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16)
-    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
-
-
 def segmentation_data():
     return [{"pixel_values": torch.rand(3, 64, 64), "labels": torch.zeros(64, 64, dtype=torch.long)}] * 2
 
 
 def distil_segformer():
     layers = "decode_head.linear_fuse"
-    return Distiller(segformer(), segformer(), FBKDLoss([16]), student_layers=layers).train()
+    return Distiller(hf_models.segformer(8), hf_models.segformer(8), FBKDLoss([16]), student_layers=layers).train()
 
 
 def test_activation_checkpointing_reaches_the_student(tmp_path):
@@ -168,46 +155,20 @@ def test_checkpointing_is_switched_on_and_off(kind):
     assert not distiller.student.is_gradient_checkpointing
 
 
-def deformable_detr(width):
-    """Box refinement shares the heads with the decoder: the same tensors under two names."""
-    trunk = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, layer_type="basic", out_features=["stage4"]
-    )
-    layers = {f"{side}_layers": 2 for side in ("encoder", "decoder")}
-    layers |= {f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")}
-    layers |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
-    config = DeformableDetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        backbone_config=trunk,
-        d_model=width,
-        num_queries=5,
-        num_feature_levels=1,
-        with_box_refine=True,
-        **layers,
-    )
-    return DeformableDetrForObjectDetection(config)
-
-
 def distil_detr():
     torch.manual_seed(0)
-    layers = "model.input_proj.0"
-    return Distiller(deformable_detr(32), deformable_detr(64), FBKDLoss([32], [64]), student_layers=layers).train()
-
-
-def detection_batch(items):
-    return {"pixel_values": torch.stack([image for image, _ in items]), "labels": [label for _, label in items]}
+    models, layers = [hf_models.deformable_detr(width) for width in (32, 64)], "model.input_proj.0"
+    return Distiller(*models, FBKDLoss([32], [64]), student_layers=layers).train()
 
 
 def test_a_student_with_tied_weights_is_saved_and_resumes_bit_equal(tmp_path):
     pytest.importorskip("scipy")  # the matcher of its loss
-    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]])}
-    data = [(torch.rand(3, 64, 64), label) for _ in range(8)]
+    data = hf_models.samples("deformable_detr", 8)
     settings = arguments(tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2)
     distillers = [distil_detr() for _ in range(2)]
     names = list(distillers[0].student.state_dict())
     for distiller, checkpoint in zip(distillers, (None, str(tmp_path / "checkpoint-2")), strict=True):
-        trainer = Trainer(distiller, settings, train_dataset=data, data_collator=detection_batch)
+        trainer = Trainer(distiller, settings, train_dataset=data, data_collator=hf_models.collate)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert distiller.step == 4 and list(distiller.student.state_dict()) == names
     whole, resumed = (distiller.state_dict() for distiller in distillers)

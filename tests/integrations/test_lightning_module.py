@@ -109,6 +109,44 @@ def test_lightning_callbacks_find_the_students_names():
     assert copied.backbone is copied.distiller.student.backbone is not student.backbone
 
 
+class Noted(lightning.Callback):
+    """What the module was as each epoch ended."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.states.append(copy.deepcopy(module.distiller.student.state_dict()))
+
+
+def test_lightning_averages_the_student():
+    plain, averaged, noted = make_module(), make_module(), Noted()
+    fit(plain, IMAGES[:1], epochs=3, callbacks=noted)
+    fit(averaged, IMAGES[:1], epochs=3, callbacks=lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5))
+    first, second, third = (state["head.weight"] for state in noted.states)
+    expected = 0.5 * (0.5 * first + 0.5 * second) + 0.5 * third
+    torch.testing.assert_close(averaged.distiller.student.head.weight, expected)
+
+
+def test_lightning_thaws_the_students_backbone():
+    module, noted = make_module(), Noted()
+    start = copy.deepcopy(module.distiller.student.state_dict())
+    fit(module, IMAGES[:1], 2, callbacks=[lightning.pytorch.callbacks.BackboneFinetuning(1), noted])
+    frozen, thawed = ({n for n in start if not torch.equal(start[n], state[n])} for state in noted.states)
+    assert any(name.startswith("head") for name in frozen)
+    assert not any(name.startswith("backbone") and "running" not in name for name in frozen)
+    assert any(name.startswith("backbone") for name in thawed)
+
+
+def test_lightning_keeps_the_checkpoint_with_the_smallest_term(tmp_path):
+    kept = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="loss_fbkd_feature", save_weights_only=True)
+    settings = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1)
+    trainer = lightning.Trainer(max_epochs=3, callbacks=kept, **settings)
+    trainer.fit(make_module(), torch.utils.data.DataLoader([(IMAGES[0], TARGETS)], batch_size=None))
+    assert float(kept.best_model_score) == min(float(score) for score in kept.best_k_models.values())
+    make_module().load_state_dict(torch.load(kept.best_model_path, weights_only=True)["state_dict"])
+
+
 def test_lightning_keeps_the_names_of_the_module():
     student = Detector(4)
     student.lr = 0.2

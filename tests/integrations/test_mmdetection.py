@@ -13,6 +13,8 @@ from helpers import randomise
 from openmmlab import batch, import_mmcv_ops, register_samples, retinanet, snapshot, training, unchanged
 from process_state import kept
 
+from fbkd_ops import Distiller
+
 for module in ("mmdet", "mmengine", "mmcv"):
     pytest.importorskip(module)
 
@@ -114,6 +116,18 @@ def test_other_losses_by_their_type(name):
     total, _ = model.parse_losses(losses)
     total.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_layers_are_found():
+    """By a plain Distiller: FBKDDetector itself has the neck's maps."""
+    distiller = Distiller.for_model(build(retinanet(18)), build(retinanet(34, 24)), share_every=1).train()
+    assert distiller.student_levels == distiller.teacher_levels == [0, 1, 2, 3, 4]
+    for _ in range(2):
+        losses = distiller(**batch(distiller.student), mode="loss")
+        distiller.student.parse_losses(losses)[0].backward()
+    assert set(losses) == {"loss_cls", "loss_bbox"} | TERMS and float(distiller.share.share) > 0
+    with pytest.raises(TypeError, match="finds the neck's maps and their widths by itself"):
+        type(detector()).for_model(distiller.student, distiller.teacher)
 
 
 def test_a_loss_of_no_known_type_is_refused():

@@ -387,6 +387,59 @@ def test_a_teacher_of_another_family(sets, tmp_path):
     assert trainer.fbkd.widths == [(128, 16), (128, 20)] and columns(trainer)[0]["train/pkd_loss"] > 0
 
 
+class Runs:
+    """In which batches a teacher ran, and in which dtypes."""
+
+    def __init__(self):
+        self.batch, self.batches, self.dtypes = 0, [], set()
+
+    def start(self, trainer):
+        trainer.teacher.model[0].conv.register_forward_hook(self.note)
+
+    def note(self, module, inputs, output):
+        self.batches.append(self.batch)
+        self.dtypes.add(output.dtype)
+
+    def next(self, trainer):
+        self.batch += 1
+
+
+@pytest.mark.parametrize("loss", ["PKDLoss", "ScoreWeightedLoss"])
+def test_a_cheaper_teacher(sets, tmp_path, loss):
+    runs = Runs()
+    callbacks = dict(on_train_start=runs.start, on_train_batch_end=runs.next)
+    own = dict(loss=dict(type=loss), teacher_dtype="bfloat16", teacher_device="cpu", teacher_every=2)
+    settings = dict(callbacks=callbacks, own=own | dict(gradient_share=0.5, share_every=1), epochs=3)
+    trainer = train("yolo11n.yaml", "yolo11s.yaml", sets("detect"), tmp_path, **settings)
+    assert runs.batch > 2 and runs.batches == list(range(0, runs.batch, 2)) and runs.dtypes == {torch.bfloat16}
+    assert float(trainer.share.share) > 0 and columns(trainer)[-1]["train/share"] > 0
+
+
+def test_a_resumed_run_knows_where_its_teacher_runs(sets, tmp_path):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    place = dict(teacher_dtype=torch.bfloat16, teacher_device=torch.device("cpu"))
+    last = interrupted(sets, tmp_path, **place, teacher_every=2)
+    trainer = FBKDTrainer(overrides=dict(resume=str(last), task="detect"))
+    assert trainer._placement == (torch.device("cpu"), torch.bfloat16) and trainer.schedule.every == 2
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (dict(teacher_dtype="int8"), "teacher_dtype must be a dtype of floats"),
+        (dict(teacher_dtype="bf16"), "or its name, got 'bf16'"),
+        (dict(teacher_device="gpu"), "teacher_device must be a device"),
+        (dict(teacher_every=0), "teacher_every must be an int >= 1"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(own, message):
+    from fbkd_ops.integrations.ultralytics import FBKDTrainer
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        FBKDTrainer(overrides=dict(model="yolo11n.yaml"), teacher=nn.Identity(), **own)
+
+
 @pytest.mark.parametrize("family", ["torchvision", "timm"])
 def test_a_backbone_teaches(sets, tmp_path, family):
     if family == "torchvision":

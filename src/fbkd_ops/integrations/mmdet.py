@@ -112,6 +112,18 @@ class FBKDDetector(Distiller, BaseModel):
         elif hasattr(student_model, "data_preprocessor"):
             self.data_preprocessor = student_model.data_preprocessor
 
+    @classmethod
+    def for_model(cls, *args: Any, **settings: Any) -> "FBKDDetector":
+        """Refuse: the class itself finds the maps.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "FBKDDetector(student, teacher) finds the neck's maps and their widths by itself; fbkd_ops.Distiller."
+            "for_model(student, teacher) pairs maps of equal strides"
+        )
+
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
         """Return the student's losses and the terms in ``mode="loss"``, in training; else the student's output.
 

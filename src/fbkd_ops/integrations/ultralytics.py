@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +21,21 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
-from .._validation import check_callable, check_number, feature_levels
+from .._validation import check_number, feature_levels
 from .._warnings import TeacherWatch
 from ..losses.feature_loss import FeatureLoss
 from ..training.blank_images import blank_image_features, image_channels
 from ..training.feature_tap import FeatureTap, Layers, unwrapped
 from ..training.gradient_share import GradientShare, checked_settings
 from ..training.pairing import check_apart
+from ..training.placement import checked_placement
 from ..training.pyramids import HEAD_INPUTS
 from ..training.schedule import Decay, Schedule
 from ..training.targets import boxes_of_call
-from ..training.teacher_scores import of_ultralytics, scores_of
+from ..training.teacher_input import TeacherInput, checked_teacher_input
+from ..training.teacher_scores import of_ultralytics
+from ..training.teacher_side import TeacherSide
+from ..training.teachers import Device, Dtype
 from ..types import present
 from ._arguments import loss_settings
 
@@ -60,7 +64,10 @@ class Settings(NamedTuple):
     loss: Mapping[str, Any] | None = None
     student_layers: Layers | None = None
     teacher_layers: Layers | None = None
-    teacher_input: Callable[[Tensor], Any] | None = None
+    teacher_input: TeacherInput | None = None
+    teacher_device: Device = None
+    teacher_dtype: Dtype = None
+    teacher_every: int = 1
     weight: float = 1.0
     gradient_share: float | None = None
     share_every: int = 10
@@ -110,6 +117,7 @@ class FBKDTrainer(DetectionTrainer):
             ``["model.16", "model.19"]``.
         teacher_input: makes what the teacher is given of the batch's images ``(N, C, H, W)`` in 0..1: one that wants
             normalised images, or a list of them.
+        teacher_device, teacher_dtype, teacher_every: as of :class:`fbkd_ops.Distiller`.
         weight, gradient_share, share_every, share_steps: as of :class:`fbkd_ops.Distiller`.
         start_step, stop_step, warmup_steps, decay, total_steps: the same; a step is a training batch, and
             ``total_steps`` is by default that of all epochs. With a schedule or a share the columns ``weight`` (what
@@ -157,7 +165,10 @@ class FBKDTrainer(DetectionTrainer):
         loss: Mapping[str, Any] | None = None,
         student_layers: Layers | None = None,
         teacher_layers: Layers | None = None,
-        teacher_input: Callable[[Tensor], Any] | None = None,
+        teacher_input: TeacherInput | None = None,
+        teacher_device: Device = None,
+        teacher_dtype: Dtype = None,
+        teacher_every: int = 1,
         weight: float = 1.0,
         gradient_share: float | None = None,
         share_every: int = 10,
@@ -176,6 +187,9 @@ class FBKDTrainer(DetectionTrainer):
             student_layers,
             teacher_layers,
             teacher_input,
+            teacher_device,
+            teacher_dtype,
+            teacher_every,
             weight,
             gradient_share,
             share_every,
@@ -215,12 +229,12 @@ class FBKDTrainer(DetectionTrainer):
                 f"the teacher is built from {given.teacher}, without trained weights, so the student would learn from "
                 "a random one: give a checkpoint, or a model that has its weights"
             )
-        if given.teacher_input is not None:
-            check_callable(given.teacher_input, "teacher_input")
+        self._make_input = checked_teacher_input(given.teacher_input)
+        self._placement = checked_placement(given.teacher_device, given.teacher_dtype)
         self.loss_settings = loss_settings(given.loss, preset="one_stage")
         self.weight = check_number(given.weight, "a finite number >= 0", lambda value: value >= 0, "weight")
         self.schedule = Schedule(
-            given.start_step, given.stop_step, given.warmup_steps, given.decay, given.total_steps
+            given.start_step, given.stop_step, given.warmup_steps, given.decay, given.total_steps, given.teacher_every
         ).checked()
         self._share_settings = checked_settings(given.gradient_share, given.share_every, given.share_steps)
 
@@ -257,15 +271,23 @@ class FBKDTrainer(DetectionTrainer):
         check_apart(unwrapped(self.model), unwrapped(self.teacher))
         if not _is_yaml(given):  # which is warned of already
             TeacherWatch().see(self.teacher, lambda: None)
-        self._teacher_channels = 0 if self._settings.teacher_input else _checked_channels(self.teacher, self.model)
-        self._teacher_tap = FeatureTap(self.teacher, self._layers[1], name="teacher", stop_when_complete=True)
-        self._teacher_tap.close()
+        self._teacher_channels = 0 if self._make_input else _checked_channels(self.teacher, self.model)
 
     def _set_up_loss(self) -> None:
         kind, arguments = self.loss_settings
         widths = self._widths(same_sizes=arguments.get("resize") is None)
         self.fbkd = kind(**(widths | arguments)).to(self.device)
         _send_to_all(self.fbkd)
+        # Its widths are read: the teacher may go to a place of its own.
+        self._side = TeacherSide(
+            unwrapped(self.model),
+            self.teacher,
+            self._layers[1],
+            None,
+            self._make_input,
+            of_ultralytics if "scores" in self.fbkd.needs else None,
+            self._placement,
+        )
         if self._share_settings is not None:
             self.share = GradientShare(self._share_settings, 1, self.device)
 
@@ -273,7 +295,7 @@ class FBKDTrainer(DetectionTrainer):
         """Channels of both sides' maps, as the loss's arguments."""
         remedy = "FBKDTrainer needs a detector that takes images alone"
         students = blank_image_features(self.model, self._layers[0], "student", remedy)
-        teachers = blank_image_features(self.teacher, self._layers[1], "teacher", remedy, self._settings.teacher_input)
+        teachers = blank_image_features(self.teacher, self._layers[1], "teacher", remedy, self._make_input)
         sides = {
             "student": list(feature_levels(students, "student").values()),
             "teacher": list(feature_levels(teachers, "teacher").values()),
@@ -376,10 +398,10 @@ class FBKDTrainer(DetectionTrainer):
         if self.share.is_waiting():
             self.share.collect()
         factor = self.share.factor(weight)
-        self._logged_weights = {"weight": factor, "share": self.share.share.clone()}
+        self._logged_weights = {"weight": factor, "share": self.share.share / self.schedule.every}
         if weight == 0:
             return weight
-        if self.share.is_due(step - self.schedule.start_step):
+        if self.share.is_due((step - self.schedule.start_step) // self.schedule.every):
             self.share.begin(factor)
             self._listening.enter_context(present(self._student_tap).split(self.share.split))
         return factor
@@ -418,14 +440,11 @@ class FBKDTrainer(DetectionTrainer):
         weight = self._weight_now
         if isinstance(weight, float) and weight == 0:
             return {name: torch.zeros((), device=self.device) for name in self.fbkd.term_names}
-        make_input, images = self._settings.teacher_input, batch["img"]
-        with torch.no_grad(), self._teacher_tap:
-            self.teacher(make_input(images) if make_input else images.expand(-1, self._teacher_channels, -1, -1))
-        teacher_features, others = self._teacher_tap.features(), dict[str, Any]()
+        images = batch["img"] if self._make_input else batch["img"].expand(-1, self._teacher_channels, -1, -1)
+        teacher_features, scores = self._side.run((images,), {}, self.device)
+        others: dict[str, Any] = {} if scores is None else {"scores": scores}
         if "boxes" in self.fbkd.needs:
             others |= boxes_of_call((batch,), {})._asdict()
-        if "scores" in self.fbkd.needs:
-            others["scores"] = scores_of(of_ultralytics, self.teacher, teacher_features)
         terms = self.fbkd(student_features, teacher_features, **others)
         if isinstance(weight, float) and weight == 1:
             return terms
@@ -547,7 +566,7 @@ def _is_plain_value(value: Any) -> bool:
         return type(value) is dict and all(map(_is_plain_value, (*value, *value.values())))
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(_is_plain_value, value))
-    return value is None or type(value) in (str, int, float, bool)
+    return value is None or type(value) in (str, int, float, bool, torch.dtype, torch.device)
 
 
 def _is_parallel() -> bool:

@@ -41,7 +41,7 @@ from .targets import BoxSource
 from .teacher_input import TeacherInput
 from .teacher_scores import ScoreFunction
 from .teacher_side import Entry, TeacherSide, tapped
-from .teachers import ONLY, Device, named_teachers, teacher_sides
+from .teachers import ONLY, Device, Dtype, named_teachers, teacher_sides
 
 __all__ = ["Distiller"]
 
@@ -76,8 +76,9 @@ class Distiller(StudentAttributes, nn.Module):
             returns the one that it is given instead; it runs without gradient and leaves what it gets as it is.
         teacher_device: where the teacher runs and stays, wherever the distiller is moved. What it is given is brought
             there, and its features to the student's device, without waiting for either where these are GPUs.
-        teacher_dtype: a dtype of floats in which the teacher runs and stays, and which its images and features have;
-            the student's autocast does not reach it. The loss computes as it does for mixed dtypes.
+        teacher_dtype: a dtype of floats, or its name (``"bfloat16"``), in which the teacher runs and stays, and which
+            its images and features have; the student's autocast does not reach it. The loss computes as it does for
+            mixed dtypes.
         teacher_every: runs the teacher, and adds the terms, in every k-th step only, counted from ``start_step``. There
             the terms count k times, so that they pull as hard over all steps; between them they are 0.
         student_levels: which of the features to use, by index or key, and in what order; all by default. Of several
@@ -150,7 +151,7 @@ class Distiller(StudentAttributes, nn.Module):
         teacher_entry: Entry | Mapping[str, Entry] = None,
         teacher_input: TeacherInput | Mapping[str, TeacherInput | None] | None = None,
         teacher_device: Device | Mapping[str, Device] = None,
-        teacher_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
+        teacher_dtype: Dtype | Mapping[str, Dtype] = None,
         teacher_every: int = 1,
         student_levels: Levels | Mapping[str, Levels] = None,
         teacher_levels: Levels | Mapping[str, Levels] = None,

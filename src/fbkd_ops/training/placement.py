@@ -78,6 +78,7 @@ def checked_placement(device: Any, dtype: Any) -> Placement:
             device = torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"teacher_device must be a device such as 'cuda:1', got {device!r}") from error
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"teacher_dtype must be a dtype of floats such as torch.bfloat16, got {dtype!r}")
+        raise TypeError(f"teacher_dtype must be a dtype of floats such as torch.bfloat16, or its name, got {dtype!r}")
     return Placement(device, dtype)

@@ -12,9 +12,10 @@ from .placement import checked_placement
 from .teacher_scores import ScoreFunction, checked_score_function
 from .teacher_side import TeacherSide
 
-__all__ = ["ONLY", "Device", "named_teachers", "teacher_sides"]
+__all__ = ["ONLY", "Device", "Dtype", "named_teachers", "teacher_sides"]
 
 Device = torch.device | str | int | None
+Dtype = torch.dtype | str | None
 
 ONLY = ""  # the name of a teacher that is the only one
 

@@ -36,59 +36,40 @@ def test_torchvision(make, levels, channels, strides):
 
 
 HUGGING_FACE = {
-    "RTDetr": ([16] * 3, [8, 16, 32]),
-    "RTDetrV2": ([16] * 3, [8, 16, 32]),
-    "DFine": ([16] * 3, [8, 16, 32]),
+    "rt_detr": ([32] * 3, [8, 16, 32]),
+    "rt_detr_v2": ([32] * 3, [8, 16, 32]),
+    "d_fine": ([32] * 3, [8, 16, 32]),
     "deformable_detr": ([32] * 4, [8, 16, 32, 64]),
     "detr": ([32], [32]),
-    "segformer": ([8, 16, 24, 32], [4, 8, 16, 32]),
+    "rf_detr": ([32], [14]),
+    "segformer": ([32, 64, 96, 128], [4, 8, 16, 32]),
     "mask2former": ([32] * 3, [32, 16, 8]),
-    "rf_detr": ([256], [14]),
 }
 
 
-def of_hugging_face(kind):
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_hugging_face(family):
     pytest.importorskip("transformers")
-    import hf_models
+    from hf_models import FAMILIES
 
-    torch.manual_seed(0)
-    return hf_models.hybrid(kind) if kind[0].isupper() else getattr(hf_models, kind)()
-
-
-@pytest.mark.parametrize("kind", HUGGING_FACE)
-def test_hugging_face(kind):
-    found = find_pyramid(of_hugging_face(kind), "student")
-    assert (found.channels, found.strides) == HUGGING_FACE[kind] and found.entry is None
+    found = find_pyramid(FAMILIES[family](32), "student")
+    assert (found.channels, found.strides) == HUGGING_FACE[family] and found.entry is None
     assert "Hugging Face" in str(found)
 
 
-@pytest.mark.parametrize("kind", ["RTDetrV2", "DFine", "detr", "deformable_detr"])
-def test_a_detector_of_hugging_face_learns(kind, capsys):
-    pytest.importorskip("scipy")
-    from hf_models import boxes
+@pytest.mark.parametrize("start_level, strides", [(0, [4, 8, 16, 32, 64]), (1, [8, 16, 32, 64, 128])])
+def test_mmdetection(start_level, strides):
+    pytest.importorskip("mmdet")
+    from openmmlab import import_mmcv_ops, retinanet
 
-    student, teacher = of_hugging_face(kind), of_hugging_face(kind)
-    distiller = Distiller.for_model(student, teacher).train()
-    assert "compared: 0 with 0" in capsys.readouterr().out
-    output = distiller(**boxes(2, 128))
-    output.loss.backward()
-    assert float(distiller.terms()["loss_fbkd_feature"]) > 0
-    assert all(parameter.grad is not None for parameter in distiller.loss.parameters())
-    distiller(**boxes(2, 128)).loss.backward()
-    assert float(distiller.share.share) > 0
+    import_mmcv_ops()
+    from mmdet.registry import MODELS
+    from process_state import kept
 
-
-def test_a_segmenter_of_hugging_face_learns():
-    pytest.importorskip("transformers")
-    from hf_models import segformer
-
-    distiller = Distiller.for_model(segformer(8), segformer(16)).train()
-    labels = torch.randint(0, 3, (2, 64, 64))
-    for _ in range(2):
-        output = distiller(pixel_values=torch.rand(2, 3, 64, 64), labels=labels)
-        output.loss.backward()
-    assert [level.teacher_channels for level in distiller.loss.levels] == [16, 32, 48, 64]
-    assert float(distiller.share.share) > 0
+    with kept():
+        found = find_pyramid(MODELS.build(retinanet(18, start_level=start_level)), "student")
+    assert (found.layers, found.channels, found.strides) == ("neck", [16] * 5, strides)
+    assert str(found).startswith("MMDetection detector, at 'neck': 0: 16 channels")
 
 
 def test_ultralytics():
@@ -119,14 +100,6 @@ def test_timm(name, strides, is_whole):
     backbone = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), **small)
     found = find_pyramid(backbone if is_whole else OfTimm(backbone), "student")
     assert found.strides == [4, 8, 16, 32] and found.channels == backbone.feature_info.channels()
-
-
-def test_detectron2_on_its_stand_in():
-    from test_detectron2_rcnn import StandInRCNN
-
-    found = find_pyramid(StandInRCNN(4, 0.5), "student")
-    assert (found.levels, found.strides) == (["p2", "p3", "p4", "p5", "p6"], [4, 8, 16, 32, 64])
-    assert found.entry == "backbone" and found.channels == [4] * 5
 
 
 def test_maps_of_equal_strides_are_compared(capsys):
