@@ -43,6 +43,7 @@ CASES = {
     "joined": dict(norm="none", synchronize=True),
     "joined mean": dict(norm="none", synchronize=True, normalize="mean"),
     "joined batch norm": dict(synchronize=True),
+    "unlabelled": dict(norm="frozen"),
 }
 
 APART = dict(norm="frozen", stop_step=2)
@@ -54,12 +55,21 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(x) if x.grad is None else x.grad.clone() for name, x in named.items()}
 
 
-def run_case(case: dict, rank: int, wrap) -> dict:
-    distiller = wrap(make(**case))
+def without_labels(distiller: Distiller, wrapped: nn.Module, rank: int, step: int) -> dict[str, torch.Tensor]:
+    with distiller.unlabelled():
+        terms = wrapped(batch(rank, STEPS + step), TARGETS)
+    return {f"{name}_unlabelled": term for name, term in terms.items()}
+
+
+def run_case(name: str, rank: int, wrap, case: dict) -> list[dict]:
+    plain = make(**case)
+    distiller = wrap(plain)
     optimizer, seen = torch.optim.SGD(distiller.parameters(), lr=0.05), []
     for step in range(STEPS):
         optimizer.zero_grad()
         losses = distiller(batch(rank, step, case.get("synchronize", False)), TARGETS)
+        if name == "unlabelled":
+            losses |= without_labels(plain, distiller, rank, step)
         sum(losses.values()).backward()
         seen.append({"losses": {name: value.item() for name, value in losses.items()}, "grads": gradients(distiller)})
         optimizer.step()
@@ -130,8 +140,8 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    seen = {name: run_case(case, rank, whole) for name, case in CASES.items()}
-    seen["apart"] = run_case(APART, rank, apart)
+    seen = {name: run_case(name, rank, whole, case) for name, case in CASES.items()}
+    seen["apart"] = run_case("apart", rank, apart, APART)
     seen["sharded"] = run_sharded(rank)
     seen["share"] = run_share(rank, make_shared, whole)
     for name, wrap in (("held share", whole), ("sharded share", sharded)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import APART, CASES, SHARE, STEPS, TARGETS, WORLD, batch, gradients, make
+from distributed_worker import APART, CASES, SHARE, STEPS, TARGETS, WORLD, batch, gradients, make, without_labels
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,7 +45,7 @@ def assert_same(expected: dict, ranks: list[dict]) -> None:
             torch.testing.assert_close(rank[name], gradient, **TOLERANCE, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("name", ["frozen", "no norm", "schedule", "mean", "apart", "sharded"])
+@pytest.mark.parametrize("name", ["frozen", "no norm", "schedule", "mean", "apart", "sharded", "unlabelled"])
 def test_gradients_are_those_of_the_mean_of_both_parts_losses(name, seen):
     """Without find_unused_parameters, of which DistributedDataParallel complains in the second step."""
     distiller = make(**(CASES | {"apart": APART, "sharded": CASES["schedule"]})[name])
@@ -55,6 +55,8 @@ def test_gradients_are_those_of_the_mean_of_both_parts_losses(name, seen):
         for rank in range(WORLD):
             distiller.step = step
             losses = distiller(batch(rank, step), TARGETS)
+            if name == "unlabelled":
+                losses |= without_labels(distiller, distiller, rank, step)
             assert seen[rank][name][step]["losses"] == pytest.approx({k: v.item() for k, v in losses.items()}, 1e-10)
             (sum(losses.values()) / WORLD).backward()
         assert_same(gradients(distiller), [rank[name][step]["grads"] for rank in seen])

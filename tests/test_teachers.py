@@ -145,6 +145,23 @@ def test_a_teacher_on_a_gpu_or_beside_one(student, teacher):
             torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"teacher_dtype": torch.bfloat16, "teacher_every": 2}])
+def test_a_compiled_teacher(settings):
+    plain, compiled = make(None, **settings), make(None, **settings)
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled.teacher.backbone.compile(backend=counted)
+    for step in range(2):
+        expected, found = plain(batch(step)), compiled(batch(step))
+        for name in TERMS:
+            torch.testing.assert_close(found[name], expected[name])
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [

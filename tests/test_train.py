@@ -31,6 +31,7 @@ from examples.train.data import TrainingLoader, TrainingSet, read_sets  # noqa: 
 from examples.train.log import CsvLog  # noqa: E402
 from examples.train.processes import Processes  # noqa: E402
 from examples.train.transforms import augmented, build_augmentation, drawn_from  # noqa: E402
+from fbkd_ops import Distiller  # noqa: E402
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parent / "examples" / "train" / "configs").glob("*.yaml"))
@@ -268,6 +269,27 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(place, finished, tmp_pat
     batch = torch.load(folder / "batch.pth", weights_only=True)
     assert len(batch["files"]) == len(batch["images"]) == 4
     assert (folder / f"0-{Path(batch['files'][0]).name}").read_bytes() == Path(batch["files"][0]).read_bytes()
+
+
+def test_a_term_of_pictures_without_labels_that_is_not_finite_stops_with_these(
+    place, finished, tmp_path, capsys, monkeypatch
+):
+    terms_alone = Distiller._terms_alone
+
+    def spoiled(*given):
+        return {name: math.nan * term for name, term in terms_alone(*given).items()}
+
+    monkeypatch.setattr(Distiller, "_terms_alone", spoiled)
+    folder = tmp_path / "more"
+    shutil.copytree(place / "data" / "train", folder)
+    weights = f"teacher.weights={finished / 'teacher' / 'model.pth'}"
+    arguments = [str(place / "config.yaml"), f"output={tmp_path / 'out'}", "tasks=[distilled]", "device=cpu", weights]
+    assert cli.main([*arguments, f"data.unlabelled={folder}"]) == 1
+    message = capsys.readouterr().err
+    assert "loss_fbkd_feature_unlabelled is nan" in message and "loss_fbkd_feature is" not in message
+    (saved,) = (tmp_path / "out" / "distilled").glob("not-finite-step-1-process-0/batch.pth")
+    files = torch.load(saved, weights_only=True)["files"]
+    assert files and all(Path(file).parent == folder for file in files)
 
 
 def test_what_the_loss_refuses_is_one_line(place, finished, tmp_path, capsys):
