@@ -125,11 +125,9 @@ def measure(options: argparse.Namespace) -> Iterator[list[dict]]:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser = small.parser(__doc__.splitlines()[0], [1, 2])
     parser.add_argument("--rows", nargs="+", help="those whose names begin so; all by default")
     parser.add_argument("--losses", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--csv", type=Path, help="write the figures here, and their facts into a .json")
     return parser.parse_args(words)
 
 

@@ -222,13 +222,19 @@ def measure(options: argparse.Namespace) -> Iterator[list[dict]]:
             yield [state | {"peer": peer} | figures for peer, figures in found.items()]
 
 
+def parser(description: str, threads: list[int]) -> argparse.ArgumentParser:
+    """The options that every benchmark with a ``report`` has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--threads", nargs="+", type=int, default=threads)
+    made.add_argument("--csv", type=Path, help="write the figures here, and their facts into a .json")
+    return made
+
+
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rows", nargs="+", help="those whose names begin so; all by default")
-    parser.add_argument("--csv", type=Path, help="write the figures here, and their facts into a .json")
-    return parser.parse_args(words)
+    options = parser(__doc__.splitlines()[0], [1, 2])
+    options.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options.add_argument("--rows", nargs="+", help="those whose names begin so; all by default")
+    return options.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from benchmarks.train_step import Step, images_of, make_detector
 
 RESULT = Path(__file__).parent / "results" / "cpu-teacher-cost.csv"
 STEPS, SECONDS = 4, 240.0
+STUDENT, TEACHER = 50, 101  # layers of their ResNets
 WAYS: dict[str, dict] = {
     "float32": {},
     "bfloat16": {"teacher_dtype": torch.bfloat16},
@@ -35,7 +36,7 @@ def case_of(size: tuple[int, int]) -> Case:
 
 def made(way: str, case: Case) -> tuple[Step, float]:
     """Return a student with its teacher, and the megabytes of the teacher's parameters."""
-    student, teacher = make_detector(case, 50), make_detector(case, 101)
+    student, teacher = make_detector(case, STUDENT), make_detector(case, TEACHER)
     if way == "compiled":
         teacher.backbone.compile()
     distiller = fbkd_ops.Distiller(
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace) -> Iterator[list[dict]]:
     for threads in options.threads:
         torch.set_num_threads(threads)
         steps = {way: made(way, case) for way in WAYS}
-        runs = {"no teacher": turn(Step(make_detector(case, 50), case), case)}
+        runs = {"no teacher": turn(Step(make_detector(case, STUDENT), case), case)}
         runs |= {way: turn(step, case) for way, (step, _) in steps.items()}
         for run in runs.values():
             run()
@@ -85,10 +86,8 @@ def _per_step(figures: dict[str, float]) -> dict[str, float]:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", nargs="+", type=int, default=[2])
+    parser = small.parser(__doc__.splitlines()[0], [2])
     parser.add_argument("--size", nargs=2, type=int, default=[320, 512], help="height and width of the picture")
-    parser.add_argument("--csv", type=Path, help="write the figures here, and their facts into a .json")
     return parser.parse_args(words)
 
 

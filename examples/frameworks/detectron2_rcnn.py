@@ -1,4 +1,4 @@
-"""Detectron2 R-CNN (tested on a stand-in with its interface, not on Detectron2 itself).
+"""Detectron2 R-CNN (run with Detectron2 itself once, tested on a stand-in where it is not installed).
 
 Tap: `backbone`
 """
