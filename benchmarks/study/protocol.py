@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fbkd_ops.presets import TERMS
 
@@ -184,7 +184,10 @@ def steps(setting: Setting, arm: str) -> int:
     return round(setting.steps * (setting.time_factor if length == "matched" else length))
 
 
-def changed(setting: Setting, changes: str) -> Setting:
+Numbers = TypeVar("Numbers")  # a dataclass of numbers
+
+
+def changed(setting: Numbers, changes: str) -> Numbers:
     """Return a setting with ``"name=number ..."`` in place of its own numbers.
 
     Raises:

@@ -1,14 +1,16 @@
 """A student of Ultralytics alone, with its built-in distillation and with ``FBKDTrainer``, over paired seeds.
 
-    python -m benchmarks.study.yolo --seeds 900-900 [--arms baseline recipe ScoreWeightedLoss:2] [--jobs 2]
+    python -m benchmarks.study.yolo [--arms baseline built_in] [--seeds 100-105] [--jobs 2]
+    python -m benchmarks.study.yolo --arms PKDLoss:0.5 --seeds 900-900 --change epochs=40 --output build/pilot.csv
 
 YOLO11n learns from YOLO11s, both from random weights, on the digits of the study. ``NAME:SHARE`` is an arm of a loss
-with a gradient share. This is a pilot: there is no protocol yet.
+with a gradient share. The protocol is in docs/ultralytics.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -26,18 +28,19 @@ from torch import nn  # noqa: E402
 
 from benchmarks.study import __main__ as study  # noqa: E402
 from benchmarks.study.jobs import TEACHER, TEACHERS, line  # noqa: E402
-from benchmarks.study.protocol import SHARE  # noqa: E402
+from benchmarks.study.protocol import SHARE, changed  # noqa: E402
 from benchmarks.study.runs import TEACHER_SEED, Outcome  # noqa: E402
 from benchmarks.yolo_set import write_yolo_set  # noqa: E402
 from examples.demo.digits import load_digit_scenes  # noqa: E402
 from fbkd_ops import size_free_weights  # noqa: E402
 from fbkd_ops.losses.registry import LOSSES  # noqa: E402
 
-RESULTS = Path("benchmarks/results/cpu-study-yolo-pilot.csv")
+RESULTS = Path("benchmarks/results/cpu-study-yolo.csv")
 STUDENT_MODEL, TEACHER_MODEL, LEVELS = "yolo11n.yaml", "yolo11s.yaml", 3
 
 
-class Budget(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Budget:
     """What student and teacher are trained on, and how long."""
 
     image_size: int = 64
@@ -46,15 +49,15 @@ class Budget(NamedTuple):
     val_pictures: int = 500
     epochs: int = 40
     teacher_epochs: int = 12
-    batch_size: int = 4
+    batch_size: int = 16
     teacher_batch_size: int = 8
+    learning_rate: float = 0.002
     time_factor: float = 1.75  # what a distilled step takes, in steps of a plain one; of the pilot
 
 
 BUDGET = Budget()
-RECIPE = f"FBKDLoss:{SHARE}"
-ARMS = ("baseline", "time_matched", "built_in", RECIPE)
-PILOT = range(900, 901)
+ARMS = ("baseline", "time_matched", "built_in", f"FBKDLoss:{SHARE}", "ScoreWeightedLoss:2")
+SEEDS = range(100, 106)
 
 
 class Job(NamedTuple):
@@ -66,20 +69,25 @@ class Job(NamedTuple):
     seed: int
 
     @property
+    def budget(self) -> Budget:
+        return changed(BUDGET, self.changes)
+
+    @property
     def teacher_path(self) -> Path:
         return TEACHERS / "yolo.pt"
 
     @property
     def epochs(self) -> int:
+        budget = self.budget
         if self.arm == TEACHER:
-            return BUDGET.teacher_epochs
-        return round(BUDGET.epochs * (BUDGET.time_factor if self.arm == "time_matched" else 1))
+            return budget.teacher_epochs
+        return round(budget.epochs * (budget.time_factor if self.arm == "time_matched" else 1))
 
 
-def jobs_of(arms: Sequence[str], seeds: range) -> list[Job]:
+def jobs_of(arms: Sequence[str], seeds: range, changes: str = "") -> list[Job]:
     """Return all trainings, the teacher's first, then seed by seed."""
     pairs = [(TEACHER, TEACHER_SEED), *((arm, seed) for seed in seeds for arm in arms)]
-    return [Job("yolo", "", arm, seed) for arm, seed in pairs]
+    return [Job("yolo", changes, arm, seed) for arm, seed in pairs]
 
 
 def settings_of(job: Job, teacher: str) -> dict[str, Any]:
@@ -104,19 +112,21 @@ def settings_of(job: Job, teacher: str) -> dict[str, Any]:
 
 def run(job: Job) -> dict[str, Any]:
     """Do a training on one thread, and return its line."""
-    is_teacher = job.arm == TEACHER
-    pictures = BUDGET.teacher_pictures if is_teacher else BUDGET.pictures
-    batch_size = BUDGET.teacher_batch_size if is_teacher else BUDGET.batch_size
+    is_teacher, budget = job.arm == TEACHER, job.budget
+    pictures = budget.teacher_pictures if is_teacher else budget.pictures
+    batch_size = budget.teacher_batch_size if is_teacher else budget.batch_size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update(YOLO_CONFIG_DIR=name, YOLO_OFFLINE="true", YOLO_VERBOSE="false")
         teacher = "" if is_teacher else _checkpoint_of(job, folder)
-        data = load_digit_scenes(BUDGET.image_size, BUDGET.teacher_pictures, BUDGET.val_pictures)
+        data = load_digit_scenes(budget.image_size, budget.teacher_pictures, budget.val_pictures)
         settings = dict(
             data=write_yolo_set(folder / "data", data.train.first(pictures), data.val, data.classes),
-            imgsz=BUDGET.image_size,
+            imgsz=budget.image_size,
             batch=batch_size,
             nbs=batch_size,
+            optimizer="AdamW",
+            lr0=budget.learning_rate,
             epochs=job.epochs,
             seed=job.seed,
             project=name,
@@ -125,7 +135,7 @@ def run(job: Job) -> dict[str, Any]:
     if is_teacher:
         job.teacher_path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.float().state_dict(), job.teacher_path)
-    return line(job, job.epochs * pictures // batch_size, outcome)
+    return line(job, job.epochs * -(-pictures // batch_size), outcome)
 
 
 def _checkpoint_of(job: Job, folder: Path) -> str:
@@ -217,11 +227,13 @@ def arm(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.yolo", description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", type=arm, default=ARMS, help=f"of {', '.join(ARMS)} or NAME:SHARE")
-    parser.add_argument("--seeds", type=study.seeds, metavar="FIRST-LAST", default=PILOT)
+    parser.add_argument("--seeds", type=study.seeds, metavar="FIRST-LAST", default=SEEDS)
+    parser.add_argument("--change", nargs="+", metavar="NAME=NUMBER", default=[], help="other numbers, for a pilot")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="CSV", default=RESULTS, help="%(default)s")
     options = parser.parse_args(arguments)
-    study.finish(jobs_of(options.arms, options.seeds), options.jobs, options.output, run)
+    jobs = jobs_of(options.arms, options.seeds, " ".join(sorted(options.change)))
+    study.finish(jobs, options.jobs, options.output, run)
 
 
 if __name__ == "__main__":
