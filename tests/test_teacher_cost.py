@@ -16,12 +16,17 @@ def test_the_result_has_every_way():
     assert rows["teacher_mb"]["bfloat16"] == rows["teacher_mb"]["float32"] / 2 > 0 == rows["teacher_mb"]["no teacher"]
 
 
-@NO_CPU
-def test_a_brief_run_writes_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_cost, "SECONDS", 0.0)
-    monkeypatch.setattr(small, "ROUNDS", 2)
+@pytest.fixture
+def small_models(monkeypatch):
     monkeypatch.setattr(teacher_cost, "STUDENT", 18)
     monkeypatch.setattr(teacher_cost, "TEACHER", 18)
+
+
+@NO_CPU
+def test_a_brief_run_writes_its_rows(tmp_path, monkeypatch, small_models):
+    monkeypatch.setattr(teacher_cost, "SECONDS", 0.0)
+    monkeypatch.setattr(small, "ROUNDS", 2)
+    monkeypatch.setattr(teacher_cost, "STEPS", 1)
     ways = {"float32": {}, "every 4th step": {"teacher_every": 4}}
     monkeypatch.setattr(teacher_cost, "WAYS", ways)
     path, count = tmp_path / "cost.csv", torch.get_num_threads()
@@ -33,8 +38,8 @@ def test_a_brief_run_writes_its_rows(tmp_path, monkeypatch):
     assert list(rows["way"]) == ["no teacher", *ways] and (rows["ms"] > 0).all() and set(rows["pixels"]) == {"64x96"}
 
 
-def test_in_a_turn_of_steps_a_teacher_runs_as_often_as_it_says():
-    case = teacher_cost.case_of((128, 128))
+def test_in_a_turn_of_steps_a_teacher_runs_as_often_as_it_says(small_models):
+    case = teacher_cost.case_of((64, 96))
     for way, count in (("float32", 4), ("every 2nd step", 2), ("every 4th step", 1)):
         runs = []
         step, _ = teacher_cost.made(way, case)
