@@ -32,6 +32,7 @@ TEACHER_COST = "cpu-teacher-cost.csv"
 CHANNEL_OPS, LOSSES = "cpu-channel-ops.csv", "cpu-losses.csv"
 FUZZ, MUTANTS, ULTRALYTICS = "cpu-fuzz.json", "cpu-mutants.json", "cpu-ultralytics-step.json"
 STUDY, STUDY_COST, PILOT = "cpu-study.csv", "cpu-study-cost.csv", "cpu-study-pilot.csv"
+YOLO_STUDY, YOLO_PILOT = "cpu-study-yolo.csv", "cpu-study-yolo-pilot.csv"
 STAGES, GPU_BENCH = "summary.json", "microbench.csv"  # in a GPU's folder
 NOT_YET, NOT_YET_ON_A_GPU = "Not yet measured.", "Not yet measured on a GPU."
 EXAMPLES, TEACHERS = ROOT / "examples" / "frameworks", ROOT / "examples" / "teachers"
@@ -238,6 +239,16 @@ def ultralytics_step() -> str:
     return f"{what}. {tables.machine(report['environment'])}.\n\n{table(header, rows)}"
 
 
+def ultralytics_pilot() -> str:
+    """What was tried to find its budget."""
+    return study_pilot(YOLO_PILOT)
+
+
+def ultralytics_study() -> str:
+    """A student of Ultralytics alone, with its own distillation and with ours."""
+    return study_tables.trainers_table(report_of(YOLO_STUDY).rows) if (RESULTS / YOLO_STUDY).exists() else NOT_YET
+
+
 def slower() -> str:
     """Where fbkd_ops loses to a peer, in all results of the CPU."""
     return tables.slower_table(pd.concat([report_of(file).rows for file in (MICROBENCH, SWEEP)]))
@@ -337,8 +348,8 @@ def mutants() -> str:
     return table(["revision", *runs[0]["groups"], "survived", "minutes"], rows)
 
 
-def study_pilot() -> str:
-    """What was tried to find the study's budget."""
+def study_pilot(file: str = PILOT) -> str:
+    """What was tried to find a study's budget."""
     rows = [
         [
             row.setting,
@@ -350,7 +361,7 @@ def study_pilot() -> str:
             f"{row.seconds:.0f}",
             "" if math.isnan(row.share_p50) else f"{row.share_p50:.2f}",
         ]
-        for row in report_of(PILOT).rows.itertuples()
+        for row in report_of(file).rows.itertuples()
     ]
     header = ["data", "arm", "seed", "numbers", "steps", "AP", "CPU s", "median share, second half"]
     return table(header, rows)

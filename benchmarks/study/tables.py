@@ -82,6 +82,27 @@ def arms_table(rows: pd.DataFrame, costs: pd.DataFrame) -> str:
     return table([*header, "minus its own base"], lines)
 
 
+def trainers_table(rows: pd.DataFrame) -> str:
+    """Return what Ultralytics' trainers made of a student, the best way last, each beside those without this package.
+
+    Args:
+        rows: runs of ``benchmarks.study.yolo``; the name of an arm with one of our losses has its share behind a colon.
+    """
+    teacher, students = rows[rows["arm"] == "teacher"], rows[rows["arm"] != "teacher"]
+    arms = list(students.groupby("arm")["ap"].mean().sort_values().index)
+    others = [arm for arm in arms if ":" not in arm]
+    lines = [["teacher", str(len(teacher)), *_run_cells(teacher), *[""] * len(others)]]
+    for arm in arms:
+        own = students[students["arm"] == arm]
+        differences = ["" if arm == other else str(difference(students, arm, other)) for other in others]
+        lines.append([f"`{arm}`", str(len(own)), *_run_cells(own), *differences])
+    return table(["arm", "runs", "steps", "CPU seconds", "AP", *(f"minus {name}" for name in others)], lines)
+
+
+def _run_cells(rows: pd.DataFrame) -> list[str]:
+    return [f"{rows['steps'].iloc[0]}", f"{rows['seconds'].mean():.0f}", f"{rows['ap'].mean():.3f}"]
+
+
 def _beside_base(rows: pd.DataFrame, arm: str) -> str:
     base = ARMS[arm][0]
     return "" if base is None or base in BASELINES else f"`{base}`: {difference(rows, arm, base)}"
