@@ -1,6 +1,7 @@
 """FBKDDetector under MMEngine's Runner."""
 
 import copy
+import importlib.util
 import pickle
 import re
 import warnings
@@ -128,6 +129,30 @@ def test_layers_are_found():
     assert set(losses) == {"loss_cls", "loss_bbox"} | TERMS and float(distiller.share.share) > 0
     with pytest.raises(TypeError, match="finds the neck's maps and their widths by itself"):
         type(detector()).for_model(distiller.student, distiller.teacher)
+
+
+def faster_rcnn(depth, width):
+    """MMDetection's own config, at a smaller size."""
+    from mmengine.hub import get_config
+
+    config = get_config("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
+    config.backbone.update(depth=depth, init_cfg=None, frozen_stages=-1, norm_eval=False)
+    config.neck.update(in_channels=[64, 128, 256, 512], out_channels=width)
+    config.rpn_head.update(in_channels=width, feat_channels=width)
+    config.roi_head.bbox_roi_extractor.update(out_channels=width)
+    config.roi_head.bbox_head.update(in_channels=width, fc_out_channels=32, num_classes=3)
+    return config
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mmcv._ext") is None, reason="mmcv-lite has no operators")
+def test_a_detector_that_calls_mmcvs_operators():
+    model = detector(student=faster_rcnn(18, 16), teacher=faster_rcnn(34, 24), loss=dict(preset="two_stage"))
+    data = batch(model)
+    losses = model(**data, mode="loss")
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "acc"} | TERMS
+    model.parse_losses(losses)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.loss.parameters())
+    assert len(model.eval()(**data, mode="predict")) == 2
 
 
 def test_a_loss_of_no_known_type_is_refused():
