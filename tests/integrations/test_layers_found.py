@@ -159,6 +159,32 @@ def test_what_cannot_be_told_is_refused(student, teacher, message):
         Distiller.for_model(student(), teacher())
 
 
+def test_several_teachers_are_refused():
+    models = [detection.retinanet_resnet50_fpn(**NONE) for _ in range(2)]
+    with pytest.raises(TypeError, match="teacher must be a torch.nn.Module, got dict: for several teachers"):
+        Distiller.for_model(models[0], {"one": models[1]})
+
+
+def test_the_loss_is_where_the_student_is():
+    with torch.device("meta"):
+        models = [detection.retinanet_resnet50_fpn(**NONE) for _ in range(2)]
+    distiller = Distiller.for_model(*models)
+    assert {parameter.device.type for parameter in distiller.loss.parameters()} == {"meta"}
+
+
+def test_models_stay_as_they_are():
+    model = detection.retinanet_resnet50_fpn(**NONE).train()
+    model.backbone.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    find_pyramid(model, "student")
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 class OfStrides(nn.Module):
     """A backbone of timm's kind."""
 

@@ -246,6 +246,7 @@ class Distiller(StudentAttributes, nn.Module):
             **settings: arguments of the class, in place of what would be chosen.
 
         Raises:
+            TypeError: a student or teacher that is no module (several teachers need their layers by hand).
             ValueError: a model of no known family, one that takes no blank image, or no stride in common.
 
         Example:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._validation import check_choice
@@ -38,7 +39,7 @@ def proposal(
         weights = size_free_weights(preset, len(pairs), first_stride=students.strides[pairs[0][0]])
         arguments = {"preset": preset, "normalize": "mean", **weights}
     chosen = {
-        "loss": kind(*widths, **arguments),
+        "loss": kind(*widths, **arguments).to(next(student.parameters(), torch.empty(0)).device),
         "student_layers": students.layers,
         "teacher_layers": teachers.layers,
         "student_levels": [students.levels[s] for s, _ in pairs],

@@ -150,8 +150,14 @@ def find_pyramid(model: nn.Module, name: str) -> Pyramid:
         name: what an error calls it.
 
     Raises:
+        TypeError: no module.
         ValueError: a model of no known family, or one that takes no blank image.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name} must be a torch.nn.Module, got {type(model).__name__}: for several teachers give "
+            "Distiller(...) the layers yourself"
+        )
     inner = unwrapped(model)
     place = next((found for found in (of_family(inner) for of_family in FAMILIES) if found is not None), None)
     if place is None:
