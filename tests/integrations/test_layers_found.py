@@ -127,6 +127,8 @@ def test_tokens_are_compared_with_every_map():
     timm = pytest.importorskip("timm")
     vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1)
     student = detection.retinanet_resnet50_fpn(**NONE, min_size=64, max_size=96)
+    several = Distiller.for_model(student, TokenMaps(vit, ["blocks.0", "norm"]), "PKDLoss")
+    assert several.student_levels == ["0", "1", "2", "p6", "p7"] and several.teacher_levels == [1] * 5
     distiller = Distiller.for_model(student, TokenMaps(vit, "norm"), "PKDLoss")
     images, target = (
         [torch.rand(3, 64, 64)] * 2,
