@@ -17,10 +17,8 @@ def build(num_classes, **arguments):
 
 
 def make_distiller(student, teachers):
-    losses = {
-        "detector": FBKDLoss(256, num_levels=5),
-        "vit": PKDLoss(256, teachers["vit"].model.embed_dim, num_levels=2),
-    }
+    width = teachers["vit"].model.embed_dim
+    losses = {"detector": FBKDLoss(256, num_levels=5), "vit": PKDLoss(256, width, num_levels=2)}
     return Distiller(
         student, teachers, losses, student_layers="backbone", student_levels={"vit": ["1", "2"]},
         teacher_layers={"detector": "backbone", "vit": ""}, teacher_levels={"vit": [0, 0]}, resize=True,
