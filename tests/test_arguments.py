@@ -316,6 +316,7 @@ CALLABLES = {
             "num_levels": [*INT, None],
             "strength": NUMBER,
             "first_stride": [*INT, None],
+            "strides": ["48", [4, 8, 16.0], [4, 8, 0], [4, 8]],
         },
     ),
     "sum_losses": Public(

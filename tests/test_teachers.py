@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fbkd_ops
-from fbkd_ops import CWDLoss, Distiller, FBKDLoss, PKDLoss, ScoreWeightedLoss
+from fbkd_ops import CWDLoss, Distiller, FBKDLoss, FGDLoss, PKDLoss, ScoreWeightedLoss
 from fbkd_ops.training import placement
 from fbkd_ops.training.placement import Placement
 
@@ -143,6 +143,57 @@ def test_a_teacher_on_a_gpu_or_beside_one(student, teacher):
         found = distiller(batch(0).to(student))
         for name in TERMS:
             torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_of_its_own_dtype_is_moved_and_laid_out_as_the_student():
+    distiller = make(None, teacher_dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight = distiller.teacher.backbone.stage1[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and weight.dtype == torch.bfloat16
+    assert all(parameter.is_shared() for parameter in distiller.share_memory().teacher.parameters())
+    with torch.device("meta"):
+        empty = make(None, teacher_dtype=torch.bfloat16)
+    empty.to_empty(device="cpu")
+    assert {(each.device.type, each.dtype) for each in empty.teacher.parameters()} == {("cpu", torch.bfloat16)}
+
+
+def test_shares_are_measured_by_training_steps():
+    """``share_steps`` counts all steps, ``share_every`` those with terms."""
+    distiller = make(0.5, teacher_every=4, share_every=2, share_steps=9)
+    measured = []
+    for step in range(25):
+        before = int(distiller.share.measured)
+        fbkd_ops.sum_losses(distiller(batch(step))).backward()
+        distiller.weights()
+        if int(distiller.share.measured) > before:
+            measured.append(step - 1)  # whose backward pass this step's forward has read
+    assert measured == [0, 8]
+
+
+def test_the_step_of_the_teacher_is_checked_when_it_is_set():
+    distiller = make(None)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="teacher_every must be an int >= 1"):
+            distiller.teacher_every = wrong
+    distiller.teacher_every = 3
+    assert distiller.teacher_every == 3
+
+
+def distil_from(teacher, **settings):
+    loss = PKDLoss([WIDTH], [WIDTH])
+    settings = dict(student_layers="backbone", student_levels=["fine"], teacher_layers="") | settings
+    return Distiller(Detector(WIDTH), teacher, loss, **settings)
+
+
+class Stages(nn.ModuleDict):
+    """As the feature extractors of timm and torchvision are."""
+
+    def forward(self, images):
+        return {"stage": self["stage"](images)}
+
+
+def test_a_dict_of_modules_with_a_forward_is_one_teacher():
+    teacher = Stages({"stage": nn.Conv2d(3, WIDTH, 3, 2, 1)})
+    assert float(distil_from(teacher)(batch(0))["loss_pkd"].detach()) > 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"teacher_dtype": torch.bfloat16, "teacher_every": 2}])
@@ -304,13 +355,20 @@ def test_several_teachers_are_copied_and_resumed():
         (CWDLoss(WIDTH, num_levels=2), {}, "a loss for each teacher .'wide', 'same'., got one loss"),
         ({"wide": CWDLoss(WIDTH, num_levels=2)}, {}, "got losses called 'wide'"),
         (None, {"teacher_dtype": {"wide": None, "big": None}}, "teacher_dtype names the teacher 'big', but there are"),
+        (None, {"teacher_dtype": {"big": torch.bfloat16}}, "teacher_dtype names the teacher 'big', but there are"),
+        (
+            None,
+            {"student_layers": {"wide": "backbone.output1", "same": "backbone.output2"}},
+            "student_layers is for all teachers",
+        ),
+        (None, {"teacher_layers": {"wides": "backbone"}}, "teacher_layers names the teacher 'wides'.*mean 'wide'"),
     ],
 )
 def test_several_teachers_that_do_not_fit_are_refused(loss, arguments, message):
     teachers = {"wide": Detector(TEACHER_WIDTH), "same": Detector(WIDTH)}
     losses = loss or {name: CWDLoss(WIDTH, num_levels=2) for name in teachers}
     with pytest.raises(ValueError, match=message):
-        Distiller(Detector(WIDTH), teachers, losses, student_layers="backbone", **arguments)
+        Distiller(Detector(WIDTH), teachers, losses, **{"student_layers": "backbone"} | arguments)
     with pytest.raises(TypeError, match=r"teacher\['same'\] must be a torch.nn.Module, got str"):
         Distiller(
             Detector(WIDTH), {"wide": teachers["wide"], "same": "vit"}, dict.fromkeys(teachers), student_layers=""
@@ -370,6 +428,70 @@ class NeedsTargets(Detector):
         return {"loss_box": self.head(list(maps.values())) + targets["none of them is here"]}
 
 
+def test_one_teacher_under_two_names_has_one_place():
+    teacher, losses = Detector(TEACHER_WIDTH), {"a": None, "b": None}
+    losses = {name: PKDLoss([WIDTH] * 2, [TEACHER_WIDTH] * 2) for name in losses}
+    settings = dict(student_layers="backbone")
+    Distiller(Detector(WIDTH), {"a": teacher, "b": teacher}, losses, teacher_dtype="bfloat16", **settings)
+    with pytest.raises(ValueError, match="are one module, so they have one teacher_device and one teacher_dtype"):
+        Distiller(Detector(WIDTH), {"a": teacher, "b": teacher}, losses, teacher_dtype={"a": "bfloat16"}, **settings)
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_names_that_a_dict_of_modules_cannot_have(name):
+    losses, teachers = {name: PKDLoss([WIDTH] * 2, [TEACHER_WIDTH] * 2)}, {name: Detector(TEACHER_WIDTH)}
+    with pytest.raises(ValueError, match=f"loss: the name '{name}' must be an identifier"):
+        Distiller(Detector(WIDTH), teachers, losses, student_layers="backbone")
+
+
+def test_without_labels_the_student_runs_as_far_as_the_teachers_entry():
+    """Which may lie behind its last tapped module."""
+    distiller = distil_from(
+        nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1)),
+        student_layers=["backbone.stage1"],
+        student_levels=None,
+        teacher_entry=("backbone.lateral1", ""),
+        teacher_layers=["0"],
+    )
+    with distiller.unlabelled():
+        terms = distiller(batch(0))
+    assert float(terms["loss_pkd"].detach()) > 0
+
+
+def test_terms_without_labels_have_the_weight_of_the_step_beside_them():
+    distiller = make(None, warmup_steps=4, stop_step=6)
+    for _ in range(8):
+        labelled = float(distiller(batch(0))["loss_fbkd_feature"].detach())
+        with distiller.unlabelled():
+            assert float(distiller(batch(0))["loss_fbkd_feature"].detach()) == pytest.approx(labelled)
+
+
+def test_terms_without_labels_have_a_graph_before_they_begin():
+    """Also where the loss has no parameters."""
+    distiller = distil_from(nn.Conv2d(3, WIDTH, 3, 2, 1), teacher_layers=lambda output: [output], start_step=5)
+    with distiller.unlabelled():
+        fbkd_ops.sum_losses(distiller(batch(0))).backward()
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in distiller.parameters())
+
+
+def test_a_loss_that_needs_boxes_takes_no_images_without_any_for_background():
+    loss, settings = FGDLoss([WIDTH] * 2, [TEACHER_WIDTH] * 2), dict(student_layers="backbone")
+    found = [torch.zeros(0, 4), torch.tensor([[1.0, 1, 9, 9]])]
+
+    def boxes(images, targets=None):
+        return [found[0], found[index]], images.shape[2:]
+
+    distiller = Distiller(Detector(WIDTH), Detector(TEACHER_WIDTH), loss, boxes=boxes, **settings)
+    index = 0
+    distiller(batch(0))
+    index = 1
+    with distiller.unlabelled():
+        assert "loss_fgd_focal" in distiller(batch(0))
+        index = 0
+        with pytest.raises(ValueError, match="unlabelled: the loss needs boxes"):
+            distiller(batch(0))
+
+
 def test_without_labels_there_are_the_terms_alone():
     torch.manual_seed(0)
     loss = FBKDLoss([WIDTH] * 2, [TEACHER_WIDTH] * 2, stride=2)
@@ -398,7 +520,7 @@ def test_labelled_and_unlabelled_steps_side_by_side():
             more = distiller(batch(100 + step))
         (fbkd_ops.sum_losses(losses) + fbkd_ops.sum_losses(more)).backward()
         seen.append(float(more["loss_fbkd_feature"].detach()))
-    assert distiller.step == 8 and all(value > 0 for value in seen[:5]) and seen[5:] == [0.0] * 3
+    assert distiller.step == 8 and all(value > 0 for value in seen[:6]) and seen[6:] == [0.0] * 2
     assert 0 < int(distiller.share.measured) <= 3  # in the teacher's steps with labels
 
 

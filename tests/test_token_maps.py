@@ -53,8 +53,28 @@ def test_images_are_resized_such_that_the_cells_have_the_stride():
 
 def test_a_constant_image_stays_constant_when_it_is_resized():
     model = Blocks()
-    (x,) = TokenMaps(model, "first", patch_size=4, stride=7)(torch.full((1, 3, 64, 96), 0.3))
+    (x,) = TokenMaps(model, "first", patch_size=4, stride=7)(torch.full((1, 3, 70, 98), 0.3))
     torch.testing.assert_close(x, model.embed(torch.full((1, 3, 40, 56), 0.3)))
+
+
+def test_an_image_that_ends_within_a_cell_is_padded():
+    """Its cells stay where the detector's are."""
+    model, images = Blocks(), torch.randn(1, 3, 65, 90)
+    padded = torch.nn.functional.pad(images, (0, 6, 0, 7))
+    for stride in (4, 8):
+        maps = TokenMaps(model, "first", patch_size=4, stride=stride)
+        (x,), (expected,) = maps(images), maps(padded)
+        assert torch.equal(x, expected[:, :, : x.shape[2], : x.shape[3]])
+        (cut,) = maps(images[:, :, :64, :88])
+        inside = slice(0, cut.shape[2] - 2), slice(0, cut.shape[3] - 2)
+        torch.testing.assert_close(x[(..., *inside)], cut[(..., *inside)])
+
+
+def test_a_wrong_size_of_patches_is_found_by_the_tokens_in_front():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1)
+    with pytest.raises(ValueError, match="gave 17 tokens, but there are 2x2 patches and 1 in front of them"):
+        TokenMaps(vit, "norm", patch_size=32)(torch.rand(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -160,7 +180,12 @@ def test_one_map_is_compared_with_every_level_of_a_pyramid():
         ({}, list(IMAGES), TypeError, "TokenMaps takes images .N, C, H, W., got list; with teacher_entry="),
         ({}, IMAGES[0], TypeError, r"got \(3, 64, 96\)"),
         ({"layers": "embed"}, IMAGES, TypeError, r"'embed' must give tokens \(N, P \+ HW, C\), got \(2, 8, 16, 24\)"),
-        ({"patch_size": 2}, torch.randn(1, 3, 8, 8), ValueError, "gave 6 tokens for 4x4 patches: is patch_size right"),
+        (
+            {"patch_size": 2},
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "gave 6 tokens, but there are 4x4 patches: is patch_size right",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, images, error, message):

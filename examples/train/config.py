@@ -87,7 +87,8 @@ class DistillationConfig:
     teacher_levels: list[str] | None = None
     resize: bool = False
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # that of the student and autocast's, else
-    teacher_every: Positive = 1  # forwards from one with the teacher to the next
+    teacher_device: str | None = None  # that of the student
+    teacher_every: Positive = 1  # forwards from one with the teacher to the next; all without labels have it
     start_step: Count = 0  # steps are training forwards: with accumulation, several for each update
     stop_step: Count | None = None
     warmup_steps: Count = 0

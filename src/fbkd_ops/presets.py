@@ -7,7 +7,7 @@ value per level: with fewer levels than entries the first ones are taken, with m
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -293,7 +293,13 @@ def default_num_levels(preset: PresetName) -> int | None:
 _IMAGES, _HEIGHT, _WIDTH, _CHANNELS = 2, 800, 1344, 256
 
 
-def size_free_weights(preset: PresetName, num_levels: int, strength: float = 1.0, first_stride: int = 4) -> TermWeights:
+def size_free_weights(
+    preset: PresetName,
+    num_levels: int,
+    strength: float = 1.0,
+    first_stride: int = 4,
+    strides: Sequence[int] | None = None,
+) -> TermWeights:
     """Return weights for ``normalize="mean"`` that weigh each term as ``preset`` does on full-sized images.
 
     Without ``normalize`` a term is the root of a sum, which grows with the root of the number of its elements: on small
@@ -306,12 +312,14 @@ def size_free_weights(preset: PresetName, num_levels: int, strength: float = 1.0
         strength: a factor of all weights, >= 0.
         first_stride: of the first level's map, an int >= 1; each further level has twice the stride. 4 for an FPN from
             P2 on, 8 for detectors that begin at P3 (RetinaNet, FCOS).
+        strides: of the map of each level, where one has not twice the stride of that before it; in place of
+            ``first_stride``.
 
     Returns:
         The weights of all terms, one per level, as overrides of :class:`fbkd_ops.FBKDLoss`.
 
     Raises:
-        ValueError: an unknown preset, a number of levels or a strength out of its range.
+        ValueError: an unknown preset, a number of levels, a strength or a stride out of its range.
 
     Example:
         >>> weights = size_free_weights("two_stage", num_levels=3)
@@ -325,7 +333,10 @@ def size_free_weights(preset: PresetName, num_levels: int, strength: float = 1.0
     strength = check_number(strength, "a finite number >= 0", lambda value: value >= 0, "strength")
     if not is_int(first_stride) or first_stride < 1:
         raise ValueError(f"first_stride must be an int >= 1, got {first_stride!r}")
-    strides = [int(first_stride) * 2**level for level in range(num_levels)]
+    if strides is None:
+        strides = [int(first_stride) * 2**level for level in range(num_levels)]
+    elif len(strides) != num_levels or not all(is_int(stride) and stride >= 1 for stride in strides):
+        raise ValueError(f"strides must be num_levels ({num_levels}) ints >= 1, got {strides!r}")
     pixels = [_IMAGES * math.ceil(_HEIGHT / stride) * math.ceil(_WIDTH / stride) for stride in strides]
     all_pixels = [count * _CHANNELS for count in pixels]
 

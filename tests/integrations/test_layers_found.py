@@ -1,5 +1,7 @@
 """Layers that are found by themselves: each known family, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from detectors import Detector
@@ -161,6 +163,92 @@ def test_what_cannot_be_told_is_refused(student, teacher, message):
         Distiller.for_model(student(), teacher())
 
 
+@pytest.mark.parametrize("is_vit", [True, False])
+def test_a_teacher_of_images_alone_gets_them_from_where_the_student_has_them(is_vit):
+    """Of a student that is called with more than images."""
+    timm = pytest.importorskip("timm")
+    if is_vit:
+        teacher = TokenMaps(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1), "norm")
+    else:
+        teacher = timm.create_model("resnet10t", features_only=True, out_indices=(-3, -2, -1))
+    student = OfTimm(timm.create_model("resnet10t", features_only=True, out_indices=(-3, -2, -1)))
+    student.forward = lambda images, targets=0.0: {"loss": (student.backbone(images)[-1] - targets).square().mean()}
+    distiller = Distiller.for_model(student, teacher, "PKDLoss").train()
+    losses = distiller(torch.rand(2, 3, 64, 64), 1.0)
+    losses["loss"].backward()
+    assert float(distiller.terms()["loss_pkd"]) > 0
+
+
+def test_a_vit_teaches_a_detector_of_hugging_face():
+    timm, _ = pytest.importorskip("timm"), pytest.importorskip("scipy")
+    pytest.importorskip("transformers")
+    from hf_models import FAMILIES, collate, samples
+
+    vit = TokenMaps(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1), "norm")
+    distiller = Distiller.for_model(FAMILIES["rt_detr"](32), vit, "PKDLoss").train()
+    distiller(**collate(samples("rt_detr", 2))).loss.backward()
+    assert float(distiller.terms()["loss_pkd"]) > 0
+    with pytest.raises(ValueError, match="no module that is called so is known of the student"):
+        Distiller.for_model(FAMILIES["detr"](32), vit)
+
+
+@pytest.mark.parametrize("name", ["student_layers", "teacher_levels"])
+def test_layers_are_all_found_or_all_given(name):
+    models = [detection.retinanet_resnet50_fpn(**NONE) for _ in range(2)]
+    with pytest.raises(TypeError, match=f"for_model finds {name} by itself"):
+        Distiller.for_model(*models, **{name: ["0"]})
+
+
+def test_a_wrapper_of_a_known_model_is_named():
+    wrapper = nn.Module()
+    wrapper.model = detection.retinanet_resnet50_fpn(**NONE)
+    with pytest.raises(ValueError, match="its .model is a torchvision detector: give that"):
+        find_pyramid(wrapper, "student")
+
+
+def test_weights_are_those_of_each_levels_stride():
+    mobile = detection.fasterrcnn_mobilenet_v3_large_fpn(**NONE)
+    distiller = Distiller.for_model(mobile, copy.deepcopy(mobile), preset="two_stage")
+    weights = [level.settings.spatial_weight for level in distiller.loss.levels]
+    expected = fbkd_ops.size_free_weights("two_stage", 3, strides=[32, 32, 64])["spatial_weight"]
+    assert weights == expected and weights[0] == weights[1]
+
+
+def test_a_stride_is_that_of_the_patches():
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True, depth=1)
+    assert find_pyramid(TokenMaps(vit, "norm"), "teacher").strides == [14]
+    assert find_pyramid(TokenMaps(vit, "norm", stride=16), "teacher").strides == [16]
+
+
+def test_a_look_alike_is_refused():
+    """A MaskFormer has one map where a Mask2Former has several."""
+    transformers = pytest.importorskip("transformers")
+    from hf_models import TRUNK
+
+    config = transformers.MaskFormerConfig(
+        backbone_config=transformers.ResNetConfig(**TRUNK, out_features=["stage1", "stage2", "stage3", "stage4"]),
+        decoder_config=transformers.DetrConfig(d_model=32, decoder_layers=1, decoder_attention_heads=2),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+    )
+    with pytest.raises(ValueError, match="MaskFormerForInstanceSegmentation is of no model family that is known"):
+        find_pyramid(transformers.MaskFormerForInstanceSegmentation(config), "student")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(loss="PKDLoss", preset="one_stage"), "preset is FBKDLoss's, and the loss is PKDLoss"),
+        (dict(loss=fbkd_ops.PKDLoss(4, num_levels=1)), "for_model makes the loss itself: give its name, 'PKDLoss'"),
+    ],
+)
+def test_a_loss_is_given_by_its_name(arguments, message):
+    models = [detection.retinanet_resnet50_fpn(**NONE) for _ in range(2)]
+    with pytest.raises(TypeError, match=message):
+        Distiller.for_model(*models, **arguments)
+
+
 def test_several_teachers_are_refused():
     models = [detection.retinanet_resnet50_fpn(**NONE) for _ in range(2)]
     with pytest.raises(TypeError, match="teacher must be a torch.nn.Module, got dict: for several teachers"):
@@ -191,7 +279,7 @@ class OfStrides(nn.Module):
     """A backbone of timm's kind."""
 
     class feature_info:  # noqa: N801
-        channels = None
+        channels = ()
 
     def __init__(self, strides):
         super().__init__()

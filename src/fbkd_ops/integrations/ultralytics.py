@@ -401,7 +401,7 @@ class FBKDTrainer(DetectionTrainer):
         self._logged_weights = {"weight": factor, "share": self.share.share / self.schedule.every}
         if weight == 0:
             return weight
-        if self.share.is_due((step - self.schedule.start_step) // self.schedule.every):
+        if self.share.is_due(step - self.schedule.start_step, self.schedule.every):
             self.share.begin(factor)
             self._listening.enter_context(present(self._student_tap).split(self.share.split))
         return factor

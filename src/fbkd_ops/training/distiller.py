@@ -101,7 +101,7 @@ class Distiller(StudentAttributes, nn.Module):
             With ``teacher_every`` it is the share of a mean step. The
             own gradient of a map also has what the terms send down from maps that are made of it (backbone stages, the
             neck of a YOLO). Of several losses a dict has each one's share, and each has a factor of its own.
-        share_every: how many steps lie between two measurements.
+        share_every: how many steps with terms there are from one measurement to the next.
         share_steps: the training steps, counted from ``start_step``, after which the factor stays as it is; by default
             it follows the share throughout.
         boxes: for a loss that needs the objects' boxes (:class:`fbkd_ops.FGDLoss`) where they are not in the detector's
@@ -172,11 +172,11 @@ class Distiller(StudentAttributes, nn.Module):
     ):
         super().__init__()
         teachers = named_teachers(teacher, loss)
-        teacher = teachers[ONLY] if ONLY in teachers else nn.ModuleDict(teachers)
         losses: tuple[str, ...] = ()
         if isinstance(loss, (Mapping, nn.ModuleDict)):
             losses, loss = tuple(loss), LossDict(dict(loss.items()), student_levels, teacher_levels, resize)
             student_levels = teacher_levels = None  # each loss chooses
+        teacher = teachers[ONLY] if ONLY in teachers else nn.ModuleDict(teachers)
         _check_modules(student, teacher, loss)
         check_apart(student, teacher)
         check_exported_mode(teacher)
@@ -206,7 +206,7 @@ class Distiller(StudentAttributes, nn.Module):
         self.teacher_levels = checked_levels(teacher_levels, "teacher_levels")
         self.resize = check_flag(resize, "resize")
         self.start_step, self.stop_step, self.warmup_steps = start_step, stop_step, warmup_steps
-        self.decay, self._total_steps, self.teacher_every = decay, total_steps, teacher_every
+        self.decay, self._total_steps, self._teacher_every = decay, total_steps, teacher_every
         self.weight = weight
         device = next((parameter.device for parameter in student.parameters()), None)
         settings = checked_settings(gradient_share, share_every, share_steps, losses)
@@ -229,7 +229,7 @@ class Distiller(StudentAttributes, nn.Module):
         teacher: nn.Module,
         loss: str = "FBKDLoss",
         *,
-        preset: PresetName = "one_stage",
+        preset: PresetName | None = None,
         **settings: Any,
     ) -> "Distiller":
         """Return a distiller whose layers are found by themselves, and print what was chosen.
@@ -242,7 +242,7 @@ class Distiller(StudentAttributes, nn.Module):
         Args:
             student, teacher: as of the class.
             loss: the name of a loss; its widths are read off a blank image.
-            preset: of an FBKDLoss.
+            preset: of an FBKDLoss, ``"one_stage"`` by default.
             **settings: arguments of the class, in place of what would be chosen.
 
         Raises:
@@ -298,9 +298,19 @@ class Distiller(StudentAttributes, nn.Module):
         self._schedule()._replace(total_steps=total_steps).checked()
         self._total_steps = total_steps
 
+    @property
+    def teacher_every(self) -> int:
+        """How many steps there are from one with the teacher to the next."""
+        return self._teacher_every
+
+    @teacher_every.setter
+    def teacher_every(self, teacher_every: int) -> None:
+        self._schedule()._replace(every=teacher_every).checked()
+        self._teacher_every = teacher_every
+
     def _schedule(self) -> Schedule:
         return Schedule(
-            self.start_step, self.stop_step, self.warmup_steps, self.decay, self._total_steps, self.teacher_every
+            self.start_step, self.stop_step, self.warmup_steps, self.decay, self._total_steps, self._teacher_every
         )
 
     def step_weight(self) -> float:
@@ -337,10 +347,7 @@ class Distiller(StudentAttributes, nn.Module):
         if not self.training:
             return self.student(*args, **kwargs)
         self._check_student_mode()
-        for side in self._sides.values():
-            if not side.watch.looked:
-                # A framework's wrapper may have a preprocessor in place of the student's.
-                side.look(self.student, getattr(self, "data_preprocessor", None))
+        self._look_at_teachers()
         if self._is_unlabelled:
             return self._terms_alone(args, kwargs)
         weight = self.step_weight()
@@ -369,7 +376,8 @@ class Distiller(StudentAttributes, nn.Module):
         model's output, and in a compiled student, it runs through). What the detector asks of targets before that it
         has to be given: a torchvision detector takes empty ones. Such a forward is no training step: ``step`` stays,
         ``terms()`` are those of the last step with labels, and no gradient share is measured, for there is no own
-        gradient to compare with. The terms have the weight of the step at hand; ``teacher_every`` does not count.
+        gradient to compare with. The terms have the weight of the last step with labels (before the first: of that),
+        and the teacher runs whatever ``teacher_every`` says.
 
         Example:
             >>> distiller = Distiller(student, teacher, FBKDLoss(256, num_levels=5), student_layers="backbone")
@@ -387,11 +395,24 @@ class Distiller(StudentAttributes, nn.Module):
     def _terms_alone(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the weighted terms of images without labels."""
         self._collect_share()
-        weight = self._weight * self._schedule()._replace(every=1).factor(self._step)
+        # The labelled step beside them is counted already.
+        weight = self._weight * self._schedule()._replace(every=1).factor(max(self._step - 1, 0))
         if weight == 0:
-            return self._idle_terms()
-        with self._student_tap.ending():
+            return {name: zero + self._zero_of_student() for name, zero in self._idle_terms().items()}
+        with self._student_tap.ending([side.entry_tap for side in self._sides.values() if side.entry_tap is not None]):
             return self._weighted_terms(weight if self.share is None else self.share.factor(weight), args, kwargs)[1]
+
+    def _zero_of_student(self) -> Tensor | float:
+        """Return a zero with which terms alone have a graph, where the loss has no parameters."""
+        learned = (parameter for parameter in self.student.parameters() if parameter.requires_grad)
+        return next((0 * _local(parameter).sum() for parameter in learned), 0.0)
+
+    def _look_at_teachers(self) -> None:
+        """Warn once of teachers that were never trained, or are given other images."""
+        for side in self._sides.values():
+            if not side.watch.looked:
+                # A framework's wrapper may have a preprocessor in place of the student's.
+                side.look(self.student, getattr(self, "data_preprocessor", None))
 
     def _forget(self) -> None:
         """Forget what was caught in a step without terms."""
@@ -421,7 +442,7 @@ class Distiller(StudentAttributes, nn.Module):
     ) -> tuple[Any, dict]:
         """Return the same with the factor that ``share`` has found, and measure it in this step where that is due."""
         factor = share.factor(weight)
-        if not share.is_due((self._step - self.start_step) // self.teacher_every):
+        if not share.is_due(self._step - self.start_step, self.teacher_every):
             return self._weighted_terms(factor, args, kwargs)
         share.begin(factor)
         tap = cast(FeatureTap, self._student_tap)  # _gradient_share refuses the other kind
@@ -464,8 +485,18 @@ class Distiller(StudentAttributes, nn.Module):
                 student_features, teacher_features, others, levels, self.resize
             )
         if self._box_source is not None:
-            others |= self._box_source.of_call(args, kwargs)._asdict()
+            others |= self._boxes(args, kwargs)
         return output, student_features, teacher_features, others
+
+    def _boxes(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the objects' boxes, with the size of the images that they are of."""
+        found = cast(BoxSource, self._box_source).of_call(args, kwargs)
+        if self._is_unlabelled and not any(map(len, found.boxes)):
+            raise ValueError(
+                "unlabelled: the loss needs boxes, and would take images without any for background: give boxes as "
+                "their targets, such as the teacher's own detections, or take another loss for these images"
+            )
+        return found._asdict()
 
     def _run_student(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Also in steps without terms under the taps: a graph compiled without them would not have them later."""
@@ -608,7 +639,7 @@ def _later_attributes() -> dict[str, Any]:
         "decay": None,
         "_total_steps": None,
         "share": None,
-        "teacher_every": 1,
+        "_teacher_every": 1,
         "_is_unlabelled": False,
         "_box_source": None,
         "_backward_watch": BackwardWatch(),

@@ -144,13 +144,19 @@ class FeatureTap:
         return len(self._layers)
 
     @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """Inside the block, end the model's forward as with ``stop_when_complete``."""
-        before, self._recorder.stops = self._recorder.stops, not self._is_compiled
+    def ending(self, others: Sequence["FeatureTap"] = ()) -> Iterator[None]:
+        """Inside the block, end the model's forward as with ``stop_when_complete``.
+
+        Args:
+            others: taps of the same model; a layer of theirs that comes later is waited for, without an end after it.
+        """
+        recorder = self._recorder
+        before = recorder.stops, recorder.others
+        recorder.stops, recorder.others = not self._is_compiled, [other._recorder for other in others]
         try:
             yield
         finally:
-            self._recorder.stops = before
+            recorder.stops, recorder.others = before
 
     def paths(self) -> list[str]:
         """Return the paths of the tapped modules."""
@@ -278,7 +284,7 @@ class OutputTap:
     def clear(self) -> None:
         """There is nothing to forget."""
 
-    def ending(self) -> contextlib.AbstractContextManager:
+    def ending(self, others: Sequence[FeatureTap] = ()) -> contextlib.AbstractContextManager:
         """Return a block in which nothing changes: the model's forward ends with its output."""
         return contextlib.nullcontext()
 
@@ -311,6 +317,7 @@ class _Recorder:
 
     def __init__(self, count: int, stops: bool):
         self.count, self.stops, self.is_live = count, stops, True
+        self.others: list[_Recorder] = []  # what has to be complete, too, where a forward ends
         # Makes two of a layer's value: for the features, and for the model to go on with.
         self.split: Callable[[int, Any], tuple[Any, Any]] | None = None
         self.clear()
@@ -343,7 +350,7 @@ class _Recorder:
         self.values[index] = value
         self.versions[index] = None if torch.compiler.is_compiling() else versions(value)
         self.calls[index] += 1
-        if self.stops and all(self.calls):
+        if self.stops and all(all(each.calls) for each in (self, *self.others)):
             raise _Complete(self)
 
     def __getstate__(self) -> dict[str, Any]:

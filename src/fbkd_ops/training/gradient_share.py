@@ -38,7 +38,7 @@ class ShareSettings(NamedTuple):
     """What a :class:`fbkd_ops.Distiller` is given."""
 
     target: float | tuple[float, ...]  # > 0: of all terms together, or of each of several losses
-    every: int  # steps from one measurement to the next
+    every: int  # steps with terms from one measurement to the next
     steps: int | None  # training steps, counted from start_step, after which the factor stays; None: never
 
     def shape(self) -> tuple[int, ...]:
@@ -155,9 +155,14 @@ class GradientShare(nn.Module):
         wanted = weight * wanted.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
         return torch.where(self.measured > 0, wanted, torch.full_like(wanted, FIRST_FACTOR))
 
-    def is_due(self, step: int) -> bool:
-        """Whether the ``step``-th step with terms, counted from 0, measures; after ``steps`` only until one could."""
-        if step % self.settings.every or not torch.is_grad_enabled():
+    def is_due(self, step: int, between: int = 1) -> bool:
+        """Whether a step with terms measures; after ``steps`` only until one could.
+
+        Args:
+            step: counted from the first one that may have terms.
+            between: steps from one with terms to the next.
+        """
+        if step % (self.settings.every * between) or not torch.is_grad_enabled():
             return False
         if self.settings.steps is None or step < self.settings.steps:
             return True

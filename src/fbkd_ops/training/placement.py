@@ -12,6 +12,9 @@ from .nested import mapped
 __all__ = ["Placement", "checked_placement"]
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
 class Placement(NamedTuple):
     """A device and a dtype of the teacher's own; None where it has that of the distiller."""
 
@@ -24,10 +27,15 @@ class Placement(NamedTuple):
 
     def _kept(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def kept(tensor: Tensor) -> Tensor:
-            # Nothing is sent to a device that it would only pass through.
-            like = fn(tensor.new_empty((0,) * tensor.dim(), device=None if self.device is None else "cpu"))
-            dtype = self.dtype if tensor.is_floating_point() else None
-            return tensor.to(self.device or like.device, dtype or like.dtype)
+            is_float = tensor.is_floating_point()
+            if self.device is not None:
+                # Nothing is sent to a device that it would only pass through.
+                like = fn(tensor.new_empty((0,) * tensor.dim(), device="cpu"))
+                return tensor.to(self.device, (self.dtype if is_float else None) or like.dtype)
+            if not is_float:
+                return fn(tensor)
+            # As integers the numbers are moved and laid out, but not converted.
+            return fn(tensor.view(BITS[tensor.itemsize])).view(tensor.dtype).to(self.dtype)
 
         return kept
 

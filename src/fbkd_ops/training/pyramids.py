@@ -3,6 +3,7 @@
 The families are told by what their models have: this module imports no framework.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class Pyramid(NamedTuple):
         family: what the model was recognised as.
         layers: where they are, as a :class:`fbkd_ops.Distiller` takes it.
         entry: the module that is given the images as the model has resized them; None where it does not.
+        images: a module that is called with a batch of images alone, "" where it is the model; None: none is known.
         levels: the keys or indices of the maps.
         channels: of each map.
         strides: of each map: pixels of the image between two cells.
@@ -31,6 +33,7 @@ class Pyramid(NamedTuple):
     family: str
     layers: Layers
     entry: str | None
+    images: str | None
     levels: list[Any]
     channels: list[int]
     strides: list[int]
@@ -45,6 +48,7 @@ class _Place(NamedTuple):
     family: str
     layers: Layers
     entry: str | None = None
+    images: str | None = None
 
 
 def channels_first(maps: Any) -> list[Tensor]:
@@ -60,6 +64,7 @@ def only_maps(inputs: Any) -> Any:
     return [each for each in maps if each.dim() == 4]
 
 
+TOKENS = "maps of tokens"  # a family whose last map is compared with every one of the student's
 HEAD_INPUTS = Layer("model.-1", inputs=True, select=only_maps)  # of Ultralytics' models
 
 
@@ -67,42 +72,45 @@ def _has(model: nn.Module, *paths: str) -> bool:
     """Whether there is something at each path."""
     for path in paths:
         try:
-            attrgetter(path)(model)
+            found = attrgetter(path)(model)
         except AttributeError:
+            return False
+        if found is None:
             return False
     return True
 
 
 def _of_torchvision(model: Any) -> _Place | None:
     if _has(model, "backbone", "transform.image_mean"):
-        return _Place("torchvision detector", "backbone", "backbone")
+        return _Place("torchvision detector", "backbone", "backbone", "backbone")
     return None
 
 
 def _of_detectron2(model: Any) -> _Place | None:
     if _has(model, "backbone.output_shape", "pixel_mean"):
-        return _Place("Detectron2 detector", "backbone", "backbone")
+        return _Place("Detectron2 detector", "backbone", "backbone", "backbone")
     return None
 
 
 def _of_mmdet(model: Any) -> _Place | None:
     heads = ("bbox_head", "rpn_head", "mask_head", "panoptic_head")
     if any(_has(model, head) for head in heads) and _has(model, "neck"):
-        return _Place("MMDetection detector", "neck")
+        return _Place("MMDetection detector", "neck", images="backbone")
     return None
 
 
 def _of_ultralytics(model: Any) -> _Place | None:
     parts = getattr(model, "model", None)
     if isinstance(parts, nn.Sequential) and len(parts) and isinstance(getattr(parts[-1], "f", None), (list, tuple)):
-        return _Place("Ultralytics model", HEAD_INPUTS)
+        return _Place("Ultralytics model", HEAD_INPUTS, images="model.0")
     return None
 
 
 def _of_hugging_face(model: Any) -> _Place | None:
     if _has(model, "model.encoder_input_proj", "model.encoder"):
         layer = Layer("model.encoder", select=attrgetter("last_hidden_state"))
-        return _Place("Hugging Face detector with a hybrid encoder (RT-DETR, D-FINE, ...)", layer)
+        images = "model.backbone.model" if _has(model, "model.backbone.model") else None
+        return _Place("Hugging Face detector with a hybrid encoder (RT-DETR, D-FINE, ...)", layer, images=images)
     if _has(model, "model.backbone.projector"):
         return _Place("Hugging Face detector with a projector (RF-DETR, LW-DETR)", "model.backbone.projector")
     if isinstance(getattr(getattr(model, "model", None), "input_proj", None), nn.ModuleList):
@@ -110,7 +118,7 @@ def _of_hugging_face(model: Any) -> _Place | None:
         return _Place("Hugging Face Deformable DETR", [f"model.input_proj.{index}" for index in range(count)])
     if _has(model, "model.input_projection", "model.encoder"):
         return _Place("Hugging Face DETR", "model.input_projection")
-    if _has(model, "model.pixel_level_module.decoder"):
+    if _has(model, "model.pixel_level_module.decoder.level_embed"):  # a MaskFormer has one map
         layer = Layer("model.pixel_level_module.decoder", select=attrgetter("multi_scale_features"))
         return _Place("Hugging Face Mask2Former", layer)
     if _has(model, "segformer", "decode_head"):
@@ -123,12 +131,12 @@ def _of_timm(model: Any) -> _Place | None:
         backbone = getattr(model, path) if path and _has(model, path) else None if path else model
         if backbone is not None and _has(backbone, "feature_info.channels"):
             is_last = getattr(backbone, "output_fmt", None) is not None and str(backbone.output_fmt).endswith("NHWC")
-            return _Place(family, Layer(path, select=channels_first) if is_last else path)
+            return _Place(family, Layer(path, select=channels_first) if is_last else path, images=path)
     return None
 
 
 def _of_token_maps(model: Any) -> _Place | None:
-    return _Place("maps of tokens", "") if isinstance(model, TokenMaps) else None
+    return _Place(TOKENS, "", images="") if isinstance(model, TokenMaps) else None
 
 
 FAMILIES: tuple[Callable[[Any], _Place | None], ...] = (
@@ -140,6 +148,10 @@ FAMILIES: tuple[Callable[[Any], _Place | None], ...] = (
     _of_timm,
     _of_mmdet,
 )
+
+
+def _place_of(model: Any) -> _Place | None:
+    return next((found for found in (of_family(model) for of_family in FAMILIES) if found is not None), None)
 
 
 def find_pyramid(model: nn.Module, name: str) -> Pyramid:
@@ -159,12 +171,14 @@ def find_pyramid(model: nn.Module, name: str) -> Pyramid:
             "Distiller(...) the layers yourself"
         )
     inner = unwrapped(model)
-    place = next((found for found in (of_family(inner) for of_family in FAMILIES) if found is not None), None)
+    place = _place_of(inner)
     if place is None:
+        held = getattr(inner, "model", None)
+        hint = f"; its .model is a {known.family}: give that" if (known := _place_of(held)) else ""
         children = ", ".join(repr(child) for child, _ in inner.named_children()) or "no modules"
         raise ValueError(
-            f"{name}: {type(inner).__name__} is of no model family that is known; at its top there are {children}. "
-            "Give Distiller(...) the paths of its layers yourself: student_layers, teacher_layers"
+            f"{name}: {type(inner).__name__} is of no model family that is known; at its top there are {children}"
+            f"{hint}. Or give Distiller(...) the paths of its layers yourself: student_layers, teacher_layers"
         )
     sizes: list[tuple[int, ...]] = []
 
@@ -182,10 +196,19 @@ def find_pyramid(model: nn.Module, name: str) -> Pyramid:
         place.family,
         place.layers,
         place.entry,
+        place.images,
         list(maps),
         [x.shape[1] for x in maps.values()],
-        [round(height / x.shape[2]) for x in maps.values()],
+        [_stride(inner, height, x.shape[2]) for x in maps.values()],
     )
+
+
+def _stride(model: nn.Module, height: int, cells: int) -> int:
+    """Return the stride of a map; the size of an image need not be a multiple of it."""
+    if isinstance(model, TokenMaps):
+        return model.stride
+    powers = (2**power for power in range(10))
+    return next((stride for stride in powers if math.ceil(height / stride) == cells), round(height / cells))
 
 
 def levels_by_stride(student: Pyramid, teacher: Pyramid) -> list[tuple[int, int]]:
@@ -194,7 +217,7 @@ def levels_by_stride(student: Pyramid, teacher: Pyramid) -> list[tuple[int, int]
     Raises:
         ValueError: no stride that both have.
     """
-    if teacher.family == "maps of tokens":
+    if teacher.family == TOKENS:
         return [(index, len(teacher.levels) - 1) for index in range(len(student.levels))]
     pairs, left = [], list(range(len(teacher.levels)))
     for index, stride in enumerate(student.strides):

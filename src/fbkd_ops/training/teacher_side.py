@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._validation import Features, check_text
+from .._validation import Features, check_text, is_list
 from .._warnings import TeacherWatch
 from .feature_tap import FeatureTap, Layer, Layers, OutputTap, find_module, is_output
 from .normalization import difference, find_normalization
@@ -132,10 +132,10 @@ class TeacherSide:
 
 def _checked_entry(entry: Any) -> tuple[str, str]:
     """Return the path of the module in the student whose arguments the teacher gets, and where the teacher starts."""
-    if isinstance(entry, tuple) and len(entry) == 2:
+    if is_list(entry) and len(entry) == 2:
         for path in entry:
             check_text(path, "teacher_entry")
-        return entry
+        return tuple(entry)
     check_text(entry, "teacher_entry")
     return entry, entry
 

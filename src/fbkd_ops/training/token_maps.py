@@ -28,9 +28,9 @@ class TokenMaps(nn.Module):
         model: the transformer.
         layers: paths of modules that give tokens: ``["blocks.7", "norm"]``. One path gives a list of one map.
         stride: pixels of an image between two cells of the maps, such that they lie on a detector's: the images are
-            resized by ``patch_size / stride`` before the model sees them, up to whole patches. With a patch of 14 and a
-            stride of 16 an image of 640×480 pixels becomes one of 560×420, whose maps have 40×30 cells.
-            By default ``patch_size``: images are resized to the next whole patch only.
+            resized by ``patch_size / stride`` before the model sees them. With a patch of 14 and a stride of 16 one of
+            640×480 pixels becomes one of 560×420, whose maps have 40×30 cells. By default ``patch_size``: images keep
+            their size. Those that end within a cell are padded with zeros, at the right and below.
         patch_size: pixels of a patch; by default what the model says.
         call: calls the model, as ``call(model, images)``; by default ``model(images)``, with
             ``interpolate_pos_encoding=True`` where it takes that.
@@ -85,13 +85,18 @@ class TokenMaps(nn.Module):
                 "backbone is given such a batch"
             )
         grid = [math.ceil(side / self.stride) for side in images.shape[2:]]
+        missing = [cells * self.stride - side for cells, side in zip(grid, images.shape[2:], strict=True)]
+        if any(missing):
+            images = F.pad(images, (0, missing[1], 0, missing[0]))
         size = [cells * self.patch_size for cells in grid]
-        if list(images.shape[2:]) != size:
+        if self.stride != self.patch_size:
             wide = images.to(accumulation_dtype(images))
             images = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=True).to(images.dtype)
         with self._tap:
             self.call(self.model, images)
-        return [_map(value, grid, path) for value, path in zip(self._tap.caught(), self._tap.paths(), strict=True)]
+        in_front = _found_tokens_in_front(self.model)
+        caught = zip(self._tap.caught(), self._tap.paths(), strict=True)
+        return [_map(value, grid, path, in_front) for value, path in caught]
 
     def _default_call(self, model: nn.Module, images: Tensor) -> Any:
         takes = inspect.signature(unwrapped(model).forward).parameters
@@ -117,18 +122,34 @@ def packed(images: Tensor, patch_size: int) -> dict[str, Tensor]:
     }
 
 
-def _map(value: Any, grid: list[int], path: str) -> Tensor:
-    """Return ``(N, C, H, W)`` of a layer's tokens ``(N, P + HW, C)``; what is in front of the patches is dropped."""
+def _map(value: Any, grid: list[int], path: str, expected: int | None) -> Tensor:
+    """Return ``(N, C, H, W)`` of a layer's tokens ``(N, P + HW, C)``; what is in front of the patches is dropped.
+
+    Args:
+        value: the tokens, or a tuple that begins with them.
+        grid: rows and columns of patches.
+        path: of the layer.
+        expected: how many tokens are in front, where the model tells.
+    """
     tokens = value[0] if isinstance(value, (list, tuple)) and value else value
     if not isinstance(tokens, Tensor) or tokens.dim() != 3:
         found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"layers: {path!r} must give tokens (N, P + HW, C), got {found}")
     in_front = tokens.shape[1] - math.prod(grid)
-    if in_front < 0:
+    if in_front < 0 or expected not in (None, in_front):
+        besides = "" if not expected else f" and {expected} in front of them"
         raise ValueError(
-            f"layers: {path!r} gave {tokens.shape[1]} tokens for {grid[0]}x{grid[1]} patches: is patch_size right?"
+            f"layers: {path!r} gave {tokens.shape[1]} tokens, but there are {grid[0]}x{grid[1]} patches{besides}: is "
+            "patch_size right?"
         )
     return tokens[:, in_front:].transpose(1, 2).unflatten(2, grid)
+
+
+def _found_tokens_in_front(model: nn.Module) -> int | None:
+    """Return how many tokens timm's models, and Hugging Face's with registers, have in front of the patches'."""
+    model = unwrapped(model)
+    registers = getattr(getattr(model, "config", None), "num_register_tokens", None)
+    return getattr(model, "num_prefix_tokens", None if registers is None else 1 + registers)
 
 
 def _found_patch_size(model: nn.Module) -> Any:
