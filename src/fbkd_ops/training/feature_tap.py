@@ -26,6 +26,9 @@ __all__ = [
     "wrapping_path",
 ]
 
+# Earlier compilers cannot trace an exception of one's own: a compiled part runs to its end there.
+CAN_END_IN_A_GRAPH = torch.__version__ >= "2.12"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -350,7 +353,9 @@ class _Recorder:
         self.values[index] = value
         self.versions[index] = None if torch.compiler.is_compiling() else versions(value)
         self.calls[index] += 1
-        if self.stops and all(all(each.calls) for each in (self, *self.others)):
+        if not self.stops or (torch.compiler.is_compiling() and not CAN_END_IN_A_GRAPH):
+            return
+        if all(all(each.calls) for each in (self, *self.others)):
             raise _Complete(self)
 
     def __getstate__(self) -> dict[str, Any]:
