@@ -239,11 +239,6 @@ def ultralytics_step() -> str:
     return f"{what}. {tables.machine(report['environment'])}.\n\n{table(header, rows)}"
 
 
-def ultralytics_pilot() -> str:
-    """What was tried to find its budget."""
-    return study_pilot(YOLO_PILOT)
-
-
 def ultralytics_study() -> str:
     """A student of Ultralytics alone, with its own distillation and with ours."""
     return study_tables.trainers_table(report_of(YOLO_STUDY).rows) if (RESULTS / YOLO_STUDY).exists() else NOT_YET

@@ -246,7 +246,8 @@ class Distiller(StudentAttributes, nn.Module):
             **settings: arguments of the class, in place of what would be chosen.
 
         Raises:
-            TypeError: a student or teacher that is no module (several teachers need their layers by hand).
+            TypeError: a student or teacher that is no module (several teachers need their layers by hand), a loss that
+                is no name, a preset of another loss than FBKDLoss, layers or levels among the settings.
             ValueError: a model of no known family, one that takes no blank image, or no stride in common.
 
         Example:
