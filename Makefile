@@ -1,4 +1,4 @@
-# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | wheel | bench | study | gpu | gpu-cache | demo | info | docs |
+# make venv | lint | test | test-all | fuzz | sanitize | mutants | oldest | wheel | bench | study | gpu | gpu-cache | gpu-tune | demo | info | docs |
 # site | hub | clean. VENV, PYTHON, TORCH and ARGS can be given: make demo ARGS="--steps 50"
 # make lint checks style, format and types.
 # make test runs the tests in JOBS processes; make test-all adds those that take longer, the ops' tests on C++ that is
@@ -14,6 +14,7 @@
 # make hub lays out in HUB, a new folder, what kernel-builder of Hugging Face builds from (build.toml).
 # make gpu builds, tests, measures and profiles on this machine's GPU: make gpu ARGS="--stages test bench".
 # make gpu-cache compiles its Triton kernels for GPU_ARCH into CACHE.
+# make gpu-tune measures the fastest tiles of the Triton kernels on this machine's GPU.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -38,7 +39,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist load
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml Makefile $(shell find csrc -type f)
 
-.PHONY: venv lint test test-all fuzz sanitize mutants oldest wheel bench study gpu gpu-cache demo info docs site hub clean
+.PHONY: venv lint test test-all fuzz sanitize mutants oldest wheel bench study gpu gpu-cache gpu-tune demo info docs site hub clean
 
 venv: $(STAMP)
 
@@ -95,6 +96,10 @@ gpu:
 # Needs no GPU, but the Triton and the Python version of the machine that has one, and any PyTorch.
 gpu-cache:
 	$(GPU_PYTHON) -m scripts.gpu.triton_cache $(or $(CACHE),build/triton-cache) --arch $(GPU_ARCH) $(ARGS)
+
+# Writes src/fbkd_ops/kernels/tiles.json.
+gpu-tune:
+	$(GPU_PYTHON) -m scripts.gpu.tune $(ARGS)
 
 study: venv
 	$(BIN)/python -m benchmarks.study $(STUDY) $(ARGS)

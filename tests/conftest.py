@@ -80,6 +80,18 @@ def relation_form(request, monkeypatch):
 
 
 @pytest.fixture
+def tiles_of(monkeypatch):
+    """Choose the Triton kernels' tiles as on a GPU of the compute capability that the fixture is called with."""
+
+    def choose(gpu):
+        from fbkd_ops.kernels import tiles
+
+        monkeypatch.setattr(tiles, "architecture", lambda like: gpu)
+
+    return choose
+
+
+@pytest.fixture
 def poison():
     """NaN in every new tensor, those that C++ allocates too: an unwritten output cannot pass."""
     torch.use_deterministic_algorithms(True)

@@ -79,6 +79,8 @@ TILES = [
     (torch.float32, (1, 24, 72, 12, 12)),
     (torch.float32, (1, 66, 67, 3, 45)),
     (torch.float64, (1, 18, 66, 5, 13)),
+    (torch.bfloat16, (1, 72, 72, 6, 6)),  # pixels by 8 bytes, and by 4
+    (torch.float16, (1, 16, 8, 5, 6)),
 ]
 # Weights so large that the product's own threads run it, one image after the other.
 ONE_BY_ONE = (2, 1100, 1100, 9, 9)
@@ -221,6 +223,13 @@ def test_tiles(backend, device, index):
     check(draw_level(size, (dtype, dtype), device=device, layouts=PAIRS_OF_LAYOUTS[index % 4]), backend)
 
 
+@pytest.mark.parametrize("size", [(1, 72, 136, 12, 12), (1, 264, 136, 2, 9)], ids=name_of)
+@pytest.mark.parametrize("backend, device", [INTERPRETED])
+def test_tiles_of_a_large_gpu_in_the_interpreter(backend, device, size, tiles_of):
+    tiles_of("90")
+    check(draw_level(size, (torch.bfloat16,) * 2, device=device, layouts=PAIRS_OF_LAYOUTS[1]), backend)
+
+
 # What the gradients of features of 16 bits, and of other mixtures, are made from on a GPU.
 KEPT = [(torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2]
 
@@ -305,10 +314,9 @@ def test_nothing_kept_gives_the_same_gradients(backend, device, dtypes):
 
 def enlarge_tiles(monkeypatch):
     """Tiles that no GPU has registers for: the interpreter's time goes by the number of programs."""
-    module = importlib.import_module("fbkd_ops.kernels.adapted_masked_l2")
-    for name, rows, inner in (("_SUMS", 4096, 16), ("_STUDENT", 4096, 16), ("_WEIGHT", 16, 4096)):
-        blocks = dict.fromkeys(getattr(module, name), module.Blocks(rows, 16, inner, 8))
-        monkeypatch.setattr(module, name, blocks)
+    products = importlib.import_module("fbkd_ops.kernels.products")
+    tiles = {"adapted_sums": (4096, 16, 16), "student_gradients": (4096, 16, 16), "weight_gradients": (16, 16, 4096)}
+    monkeypatch.setattr(products, "blocks_of", lambda kernel, *_: products.Blocks(*tiles[kernel.__name__], 8))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)

@@ -68,6 +68,13 @@ TILES = [
     (1, 2, None, 2, 3, 134, 66),  # cells wider than a tile
     (1, 2, 1, 1, 35, 31, 40),  # 1085 pixels: two splits; a cell as large as the map
 ]
+# Of 16-bit maps: rows of a cell that are 16, 8 and 4 bytes and none of these; more than a tile of each kind.
+TILES_OF_16_BITS = [
+    (1, 264, None, 136, 2, 48, 2),  # more channels than weights that stay, two tiles of pooled ones
+    (2, 8, None, 130, 5, 52, 4),
+    (1, 136, 3, 6, 6, 22, 2),
+    (1, 16, None, 5, 7, 33, 3),
+]
 
 
 def draw_request(size, dtype=torch.float32, device="cpu", layout=contiguous, order="single"):
@@ -122,9 +129,11 @@ def run(tensors, pool, backend, directions=None, incoming=None):
 
 
 def rounding_of(name, backend, device, dtype):
-    """What the gradients of map and weight may be off besides: beside a bfloat16 map Triton's tensor cores multiply
-    matrices and pooled gradients rounded to its dtype."""
-    if backend != "triton" or dtype != torch.bfloat16 or name not in ("x", "weight"):
+    """What outputs and gradients may be off besides, where Triton's tensor cores multiply what is rounded to 16 bits:
+    the centred map for its covariance, which the projection's gradient is made of; matrices and pooled gradients beside
+    a bfloat16 map."""
+    rounded = {torch.bfloat16: ("covariance", "projection", "x", "weight"), torch.float16: ("covariance", "projection")}
+    if backend != "triton" or name not in rounded.get(dtype, ()):
         return 0.0
     return torch.finfo(dtype).eps / 2 + truncation(backend, device, dtype)
 
@@ -171,6 +180,14 @@ def test_large_sizes(backend, device, layout):
 @pytest.mark.parametrize("backend, device", [INTERPRETED])
 def test_tiles_in_the_interpreter(backend, device, size, layout):
     check(size, backend, device=device, layout=layout, order="nested")
+
+
+@pytest.mark.parametrize("gpu, dtype", [("default", torch.float16), ("90", torch.bfloat16)], ids=name_of)
+@pytest.mark.parametrize("size", TILES_OF_16_BITS, ids=name_of)
+@pytest.mark.parametrize("backend, device", [INTERPRETED])
+def test_tiles_of_a_gpu_in_the_interpreter(backend, device, size, dtype, gpu, tiles_of):
+    tiles_of(gpu)
+    check(size, backend, dtype, device, order="nested")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -71,6 +71,9 @@ TILES = [
     (torch.float32, (1, 24, 72, None, 12, 12)),
     (torch.float32, (2, 3, 4, 2, 26, 40)),
     (torch.float64, (1, 18, 66, 5, 5, 13)),
+    (torch.bfloat16, (1, 72, 72, None, 6, 6)),  # pixels by 8 bytes, and by 4
+    (torch.float16, (1, 16, 8, None, 5, 6)),
+    (torch.bfloat16, (1, 8, 264, None, 2, 9)),
 ]
 
 
@@ -178,6 +181,13 @@ def test_16_bits_of_any_layout_beside_float64(backend, device, layout, narrow):
 def test_tiles(backend, device, index):
     dtype, size = TILES[index]
     check(draw_level(size, (dtype, dtype), device, PAIRS_OF_LAYOUTS[index % 4]), backend)
+
+
+@pytest.mark.parametrize("size", [(1, 72, 136, None, 12, 12), (1, 264, 136, 5, 2, 9)], ids=name_of)
+@pytest.mark.parametrize("backend, device", [INTERPRETED])
+def test_tiles_of_a_large_gpu_in_the_interpreter(backend, device, size, tiles_of):
+    tiles_of("90")
+    check(draw_level(size, (torch.bfloat16,) * 2, device, PAIRS_OF_LAYOUTS[1]), backend)
 
 
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS[:4:3], ids=name_of)

@@ -22,7 +22,7 @@ ADAPTED = Selection(
 )
 SPATIAL = Selection(("test_spatial_l2.py",), "interpreter and (test_shapes or gradcheck or together)")
 STATISTICS = Selection(
-    ("test_non_local_statistics.py",), "interpreter and (tiles_in or winners or gradcheck or finite)"
+    ("test_non_local_statistics.py",), "interpreter and (tiles_in or tiles_of or winners or gradcheck or finite)"
 )
 RESIDUAL = Selection(("test_relation_residual.py",), "interpreter and (test_tiles or gradcheck or together)")
 
@@ -57,7 +57,7 @@ MUTATIONS = [
         "triton.distance",
         "src/fbkd_ops/kernels/pairs.py",
         DISTANCE,
-        transposed_teacher=("IS_ALIGNED, IS_TRANSPOSED\n    )", "IS_ALIGNED, False\n    )"),
+        transposed_teacher=("ALIGN, IS_TRANSPOSED\n    )", "ALIGN, False\n    )"),
     ),
     *faults(
         "triton.correlation",
@@ -138,5 +138,14 @@ MUTATIONS = [
             "value = add_tiles(at, splits, pitch * pitch, col <= row, TILES, OUTPUTS)",
             "value = add_tiles(at, splits, pitch * pitch, col < row, TILES, OUTPUTS)",
         ),
+        rest_of_a_wide_cell=("range(ROWS, cell_width, ROWS)", "range(ROWS, ROWS, ROWS)"),
+        last_nan=("tl.max(tl.where(is_nan, order, -1), axis=1)", "tl.max(tl.where(is_nan, 0, -1), axis=1)"),
+        scale_of_centred_maps=("return 0.5 if dtype", "return 1.0 if dtype"),
+        next_cell_of_a_row=("in_map & (column < cell_width)", "in_map"),
+        cells_cut_off=(
+            "whole = across((cell_row < cell_rows) & (cell_col < cell_cols),",
+            "whole = across((cell_row < cell_rows),",
+        ),
+        row_of_a_step=("tile * (PIXELS // WIDTH), rest // parts,", "tile * (PIXELS // WIDTH), rest % parts,"),
     ),
 ]

@@ -24,10 +24,8 @@ from torch import Tensor
 from .._layout import empty_gradient, empty_residual, matrix_view
 from .._numerics import accumulation_dtype
 from .products import (
-    ALIGNED,
     STUDENT_PLANAR,
     TEACHER_PLANAR,
-    Blocks,
     Images,
     Pair,
     PixelSplits,
@@ -47,9 +45,11 @@ from .products import (
     store_partials,
 )
 from .pyramid import (
+    ALIGNMENT,
+    SIXTEEN_BYTES,
     Level,
     add_partial_sums,
-    aligned_to_16_bytes,
+    alignment,
     find_level,
     find_tile,
     in_place_of_none,
@@ -162,7 +162,7 @@ def adapted_sums(
             if KEEP:
                 PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
                 kept = pick(residual, level)
-                at, inside = dense_tile(kept, image, pixel, channel, pixels, channels, ALIGNED & PATHS[index], PLANAR)
+                at, inside = dense_tile(kept, image, pixel, channel, pixels, channels, ALIGNMENT & PATHS[index], PLANAR)
                 store_rounded(at, difference, inside)
 
 
@@ -197,7 +197,7 @@ def student_gradients(
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             PLANAR: tl.constexpr = STUDENT_PLANAR & PATHS[index]
-            IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+            ALIGN: tl.constexpr = ALIGNMENT & PATHS[index]
             extents = known_extents(size, PATHS[index], residual, matrix, student)
             channels, _, pixels = extents
             matrices = Images(matrix, size.matrix_stride, channels)
@@ -207,9 +207,9 @@ def student_gradients(
             weight = load_mask(spatial_mask, image * pixels + pixel, pixel < pixels, size.spatial_given)
             total *= (2 * tl.load(grad + size.slot).to(total.dtype) * weight)[:, None]
             total = add_pooled_gradients(total, student, pools, size, extents, image, pixel, channel, PATHS[index])
-            at, inside = dense_tile(grad_student, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+            at, inside = dense_tile(grad_student, image, pixel, channel, pixels, channels, ALIGN, PLANAR)
             total += tl.load(at, mask=inside & (size.student_given != 0), other=0.0).to(total.dtype)
-            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, ALIGN, PLANAR)
             store_rounded(at, total, inside)
 
 
@@ -305,14 +305,14 @@ def difference_tile(
         (pixels, teacher_channels, student_channels),
         PLANAR=STUDENT_PLANAR & PATH,
         TRANSPOSED=False,
-        IS_ALIGNED=ALIGNED & PATH,
+        ALIGN=ALIGNMENT & PATH,
         OPERAND=weight.dtype.element_ty,
         PRECISION=PRECISION,
         INNER=INNER,
     )
     teachers = Images(teacher, size.teacher_stride, size.teacher_pitch)
-    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
-    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, TEACHER_PLANAR & PATH)
+    ALIGN: tl.constexpr = ALIGNMENT & PATH
+    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, ALIGN, TEACHER_PLANAR & PATH)
     value += tl.load(bias + channel, mask=channel < teacher_channels, other=0.0).to(DTYPE)[None, :]
     value -= tl.load(at, mask=inside, other=0.0).to(DTYPE)
     return tl.where(inside, value, 0.0)
@@ -329,27 +329,15 @@ def add_pooled_gradients(total, student, pools, size, extents, image, pixel, cha
     total += scaled_gradient(channel_plain, channel_at, col < channels, size.channel_plain_given, pixels)
     if size.spatial_abs_given + size.channel_abs_given > 0:
         students = Images(student, size.student_stride, size.student_pitch)
-        at, inside = map_tile(students, image, pixel, channel, pixels, channels, ALIGNED & PATH, STUDENT_PLANAR & PATH)
+        at, inside = map_tile(
+            students, image, pixel, channel, pixels, channels, ALIGNMENT & PATH, STUDENT_PLANAR & PATH
+        )
         value = tl.load(at, mask=inside, other=0.0)
         by_pixel = scaled_gradient(spatial_abs, spatial_at, row < pixels, size.spatial_abs_given, channels)
         by_channel = scaled_gradient(channel_abs, channel_at, col < channels, size.channel_abs_given, pixels)
         absolute = by_pixel + by_channel
         total += tl.where(value > 0, absolute, tl.where(value < 0, -absolute, 0.0))
     return total
-
-
-# By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
-# largest tiles without spills on sm_80, sm_90 and sm_100, as compiled: registers are the limit.
-_SUMS = {
-    (2, True): Blocks(128, 128, 64, 8),
-    (2, False): Blocks(128, 64, 32, 8),
-    (4, True): Blocks(128, 64, 16, 8),
-    (4, False): Blocks(64, 64, 16, 8),
-    (8, True): Blocks(64, 64, 16, 8),
-    (8, False): Blocks(64, 64, 16, 8),
-}
-_STUDENT = _SUMS | dict.fromkeys(((8, True), (8, False)), Blocks(64, 32, 16, 8))
-_WEIGHT = _SUMS | {(2, True): Blocks(128, 128, 32, 8), (4, False): Blocks(128, 64, 16, 8)}
 
 
 class _Adaptation(NamedTuple):
@@ -421,14 +409,14 @@ def _write_residuals(levels: list[_Adaptation], residuals: list[Tensor]) -> tupl
     pairs = [level.pair for level in levels]
     dtype = accumulation_dtype(*(feature for pair in pairs for feature in pair))
     partials = pairs[0].student.new_empty(first, dtype=dtype)
-    launch_products(adapted_sums, pairs, launched, _SUMS, partials, KEEP=bool(residuals))
+    launch_products(adapted_sums, pairs, launched, partials, KEEP=bool(residuals))
     return partials, [level.programs for level in launched]
 
 
 def _sums_level(level: _Adaptation, residual: Tensor, first: int) -> Level:
     pair, weight = level.pair, level.weight.to(level.pair.operand)
     path = pair.path(weight, residual)
-    blocks = _SUMS[pair.kind(path)]
+    blocks = pair.blocks(adapted_sums, path)
     view = matrix_view(pair.teacher)
     _, channels, pixels = pair.extents
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
@@ -470,7 +458,7 @@ def _student_gradients(
     for slot, (level, residual, (pool_grads, grad_student)) in enumerate(zip(levels, residuals, added, strict=True)):
         gradients.append(empty_gradient(level.pair.student))
         launched.append(_student_level(level, residual, gradients[-1], pool_grads, grad_student, slot))
-    launch_products(student_gradients, [level.pair for level in levels], launched, _STUDENT, grad)
+    launch_products(student_gradients, [level.pair for level in levels], launched, grad)
     return gradients
 
 
@@ -485,11 +473,11 @@ def _student_level(
     pair, matrix = level.pair, level.masked_weight()
     if grad_student is not None:
         grad_student = fit_for_products(grad_student, pair.dtype)
-        if not aligned_to_16_bytes(grad_student):
+        if alignment(grad_student) != SIXTEEN_BYTES.value:
             grad_student = grad_student.clone()  # the kernel reads it as it writes the gradient
     given = (int(x is not None) for x in (*pool_grads, grad_student))
     path = pair.path(matrix, residual, gradient)
-    blocks = _STUDENT[pair.kind(path)]
+    blocks = pair.blocks(student_gradients, path)
     channels, _, pixels = pair.extents
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
     matrix_stride = 0 if level.channel_mask is None else level.weight.numel()
@@ -508,11 +496,11 @@ def _parameter_gradients(levels: list[_Adaptation], residuals: list[Tensor], gra
     launched, sums = [], []
     for slot, (level, residual, weight, bias) in enumerate(zip(levels, residuals, weights, biases, strict=True)):
         path = level.pair.path(residual)
-        splits = split_pixels(level.pair, weight.shape[1], _WEIGHT[level.pair.kind(path)])
+        splits = split_pixels(level.pair, weight.shape[1], level.pair.blocks(weight_gradients, path))
         partials = splits.partials(residual, level.pair.dtype)
         launched.append(_weight_level(level, residual, splits, partials, slot, path))
         sums += [splits.product(weight, partials), splits.total(bias, partials)]
-    launch_products(weight_gradients, [level.pair for level in levels], launched, _WEIGHT, grad)
+    launch_products(weight_gradients, [level.pair for level in levels], launched, grad)
     add_up(sums)
     return [*weights, *biases]
 

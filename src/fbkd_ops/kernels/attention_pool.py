@@ -16,7 +16,7 @@ from .._numerics import accumulation_dtype
 from .pyramid import (
     Level,
     add_tiles,
-    aligned_to_16_bytes,
+    alignment,
     find_level,
     find_tile,
     in_place_of_none,
@@ -85,19 +85,19 @@ def sum_tiles(
 
 
 @triton.jit
-def sum_tile(x, partials, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def sum_tile(x, partials, program, size, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     images, rows, cols = size.images, size.rows, size.cols
     image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     dtype: tl.constexpr = partials.dtype.element_ty
     col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
+    col_inside = col < whole_vectors(cols, vector_length(ALIGN, x.dtype.element_ty))
     row_sums = partials + (image * size.col_tiles + col_tile) * rows
     col_sums = partials + 2 * images * size.col_tiles * rows + (image * size.row_tiles + row_tile) * cols
     total_abs = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
     total_plain = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype)
     for first in range(0, size.tile_rows, BLOCK_ROWS):
         row = row_tile * size.tile_rows + first + tl.arange(0, BLOCK_ROWS)
-        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGNED, False)
+        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGN, False)
         value = tl.load(at, mask=(row < rows)[:, None] & col_inside[None, :], other=0.0).to(dtype)
         magnitude = tl.abs(value)
         total_abs += magnitude
@@ -155,7 +155,7 @@ def input_gradients(
 
 @triton.jit
 def input_gradient(
-    x, dx, grads, program, size, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+    x, dx, grads, program, size, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     row_abs, row_plain, col_abs, col_plain = grads
     rows, cols = size.rows, size.cols
@@ -163,20 +163,20 @@ def input_gradient(
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     row_inside = row < rows
-    col_inside = col < whole_vectors(cols, ALIGNED, vector_length(x.dtype.element_ty))
+    col_inside = col < whole_vectors(cols, vector_length(ALIGN, x.dtype.element_ty))
     row_at, col_at = image * rows + row, image * cols + col
     by_row = scaled_gradient(row_plain, row_at, row_inside, size.row_plain_given, cols)
     by_col = scaled_gradient(col_plain, col_at, col_inside, size.col_plain_given, rows)
     gradient = by_row[:, None] + by_col[None, :]
     inside = row_inside[:, None] & col_inside[None, :]
     if size.row_abs_given + size.col_abs_given > 0:
-        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGNED, False)
+        at = tile_pointers(x, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGN, False)
         value = tl.load(at, mask=inside, other=0.0).to(gradient.dtype)
         sign = (value > 0).to(gradient.dtype) - (value < 0).to(gradient.dtype)
         by_row = scaled_gradient(row_abs, row_at, row_inside, size.row_abs_given, cols)
         by_col = scaled_gradient(col_abs, col_at, col_inside, size.col_abs_given, rows)
         gradient += sign * (by_row[:, None] + by_col[None, :])
-    at = tile_pointers(dx, image, rows * cols, cols, row[:, None], col[None, :], ALIGNED, False)
+    at = tile_pointers(dx, image, rows * cols, cols, row[:, None], col[None, :], ALIGN, False)
     tl.store(at, gradient.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -186,8 +186,8 @@ def _tile_rows(view: MatrixView) -> int:
     return MANY_ROWS if tiles >= ENOUGH_TILES else FEW_ROWS
 
 
-def _aligned(x: Tensor, view: MatrixView) -> bool:
-    return aligned_to_16_bytes(x, view.image_stride, view.row_stride, view.cols)
+def _path(x: Tensor, view: MatrixView) -> int:
+    return alignment(x, view.image_stride, view.row_stride, view.cols)
 
 
 def _empty_means(x: Tensor) -> list[Tensor]:
@@ -204,7 +204,7 @@ def _forward_level(x: Tensor, means: list[Tensor]) -> tuple[Level, list[Level]]:
     by_row, by_col = 2 * images * col_tiles * rows, 2 * images * row_tiles * cols
     partials = x.new_empty(by_row + by_col, dtype=means[0].dtype)
     sizes = SumSizes(images, rows, cols, view.image_stride, view.row_stride, row_tiles, col_tiles, tile_rows)
-    sums = Level(images * row_tiles * col_tiles, (x, partials), sizes, _aligned(x, view))
+    sums = Level(images * row_tiles * col_tiles, (x, partials), sizes, _path(x, view))
     row_means, col_means = (means[1::2], means[::2]) if view.rows_are_channels else (means[::2], means[1::2])
     finish = [
         _direction(row_means, partials, 0, images, col_tiles, rows, cols),
@@ -238,7 +238,7 @@ def _backward_level(x: Tensor, dx: Tensor, grads: list[Tensor | None]) -> Level:
     given = (grad is not None for grad in ordered)
     sizes = GradientSizes(view.rows, view.cols, view.image_stride, view.row_stride, *tiles, *given)
     pointers = x, dx, *in_place_of_none(ordered, x, accumulation_dtype(x))
-    return Level(view.images * tiles[0] * tiles[1], pointers, sizes, _aligned(x, view))
+    return Level(view.images * tiles[0] * tiles[1], pointers, sizes, _path(x, view))
 
 
 def attention_pool_backward(xs: list[Tensor], grads: list[Tensor | None]) -> list[Tensor]:

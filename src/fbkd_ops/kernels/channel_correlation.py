@@ -15,8 +15,9 @@ from torch import Tensor
 from .._layout import MatrixView, empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
 from ..ops.channel_correlation import COEFFICIENTS
-from .pairs import ALIGNED, CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
+from .pairs import CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
 from .pyramid import (
+    ALIGNMENT,
     Level,
     add_partial_sums,
     add_tiles,
@@ -157,7 +158,7 @@ def correlation_gradients(
         if path == PATHS[index]:
             pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
             results = pick(coefficients, level), pick(gradient, level), grad
-            store_gradient(results, pair, size, ALIGNED & PATHS[index], AXIS)
+            store_gradient(results, pair, size, ALIGNMENT & PATHS[index], AXIS)
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def store_sums(maps, partials, pair, size, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(results, pair, size, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr):
+def store_gradient(results, pair, size, ALIGN: tl.constexpr, AXIS: tl.constexpr):
     """Store the tile of the student's gradient."""
     coefficients, gradient, grad = results
     if AXIS == 1:
@@ -199,7 +200,7 @@ def store_gradient(results, pair, size, IS_ALIGNED: tl.constexpr, AXIS: tl.const
     sum_of_both = of_student * s + of_teacher * t
     value = tl.load(grad + size.slot).to(tl.float64) * sum_of_both
     row, col = pair.row[:, None], pair.col[None, :]
-    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, ALIGN, False)
     store_rounded(at, value, pair.row_inside[:, None] & pair.col_inside[None, :])
 
 

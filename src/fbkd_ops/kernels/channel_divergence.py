@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .._layout import empty_gradient, matrix_view
 from .._numerics import accumulation_dtype
-from .pairs import ALIGNED, CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
+from .pairs import CHANNEL_WARPS, CHANNELS, PIXELS, channel_constants, channel_level, load_pair
 from .pyramid import (
+    ALIGNMENT,
     Level,
     add_partial_sums,
     find_level,
@@ -163,7 +164,7 @@ def divergence_gradients(
         if path == PATHS[index]:
             pair = load_pair(maps, program, size, PATHS[index], ROWS, COLS)
             results = pick(normalisers, level), pick(gradient, level), grad
-            store_gradient(results, pair, size, INVERSE, DTYPE, ALIGNED & PATHS[index], AXIS)
+            store_gradient(results, pair, size, INVERSE, DTYPE, ALIGNMENT & PATHS[index], AXIS)
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def store_parts(parts, pair, size, INVERSE: tl.constexpr, DTYPE: tl.constexpr, A
 
 @triton.jit
 def store_gradient(
-    results, pair, size, INVERSE: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, AXIS: tl.constexpr
+    results, pair, size, INVERSE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr, AXIS: tl.constexpr
 ):
     """Store the tile of the student's gradient: 0 of equal maps, because nothing is contracted."""
     normalisers, gradient, grad = results
@@ -205,7 +206,7 @@ def store_gradient(
     of_teacher = softmax(pair.teacher.to(DTYPE), at + 2 * channels, channels, inside, INVERSE, AXIS)
     scale = tl.load(grad + size.slot).to(tl.float64) / (INVERSE * (size.images * channels).to(tl.float64))
     row, col = pair.row[:, None], pair.col[None, :]
-    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    at = tile_pointers(gradient, pair.image, size.rows * size.cols, size.cols, row, col, ALIGN, False)
     value = scale.to(DTYPE) * (of_student - of_teacher)
     store_rounded(at, value, pair.row_inside[:, None] & pair.col_inside[None, :])
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype
-from .pairs import ALIGNED, load_pair, path_of_pair
+from .pairs import load_pair, path_of_pair
 from .pyramid import (
+    ALIGNMENT,
     Level,
     add_partial_sums,
     find_level,
@@ -101,7 +102,7 @@ def difference_gradients(
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             tile = difference_tile(tensors, program, size, PATHS[index], BLOCK)
-            store_gradient(pick(gradient, level), grad, tile, size, ALIGNED & PATHS[index])
+            store_gradient(pick(gradient, level), grad, tile, size, ALIGNMENT & PATHS[index])
 
 
 @triton.jit
@@ -125,11 +126,11 @@ def store_sum(partials, tile, at):
 
 
 @triton.jit
-def store_gradient(gradient, grad, tile, size, IS_ALIGNED: tl.constexpr):
+def store_gradient(gradient, grad, tile, size, ALIGN: tl.constexpr):
     """Store the tile of the student's gradient."""
     scale = 2 * tl.load(grad + size.slot).to(tile.difference.dtype)
     row, col = tile.row[:, None], tile.col[None, :]
-    at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, IS_ALIGNED, False)
+    at = tile_pointers(gradient, tile.image, size.rows * size.cols, size.cols, row, col, ALIGN, False)
     store_rounded(at, scale * tile.weight * tile.difference, tile.inside)
 
 

@@ -21,7 +21,6 @@ from .._layout import matrix_view
 from .._numerics import accumulation_dtype, without_autocast
 from ..types import present
 from .products import (
-    ALIGNED,
     Images,
     across,
     add_product,
@@ -29,15 +28,18 @@ from .products import (
     dense_tile,
     in_dtypes,
     indices,
+    map_tile,
     multiply,
     precision,
     splits_of,
     sum_of_splits,
 )
 from .pyramid import (
+    ALIGNMENT,
+    SIXTEEN_BYTES,
     Level,
     add_tiles,
-    aligned_to_16_bytes,
+    alignment,
     find_level,
     find_tile,
     in_place_of_none,
@@ -51,17 +53,22 @@ from .pyramid import (
     vector_length,
     whole_vectors,
 )
+from .tiles import blocks_of
 
 __all__ = ["non_local_statistics_backward_", "non_local_statistics_forward"]
 
 _Pool = tuple[int, int, int, int]  # height and width of a cell, and of the first pool's in a nested order
 _Cells = tuple[int, int, int, int, int, int]  # a pool, and rows and columns of its cells
 
-# A level's code path has two bits: the map's pixels lie side by side (else its channels), and maps and matrices are
-# read 16 bytes at a time.
-PLANAR = tl.constexpr(2)
+# A level's code path: the ALIGNMENT of maps and matrices, and a bit that says that the map's pixels lie side by side
+# (else its channels).
+PLANAR = tl.constexpr(4)
 UNVISITED = tl.constexpr((1 << 31) - 1)  # comes after every candidate
 FINISH_TILES, FINISH_OUTPUTS = 8, 256
+MOST_RESIDENT = 256  # channels of 16-bit weights that stay in shared memory for a program's life
+COVARIANCE_PIXELS = 2048  # the most that tensor cores, which truncate their sums, add up without a rounded addition
+NARROW = 4  # pixels of a cell's row, where fewer are narrow
+ONE_ROW_CELL = 64  # pixels side by side of a map without cells
 
 
 class PoolSizes(NamedTuple):
@@ -79,8 +86,8 @@ class PoolSizes(NamedTuple):
     first_width: int
     cell_rows: int
     cell_cols: int
-    cells_of_tile: int
-    tiles_of_row: int
+    grid_cols: int
+    cell_tiles: int
     channel_tiles: int
 
 
@@ -112,6 +119,8 @@ class GradientSizes(NamedTuple):
     first_width: int
     cell_rows: int
     cell_cols: int
+    grid_cols: int  # of cells, with those that the map's edge cuts off where such pixels count
+    height: int
     pixel_tiles: int
     channel_tiles: int
     matrix_given: int
@@ -133,11 +142,12 @@ class WeightSizes(NamedTuple):
     first_width: int
     cell_rows: int
     cell_cols: int
+    grid_cols: int
     row_tiles: int
     col_tiles: int
-    tiles_of_image: int
-    tiles: int
-    tiles_of_split: int
+    steps_of_image: int
+    steps: int
+    steps_of_split: int
 
 
 @triton.jit
@@ -150,35 +160,59 @@ def pool_convolutions(
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
-    """Fold some cells of a row per program; per lane a column of a cell, or every PIXELS-th of a wider cell."""
+    """Convolve and pool ``ROWS / WIDTH`` cells per program, whose columns have WIDTH lanes, from row to row.
+
+    WIDE cells are wider than a tile, which takes their columns one part after the other. RESIDENT weights are read
+    once: INNER has all channels.
+    """
     level, path, program = find_level(sizes)
     size = PoolSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, weight, bias), level)
-    outputs, cell_height, cell_width, cell_cols = small(
-        (size.outputs, size.cell_height, size.cell_width, size.cell_cols)
-    )
-    cells_of_tile, tiles_of_row = small((size.cells_of_tile, size.tiles_of_row))
-    image, tile, channel_tile = find_tile(program, size.cell_rows * tiles_of_row, size.channel_tiles)
-    tile = tile.to(tl.int32)
-    cell_row, first_cell = tile // tiles_of_row, tile % tiles_of_row * cells_of_tile
-    lane, channel = tl.arange(0, PIXELS), indices(channel_tile, CHANNELS)
-    corner = cell_row * cell_height * size.width.to(tl.int32) + first_cell * cell_width
+    outputs, cell_width = small((size.outputs, size.cell_width))
+    cells = (size.cell_rows * size.cell_cols).to(tl.int32)
+    image, tile, channel_tile = find_tile(program, size.cell_tiles, size.channel_tiles)
+    CELLS: tl.constexpr = ROWS // WIDTH
+    first, channel = tile.to(tl.int32) * CELLS, indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
+            lanes = first, 0, cell_width
             best, order = fold_columns(
-                inputs, size, image, corner, lane, channel, PATHS[index], PRECISION, PIXELS, CHANNELS, INNER
+                inputs, size, image, lanes, channel, PATHS[index], PRECISION, ROWS, COLS, INNER, WIDTH, RESIDENT
             )
-            best, order = fold_cells(best, order, lane, cell_width, PIXELS)
-            inside = ((lane < cells_of_tile) & (first_cell + lane < cell_cols))[:, None] & (channel < outputs)[None, :]
-            first = (image * outputs + channel) * (size.cell_rows * cell_cols) + cell_row * cell_cols + first_cell
-            at = first[None, :] + lane[:, None]
+            if WIDE:
+                for start in range(ROWS, cell_width, ROWS):
+                    lanes = first, start, cell_width
+                    value, rank = fold_columns(
+                        inputs,
+                        size,
+                        image,
+                        lanes,
+                        channel,
+                        PATHS[index],
+                        PRECISION,
+                        ROWS,
+                        COLS,
+                        INNER,
+                        WIDTH,
+                        False,
+                    )
+                    wins = precedes(value, rank, best, order)
+                    best, order = tl.where(wins, value, best), tl.where(wins, rank, order)
+            best, order = fold_cells(best, order, CELLS, WIDTH)
+            cell = first + tl.arange(0, CELLS)
+            inside = (cell < cells)[:, None] & (channel < outputs)[None, :]
+            at = (image * outputs + channel)[None, :] * cells + cell[:, None]
             tl.store(pick(pooled, level) + at, best, mask=inside)
-            winner = corner + (lane * cell_width)[:, None] + pixel_in_cell(size, order)
-            tl.store(pick(winners, level) + at, winner, mask=inside)
+            tl.store(
+                pick(winners, level) + at, first_pixel(size, cell)[:, None] + pixel_in_cell(size, order), mask=inside
+            )
 
 
 @triton.jit
@@ -186,66 +220,92 @@ def fold_columns(
     inputs,
     size,
     image,
-    corner,
-    lane,
+    lanes,  # the tile's first cell, its first column of each cell, and where the columns end
     channel,
     PATH: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
-    """Return the best of each column ``(pixels, p)`` of a tile's cells, and when it was visited."""
+    """Return the best value ``(pixels, p)`` of each column of a tile's cells, and when it was visited."""
     x, weight, bias = inputs
-    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and (PLANAR & PATH)
-    VECTOR: tl.constexpr = vector_length(x.dtype.element_ty)
-    channels = whole_vectors(size.channels.to(tl.int32), ALIGNED & PATH, VECTOR)
-    width = size.width.to(tl.int32)
-    outputs, cell_height, cell_width = small((size.outputs, size.cell_height, size.cell_width))
-    offset, chunks = lane % cell_width, tl.cdiv(cell_width, PIXELS)
+    first, start, end = lanes
+    channels, pixels = map_extents(x, size, PATH)
+    outputs, cell_height = small((size.outputs, size.cell_height))
+    column = start + tl.arange(0, ROWS) % WIDTH
     shift = tl.load(bias + channel, mask=channel < outputs, other=0.0)
-    best = tl.full((PIXELS, CHANNELS), float("-inf"), shift.dtype)
-    order = tl.full((PIXELS, CHANNELS), UNVISITED, tl.int32)
-    for step in range(cell_height * chunks):
-        row, chunk = step // chunks, step % chunks
-        start = whole_vectors(corner + row * width + chunk * PIXELS, BY_PIXEL, VECTOR)
-        end = whole_vectors((corner // width + row + 1) * width, BY_PIXEL, VECTOR)  # of the row of pixels
-        value = add_product(
-            tl.zeros((PIXELS, CHANNELS), shift.dtype),
-            Images(x, size.stride, size.pitch),
-            Images(weight, 0, channels),
-            image,
-            start + lane,
-            channel,
-            (end, outputs, channels),
-            PLANAR=PLANAR & PATH,
-            TRANSPOSED=False,
-            IS_ALIGNED=ALIGNED & PATH,
-            OPERAND=weight.dtype.element_ty,
-            PRECISION=PRECISION,
-            INNER=INNER,
-        )
+    maps, matrices = Images(x, size.stride, size.pitch), Images(weight, 0, channels)
+    best = tl.full((ROWS, COLS), float("-inf"), shift.dtype)
+    best_row = tl.zeros((ROWS, COLS), tl.int32)
+    if RESIDENT:
+        factors = matrix_tile(matrices, tl.arange(0, INNER), channel, (channels, outputs), PATH)
+    for row in range(cell_height):
+        value = tl.zeros((ROWS, COLS), shift.dtype)
+        pixel = lane_pixels(x, size, first, row, start, PATH, ROWS, WIDTH)
+        if RESIDENT:
+            k = tl.arange(0, INNER)
+            at, inside = map_tile(maps, image, pixel, k, pixels, channels, ALIGNMENT & PATH, PLANAR & PATH)
+            value = multiply(tl.load(at, mask=inside, other=0.0), factors, value, PRECISION)
+        else:
+            value = add_product(
+                value,
+                maps,
+                matrices,
+                image,
+                pixel,
+                channel,
+                (pixels, outputs, channels),
+                PLANAR=PLANAR & PATH,
+                TRANSPOSED=False,
+                ALIGN=ALIGNMENT & PATH,
+                OPERAND=weight.dtype.element_ty,
+                PRECISION=PRECISION,
+                INNER=INNER,
+            )
         value += shift[None, :]
-        column = chunk * PIXELS + offset
-        rank = order_in_cell(size, row, column)[:, None]
-        wins = precedes(value, rank, best, order) & (column < cell_width)[:, None]
-        best, order = tl.where(wins, value, best), tl.where(wins, rank, order)
-    return best, order
+        wins = (value > best) | (value != value)  # rows are visited in order: of equal values the first stays
+        best, best_row = tl.where(wins, value, best), tl.where(wins, row, best_row)
+    in_cell = (column < end)[:, None]
+    rank = order_in_cell(size, best_row, column[:, None])
+    return tl.where(in_cell, best, float("-inf")), tl.where(in_cell, rank, UNVISITED)
 
 
 @triton.jit
-def fold_cells(best, order, lane, cell_width, PIXELS: tl.constexpr):
-    """Return the best of each cell, cell by cell, from the columns that lie in ``cell_width`` lanes each."""
-    width = tl.minimum(cell_width, PIXELS)
-    distance = 1
-    while distance < width:
-        source = tl.minimum(lane + distance, PIXELS - 1)[:, None].broadcast_to(best.shape)
-        value, rank = tl.gather(best, source, 0), tl.gather(order, source, 0)
-        wins = precedes(value, rank, best, order) & (lane % width + distance < width)[:, None]
-        best, order = tl.where(wins, value, best), tl.where(wins, rank, order)
-        distance *= 2
-    first_lane = tl.minimum(lane * width, PIXELS - 1)[:, None].broadcast_to(best.shape)
-    return tl.gather(best, first_lane, 0), tl.gather(order, first_lane, 0)
+def lane_pixels(x, size, first, row, start, PATH: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the pixels ``(PIXELS,)`` of one row of a tile's cells, WIDTH of each cell from its column ``start`` on."""
+    VECTOR: tl.constexpr = lane_vector(vector_length(ALIGNMENT & PATH, x.dtype.element_ty), PLANAR & PATH, WIDTH)
+    lane = tl.arange(0, PIXELS)
+    width = size.width.to(tl.int32) // VECTOR * VECTOR
+    pixel = first_pixel(size, first + lane // WIDTH) + row * width + start + lane % WIDTH
+    return tl.max_contiguous(tl.multiple_of(pixel, [VECTOR]), [VECTOR])
+
+
+@triton.constexpr_function
+def lane_vector(at_once, is_planar, width):
+    """Return how many pixels are read at a time where ``width`` lanes lie side by side."""
+    return min(at_once, width) if is_planar else 1
+
+
+@triton.jit
+def first_pixel(size, cell):
+    """Return the pixel at which each cell begins."""
+    width, cell_height, cell_width, grid_cols = small((size.width, size.cell_height, size.cell_width, size.grid_cols))
+    return cell // grid_cols * cell_height * width + cell % grid_cols * cell_width
+
+
+@triton.jit
+def fold_cells(best, order, CELLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return each cell's best value ``(cells, p)``, and when it was visited, from those of its WIDTH columns."""
+    best = best.reshape(CELLS, WIDTH, best.shape[1])
+    order = order.reshape(best.shape)
+    is_nan = best != best
+    last_nan = tl.max(tl.where(is_nan, order, -1), axis=1)
+    greatest = tl.max(tl.where(is_nan, float("-inf"), best), axis=1)
+    first = tl.min(tl.where(best == greatest[:, None, :], order, UNVISITED), axis=1)
+    return tl.where(last_nan < 0, greatest, float("nan")), tl.where(last_nan < 0, first, last_nan)
 
 
 @triton.jit
@@ -282,8 +342,8 @@ def covariance_tiles(
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
     """Partial sums over pixels of ``(x - mean) (x - mean)^T``, up to the tiles on the diagonal."""
@@ -291,31 +351,58 @@ def covariance_tiles(
     size = CovarianceSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, mean), level)
     part, row_tile, col_tile = find_tile(program, size.channel_tiles, size.channel_tiles)
-    row, col = indices(row_tile, CHANNELS), indices(col_tile, CHANNELS)
-    pitch = size.channel_tiles * CHANNELS
+    row, col = indices(row_tile, ROWS), indices(col_tile, COLS)
+    pitch = size.channel_tiles * ROWS
     for index in tl.static_range(len(PATHS)):
         if (path == PATHS[index]) & (row_tile >= col_tile):
-            extents = map_extents(inputs[0], size, PATHS[index])
             image, first = part // size.splits, part % size.splits * size.tiles_of_split
-            total = tl.zeros((CHANNELS, CHANNELS), inputs[1].dtype.element_ty)
-            for step in range(0, tl.minimum(size.tiles_of_split, tl.cdiv(size.pixels, PIXELS) - first)):
-                pixel = indices(first + step, PIXELS)
-                left = centred_tile(inputs, size, extents, image, pixel, row, False, PATHS[index])
-                right = centred_tile(inputs, size, extents, image, pixel, col, True, PATHS[index])
-                total = multiply(left, right, total, PRECISION)
+            tiles = tl.minimum(size.tiles_of_split, tl.cdiv(size.pixels, INNER) - first)
+            span = first, tiles, row, col, row_tile == col_tile
+            total = covariance_tile(inputs, size, image, span, PATHS[index], PRECISION, INNER)
             sums = pick(partials, level)
-            at = tile_pointers(sums, part, pitch * pitch, pitch, row[:, None], col[None, :], True, False)
+            at = tile_pointers(sums, part, pitch * pitch, pitch, row[:, None], col[None, :], SIXTEEN_BYTES, False)
             tl.store(at, total)
 
 
 @triton.jit
+def covariance_tile(inputs, size, image, span, PATH: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr):
+    """Return the sum over the span's pixels of ``(x - mean) (x - mean)^T (rows, columns)``."""
+    first, tiles, row, col, is_diagonal = span
+    extents = map_extents(inputs[0], size, PATH)
+    total = tl.zeros((row.shape[0], col.shape[0]), inputs[1].dtype.element_ty)
+    if is_diagonal:  # the same channels twice: read once
+        for step in range(0, tiles):
+            left = centred_tile(inputs, size, extents, image, indices(first + step, INNER), row, False, PATH)
+            total = multiply(left, left.T, total, PRECISION)
+    else:
+        for step in range(0, tiles):
+            left = centred_tile(inputs, size, extents, image, indices(first + step, INNER), row, False, PATH)
+            right = centred_tile(inputs, size, extents, image, indices(first + step, INNER), col, True, PATH)
+            total = multiply(left, right, total, PRECISION)
+    return total / (centring_scale(inputs[0].dtype.element_ty) * centring_scale(inputs[0].dtype.element_ty))
+
+
+@triton.constexpr_function
+def centring_scale(dtype):
+    """Return a power of two, times which the difference of two numbers of a 16-bit dtype is finite in that dtype."""
+    return 0.5 if dtype.primitive_bitwidth == 16 else 1.0
+
+
+@triton.jit
 def centred_tile(inputs, size, extents, image, pixel, channel, PIXELS_FIRST: tl.constexpr, PATH: tl.constexpr):
-    """Return a tile of ``x - mean``, ``(pixels, channels)`` or transposed; zeros outside."""
+    """Return a tile of ``x - mean``, ``(pixels, channels)`` or transposed; zeros outside.
+
+    Of a 16-bit map it is rounded to that dtype, scaled by :func:`centring_scale`.
+    """
     x, mean = inputs
     channels, pixels = extents
+    operand: tl.constexpr = x.dtype.element_ty
     value = load_tile(x, size, extents, image, pixel, channel, PIXELS_FIRST, PATH).to(mean.dtype.element_ty)
     centre = tl.load(mean + image * channels + channel, mask=channel < channels, other=0.0)
-    return tl.where(across(pixel < pixels, PIXELS_FIRST), value - across(centre, not PIXELS_FIRST), 0.0)
+    value = tl.where(across(pixel < pixels, PIXELS_FIRST), value - across(centre, not PIXELS_FIRST), 0.0)
+    if operand.primitive_bitwidth == 16:
+        value = (centring_scale(operand) * value).to(operand)
+    return value
 
 
 @triton.jit
@@ -351,26 +438,33 @@ def add_map_gradients(
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Add ``matrix x + shift`` and the pooled values' ``G weight`` to each map's gradient."""
     level, path, program = find_level(sizes)
     size = GradientSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, matrix, shift, weight), level)
     pool = pick_all((winners, grad_pooled), level)
-    image, pixel_tile, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
-    pixel, channel = indices(pixel_tile, PIXELS), indices(channel_tile, CHANNELS)
+    image, step, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
+    first, row, start = step_in_cells(size, step.to(tl.int32), ROWS, WIDTH)
+    channel = indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             extents = map_extents(inputs[0], size, PATHS[index])
-            total = gradient_tile(inputs, pool, size, extents, image, pixel, channel, PATHS[index], PRECISION, INNER)
-            IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+            pixel = lane_pixels(inputs[0], size, first, row, start, PATHS[index], ROWS, WIDTH)
+            in_grid = lanes_inside(inputs[0], size, first, row, start, PATHS[index], ROWS, WIDTH)
+            total = gradient_tile(
+                inputs, pool, size, extents, image, first, pixel, channel, PATHS[index], PRECISION, INNER, WIDTH
+            )
+            ALIGN: tl.constexpr = ALIGNMENT & PATHS[index]
             IS_PLANAR: tl.constexpr = PLANAR & PATHS[index]
             channels, pixels = extents
             dense = pick(gradient, level)
-            at, inside = dense_tile(dense, image, pixel, channel, pixels, channels, IS_ALIGNED, IS_PLANAR)
+            at, inside = dense_tile(dense, image, pixel, channel, pixels, channels, ALIGN, IS_PLANAR)
+            inside = inside & in_grid[:, None]
             total += tl.load(at, mask=inside, other=0.0).to(total.dtype)
             store_rounded(at, total, inside)
 
@@ -382,11 +476,13 @@ def gradient_tile(
     size,
     extents,
     image,
+    first,
     pixel,
     channel,
     PATH: tl.constexpr,
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Return a tile ``(pixels, channels)`` of ``matrix x + shift`` and of the pooled values' ``G weight``."""
     x, matrix, shift, weight = inputs
@@ -403,15 +499,15 @@ def gradient_tile(
         (pixels, channels, channels * matrix_given),
         PLANAR=PLANAR & PATH,
         TRANSPOSED=False,
-        IS_ALIGNED=ALIGNED & PATH,
+        ALIGN=ALIGNMENT & PATH,
         OPERAND=operand,
         PRECISION=PRECISION,
         INNER=INNER,
     )
-    for first in range(0, outputs, INNER):
-        k = first + tl.arange(0, INNER)
-        scattered = scattered_tile(pool, size, image, pixel, k, True).to(operand)
-        at = tile_pointers(weight, 0, 0, channels, k[:, None], channel[None, :], ALIGNED & PATH, False)
+    for begin in range(0, outputs, INNER):
+        k = begin + tl.arange(0, INNER)
+        scattered = scattered_tile(pool, size, image, first, pixel, k, True, WIDTH).to(operand)
+        at = tile_pointers(weight, 0, 0, channels, k[:, None], channel[None, :], ALIGNMENT & PATH, False)
         inside = (k < outputs)[:, None] & (channel < channels)[None, :]
         total = multiply(scattered, tl.load(at, mask=inside, other=0.0), total, PRECISION)
     inside = (channel < channels) & (size.shift_given != 0)
@@ -427,49 +523,82 @@ def pool_weight_gradients(
     sizes,
     PATHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Partial sums over pixels of ``G^T x^T``."""
     level, path, program = find_level(sizes)
     size = WeightSizes(*pick_sizes(sizes, level))
     pool = pick_all((winners, grad_pooled), level)
     split, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
-    row, col = indices(row_tile, INNER), indices(col_tile, CHANNELS)
+    output, channel = indices(row_tile, ROWS), indices(col_tile, COLS)
     dtype: tl.constexpr = pool[1].dtype.element_ty
-    first, end = split * size.tiles_of_split, tl.minimum((split + 1) * size.tiles_of_split, size.tiles)
+    begin, end = split * size.steps_of_split, tl.minimum((split + 1) * size.steps_of_split, size.steps)
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
-            extents = map_extents(pick(x, level), size, PATHS[index])
-            operand: tl.constexpr = tl.bfloat16 if pick(x, level).dtype.element_ty == tl.bfloat16 else dtype
-            total = tl.zeros((INNER, CHANNELS), dtype)
-            for tile in range(first, end):
-                image, pixel = tile // size.tiles_of_image, indices(tile % size.tiles_of_image, PIXELS)
-                scattered = scattered_tile(pool, size, image, pixel, row, False).to(operand)
-                features = load_tile(pick(x, level), size, extents, image, pixel, col, True, PATHS[index]).to(operand)
+            maps = pick(x, level)
+            extents = map_extents(maps, size, PATHS[index])
+            operand: tl.constexpr = tl.bfloat16 if maps.dtype.element_ty == tl.bfloat16 else dtype
+            total = tl.zeros((ROWS, COLS), dtype)
+            for passed in range(0, end - begin):
+                step = begin + passed
+                image, step = step // size.steps_of_image, (step % size.steps_of_image).to(tl.int32)
+                first, row, start = step_in_cells(size, step, INNER, WIDTH)
+                pixel = lane_pixels(maps, size, first, row, start, PATHS[index], INNER, WIDTH)
+                scattered = scattered_tile(pool, size, image, first, pixel, output, False, WIDTH).to(operand)
+                features = load_tile(maps, size, extents, image, pixel, channel, True, PATHS[index]).to(operand)
                 total = multiply(scattered, features, total, PRECISION)
-            pitch = size.col_tiles * CHANNELS
-            stride = size.row_tiles * INNER * pitch
-            at = tile_pointers(pick(partials, level), split, stride, pitch, row[:, None], col[None, :], True, False)
+            pitch = size.col_tiles * COLS
+            stride = size.row_tiles * ROWS * pitch
+            row, col = output[:, None], channel[None, :]
+            at = tile_pointers(pick(partials, level), split, stride, pitch, row, col, SIXTEEN_BYTES, False)
             tl.store(at, total)
 
 
 @triton.jit
-def scattered_tile(pool, size, image, pixel, channel, PIXELS_FIRST: tl.constexpr):
+def step_in_cells(size, step, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a tile's first cell, row and first column: cells after cells, each tile row by row, part by part."""
+    cell_height, cell_width = small((size.cell_height, size.cell_width))
+    parts = tl.cdiv(cell_width, WIDTH)
+    tile, rest = step // (cell_height * parts), step % (cell_height * parts)
+    return tile * (PIXELS // WIDTH), rest // parts, rest % parts * WIDTH
+
+
+@triton.jit
+def lanes_inside(x, size, first, row, start, PATH: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether each lane's pixel is one of its own cell, and of the map."""
+    width, height, cell_height, cell_width, grid_cols = small(
+        (size.width, size.height, size.cell_height, size.cell_width, size.grid_cols)
+    )
+    lane = tl.arange(0, PIXELS)
+    cell, column = first + lane // WIDTH, start + lane % WIDTH
+    in_map = (cell // grid_cols * cell_height + row < height) & (cell % grid_cols * cell_width + column < width)
+    VECTOR: tl.constexpr = lane_vector(vector_length(ALIGNMENT & PATH, x.dtype.element_ty), PLANAR & PATH, WIDTH)
+    return tl.max_constancy(in_map & (column < cell_width), [VECTOR])
+
+
+@triton.jit
+def scattered_tile(pool, size, image, first, pixel, channel, PIXELS_FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Return a tile of G, ``(pixels, p)`` or transposed: a cell's gradient at its winner, and zeros elsewhere."""
     winners, grad_pooled = pool
-    width, outputs = small((size.width, size.outputs))
-    cell_height, cell_width, cell_rows, cell_cols = small(
-        (size.cell_height, size.cell_width, size.cell_rows, size.cell_cols)
-    )
-    cell_row, cell_col = pixel // width // cell_height, pixel % width // cell_width
-    in_cell = (cell_row < cell_rows) & (cell_col < cell_cols)
+    outputs, cell_rows, cell_cols, grid_cols = small((size.outputs, size.cell_rows, size.cell_cols, size.grid_cols))
+    CELLS: tl.constexpr = pixel.shape[0] // WIDTH
+    OUTPUTS: tl.constexpr = channel.shape[0]
+    in_grid = first + tl.arange(0, CELLS)
+    cell_row, cell_col = in_grid // grid_cols, in_grid % grid_cols
+    whole = across((cell_row < cell_rows) & (cell_col < cell_cols), PIXELS_FIRST)
     cell, channel = across(cell_row * cell_cols + cell_col, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    at = (image * outputs + channel) * (size.cell_rows * cell_cols) + cell
-    inside = across(in_cell, PIXELS_FIRST) & (channel < outputs)
-    won = tl.load(winners + at, mask=inside, other=-1) == across(pixel, PIXELS_FIRST)
-    return tl.load(grad_pooled + at, mask=won, other=0.0)
+    at, inside = (image * outputs + channel) * (cell_rows * cell_cols) + cell, whole & (channel < outputs)
+    winner = tl.load(winners + at, mask=inside, other=-1)
+    value = tl.load(grad_pooled + at, mask=inside, other=0.0)
+    if PIXELS_FIRST:
+        won = winner[:, None, :] == pixel.reshape(CELLS, WIDTH)[:, :, None]
+        return tl.where(won, value[:, None, :], 0.0).reshape(CELLS * WIDTH, OUTPUTS)
+    else:
+        won = winner[:, :, None] == pixel.reshape(CELLS, WIDTH)[None, :, :]
+        return tl.where(won, value[:, :, None], 0.0).reshape(OUTPUTS, CELLS * WIDTH)
 
 
 @triton.jit
@@ -477,19 +606,27 @@ def load_tile(x, size, extents, image, pixel, channel, PIXELS_FIRST: tl.constexp
     """Return a tile of x, ``(pixels, channels)`` or transposed; zeros outside."""
     channels, pixels = extents
     row, col = across(pixel, PIXELS_FIRST), across(channel, not PIXELS_FIRST)
-    at = tile_pointers(x, image, size.stride, size.pitch, row, col, ALIGNED & PATH, PLANAR & PATH)
+    at = tile_pointers(x, image, size.stride, size.pitch, row, col, ALIGNMENT & PATH, PLANAR & PATH)
     return tl.load(at, mask=(row < pixels) & (col < channels), other=0.0)
 
 
 @triton.jit
+def matrix_tile(matrix, row, col, extents, PATH: tl.constexpr):
+    """Return a tile ``(columns, rows)`` of a matrix, transposed; zeros outside."""
+    rows, cols = extents
+    at = tile_pointers(matrix.data, 0, 0, matrix.pitch, row[:, None], col[None, :], ALIGNMENT & PATH, True)
+    return tl.load(at, mask=(row < rows)[:, None] & (col < cols)[None, :], other=0.0)
+
+
+@triton.jit
 def map_extents(x, size, PATH: tl.constexpr):
-    """Return channels and pixels, known to be whole vectors where 16 bytes are read at a time along them.
+    """Return channels and pixels, known to be whole vectors where several elements are read at a time along them.
 
     Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
     """
-    VECTOR: tl.constexpr = vector_length(x.dtype.element_ty)
-    channels = whole_vectors(size.channels.to(tl.int32), ALIGNED & PATH, VECTOR)
-    pixels = whole_vectors(size.pixels.to(tl.int32), (ALIGNED & PATH) and (PLANAR & PATH), VECTOR)
+    VECTOR: tl.constexpr = vector_length(ALIGNMENT & PATH, x.dtype.element_ty)
+    channels = whole_vectors(size.channels.to(tl.int32), VECTOR)
+    pixels = whole_vectors(size.pixels.to(tl.int32), VECTOR if PLANAR & PATH else 1)
     return channels, pixels
 
 
@@ -497,55 +634,6 @@ def map_extents(x, size, PATH: tl.constexpr):
 def small(extents):
     """Extents in 32 bits."""
     return [extent.to(tl.int32) for extent in extents]
-
-
-class _Blocks(NamedTuple):
-    """Extents of a program's tiles, and its warps."""
-
-    PIXELS: int
-    CHANNELS: int  # of the result
-    INNER: int  # channels of one step; pool_weight_gradients: rows of the result; covariance_tiles: unused
-    num_warps: int
-
-
-# By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
-# largest tiles without spills on sm_80, sm_90 and sm_100, as compiled.
-POOL_PIXELS = 64
-_POOL = {
-    (2, True): _Blocks(POOL_PIXELS, 64, 64, 8),
-    (2, False): _Blocks(POOL_PIXELS, 64, 64, 8),
-    (4, True): _Blocks(POOL_PIXELS, 64, 16, 8),
-    (4, False): _Blocks(POOL_PIXELS, 32, 16, 4),
-    (8, True): _Blocks(POOL_PIXELS, 64, 16, 8),
-    (8, False): _Blocks(POOL_PIXELS, 64, 16, 8),
-}
-_COVARIANCE = {
-    (4, True): _Blocks(32, 64, 0, 4),
-    (4, False): _Blocks(32, 64, 0, 8),
-    (8, True): _Blocks(16, 64, 0, 4),
-    (8, False): _Blocks(16, 64, 0, 4),
-}
-_GRADIENT = {
-    (2, True): _Blocks(64, 128, 32, 8),
-    (2, False): _Blocks(64, 128, 32, 8),
-    (4, True): _Blocks(64, 128, 16, 8),
-    (4, False): _Blocks(64, 64, 16, 4),
-    (8, True): _Blocks(32, 64, 16, 4),
-    (8, False): _Blocks(32, 64, 16, 4),
-}
-_WEIGHT = {
-    (2, True): _Blocks(32, 128, 64, 8),
-    (2, False): _Blocks(32, 128, 64, 8),
-    (4, True): _Blocks(32, 64, 32, 4),
-    (4, False): _Blocks(32, 64, 32, 4),
-    (8, True): _Blocks(16, 32, 64, 4),
-    (8, False): _Blocks(16, 32, 32, 4),
-}
-_Table = dict[tuple[int, bool], _Blocks]
-
-
-def _blocks(table: _Table, operand: torch.dtype, path: int) -> _Blocks:
-    return table[operand.itemsize, bool(path & ALIGNED.value)]
 
 
 def _gradient_operand(x: Tensor) -> torch.dtype:
@@ -563,9 +651,8 @@ def _path(x: Tensor, others: tuple[Tensor, ...], *pixel_extents: int) -> int:
     """
     view = matrix_view(x)
     extents = x.shape[1], *(pixel_extents if view.rows_are_channels else ())
-    aligned = aligned_to_16_bytes(x, view.image_stride, view.row_stride, *extents)
-    aligned = aligned and all(aligned_to_16_bytes(other) for other in others)
-    return PLANAR.value * view.rows_are_channels + ALIGNED.value * aligned
+    aligned = [alignment(x, view.image_stride, view.row_stride, *extents), *map(alignment, others)]
+    return PLANAR.value * view.rows_are_channels + min(aligned)
 
 
 def _pixels(x: Tensor) -> int:
@@ -587,14 +674,21 @@ def _by_level(pools: list[int]) -> list[_Pool]:
     return [(pools[at], pools[at + 1], pools[at + 2], pools[at + 3]) for at in range(0, len(pools), 4)]
 
 
-def _launch(kernel, levels: list[Level], table: _Table, operands: list[torch.dtype]) -> None:
-    constants = [_constants(level, table, operand) for level, operand in zip(levels, operands, strict=True)]
-    launch_by_constants(kernel, levels, constants)
+def _constants(kernel, x: Tensor, operand: torch.dtype, path: int, cell_width: int = NARROW) -> dict:
+    """Return the constants of a level's launch; a tile of NARROW cells takes as many registers as an unaligned one."""
+    allowed = "tf32" if x.element_size() == 2 else precision()
+    aligned = path & ALIGNMENT.value == SIXTEEN_BYTES.value and cell_width >= NARROW
+    return {"PRECISION": allowed, **blocks_of(kernel, x, operand, aligned)._asdict()}
 
 
-def _constants(level: Level, table: _Table, operand: torch.dtype) -> dict:
-    allowed = "tf32" if level.pointers[0].element_size() == 2 else precision()
-    return {"PRECISION": allowed, **_blocks(table, operand, level.path)._asdict()}
+def _lanes_of_cell(cell_width: int, pixels: int) -> int:
+    """Return how many of a tile's pixels one row of a cell takes."""
+    return min(triton.next_power_of_2(cell_width), pixels)
+
+
+def _launch(kernel, levels: list[tuple[Level, dict]]) -> None:
+    """Launch the kernel for all levels, each with its own constants."""
+    launch_by_constants(kernel, [level for level, _ in levels], [constants for _, constants in levels])
 
 
 def non_local_statistics_forward(
@@ -637,19 +731,32 @@ def _pool(
         winners.append(x.new_empty(shape, dtype=torch.int32))
         if weight is not None:
             levels.append(_pool_level(x, weight, present(bias), pooled[-1], winners[-1], cells))
-    _launch(pool_convolutions, levels, _POOL, [level.pointers[0].dtype for level in levels])
+    _launch(pool_convolutions, levels)
     return pooled, winners
 
 
-def _pool_level(x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, cells: _Cells) -> Level:
+def _pool_level(
+    x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, cells: _Cells
+) -> tuple[Level, dict]:
+    """Return a level, and the constants of its launch."""
     _, width, _, _, rows, cols = cells
-    cells_of_tile = max(POOL_PIXELS // width, 1)
-    path = _path(x, (weight,), x.shape[3], cells_of_tile * width)
-    tiles_of_row = triton.cdiv(cols, cells_of_tile)
-    channel_tiles = triton.cdiv(weight.shape[0], _blocks(_POOL, x.dtype, path).CHANNELS)
-    sizes = PoolSizes(*_map_sizes(x), weight.shape[0], *cells, cells_of_tile, tiles_of_row, channel_tiles)
-    programs = x.shape[0] * rows * tiles_of_row * channel_tiles
-    return Level(programs, (x, weight, bias, pooled, winners), sizes, path)
+    path = _path(x, (weight,), x.shape[3], width)
+    constants = _pool_constants(x, width, path)
+    tiles = triton.cdiv(rows * cols, constants["ROWS"] // constants["WIDTH"])
+    channel_tiles = triton.cdiv(weight.shape[0], constants["COLS"])
+    sizes = PoolSizes(*_map_sizes(x), weight.shape[0], *cells, cols, tiles, channel_tiles)
+    programs = x.shape[0] * tiles * channel_tiles
+    return Level(programs, (x, weight, bias, pooled, winners), sizes, path), constants
+
+
+def _pool_constants(x: Tensor, cell_width: int, path: int) -> dict:
+    constants = _constants(pool_convolutions, x, x.dtype, path, cell_width)
+    inner = max(triton.next_power_of_2(x.shape[1]), 32)
+    resident = x.element_size() == 2 and inner <= MOST_RESIDENT
+    if resident:
+        constants["INNER"] = inner
+    width = _lanes_of_cell(cell_width, constants["ROWS"])
+    return constants | {"WIDTH": width, "WIDE": cell_width > width, "RESIDENT": resident}
 
 
 def _covariances(maps: list[Tensor], means: list[Tensor | None]) -> list[Tensor]:
@@ -659,28 +766,29 @@ def _covariances(maps: list[Tensor], means: list[Tensor | None]) -> list[Tensor]
         shape = (0,) if mean is None else (*x.shape[:2], x.shape[1])
         covariances.append(x.new_empty(shape, dtype=accumulation_dtype(x)))
         if mean is not None:
-            tiles, sums = _covariance_levels(x, mean, covariances[-1])
-            levels.append(tiles)
+            tiles, constants, sums = _covariance_levels(x, mean, covariances[-1])
+            levels.append((tiles, constants))
             finish.append(sums)
-    _launch(covariance_tiles, levels, _COVARIANCE, [level.pointers[1].dtype for level in levels])
+    _launch(covariance_tiles, levels)
     launch(finish_covariances, finish, TILES=FINISH_TILES, OUTPUTS=FINISH_OUTPUTS)
     return covariances
 
 
-def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Level, Level]:
-    """Return the level of the kernel that makes partial sums, and of the one that adds them up."""
+def _covariance_levels(x: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Level, dict, Level]:
+    """Return the level of the kernel that makes partial sums, its constants, and the level of the one that adds up."""
     images, channels, path = *x.shape[:2], _path(x, (), _pixels(x))
-    blocks = _blocks(_COVARIANCE, mean.dtype, path)
-    tiles = triton.cdiv(channels, blocks.CHANNELS)
+    constants = _constants(covariance_tiles, x, x.dtype, path)
+    side, block = constants["ROWS"], constants["INNER"]
+    tiles = triton.cdiv(channels, side)
     used = images * tiles * (tiles + 1) // 2  # up to the diagonal
-    splits, tiles_of_split = splits_of(triton.cdiv(_pixels(x), blocks.PIXELS), used, blocks.PIXELS)
-    pitch = tiles * blocks.CHANNELS
+    splits, tiles_of_split = splits_of(x, triton.cdiv(_pixels(x), block), used, block, COVARIANCE_PIXELS)
+    pitch = tiles * side
     partials = x.new_empty(images * splits * pitch * pitch, dtype=mean.dtype)
     sizes = CovarianceSizes(*_map_sizes(x), tiles, splits, tiles_of_split)
     parts = Level(images * splits * tiles * tiles, (x, mean, partials), sizes, path)
     output_blocks = triton.cdiv(channels, FINISH_OUTPUTS)
     sums = channels, _pixels(x), splits, pitch, output_blocks
-    return parts, Level(images * channels * output_blocks, (covariance, partials), sums)
+    return parts, constants, Level(images * channels * output_blocks, (covariance, partials), sums)
 
 
 def non_local_statistics_backward_(
@@ -707,17 +815,15 @@ def non_local_statistics_backward_(
         matrices = in_dtypes([_product(p, i) for p, i in zip(projections, inner, strict=True)], operands)
         offsets = _offsets(matrices, means, shifts)
         columns = gradients, maps, matrices, offsets, in_dtypes(weights, operands), winners, grad_pooled, by_level
-        levels = [_gradient_level(*level) for level in zip(*columns, strict=True)]
-        wanted = [index for index, gradient in enumerate(gradients) if gradient.numel()]
-        _launch(add_map_gradients, [levels[i] for i in wanted], _GRADIENT, [operands[i] for i in wanted])
+        levels = [_gradient_level(*level) for level in zip(*columns, strict=True) if level[0].numel()]
+        _launch(add_map_gradients, levels)
     pooled = [
         _weight_levels(gradient, x, won, given, pool)
         for gradient, x, won, given, pool in zip(grad_weights, maps, winners, grad_pooled, by_level, strict=True)
         if given is not None
     ]
-    operands = [_gradient_operand(partial.pointers[0]) for partial, _ in pooled]
-    _launch(pool_weight_gradients, [partial for partial, _ in pooled], _WEIGHT, operands)
-    add_up([total for _, total in pooled])
+    _launch(pool_weight_gradients, [(partial, constants) for partial, constants, _ in pooled])
+    add_up([total for _, _, total in pooled])
 
 
 def _product(projection: Tensor | None, inner: Tensor | None) -> Tensor | None:
@@ -753,34 +859,49 @@ def _gradient_level(
     winners: Tensor,
     grad_pooled: Tensor | None,
     pool: _Pool,
-) -> Level:
+) -> tuple[Level, dict]:
     operand = _gradient_operand(x)
     given = matrix is not None, shift is not None
-    outputs, cells = (0, _cells(x, (1, 1, 1, 1))) if grad_pooled is None else (grad_pooled.shape[1], _cells(x, pool))
     factors = in_place_of_none((matrix, weight), x, operand)
-    path = _path(x, (gradient, *factors), _pixels(x))
-    blocks = _blocks(_GRADIENT, operand, path)
-    tiles = triton.cdiv(_pixels(x), blocks.PIXELS), triton.cdiv(x.shape[1], blocks.CHANNELS)
+    outputs = 0 if grad_pooled is None else grad_pooled.shape[1]
+    # Without pooled values the map is one row of cells of a pixel, side by side.
+    height, width = x.shape[2:] if outputs else (1, _pixels(x))
+    *pool, rows, cols = _cells(x, pool) if outputs else (1, ONE_ROW_CELL, 1, 1, 0, 0)
+    path = _path(x, (gradient, *factors), _pixels(x), width, pool[1])
+    constants = _constants(add_map_gradients, x, operand, path, pool[1])
+    constants["WIDTH"] = lanes = _lanes_of_cell(pool[1], constants["ROWS"])
+    grid_cols, cells_of_tile, parts = (
+        triton.cdiv(width, pool[1]),
+        constants["ROWS"] // lanes,
+        triton.cdiv(pool[1], lanes),
+    )
+    cell_tiles = triton.cdiv(triton.cdiv(height, pool[0]) * grid_cols, cells_of_tile)
+    tiles = cell_tiles * pool[0] * parts, triton.cdiv(x.shape[1], constants["COLS"])
     shift, grad_pooled = in_place_of_none((shift, grad_pooled), x, accumulation_dtype(x))
     programs = x.shape[0] * tiles[0] * tiles[1] if any(given) or outputs else 0
     pointers = x, factors[0], shift, factors[1], winners, grad_pooled, gradient
-    sizes = GradientSizes(*_map_sizes(x), outputs, *cells, *tiles, *given)
-    return Level(programs, pointers, sizes, path)
+    map_sizes = *_map_sizes(x)[:2], width, *_map_sizes(x)[3:]
+    sizes = GradientSizes(*map_sizes, outputs, *pool, rows, cols, grid_cols, height, *tiles, *given)
+    return Level(programs, pointers, sizes, path), constants
 
 
 def _weight_levels(
     gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: _Pool
-) -> tuple[Level, Level]:
-    """Return the level of the kernel that makes partial sums, and of the one that adds them up."""
-    path, (outputs, channels) = _path(x, (), _pixels(x)), gradient.shape
-    blocks = _blocks(_WEIGHT, _gradient_operand(x), path)
-    rows, cols = triton.cdiv(outputs, blocks.INNER), triton.cdiv(channels, blocks.CHANNELS)
-    tiles_of_image = triton.cdiv(_pixels(x), blocks.PIXELS)
-    tiles = x.shape[0] * tiles_of_image
-    splits, tiles_of_split = splits_of(tiles, rows * cols, blocks.PIXELS)
-    pitch, stride = cols * blocks.CHANNELS, rows * blocks.INNER * cols * blocks.CHANNELS
+) -> tuple[Level, dict, Level]:
+    """Return the level of the kernel that makes partial sums, its constants, and the level of the one that adds up."""
+    path, (outputs, channels) = _path(x, (), x.shape[3], pool[1]), gradient.shape
+    constants = _constants(pool_weight_gradients, x, _gradient_operand(x), path, pool[1])
+    constants["WIDTH"] = lanes = _lanes_of_cell(pool[1], constants["INNER"])
+    rows, cols = triton.cdiv(outputs, constants["ROWS"]), triton.cdiv(channels, constants["COLS"])
+    *_, cell_rows, cell_cols = cells = _cells(x, pool)
+    tiles = triton.cdiv(cell_rows * cell_cols, constants["INNER"] // lanes)
+    steps_of_image = tiles * pool[0] * triton.cdiv(pool[1], lanes)
+    steps = x.shape[0] * steps_of_image
+    splits, steps_of_split = splits_of(x, steps, rows * cols, constants["INNER"])
+    pitch = cols * constants["COLS"]
+    stride = rows * constants["ROWS"] * pitch
     partials = x.new_empty(splits * stride, dtype=grad_pooled.dtype)
-    tiles_of_level = rows, cols, tiles_of_image, tiles, tiles_of_split
-    sizes = WeightSizes(*_map_sizes(x), outputs, *_cells(x, pool), *tiles_of_level)
+    further = rows, cols, steps_of_image, steps, steps_of_split
+    sizes = WeightSizes(*_map_sizes(x), outputs, *cells, cell_cols, *further)
     parts = Level(splits * rows * cols, (x, winners, grad_pooled, partials), sizes, path)
-    return parts, sum_of_splits(gradient, partials, 0, splits, stride, pitch)
+    return parts, constants, sum_of_splits(gradient, partials, 0, splits, stride, pitch)

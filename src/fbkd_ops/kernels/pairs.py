@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import MatrixView, matrix_view
-from .pyramid import Level, aligned_to_16_bytes, find_tile, tile_pointers, vector_length, whole_vectors
+from .pyramid import ALIGNMENT, Level, alignment, find_tile, tile_pointers, vector_length, whole_vectors
 
 __all__ = [
-    "ALIGNED",
     "CHANNELS",
     "CHANNEL_WARPS",
     "PIXELS",
@@ -27,8 +26,8 @@ __all__ = [
     "path_of_pair",
 ]
 
-# A level's code path has two bits: both maps are read 16 bytes at a time, the teacher's tiles are transposed.
-ALIGNED, TRANSPOSED = tl.constexpr(1), tl.constexpr(2)
+# A level's code path: the ALIGNMENT of both maps, and a bit that says that the teacher's tiles are transposed.
+TRANSPOSED = tl.constexpr(4)
 # A tile of kernels that reduce each channel: five numbers per channel are little beside 128 pixels.
 CHANNELS, PIXELS, CHANNEL_WARPS = 32, 128, 8
 
@@ -54,18 +53,18 @@ def load_pair(maps, program, size, PATH: tl.constexpr, ROWS: tl.constexpr, COLS:
     ``size`` has rows, cols, stride, pitch, teacher_stride, teacher_pitch, row_tiles and col_tiles.
     """
     student, teacher = maps
-    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
+    ALIGN: tl.constexpr = ALIGNMENT & PATH
     IS_TRANSPOSED: tl.constexpr = TRANSPOSED & PATH
     image, row_tile, col_tile = find_tile(program, size.row_tiles, size.col_tiles)
     row, col = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    VECTOR: tl.constexpr = vector_length(student.dtype.element_ty, teacher.dtype.element_ty)
-    row_inside = row < whole_vectors(size.rows, IS_ALIGNED and IS_TRANSPOSED, VECTOR)
-    col_inside = col < whole_vectors(size.cols, IS_ALIGNED, VECTOR)
+    VECTOR: tl.constexpr = vector_length(ALIGN, student.dtype.element_ty, teacher.dtype.element_ty)
+    row_inside = row < whole_vectors(size.rows, VECTOR if IS_TRANSPOSED else 1)
+    col_inside = col < whole_vectors(size.cols, VECTOR)
     inside = row_inside[:, None] & col_inside[None, :]
-    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], IS_ALIGNED, False)
+    at = tile_pointers(student, image, size.stride, size.pitch, row[:, None], col[None, :], ALIGN, False)
     of_student = tl.load(at, mask=inside, other=0.0)
     at = tile_pointers(
-        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], IS_ALIGNED, IS_TRANSPOSED
+        teacher, image, size.teacher_stride, size.teacher_pitch, row[:, None], col[None, :], ALIGN, IS_TRANSPOSED
     )
     of_teacher = tl.load(at, mask=inside, other=0.0)
     return PairTile(of_student, of_teacher, image, row_tile, col_tile, row, col, row_inside, col_inside)
@@ -75,10 +74,9 @@ def path_of_pair(student: Tensor, view: MatrixView, teacher: Tensor, teacher_vie
     """Return a level's code path."""
     transposed = teacher_view.rows_are_channels != view.rows_are_channels
     extents = (view.cols, view.rows) if transposed else (view.cols,)
-    aligned = aligned_to_16_bytes(student, view.image_stride, view.row_stride, *extents) and aligned_to_16_bytes(
-        teacher, teacher_view.image_stride, teacher_view.row_stride, *extents
-    )
-    return TRANSPOSED.value * transposed + ALIGNED.value * aligned
+    aligned = alignment(student, view.image_stride, view.row_stride, *extents)
+    teacher_aligned = alignment(teacher, teacher_view.image_stride, teacher_view.row_stride, *extents)
+    return TRANSPOSED.value * transposed + min(aligned, teacher_aligned)
 
 
 def channel_constants(view: MatrixView) -> dict[str, int]:

@@ -21,9 +21,11 @@ from torch import Tensor
 from .._layout import matrix_layout, matrix_view
 from .._numerics import accumulation_dtype, residual_dtype
 from .pyramid import (
+    ALIGNMENT,
+    SIXTEEN_BYTES,
     Level,
     add_tiles,
-    aligned_to_16_bytes,
+    alignment,
     find_level,
     find_tile,
     launch,
@@ -36,12 +38,11 @@ from .pyramid import (
     vector_length,
     whole_vectors,
 )
+from .tiles import Blocks, blocks_of, most_programs
 
 __all__ = [
-    "ALIGNED",
     "STUDENT_PLANAR",
     "TEACHER_PLANAR",
-    "Blocks",
     "Extents",
     "Images",
     "Pair",
@@ -70,13 +71,12 @@ __all__ = [
 
 Found = TypeVar("Found", Tensor, Tensor | None)
 
-# The code path of a level with two maps has three bits: the student's pixels lie side by side (else its channels), the
-# teacher's do, and everything is read 16 bytes at a time.
-STUDENT_PLANAR, TEACHER_PLANAR, ALIGNED = tl.constexpr(4), tl.constexpr(2), tl.constexpr(1)
+# The code path of a level with two maps: the ALIGNMENT of everything, and two bits: the student's pixels lie side by
+# side (else its channels), and the teacher's do.
+STUDENT_PLANAR, TEACHER_PLANAR = tl.constexpr(8), tl.constexpr(4)
 # Triton's interpreter would multiply the bit patterns of bfloat16.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Pixels of a partial sum, and the most programs with one: enough to fill a large GPU.
-SPLIT_PIXELS, SPLIT_PROGRAMS = 1024, 512
+SPLIT_PIXELS = 1024  # the fewest of a partial sum
 SPLITS_AT_ONCE, FINISH_OUTPUTS = 8, 256
 
 
@@ -118,30 +118,32 @@ def across(index, FIRST: tl.constexpr):
 
 @triton.jit
 def known_extents(size, PATH: tl.constexpr, a, b, c):
-    """Extents of ``size`` whose multiples the compiler knows where 16 bytes are read at a time from a, b and c.
+    """Extents of ``size``, whose divisors the compiler knows where several elements of a, b and c are read at a time.
 
     Extents, unlike offsets, fit 32 bits, which halves the registers of a tile's indices.
     """
-    VECTOR: tl.constexpr = vector_length(a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
-    BY_PIXEL: tl.constexpr = (ALIGNED & PATH) and ((STUDENT_PLANAR | TEACHER_PLANAR) & PATH)
-    student_channels = whole_vectors(size.student_channels.to(tl.int32), ALIGNED & PATH, VECTOR)
-    teacher_channels = whole_vectors(size.teacher_channels.to(tl.int32), ALIGNED & PATH, VECTOR)
-    return Extents(student_channels, teacher_channels, whole_vectors(size.pixels.to(tl.int32), BY_PIXEL, VECTOR))
+    VECTOR: tl.constexpr = vector_length(ALIGNMENT & PATH, a.dtype.element_ty, b.dtype.element_ty, c.dtype.element_ty)
+    BY_PIXEL: tl.constexpr = (STUDENT_PLANAR | TEACHER_PLANAR) & PATH
+    student_channels = whole_vectors(size.student_channels.to(tl.int32), VECTOR)
+    teacher_channels = whole_vectors(size.teacher_channels.to(tl.int32), VECTOR)
+    return Extents(
+        student_channels, teacher_channels, whole_vectors(size.pixels.to(tl.int32), VECTOR if BY_PIXEL else 1)
+    )
 
 
 @triton.jit
-def map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
+def map_tile(x, image, pixel, channel, pixels, channels, ALIGN: tl.constexpr, PLANAR: tl.constexpr):
     """Where a tile ``(pixels, channels)`` of a map lies, and what of it is inside."""
     row, col = pixel[:, None], channel[None, :]
-    at = tile_pointers(x.data, image, x.stride, x.pitch, row, col, IS_ALIGNED, PLANAR)
+    at = tile_pointers(x.data, image, x.stride, x.pitch, row, col, ALIGN, PLANAR)
     return at, (row < pixels) & (col < channels)
 
 
 @triton.jit
-def dense_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED: tl.constexpr, PLANAR: tl.constexpr):
+def dense_tile(x, image, pixel, channel, pixels, channels, ALIGN: tl.constexpr, PLANAR: tl.constexpr):
     """Return the pointers of a tile of a densely packed map, and what of it is inside; see :func:`map_tile`."""
     x = Images(x, channels.to(tl.int64) * pixels, pixels if PLANAR else channels)
-    return map_tile(x, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+    return map_tile(x, image, pixel, channel, pixels, channels, ALIGN, PLANAR)
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def add_product(
     extents,  # pixels, channels, inner
     PLANAR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
@@ -165,10 +167,10 @@ def add_product(
     col = channel[None, :]
     for first in range(0, inner, INNER):
         k = first + tl.arange(0, INNER)
-        at, inside = map_tile(x, image, pixel, k, pixels, inner, IS_ALIGNED, PLANAR)
+        at, inside = map_tile(x, image, pixel, k, pixels, inner, ALIGN, PLANAR)
         features = tl.load(at, mask=inside, other=0.0).to(OPERAND)
         row = k[:, None]
-        at = tile_pointers(matrix.data, image, matrix.stride, matrix.pitch, row, col, IS_ALIGNED, not TRANSPOSED)
+        at = tile_pointers(matrix.data, image, matrix.stride, matrix.pitch, row, col, ALIGN, not TRANSPOSED)
         factors = tl.load(at, mask=(row < inner) & (col < channels), other=0.0).to(OPERAND)
         total = multiply(features, factors, total, PRECISION)
     return total
@@ -209,7 +211,7 @@ def residual_by_matrix(
         (pixels, student_channels, teacher_channels),
         PLANAR=TEACHER_PLANAR & PATH,
         TRANSPOSED=True,
-        IS_ALIGNED=ALIGNED & PATH,
+        ALIGN=ALIGNMENT & PATH,
         OPERAND=operand,
         PRECISION=PRECISION,
         INNER=INNER,
@@ -242,7 +244,7 @@ def residual_by_map(
     for step in range(0, tiles):
         pixel = indices(first + step, INNER)
         PLANAR: tl.constexpr = TEACHER_PLANAR & PATH
-        at, inside = dense_tile(residual, image, pixel, row, pixels, teacher_channels, ALIGNED & PATH, PLANAR)
+        at, inside = dense_tile(residual, image, pixel, row, pixels, teacher_channels, ALIGNMENT & PATH, PLANAR)
         error = tl.load(at, mask=inside, other=0.0).T
         wide = error.to(DTYPE)
         if weights is not None:
@@ -250,7 +252,7 @@ def residual_by_map(
             wide *= (weights.scale * factor)[None, :]
             error = wide.to(error.dtype)
         errors += tl.sum(wide, axis=1)
-        at, inside = map_tile(x, image, pixel, col, pixels, channels, ALIGNED & PATH, STUDENT_PLANAR & PATH)
+        at, inside = map_tile(x, image, pixel, col, pixels, channels, ALIGNMENT & PATH, STUDENT_PLANAR & PATH)
         total = multiply(error, tl.load(at, mask=inside, other=0.0).to(error.dtype), total, PRECISION)
     return total, errors
 
@@ -269,7 +271,7 @@ def store_partials(
     with_total,
 ):
     """Store a part's tile of a product, and (``with_total``: once for each tile of rows) the sums of its rows."""
-    at = tile_pointers(partials, part, rows * cols, cols, row[:, None], col[None, :], True, False)
+    at = tile_pointers(partials, part, rows * cols, cols, row[:, None], col[None, :], SIXTEEN_BYTES, False)
     tl.store(at, product)
     tl.store(partials + parts * rows * cols + part * rows + row, total, mask=(row >= 0) & with_total)
 
@@ -293,16 +295,20 @@ def add_splits(
     store_rounded(pick(gradient, level) + (image * rows + row) * length + output, total, output < length)
 
 
-def splits_of(tiles: int, programs: int, block: int) -> tuple[int, int]:
-    """Return the number of splits of a level's pixels, and the tiles of each; from the level's shape alone.
+def splits_of(like: Tensor, tiles: int, programs: int, block: int, most_pixels: int | None = None) -> tuple[int, int]:
+    """Return the number of splits of a level's pixels, and the tiles of each; from the level's shape and the GPU alone.
 
     Args:
+        like: a tensor on the GPU.
         tiles: of pixels, in all images over which is summed.
         programs: with one split.
         block: pixels of a tile.
+        most_pixels: of a split; None for any number.
     """
-    most = max(SPLIT_PROGRAMS // max(programs, 1), 1)
+    most = max(most_programs(like) // max(programs, 1), 1)
     tiles_of_split = max(triton.cdiv(SPLIT_PIXELS, block), triton.cdiv(tiles, most))
+    if most_pixels is not None:
+        tiles_of_split = min(tiles_of_split, triton.cdiv(most_pixels, block))
     return triton.cdiv(tiles, tiles_of_split), tiles_of_split
 
 
@@ -373,23 +379,13 @@ class Pair(NamedTuple):
         planar = [view.rows_are_channels for view in views]
         student_channels, teacher_channels, pixels = self.extents
         extents = [student_channels, teacher_channels, *([pixels] if any(planar) else [])]
-        aligned = all(aligned_to_16_bytes(x, *extents) for x in (*self, *others)) and all(
-            aligned_to_16_bytes(x, view.image_stride, view.row_stride) for x, view in zip(self, views, strict=True)
-        )
-        return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + ALIGNED.value * aligned
+        aligned = [alignment(x, *extents) for x in (*self, *others)]
+        aligned += [alignment(x, view.image_stride, view.row_stride) for x, view in zip(self, views, strict=True)]
+        return STUDENT_PLANAR.value * planar[0] + TEACHER_PLANAR.value * planar[1] + min(aligned)
 
-    def kind(self, path: int) -> tuple[int, bool]:
-        """Which of a kernel's blocks a level takes."""
-        return self.operand.itemsize, bool(path & ALIGNED.value)
-
-
-class Blocks(NamedTuple):
-    """Extents of a program's tile of a product, of one step of its sum, and its warps."""
-
-    ROWS: int  # pixels; where the product is summed over pixels: teacher channels
-    COLS: int  # channels
-    INNER: int  # channels; where the product is summed over pixels: pixels
-    num_warps: int
+    def blocks(self, kernel, path: int) -> Blocks:
+        """Return the extents of the kernel's tiles."""
+        return blocks_of(kernel, self.student, self.operand, path & ALIGNMENT.value == SIXTEEN_BYTES.value)
 
 
 def pairs_of(students: list[Tensor], teachers: list[Tensor]) -> list[Pair]:
@@ -399,11 +395,9 @@ def pairs_of(students: list[Tensor], teachers: list[Tensor]) -> list[Pair]:
     return [Pair(fit_for_products(s, dtype), fit_for_products(t, dtype)) for s, t, dtype in features]
 
 
-def launch_products(
-    kernel, pairs: list[Pair], levels: list[Level], blocks: dict[tuple[int, bool], Blocks], *shared: Tensor, **constants
-) -> None:
-    """Launch the kernel for all levels, each with the blocks of its pair's :meth:`Pair.kind`."""
-    own = [blocks[pair.kind(level.path)]._asdict() for level, pair in zip(levels, pairs, strict=True)]
+def launch_products(kernel, pairs: list[Pair], levels: list[Level], *shared: Tensor, **constants) -> None:
+    """Launch the kernel for all levels, each with its pair's :meth:`Pair.blocks`."""
+    own = [pair.blocks(kernel, level.path)._asdict() for level, pair in zip(levels, pairs, strict=True)]
     launch_by_constants(kernel, levels, own, *shared, PRECISION=precision(), **constants)
 
 
@@ -463,7 +457,7 @@ def split_pixels(pair: Pair, channels: int, blocks: Blocks) -> PixelSplits:
     _, teacher_channels, pixels = pair.extents
     row_tiles, col_tiles = triton.cdiv(teacher_channels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
     tiles = triton.cdiv(pixels, blocks.INNER)
-    splits, tiles_of_split = splits_of(tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
+    splits, tiles_of_split = splits_of(pair.student, tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
     return PixelSplits(pair.images, splits, row_tiles, col_tiles, tiles, tiles_of_split, blocks)
 
 

@@ -4,6 +4,7 @@ A kernel gets its pointers and sizes as tuples with one entry a level, by value,
 the device before the launch. A program finds its level from its index and selects that level's entries.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "ALIGNMENT",
+    "SIXTEEN_BYTES",
     "Level",
     "add_partials",
     "add_partial_sums",
     "add_tiles",
-    "aligned_to_16_bytes",
+    "alignment",
     "find_level",
     "find_tile",
     "in_place_of_none",
@@ -41,6 +44,9 @@ MAX_PARAMETERS = 480
 # sizes, and a level's order of summation does not depend on the other levels.
 SIZE_OFFSET = tl.constexpr(1 << 33)
 PARTIALS = 2048  # added in one step
+# The last two bits of a level's code path: 1 to 3 where all that is read or written starts, row by row, on boundaries
+# of 4, 8 or 16 bytes, so that so many are moved at a time; 0 where elements of 2 bytes are moved one by one.
+ALIGNMENT = SIXTEEN_BYTES = tl.constexpr(3)
 
 
 class Level(NamedTuple):
@@ -78,7 +84,8 @@ def launch_by_constants(kernel, levels: list[Level], constants: list[dict], *sha
         launch(kernel, group, *shared, by_path=True, **dict(agreed), **common)
 
 
-def _launch_once(kernel, levels: list[Level], shared: tuple[Tensor, ...], constants: dict) -> None:
+def _launch_once(kernel, levels: list[Level], shared: tuple[Tensor, ...], constants: dict):
+    """Launch a kernel for all levels, and return what Triton compiled."""
     programs = [level.programs for level in levels]
     *firsts, total = accumulate(programs, initial=0)
     paths = [level.path for level in levels]
@@ -86,7 +93,7 @@ def _launch_once(kernel, levels: list[Level], shared: tuple[Tensor, ...], consta
     sizes = tuple(tuple(2 * (size + SIZE_OFFSET.value) + 1 for size in column) for column in columns)
     pointers = tuple(zip(*(level.pointers for level in levels), strict=True))
     with torch.cuda.device_of((*levels[0].pointers, *shared)[0]):
-        kernel[(total,)](*pointers, *shared, sizes, PATHS=tuple(sorted(set(paths))), **constants)
+        return kernel[(total,)](*pointers, *shared, sizes, PATHS=tuple(sorted(set(paths))), **constants)
 
 
 def in_place_of_none(tensors: Iterable[Tensor | None], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -100,10 +107,11 @@ def in_place_of_none(tensors: Iterable[Tensor | None], like: Tensor, dtype: torc
     return result
 
 
-def aligned_to_16_bytes(x: Tensor, *strides: int) -> bool:
-    """Whether ``x`` and every multiple of the strides from it lie on a 16-byte boundary."""
+def alignment(x: Tensor, *strides: int) -> int:
+    """Return the ALIGNMENT of ``x`` and of every multiple of the strides from it."""
     size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
+    at_once = math.gcd(16, x.data_ptr(), *(stride * size for stride in strides))
+    return max(at_once.bit_length() - 2, 0)
 
 
 @triton.jit
@@ -157,15 +165,21 @@ def find_tile(program, row_tiles, col_tiles):
 
 
 @triton.constexpr_function
-def vector_length(*dtypes):
-    """Elements of the narrowest of the dtypes in 16 bytes."""
-    return 128 // min(dtype.primitive_bitwidth for dtype in dtypes)
+def bytes_at_once(ALIGN):
+    """Return what an ALIGNMENT stands for."""
+    return 2 << ALIGN
+
+
+@triton.constexpr_function
+def vector_length(ALIGN, *dtypes):
+    """Elements of the narrowest of the dtypes that are moved at a time."""
+    return max((16 << ALIGN) // min(dtype.primitive_bitwidth for dtype in dtypes), 1)
 
 
 @triton.jit
-def whole_vectors(size, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
-    """``size``, known to the compiler to be a multiple of VECTOR where ALIGNED."""
-    if ALIGNED:
+def whole_vectors(size, VECTOR: tl.constexpr):
+    """``size``, known to the compiler to be a multiple of VECTOR."""
+    if VECTOR > 1:
         size = size // VECTOR * VECTOR
     return size
 
@@ -178,18 +192,18 @@ def tile_pointers(
     pitch,
     row,  # (R, 1)
     col,  # (1, C)
-    ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Pointers to a tile ``(R, C)`` of an image, its rows side by side, or (TRANSPOSED) its columns.
 
-    ALIGNED says that the image and its rows (or columns) start on 16-byte boundaries. The compiler is told of new
-    values, which only this path uses: a hint on ``x`` or ``pitch`` would hold for the other paths too.
+    ALIGN is the ALIGNMENT of the image and of its rows (or columns). The compiler is told of new values, which only
+    this path uses: a hint on ``x`` or ``pitch`` would hold for the other paths too.
     """
     at, pitch = x + image * image_stride, pitch.to(tl.int64)
-    if ALIGNED:
-        at = tl.multiple_of(at, 16)
-        pitch = whole_vectors(pitch, ALIGNED, vector_length(x.dtype.element_ty))
+    if ALIGN:
+        at = tl.multiple_of(at, bytes_at_once(ALIGN))
+        pitch = whole_vectors(pitch, vector_length(ALIGN, x.dtype.element_ty))
     if TRANSPOSED:
         return at + col * pitch + row
     return at + row * pitch + col

@@ -20,10 +20,8 @@ from torch import Tensor
 from .._layout import empty_gradient, empty_residual, matrix_view
 from .._numerics import accumulation_dtype, without_autocast
 from .products import (
-    ALIGNED,
     STUDENT_PLANAR,
     TEACHER_PLANAR,
-    Blocks,
     Images,
     Pair,
     PixelSplits,
@@ -41,7 +39,17 @@ from .products import (
     split_pixels,
     store_partials,
 )
-from .pyramid import Level, add_partial_sums, find_level, find_tile, pick, pick_all, pick_sizes, store_rounded
+from .pyramid import (
+    ALIGNMENT,
+    Level,
+    add_partial_sums,
+    find_level,
+    find_tile,
+    pick,
+    pick_all,
+    pick_sizes,
+    store_rounded,
+)
 
 __all__ = ["relation_residual_backward", "relation_residual_forward"]
 
@@ -121,9 +129,9 @@ def residual_sums(
             if KEEP:
                 _, teacher_channels, pixels = extents
                 PLANAR: tl.constexpr = TEACHER_PLANAR & PATHS[index]
-                IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+                ALIGN: tl.constexpr = ALIGNMENT & PATHS[index]
                 kept = pick(residual, level)
-                at, inside = dense_tile(kept, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, PLANAR)
+                at, inside = dense_tile(kept, image, pixel, channel, pixels, teacher_channels, ALIGN, PLANAR)
                 store_rounded(at, value, inside)
 
 
@@ -149,14 +157,14 @@ def student_residual_gradients(
     for index in tl.static_range(len(PATHS)):
         if path == PATHS[index]:
             PLANAR: tl.constexpr = STUDENT_PLANAR & PATHS[index]
-            IS_ALIGNED: tl.constexpr = ALIGNED & PATHS[index]
+            ALIGN: tl.constexpr = ALIGNMENT & PATHS[index]
             extents = known_extents(size, PATHS[index], residual, student_matrix, gradient)
             channels, teacher_channels, pixels = extents
             matrix = Images(student_matrix, teacher_channels.to(tl.int64) * channels, channels)
             product = residual_by_matrix(
                 residual, matrix, image, pixel, channel, extents, PATHS[index], PRECISION, INNER
             )
-            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, IS_ALIGNED, PLANAR)
+            at, inside = dense_tile(gradient, image, pixel, channel, pixels, channels, ALIGN, PLANAR)
             store_rounded(at, -2 * tl.load(grad + size.slot).to(product.dtype) * product, inside)
 
 
@@ -224,7 +232,7 @@ def residual_tile(
         (pixels, teacher_channels, student_channels),
         PLANAR=STUDENT_PLANAR & PATH,
         TRANSPOSED=False,
-        IS_ALIGNED=ALIGNED & PATH,
+        ALIGN=ALIGNMENT & PATH,
         OPERAND=operand,
         PRECISION=PRECISION,
         INNER=INNER,
@@ -240,38 +248,17 @@ def residual_tile(
         (pixels, teacher_channels, teacher_channels),
         PLANAR=TEACHER_PLANAR & PATH,
         TRANSPOSED=False,
-        IS_ALIGNED=ALIGNED & PATH,
+        ALIGN=ALIGNMENT & PATH,
         OPERAND=operand,
         PRECISION=PRECISION,
         INNER=INNER,
     )
-    IS_ALIGNED: tl.constexpr = ALIGNED & PATH
-    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, IS_ALIGNED, TEACHER_PLANAR & PATH)
+    ALIGN: tl.constexpr = ALIGNMENT & PATH
+    at, inside = map_tile(teachers, image, pixel, channel, pixels, teacher_channels, ALIGN, TEACHER_PLANAR & PATH)
     value += tl.load(at, mask=inside, other=0.0).to(value.dtype)
     col = channel[None, :]
     value += tl.load(offset + image * teacher_channels + col, mask=col < teacher_channels, other=0.0)
     return tl.where(inside, value, 0.0)
-
-
-# By the bytes of an operand and by whether everything is read 16 bytes at a time, which takes fewer registers. The
-# largest tiles without spills on sm_80, sm_90 and sm_100, as compiled: registers are the limit.
-_SUMS = {
-    (2, True): Blocks(128, 128, 64, 8),
-    (2, False): Blocks(128, 64, 32, 8),
-    (4, True): Blocks(128, 64, 16, 8),
-    (4, False): Blocks(64, 64, 16, 8),
-    (8, True): Blocks(64, 64, 16, 8),
-    (8, False): Blocks(64, 32, 16, 8),
-}
-_STUDENT = {
-    (2, True): Blocks(128, 128, 64, 8),
-    (2, False): Blocks(128, 64, 32, 8),
-    (4, True): Blocks(128, 128, 16, 8),
-    (4, False): Blocks(128, 64, 16, 8),
-    (8, True): Blocks(64, 64, 16, 8),
-    (8, False): Blocks(64, 64, 16, 8),
-}
-_PRODUCTS = _STUDENT | {(4, True): Blocks(128, 64, 16, 8)}
 
 
 def relation_residual_forward(
@@ -299,7 +286,7 @@ def relation_residual_forward(
         levels.append(_sums_level(pair, student_matrix, product, offset, residual, first))
         first += levels[-1].programs
     partials = students[0].new_empty(first, dtype=accumulation_dtype(*students, *teachers))
-    launch_products(residual_sums, pairs, levels, _SUMS, partials, KEEP=keep)
+    launch_products(residual_sums, pairs, levels, partials, KEEP=keep)
     return [add_partial_sums(partials, [level.programs for level in levels]), *residuals]
 
 
@@ -318,7 +305,7 @@ def _sums_level(
     first: int,
 ) -> Level:
     path = pair.path(student_matrix, teacher_matrix, residual)
-    blocks = _SUMS[pair.kind(path)]
+    blocks = pair.blocks(residual_sums, path)
     _, channels, pixels = pair.extents
     tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
     student, teacher = matrix_view(pair.student), matrix_view(pair.teacher)
@@ -364,12 +351,12 @@ def _write_student_gradients(
     levels, matrices = [], in_dtypes(student_matrices, [pair.operand for pair in pairs])
     for slot, (pair, matrix, residual, gradient) in enumerate(zip(pairs, matrices, residuals, gradients, strict=True)):
         path = pair.path(matrix, residual, gradient)
-        blocks = _STUDENT[pair.kind(path)]
+        blocks = pair.blocks(student_residual_gradients, path)
         channels, _, pixels = pair.extents
         tiles = triton.cdiv(pixels, blocks.ROWS), triton.cdiv(channels, blocks.COLS)
         sizes = StudentSizes(*pair.extents, slot, *tiles)
         levels.append(Level(pair.images * tiles[0] * tiles[1], (residual, matrix, gradient), sizes, path))
-    launch_products(student_residual_gradients, pairs, levels, _STUDENT, grad)
+    launch_products(student_residual_gradients, pairs, levels, grad)
 
 
 def _parameter_gradients(
@@ -382,13 +369,13 @@ def _parameter_gradients(
     for side, factor, gradients in ((0, -2, by_student), (1, 2, by_teacher)):
         for slot, (pair, residual, gradient) in enumerate(zip(pairs, residuals, gradients, strict=True)):
             path = _products_path(pair, residual, pair[side])
-            splits = split_pixels(pair, pair[side].shape[1], _PRODUCTS[pair.kind(path)])
+            splits = split_pixels(pair, pair[side].shape[1], pair.blocks(residual_products, path))
             partials = splits.partials(residual, pair.dtype)
             launched.append(_products_level(pair, residual, pair[side], partials, splits, slot, factor, path))
             sums.append(splits.product(gradient, partials))
             if side == 1:
                 sums.append(splits.total(by_offset[slot], partials))
-    launch_products(residual_products, pairs * 2, launched, _PRODUCTS, grad)
+    launch_products(residual_products, pairs * 2, launched, grad)
     add_up(sums)
     return by_student, by_teacher, by_offset
 
@@ -403,7 +390,7 @@ def _products_level(
 
 
 def _products_path(pair: Pair, residual: Tensor, x: Tensor) -> int:
-    shared = pair.path(residual) & (TEACHER_PLANAR.value | ALIGNED.value)
+    shared = pair.path(residual) & (TEACHER_PLANAR.value | ALIGNMENT.value)
     return STUDENT_PLANAR.value * matrix_view(x).rows_are_channels + shared
 
 
