@@ -58,7 +58,6 @@ from .tiles import blocks_of
 __all__ = ["non_local_statistics_backward_", "non_local_statistics_forward"]
 
 _Pool = tuple[int, int, int, int]  # height and width of a cell, and of the first pool's in a nested order
-_Cells = tuple[int, int, int, int, int, int]  # a pool, and rows and columns of its cells
 
 # A level's code path: the ALIGNMENT of maps and matrices, and a bit that says that the map's pixels lie side by side
 # (else its channels).
@@ -76,17 +75,17 @@ class PoolSizes(NamedTuple):
 
     channels: int
     pixels: int
-    width: int
     stride: int  # of the map, from image to image
     pitch: int
-    outputs: int  # p
+    width: int
     cell_height: int
     cell_width: int
     first_height: int  # of the first pool's cells in a nested order
     first_width: int
-    cell_rows: int
+    cell_rows: int  # of whole cells
     cell_cols: int
-    grid_cols: int
+    grid_cols: int  # of cells, in the order in which tiles take them
+    outputs: int  # p
     cell_tiles: int
     channel_tiles: int
 
@@ -96,7 +95,6 @@ class CovarianceSizes(NamedTuple):
 
     channels: int
     pixels: int
-    width: int
     stride: int
     pitch: int
     channel_tiles: int
@@ -109,19 +107,19 @@ class GradientSizes(NamedTuple):
 
     channels: int
     pixels: int
-    width: int
     stride: int
     pitch: int
-    outputs: int
+    width: int
     cell_height: int
     cell_width: int
     first_height: int
     first_width: int
     cell_rows: int
     cell_cols: int
-    grid_cols: int  # of cells, with those that the map's edge cuts off where such pixels count
+    grid_cols: int
     height: int
-    pixel_tiles: int
+    outputs: int
+    steps: int
     channel_tiles: int
     matrix_given: int
     shift_given: int
@@ -132,10 +130,9 @@ class WeightSizes(NamedTuple):
 
     channels: int
     pixels: int
-    width: int
     stride: int
     pitch: int
-    outputs: int
+    width: int
     cell_height: int
     cell_width: int
     first_height: int
@@ -143,6 +140,7 @@ class WeightSizes(NamedTuple):
     cell_rows: int
     cell_cols: int
     grid_cols: int
+    outputs: int
     row_tiles: int
     col_tiles: int
     steps_of_image: int
@@ -448,7 +446,7 @@ def add_map_gradients(
     size = GradientSizes(*pick_sizes(sizes, level))
     inputs = pick_all((x, matrix, shift, weight), level)
     pool = pick_all((winners, grad_pooled), level)
-    image, step, channel_tile = find_tile(program, size.pixel_tiles, size.channel_tiles)
+    image, step, channel_tile = find_tile(program, size.steps, size.channel_tiles)
     first, row, start = step_in_cells(size, step.to(tl.int32), ROWS, WIDTH)
     channel = indices(channel_tile, COLS)
     for index in tl.static_range(len(PATHS)):
@@ -659,15 +657,10 @@ def _pixels(x: Tensor) -> int:
     return x.shape[2] * x.shape[3]
 
 
-def _map_sizes(x: Tensor) -> tuple[int, int, int, int, int]:
+def _map_sizes(x: Tensor) -> tuple[int, int, int, int]:
     """Return the sizes that all kernels take."""
     view = matrix_view(x)
-    return x.shape[1], _pixels(x), x.shape[3], view.image_stride, view.row_stride
-
-
-def _cells(x: Tensor, pool: _Pool) -> _Cells:
-    """Return the pool, and rows and columns of its cells."""
-    return *pool, x.shape[2] // pool[0], x.shape[3] // pool[1]
+    return x.shape[1], _pixels(x), view.image_stride, view.row_stride
 
 
 def _by_level(pools: list[int]) -> list[_Pool]:
@@ -681,9 +674,52 @@ def _constants(kernel, x: Tensor, operand: torch.dtype, path: int, cell_width: i
     return {"PRECISION": allowed, **blocks_of(kernel, x, operand, aligned)._asdict()}
 
 
-def _lanes_of_cell(cell_width: int, pixels: int) -> int:
-    """Return how many of a tile's pixels one row of a cell takes."""
-    return min(triton.next_power_of_2(cell_width), pixels)
+class _Grid(NamedTuple):
+    """A map cut into cells. A tile takes a row of pixels of some cells, in a grid that may have cut off ones too."""
+
+    height: int
+    width: int
+    pool: _Pool
+    cell_rows: int  # of whole cells
+    cell_cols: int
+    rows: int
+    cols: int
+
+    @property
+    def cell_width(self) -> int:
+        return self.pool[1]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """For a kernel, from the width on."""
+        return self.width, *self.pool, self.cell_rows, self.cell_cols, self.cols
+
+    def lanes(self, pixels: int) -> int:
+        """Return how many pixels of a tile lie in one cell."""
+        return min(triton.next_power_of_2(self.cell_width), pixels)
+
+    def tiles(self, pixels: int) -> int:
+        """Return how many tiles take a row of every cell, or a part of one that is wider than a tile."""
+        return triton.cdiv(self.rows * self.cols, pixels // self.lanes(pixels))
+
+    def steps(self, pixels: int) -> int:
+        """Return how many tiles take every pixel of the grid."""
+        return self.tiles(pixels) * self.pool[0] * triton.cdiv(self.cell_width, self.lanes(pixels))
+
+
+def _whole_cells(x: Tensor, pool: _Pool) -> _Grid:
+    height, width = x.shape[2:]
+    rows, cols = height // pool[0], width // pool[1]
+    return _Grid(height, width, pool, rows, cols, rows, cols)
+
+
+def _all_pixels(x: Tensor, pool: _Pool | None) -> _Grid:
+    """Return the grid of whole and cut off cells; without a pool, of one row of pixels in pieces of any length."""
+    if pool is None:
+        count = _pixels(x)
+        return _Grid(1, count, (1, ONE_ROW_CELL, 1, 1), 0, 0, 1, triton.cdiv(count, ONE_ROW_CELL))
+    whole = _whole_cells(x, pool)
+    return whole._replace(rows=triton.cdiv(whole.height, pool[0]), cols=triton.cdiv(whole.width, pool[1]))
 
 
 def _launch(kernel, levels: list[tuple[Level, dict]]) -> None:
@@ -723,40 +759,33 @@ def _pool(
     pooled, winners, levels = [], [], []
     weights = in_dtypes(weights, [x.dtype for x in maps])
     for x, weight, bias, pool in zip(maps, weights, biases, pools, strict=True):
+        grid = _whole_cells(x, (1, 1, 1, 1) if weight is None else pool)
         shape: tuple[int, ...] = (0,)
         if weight is not None:
-            *_, rows, cols = cells = _cells(x, pool)
-            shape = x.shape[0], weight.shape[0], rows * cols
+            shape = x.shape[0], weight.shape[0], grid.rows * grid.cols
         pooled.append(x.new_empty(shape, dtype=accumulation_dtype(x)))
         winners.append(x.new_empty(shape, dtype=torch.int32))
         if weight is not None:
-            levels.append(_pool_level(x, weight, present(bias), pooled[-1], winners[-1], cells))
+            levels.append(_pool_level(x, weight, present(bias), pooled[-1], winners[-1], grid))
     _launch(pool_convolutions, levels)
     return pooled, winners
 
 
 def _pool_level(
-    x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, cells: _Cells
+    x: Tensor, weight: Tensor, bias: Tensor, pooled: Tensor, winners: Tensor, grid: _Grid
 ) -> tuple[Level, dict]:
     """Return a level, and the constants of its launch."""
-    _, width, _, _, rows, cols = cells
-    path = _path(x, (weight,), x.shape[3], width)
-    constants = _pool_constants(x, width, path)
-    tiles = triton.cdiv(rows * cols, constants["ROWS"] // constants["WIDTH"])
-    channel_tiles = triton.cdiv(weight.shape[0], constants["COLS"])
-    sizes = PoolSizes(*_map_sizes(x), weight.shape[0], *cells, cols, tiles, channel_tiles)
-    programs = x.shape[0] * tiles * channel_tiles
-    return Level(programs, (x, weight, bias, pooled, winners), sizes, path), constants
-
-
-def _pool_constants(x: Tensor, cell_width: int, path: int) -> dict:
-    constants = _constants(pool_convolutions, x, x.dtype, path, cell_width)
+    path = _path(x, (weight,), grid.width, grid.cell_width)
+    constants = _constants(pool_convolutions, x, x.dtype, path, grid.cell_width)
     inner = max(triton.next_power_of_2(x.shape[1]), 32)
     resident = x.element_size() == 2 and inner <= MOST_RESIDENT
     if resident:
         constants["INNER"] = inner
-    width = _lanes_of_cell(cell_width, constants["ROWS"])
-    return constants | {"WIDTH": width, "WIDE": cell_width > width, "RESIDENT": resident}
+    lanes = grid.lanes(constants["ROWS"])
+    constants |= {"WIDTH": lanes, "WIDE": grid.cell_width > lanes, "RESIDENT": resident}
+    tiles = grid.tiles(constants["ROWS"]), triton.cdiv(weight.shape[0], constants["COLS"])
+    sizes = PoolSizes(*_map_sizes(x), *grid.sizes, weight.shape[0], *tiles)
+    return Level(x.shape[0] * tiles[0] * tiles[1], (x, weight, bias, pooled, winners), sizes, path), constants
 
 
 def _covariances(maps: list[Tensor], means: list[Tensor | None]) -> list[Tensor]:
@@ -864,24 +893,15 @@ def _gradient_level(
     given = matrix is not None, shift is not None
     factors = in_place_of_none((matrix, weight), x, operand)
     outputs = 0 if grad_pooled is None else grad_pooled.shape[1]
-    # Without pooled values the map is one row of cells of a pixel, side by side.
-    height, width = x.shape[2:] if outputs else (1, _pixels(x))
-    *pool, rows, cols = _cells(x, pool) if outputs else (1, ONE_ROW_CELL, 1, 1, 0, 0)
-    path = _path(x, (gradient, *factors), _pixels(x), width, pool[1])
-    constants = _constants(add_map_gradients, x, operand, path, pool[1])
-    constants["WIDTH"] = lanes = _lanes_of_cell(pool[1], constants["ROWS"])
-    grid_cols, cells_of_tile, parts = (
-        triton.cdiv(width, pool[1]),
-        constants["ROWS"] // lanes,
-        triton.cdiv(pool[1], lanes),
-    )
-    cell_tiles = triton.cdiv(triton.cdiv(height, pool[0]) * grid_cols, cells_of_tile)
-    tiles = cell_tiles * pool[0] * parts, triton.cdiv(x.shape[1], constants["COLS"])
+    grid = _all_pixels(x, pool if outputs else None)
+    path = _path(x, (gradient, *factors), _pixels(x), grid.width, grid.cell_width)
+    constants = _constants(add_map_gradients, x, operand, path, grid.cell_width)
+    constants["WIDTH"] = grid.lanes(constants["ROWS"])
+    tiles = grid.steps(constants["ROWS"]), triton.cdiv(x.shape[1], constants["COLS"])
     shift, grad_pooled = in_place_of_none((shift, grad_pooled), x, accumulation_dtype(x))
     programs = x.shape[0] * tiles[0] * tiles[1] if any(given) or outputs else 0
     pointers = x, factors[0], shift, factors[1], winners, grad_pooled, gradient
-    map_sizes = *_map_sizes(x)[:2], width, *_map_sizes(x)[3:]
-    sizes = GradientSizes(*map_sizes, outputs, *pool, rows, cols, grid_cols, height, *tiles, *given)
+    sizes = GradientSizes(*_map_sizes(x), *grid.sizes, grid.height, outputs, *tiles, *given)
     return Level(programs, pointers, sizes, path), constants
 
 
@@ -889,19 +909,17 @@ def _weight_levels(
     gradient: Tensor, x: Tensor, winners: Tensor, grad_pooled: Tensor, pool: _Pool
 ) -> tuple[Level, dict, Level]:
     """Return the level of the kernel that makes partial sums, its constants, and the level of the one that adds up."""
-    path, (outputs, channels) = _path(x, (), x.shape[3], pool[1]), gradient.shape
-    constants = _constants(pool_weight_gradients, x, _gradient_operand(x), path, pool[1])
-    constants["WIDTH"] = lanes = _lanes_of_cell(pool[1], constants["INNER"])
+    grid, (outputs, channels) = _whole_cells(x, pool), gradient.shape
+    path = _path(x, (), grid.width, grid.cell_width)
+    constants = _constants(pool_weight_gradients, x, _gradient_operand(x), path, grid.cell_width)
+    constants["WIDTH"] = grid.lanes(constants["INNER"])
     rows, cols = triton.cdiv(outputs, constants["ROWS"]), triton.cdiv(channels, constants["COLS"])
-    *_, cell_rows, cell_cols = cells = _cells(x, pool)
-    tiles = triton.cdiv(cell_rows * cell_cols, constants["INNER"] // lanes)
-    steps_of_image = tiles * pool[0] * triton.cdiv(pool[1], lanes)
+    steps_of_image = grid.steps(constants["INNER"])
     steps = x.shape[0] * steps_of_image
     splits, steps_of_split = splits_of(x, steps, rows * cols, constants["INNER"])
     pitch = cols * constants["COLS"]
     stride = rows * constants["ROWS"] * pitch
     partials = x.new_empty(splits * stride, dtype=grad_pooled.dtype)
-    further = rows, cols, steps_of_image, steps, steps_of_split
-    sizes = WeightSizes(*_map_sizes(x), outputs, *cells, cell_cols, *further)
+    sizes = WeightSizes(*_map_sizes(x), *grid.sizes, outputs, rows, cols, steps_of_image, steps, steps_of_split)
     parts = Level(splits * rows * cols, (x, winners, grad_pooled, partials), sizes, path)
     return parts, constants, sum_of_splits(gradient, partials, 0, splits, stride, pitch)
