@@ -30,7 +30,6 @@ from .products import (
     indices,
     map_tile,
     multiply,
-    precision,
     splits_of,
     sum_of_splits,
 )
@@ -53,7 +52,7 @@ from .pyramid import (
     vector_length,
     whole_vectors,
 )
-from .tiles import blocks_of
+from .tiles import blocks_of, precision
 
 __all__ = ["non_local_statistics_backward_", "non_local_statistics_forward"]
 

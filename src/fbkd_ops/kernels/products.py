@@ -38,7 +38,7 @@ from .pyramid import (
     vector_length,
     whole_vectors,
 )
-from .tiles import Blocks, blocks_of, most_programs
+from .tiles import Blocks, blocks_of, most_programs, precision
 
 __all__ = [
     "STUDENT_PLANAR",
@@ -60,7 +60,6 @@ __all__ = [
     "map_tile",
     "multiply",
     "pairs_of",
-    "precision",
     "residual_by_map",
     "residual_by_matrix",
     "split_pixels",
@@ -459,8 +458,3 @@ def split_pixels(pair: Pair, channels: int, blocks: Blocks) -> PixelSplits:
     tiles = triton.cdiv(pixels, blocks.INNER)
     splits, tiles_of_split = splits_of(pair.student, tiles, pair.images * row_tiles * col_tiles, blocks.INNER)
     return PixelSplits(pair.images, splits, row_tiles, col_tiles, tiles, tiles_of_split, blocks)
-
-
-def precision() -> str:
-    """Triton's name of the precision in which PyTorch lets float32 matrices be multiplied."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

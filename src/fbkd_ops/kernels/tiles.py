@@ -1,7 +1,8 @@
 """Extents of the tiles that programs with matrix products take, from a table for each architecture of GPUs.
 
 ``tiles.json`` has, by kernel and by the bytes of an operand, ``[ROWS, COLS, INNER, num_warps, num_stages]``: under
-``"default"`` for all GPUs, under a compute capability (``"90"`` for 9.0) what is better there. ``make gpu-tune``
+``"default"`` for all GPUs, under a compute capability (``"90"`` for 9.0) what is better there. "tf32" is for operands
+of 4 bytes that PyTorch may multiply as TF32: one product in place of three takes fewer registers. ``make gpu-tune``
 measures a GPU's own entries. Nothing is tuned while a model is trained.
 
 "unaligned" tiles are those of levels that are not read 16 bytes at a time; they take more registers. All tiles are
@@ -19,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Blocks", "blocks_of", "most_programs"]
+__all__ = ["Blocks", "blocks_of", "most_programs", "precision"]
 
 TABLE = Path(__file__).with_suffix(".json")
 DEFAULT = "default"
@@ -59,14 +60,20 @@ def blocks_of(kernel, like: Tensor, operand: torch.dtype, aligned: bool) -> Bloc
         operand: the dtype in which the kernel multiplies.
         aligned: whether the level is read 16 bytes at a time.
     """
-    key = str(operand.itemsize) if aligned else f"{operand.itemsize} unaligned"
-    return _chosen(kernel.__name__, key, architecture(like))
+    key = "tf32" if operand == torch.float32 and precision() == "tf32" else str(operand.itemsize)
+    return _chosen(kernel.__name__, key if aligned else f"{key} unaligned", architecture(like))
+
+
+def precision() -> str:
+    """Triton's name of the precision in which PyTorch lets float32 matrices be multiplied."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @functools.cache
 def _chosen(kernel: str, key: str, gpu: str) -> Blocks:
-    own = table().get(gpu, {}).get(kernel, {})
-    return own[key] if key in own else table()[DEFAULT][kernel][key]
+    tables = [table().get(name, {}).get(kernel, {}) for name in (gpu, DEFAULT)]
+    keys = dict.fromkeys((key, key.replace("tf32", "4")))
+    return next(entries[each] for each in keys for entries in tables if each in entries)
 
 
 def architecture(like: Tensor) -> str:
