@@ -28,6 +28,7 @@ __all__ = [
 
 # A level's code path: the ALIGNMENT of both maps, and a bit that says that the teacher's tiles are transposed.
 TRANSPOSED = tl.constexpr(4)
+LEAST_ALIGNMENT = 2  # 8 bytes: with 4 at a time a kernel spills on sm_80
 # A tile of kernels that reduce each channel: five numbers per channel are little beside 128 pixels.
 CHANNELS, PIXELS, CHANNEL_WARPS = 32, 128, 8
 
@@ -76,7 +77,8 @@ def path_of_pair(student: Tensor, view: MatrixView, teacher: Tensor, teacher_vie
     extents = (view.cols, view.rows) if transposed else (view.cols,)
     aligned = alignment(student, view.image_stride, view.row_stride, *extents)
     teacher_aligned = alignment(teacher, teacher_view.image_stride, teacher_view.row_stride, *extents)
-    return TRANSPOSED.value * transposed + min(aligned, teacher_aligned)
+    both = min(aligned, teacher_aligned)
+    return TRANSPOSED.value * transposed + (both if both >= LEAST_ALIGNMENT else 0)
 
 
 def channel_constants(view: MatrixView) -> dict[str, int]:
