@@ -79,5 +79,7 @@ def test_the_relation_term(backend, device, preset, dtype):
     print(f"{backend}, {preset}, {dtype}\none width: {one}\nsix widths: {six}")
     assert sum(one.small.values()) <= 140
     assert sum(six.small.values()) <= 200
-    for counts in (one, six):
-        assert sum(counts.fused.values()) <= {"cpu": 4, "triton": 11}[backend]
+    # In Triton three kernels have a launch for each width of pooling cells, of which there are three; one of them also
+    # for each power of two of channels.
+    for counts, more in ((one, 3 * 2), (six, 3 * 2 + 3)):
+        assert sum(counts.fused.values()) <= {"cpu": 4, "triton": 11 + more}[backend]

@@ -81,7 +81,11 @@ def test_more_levels_do_not_take_more_launches(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ON_EACH_PATH
 def test_the_whole_loss(backend, device, dtype):
-    """Beside the fused launches: 16 + 11 in Triton at aligned sizes before the small operations were put together."""
+    """Beside the fused launches: 16 + 11 in Triton at aligned sizes before the small operations were put together.
+
+    The kernels that take whole pooling cells have a launch for each width of these, one of them also for each power of
+    two of channels.
+    """
     for preset in PRESETS:
         one = counts_of(backend, (256,) * 4, (256,) * 4, dtype, relation_weight=None, preset=preset)
         yolo_n, yolo_m = (64, 128, 256), (192, 384, 576)
@@ -89,5 +93,5 @@ def test_the_whole_loss(backend, device, dtype):
         print(f"{backend}, {preset}, {dtype}: one width {sum(map(small, one))}, six widths {sum(map(small, six))}")
         assert sum(map(small, one)) <= 200, one
         assert sum(map(small, six)) <= 300, six
-        for forward, backward in (one, six):
-            assert sum(forward.fused.values()) <= 16 and sum(backward.fused.values()) <= 11
+        for (forward, backward), most in ((one, 16), (six, 18)):
+            assert sum(forward.fused.values()) <= most and sum(backward.fused.values()) <= 13

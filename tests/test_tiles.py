@@ -26,7 +26,7 @@ def test_architectures_only_have_entries_that_the_default_has():
     default = tiles.table()["default"]
     for kernels in tiles.table().values():
         for kernel, entries in kernels.items():
-            assert entries.keys() <= default[kernel].keys()
+            assert {operand.replace("tf32", "4") for operand in entries} <= default[kernel].keys()
 
 
 def test_extents_are_powers_of_two():
@@ -49,6 +49,18 @@ def test_a_gpu_gets_its_own_entry_and_the_default_where_it_has_none(monkeypatch)
     ):
         monkeypatch.setattr(tiles, "architecture", lambda like, gpu=gpu: gpu)
         assert tiles.blocks_of(KERNEL, *asked, aligned) == expected
+
+
+def test_tf32_has_tiles_of_its_own_where_the_table_does(monkeypatch):
+    monkeypatch.setattr(tiles, "architecture", lambda like: "90")
+    own, default = (tiles.table()[name]["residual_products"] for name in ("90", "default"))
+    assert own["tf32"] != default["4"] and "tf32 unaligned" not in own
+    asked = KERNEL, torch.empty(1), torch.float32
+    assert tiles.blocks_of(*asked, True) == default["4"]
+    monkeypatch.setattr(tiles, "precision", lambda: "tf32")
+    assert tiles.blocks_of(*asked, True) == own["tf32"]
+    assert tiles.blocks_of(*asked, False) == default["4 unaligned"]
+    assert tiles.blocks_of(KERNEL, torch.empty(1), torch.float64, True) == default["8"]
 
 
 def test_interpreter_takes_the_default(monkeypatch):
