@@ -230,6 +230,28 @@ def test_winners_are_those_of_max_pool(backend, device, dtype, layout, order):
         assert torch.equal(won, full.grad.flatten(2))
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_winners_in_the_last_columns_of_wide_cells(backend, device, layout):
+    """A tile takes the columns of a cell that is wider than itself one part after the other."""
+    x = layout(torch.arange(300.0, device=device).expand(1, 2, 2, 300).contiguous())
+    pool = pool_cells(x, BlockSettings(stride=150, pool_order="single"))
+    weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=device), torch.zeros(2, device=device)
+    outputs = op_of("non_local_statistics_forward", backend)([x], [None], [None], [weight], [bias], list(pool))
+    assert outputs[0].tolist() == [[[149.0, 299.0], [0.0, -150.0]]]
+    assert outputs[1].tolist() == [[[149, 299], [0, 150]]]
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_differences_that_float16_does_not_hold(backend, device):
+    x = torch.full((1, 2, 8, 8), -65504.0, dtype=torch.float16, device=device)
+    x[0, 0, 3, 4] = x[0, 1, 5, 6] = 65504.0
+    mean = x.float().mean((2, 3))
+    (_, _, covariance) = op_of("non_local_statistics_forward", backend)([x], [mean], [None], [None], [None], [0] * 4)
+    centred = x.double().flatten(2) - x.double().mean((2, 3))[:, :, None]
+    torch.testing.assert_close(covariance.double(), centred @ centred.mT / 64, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_a_winner_is_rounding_away_from_the_best(backend, device, dtype):

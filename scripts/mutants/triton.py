@@ -22,7 +22,8 @@ ADAPTED = Selection(
 )
 SPATIAL = Selection(("test_spatial_l2.py",), "interpreter and (test_shapes or gradcheck or together)")
 STATISTICS = Selection(
-    ("test_non_local_statistics.py",), "interpreter and (tiles_in or tiles_of or winners or gradcheck or finite)"
+    ("test_non_local_statistics.py",),
+    "interpreter and (tiles_in or tiles_of or winners or gradcheck or finite or differences)",
 )
 RESIDUAL = Selection(("test_relation_residual.py",), "interpreter and (test_tiles or gradcheck or together)")
 
@@ -142,10 +143,6 @@ MUTATIONS = [
         last_nan=("tl.max(tl.where(is_nan, order, -1), axis=1)", "tl.max(tl.where(is_nan, 0, -1), axis=1)"),
         scale_of_centred_maps=("return 0.5 if dtype", "return 1.0 if dtype"),
         next_cell_of_a_row=("in_map & (column < cell_width)", "in_map"),
-        cells_cut_off=(
-            "whole = across((cell_row < cell_rows) & (cell_col < cell_cols),",
-            "whole = across((cell_row < cell_rows),",
-        ),
         row_of_a_step=("tile * (PIXELS // WIDTH), rest // parts,", "tile * (PIXELS // WIDTH), rest % parts,"),
     ),
 ]
